@@ -1,0 +1,1 @@
+"""EBT-Megatron: pretraining of Energy-Based Transformers at scale."""

@@ -1,0 +1,1 @@
+"""Loaders over WebDataset shards, with exact, layout-free resume."""

@@ -1,0 +1,1 @@
+"""Perplexity against thinking, generation, uncertainty and reports."""

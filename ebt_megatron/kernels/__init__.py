@@ -1,0 +1,1 @@
+"""How the hot parts run: torch reference, tiled torch, Triton; one dispatch table."""

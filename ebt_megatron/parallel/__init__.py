@@ -1,0 +1,1 @@
+"""Megatron bring-up, the CPU backend, pipeline sweeps and layout-free randomness."""

@@ -1,0 +1,1 @@
+"""The optimisation over predictions: propose, learn, the replay buffer, inference."""

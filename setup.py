@@ -1,0 +1,44 @@
+"""Package metadata; tool settings are in pyproject.toml."""
+
+from setuptools import find_packages, setup
+
+setup(
+    name="ebt-megatron",
+    version="0.1.0",
+    description="Pretraining of Energy-Based Transformers at scale, on megatron-core",
+    python_requires=">=3.11",
+    packages=find_packages(include=["ebt_megatron*"]),
+    install_requires=[
+        "torch>=2.11,<2.14",
+        "megatron-core==0.16.1",
+        "psutil",  # megatron-core needs it to save checkpoints and does not declare it
+        "numpy>=1.26",
+        "omegaconf>=2.3",
+        "typer>=0.15",
+        "rich>=13",
+        "webdataset>=1.0",
+        "fsspec",
+        "tensorboard>=2.18",
+        "tokenizers>=0.21",
+        "safetensors>=0.5",
+        "zstandard>=0.23",
+        "matplotlib>=3.9",
+    ],
+    extras_require={
+        "gpu": ["triton>=3.3", "flash-attn>=2.7"],
+        "mpi": ["mpi4py>=4.0"],
+        "parquet": ["pyarrow>=17"],
+        "video": ["av>=14", "pillow>=10"],
+        "dev": [
+            "pytest>=8.3",
+            "pytest-timeout>=2.3",
+            "hypothesis>=6.120",
+            "ruff>=0.9",
+            "mypy>=1.14",
+            "triton>=3.3",  # its interpreter checks the GPU kernels on CPU
+            "pyarrow>=17",
+            "av>=14",
+            "pillow>=10",
+        ],
+    },
+)
