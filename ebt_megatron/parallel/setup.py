@@ -1,0 +1,269 @@
+"""Bring-up: who am I among the ranks, process groups, seeds, and megatron-core's view of the recipe.
+
+The same program starts under torchrun, Slurm (`srun`), an MPI launcher, or as a plain process.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import socket
+import subprocess
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state, tensor_parallel
+from megatron.core.transformer import TransformerConfig
+
+from ebt_megatron.config import ParallelConfig, Recipe, RecipeError
+from ebt_megatron.parallel import cpu_backend
+
+
+@dataclass(frozen=True)
+class Launch:
+    """Where the launcher placed this process, and how the ranks find each other.
+
+    `master` is "host:port" of a store that rank 0 serves, "env" when torchrun's variables say it all, or
+    "mpi" when rank 0 picks a port and tells the others through MPI.
+    """
+
+    launcher: str
+    rank: int
+    world_size: int
+    local_rank: int
+    master: str
+
+
+@dataclass(frozen=True)
+class ParallelState:
+    """This rank's place in the layout, and the groups it shares."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    tensor_rank: int
+    tensor_size: int
+    pipeline_rank: int
+    pipeline_size: int
+    data_rank: int
+    data_size: int
+    device: torch.device
+    tensor_group: dist.ProcessGroup
+    pipeline_group: dist.ProcessGroup
+    data_group: dist.ProcessGroup
+
+    @property
+    def is_first_stage(self) -> bool:
+        """Whether this rank holds the first pipeline stage."""
+        return self.pipeline_rank == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        """Whether this rank holds the last pipeline stage."""
+        return self.pipeline_rank == self.pipeline_size - 1
+
+
+def _first_host(nodelist: str) -> str:
+    """The first host of a Slurm node list such as 'gpu[003-007,9],login1'."""
+    try:
+        hosts = subprocess.run(
+            ["scontrol", "show", "hostnames", nodelist], capture_output=True, text=True, check=True
+        ).stdout
+        return hosts.split()[0]
+    except (OSError, subprocess.CalledProcessError, IndexError):
+        prefix, bracket, rest = nodelist.partition("[")
+        if not bracket or "," in prefix:
+            return nodelist.split(",")[0]
+        return prefix + rest.split("]")[0].split(",")[0].split("-")[0]
+
+
+def _slurm_port(job_id: str) -> int:
+    """A port that every task of the job computes alike and that differs between jobs."""
+    return 20000 + int(job_id) % 20000
+
+
+def detect_launch(environ: dict[str, str] | None = None) -> Launch:
+    """Read this process's place from the environment: torchrun, then Slurm, then MPI, else alone.
+
+    Args:
+        environ: the variables to read; default: os.environ.
+    """
+    env = dict(os.environ) if environ is None else environ
+    if "RANK" in env and "WORLD_SIZE" in env:
+        return Launch(
+            "torchrun", int(env["RANK"]), int(env["WORLD_SIZE"]), int(env.get("LOCAL_RANK", 0)), "env"
+        )
+    master = (
+        f"{env['MASTER_ADDR']}:{env['MASTER_PORT']}" if {"MASTER_ADDR", "MASTER_PORT"} <= set(env) else ""
+    )
+    # SLURM_PROCID alone is also set in a batch script's own shell, which is not a task of a step.
+    if "SLURM_PROCID" in env and "SLURM_STEP_ID" in env and "SLURM_NTASKS" in env:
+        nodes = env.get("SLURM_STEP_NODELIST") or env.get("SLURM_JOB_NODELIST", "localhost")
+        return Launch(
+            "slurm",
+            int(env["SLURM_PROCID"]),
+            int(env.get("SLURM_STEP_NUM_TASKS", env["SLURM_NTASKS"])),
+            int(env.get("SLURM_LOCALID", 0)),
+            master or f"{_first_host(nodes)}:{_slurm_port(env.get('SLURM_JOB_ID', '0'))}",
+        )
+    for rank, size, local in (
+        ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"),
+        ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID"),
+    ):
+        if rank in env and size in env:
+            return Launch("mpi", int(env[rank]), int(env[size]), int(env.get(local, 0)), master or "mpi")
+    return Launch("single", 0, 1, 0, "")
+
+
+def _own_address() -> str:
+    """An address of this machine that other machines can reach, loopback when it has no other."""
+    if address := os.environ.get("EBT_HOST_ADDRESS"):
+        return address
+    try:
+        return socket.gethostbyname(socket.gethostname())
+    except OSError:
+        return "127.0.0.1"
+
+
+def _store(launch: Launch, timeout: timedelta) -> dist.Store | None:
+    """The store the ranks meet at; None where torch.distributed reads torchrun's variables itself."""
+    if launch.master == "env":
+        return None
+    if launch.launcher == "single":
+        return dist.HashStore()
+    leader = launch.rank == 0
+    if launch.master != "mpi":
+        host, _, port = launch.master.rpartition(":")
+        return dist.TCPStore(host, int(port), launch.world_size, leader, timeout, wait_for_workers=False)
+    try:
+        from mpi4py import MPI
+    except ImportError:
+        raise RecipeError(
+            "started by an MPI launcher without mpi4py: pip install 'ebt-megatron[mpi]', or export "
+            "MASTER_ADDR and MASTER_PORT to every rank (mpirun -x MASTER_ADDR -x MASTER_PORT)"
+        ) from None
+    if not leader:
+        host, port = MPI.COMM_WORLD.bcast(None, root=0)
+        return dist.TCPStore(host, port, launch.world_size, False, timeout)
+    # Port 0: the system picks a free one, so nothing can take it between choosing and binding.
+    store = dist.TCPStore("0.0.0.0", 0, launch.world_size, True, timeout, wait_for_workers=False)
+    MPI.COMM_WORLD.bcast((_own_address(), store.port), root=0)
+    return store
+
+
+def initialize(parallel: ParallelConfig, seed: int) -> ParallelState:
+    """Join the other ranks, build the process groups and seed the generators.
+
+    Ranks are laid out tensor-parallel innermost, then data-parallel, then pipeline (megatron-core's order).
+    The backend is NCCL with gloo for CPU tensors where CUDA exists, else gloo. A second call returns the
+    state of the groups that exist.
+
+    Args:
+        parallel: sizes of the axes; data parallelism takes the ranks that are left.
+        seed: of the default generator (equal on all ranks) and of megatron-core's tensor-parallel states.
+
+    Raises:
+        RecipeError: when the number of ranks is no multiple of tensor × pipeline.
+    """
+    cpu_backend.install()
+    launch = detect_launch()
+    cuda = torch.cuda.is_available()
+    if not dist.is_initialized():
+        ranks_per_model = parallel.tensor * parallel.pipeline
+        if launch.world_size % ranks_per_model:
+            raise RecipeError(
+                f"number of ranks={launch.world_size} is not divisible by parallel.tensor x "
+                f"parallel.pipeline={ranks_per_model}: start a multiple of that many ranks"
+            )
+        if cuda:
+            torch.cuda.set_device(launch.local_rank % torch.cuda.device_count())
+        timeout = timedelta(seconds=parallel.timeout_seconds)
+        dist.init_process_group(
+            backend="cpu:gloo,cuda:nccl" if cuda else "gloo",
+            store=_store(launch, timeout),
+            rank=launch.rank if launch.master != "env" else -1,
+            world_size=launch.world_size if launch.master != "env" else -1,
+            timeout=timeout,
+        )
+    if not parallel_state.model_parallel_is_initialized():
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=parallel.tensor,
+            pipeline_model_parallel_size=parallel.pipeline,
+            distributed_timeout_minutes=math.ceil(parallel.timeout_seconds / 60),
+            create_gloo_process_groups=cuda,  # on CPU every group is a gloo group already
+        )
+    torch.manual_seed(seed)
+    tensor_parallel.model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
+    return ParallelState(
+        rank=dist.get_rank(),
+        world_size=dist.get_world_size(),
+        local_rank=launch.local_rank,
+        tensor_rank=parallel_state.get_tensor_model_parallel_rank(),
+        tensor_size=parallel_state.get_tensor_model_parallel_world_size(),
+        pipeline_rank=parallel_state.get_pipeline_model_parallel_rank(),
+        pipeline_size=parallel_state.get_pipeline_model_parallel_world_size(),
+        data_rank=parallel_state.get_data_parallel_rank(),
+        data_size=parallel_state.get_data_parallel_world_size(),
+        device=torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu"),
+        tensor_group=parallel_state.get_tensor_model_parallel_group(),
+        pipeline_group=parallel_state.get_pipeline_model_parallel_group(),
+        data_group=parallel_state.get_data_parallel_group(),
+    )
+
+
+def shutdown() -> None:
+    """Leave the process groups; harmless when there are none. A later `initialize` starts afresh."""
+    if parallel_state.model_parallel_is_initialized():
+        parallel_state.destroy_model_parallel()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def transformer_config(recipe: Recipe) -> TransformerConfig:
+    """megatron-core's configuration of the recipe's network.
+
+    Fusions that need apex, Transformer Engine or a compiler stay off; our own kernels take their place.
+    Weights are initialised by the model itself on the CPU generator, so that they do not depend on the
+    tensor-parallel size. Gradients are summed, not averaged, over data-parallel ranks
+    (`calculate_per_token_loss`): the loss is already divided by the global number of tokens.
+    """
+    model, parallel = recipe.model, recipe.parallel
+    images = recipe.data.modality == "images"
+    bf16 = recipe.training.precision == "bf16"
+    dtype = torch.bfloat16 if bf16 else torch.float32
+    assert model.num_layers and model.hidden_size and model.num_attention_heads
+    return TransformerConfig(
+        num_layers=model.num_layers,
+        hidden_size=model.hidden_size,
+        num_attention_heads=model.num_attention_heads,
+        num_query_groups=model.num_query_groups,
+        ffn_hidden_size=model.ffn_hidden_size,
+        kv_channels=model.hidden_size // model.num_attention_heads,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        layernorm_epsilon=model.norm_epsilon,
+        normalization="LayerNorm" if images else "RMSNorm",
+        add_bias_linear=images,
+        gated_linear_unit=not images,
+        activation_func=torch.nn.functional.gelu if images else torch.nn.functional.silu,
+        tensor_model_parallel_size=parallel.tensor,
+        pipeline_model_parallel_size=parallel.pipeline,
+        sequence_parallel=parallel.sequence_parallel,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=bf16,
+        perform_initialization=False,
+        use_cpu_initialization=not torch.cuda.is_available(),
+        calculate_per_token_loss=True,
+        gradient_accumulation_fusion=False,
+        masked_softmax_fusion=False,
+        persist_layer_norm=False,
+        bias_activation_fusion=False,
+        bias_dropout_fusion=False,
+        apply_rope_fusion=False,
+        batch_p2p_comm=False,
+        batch_p2p_sync=False,
+        deallocate_pipeline_outputs=False,
+    )

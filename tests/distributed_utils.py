@@ -1,0 +1,112 @@
+"""Run a test's function on several gloo ranks of this machine and collect what each returns."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import time
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from multiprocessing.connection import Connection, wait
+from typing import Any
+
+# A server process that has imported torch and megatron-core once; ranks are forked from it in no time.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+_context = multiprocessing.get_context("forkserver")
+_context.set_forkserver_preload(
+    [
+        "ebt_megatron.parallel.setup",
+        "megatron.core.dist_checkpointing.strategies.fully_parallel",
+        "megatron.core.optimizer",
+        "megatron.core.pipeline_parallel.schedules",
+    ]
+)
+
+
+class RankError(AssertionError):
+    """A rank raised, died or timed out; the message holds its traceback."""
+
+
+def _rank_main(
+    pipe: Connection, fn: Callable[..., Any], rank: int, world_size: int, port: int, env: dict, args: tuple
+) -> None:
+    os.environ.update(
+        env,
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(world_size),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+        TORCHELASTIC_USE_AGENT_STORE="True",  # the store is served by the parent, as torchrun's agent does
+    )
+    try:
+        import torch
+
+        torch.set_num_threads(1)
+        pipe.send((True, fn(*args)))
+    except BaseException:
+        pipe.send((False, traceback.format_exc()))
+    finally:
+        pipe.close()
+        # Leave at once: peers may be stuck in a collective with us, and there is nothing to tidy up.
+        os._exit(0)
+
+
+def run_ranks(
+    fn: Callable[..., Any], world_size: int, *args: Any, timeout: float = 120.0, env: dict | None = None
+) -> list[Any]:
+    """Call `fn(*args)` on `world_size` ranks; returns their results in rank order.
+
+    Each rank sees the variables torchrun would set, so `fn` starts with `setup.initialize`.
+
+    Args:
+        fn: a top-level function of an importable module; its results must pickle.
+        timeout: seconds for all ranks together; then they are killed.
+        env: more environment variables for the ranks.
+
+    Raises:
+        RankError: with the traceback of the first rank that failed.
+    """
+    import torch.distributed as dist
+
+    store = dist.TCPStore(
+        "127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=timeout)
+    )
+    pipes, processes = [], []
+    for rank in range(world_size):
+        receiver, sender = _context.Pipe(duplex=False)
+        process = _context.Process(
+            target=_rank_main,
+            args=(sender, fn, rank, world_size, store.port, env or {}, args),
+            name=f"rank {rank}",
+            daemon=True,
+        )
+        process.start()
+        sender.close()
+        pipes.append(receiver)
+        processes.append(process)
+    results: dict[int, Any] = {}
+    deadline = time.monotonic() + timeout
+    try:
+        while len(results) < world_size:
+            waiting = [p for r, p in enumerate(pipes) if r not in results]
+            ready = wait(waiting, timeout=max(0.0, deadline - time.monotonic()))
+            if not ready:
+                missing = [r for r in range(world_size) if r not in results]
+                raise RankError(f"ranks {missing} gave no answer within {timeout:g} s")
+            for pipe in ready:
+                rank = pipes.index(pipe)
+                try:
+                    ok, value = pipe.recv()
+                except EOFError:
+                    raise RankError(f"rank {rank} died without an answer") from None
+                if not ok:
+                    raise RankError(f"rank {rank} failed:\n{value}")
+                results[rank] = value
+    finally:
+        for process in processes:
+            if len(results) < world_size:
+                process.kill()
+            process.join()
+    return [results[rank] for rank in range(world_size)]
