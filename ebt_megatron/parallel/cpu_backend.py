@@ -30,7 +30,8 @@ _FACTORIES = (
 _MODULES = (
     "parallel_state", "timers", "utils", "distributed", "optimizer", "optimizer.clip_grads",
     "optimizer.distrib_optimizer", "optimizer.grad_scaler", "pipeline_parallel",
-    "pipeline_parallel.p2p_communication", "pipeline_parallel.schedules", "tensor_parallel", "tensor_parallel.random", "dist_checkpointing",
+    "pipeline_parallel.p2p_communication", "pipeline_parallel.schedules",
+    "tensor_parallel", "tensor_parallel.random", "dist_checkpointing",
     "dist_checkpointing.strategies.torch", "dist_checkpointing.strategies.fully_parallel",
     "models.common.embeddings.rotary_pos_embedding", "transformer", "transformer.attention",
     "transformer.dot_product_attention", "transformer.transformer_block", "transformer.transformer_layer",
