@@ -1,0 +1,162 @@
+"""The Energy-Based Transformer over sequences: E(context, prediction), one energy per position.
+
+The prediction at position t reads context positions <= t and itself, never another
+prediction, so E = sum_t E_t where E_t depends on prediction t alone, and the context
+stream never depends on any prediction.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from megatron.core.transformer import MegatronModule, TransformerConfig, build_module
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from ebt_megatron.config import Recipe
+from ebt_megatron.kernels import Kernels
+from ebt_megatron.model.layers import RMSNorm, Rotary, TransformerLayer, layer_spec, replicated
+
+KeyValues = Sequence[tuple[Tensor, Tensor]]
+
+
+class EnergyTransformer(MegatronModule):
+    """One pipeline stage of an EBT (the whole model when there is one stage).
+
+    Args:
+        config: Megatron's configuration.
+        recipe: the run.
+        kernels: how the hot operations run.
+        modality: the embeddings of context and prediction; used on the first stage only.
+        pre_process: this is the first stage (embeddings, the step size).
+        post_process: this is the last stage (final norm, energy head).
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        recipe: Recipe,
+        kernels: Kernels,
+        modality: nn.Module | None,
+        pre_process: bool = True,
+        post_process: bool = True,
+    ):
+        super().__init__(config)
+        model, thinking = recipe.model, recipe.thinking
+        self.pre_process, self.post_process = pre_process, post_process
+        self.conditioning = model.conditioning
+        self.recompute_layers = model.recompute_layers
+        self.num_landscapes = thinking.max_steps
+        self.modality = modality
+        width, dtype = config.hidden_size, config.params_dtype
+        adaptive = model.conditioning.startswith("adaln")
+        if adaptive or (pre_process and model.conditioning != "none"):
+            self.step_embedding = replicated(torch.empty(thinking.max_steps, width, dtype=dtype), config)
+            self.step_embedding.xavier_fans = (thinking.max_steps, width)  # type: ignore[attr-defined]
+            if adaptive:  # every stage reads it: Megatron sums the stages' gradients
+                self.step_embedding.pipeline_parallel = True  # type: ignore[attr-defined]
+                self.step_embedding.shared = not pre_process  # type: ignore[attr-defined]
+        if pre_process:
+            self.step_size = nn.Parameter(torch.tensor(thinking.step_size, dtype=torch.float32))
+            self.step_size.requires_grad_(thinking.learn_step_size)
+            self.step_size.lr_multiplier = thinking.step_size_lr_multiplier  # type: ignore[attr-defined]
+            self.step_size.no_weight_decay = True  # type: ignore[attr-defined]
+        assert config.num_layers
+        local_layers = config.num_layers // config.pipeline_model_parallel_size
+        self.layers = nn.ModuleList(
+            build_module(layer_spec(), config, model=model, kernels=kernels) for _ in range(local_layers)
+        )
+        if post_process:
+            self.final_norm = RMSNorm(config, kernels)
+            self.head = replicated(torch.empty(width, dtype=dtype), config)
+            self.head.xavier_fans = (width, 1)  # type: ignore[attr-defined]
+        assert config.kv_channels
+        self.rotary = Rotary(config.kv_channels, model.rotary_base)
+
+    @property
+    def context_sees_step(self) -> bool:
+        """Whether the context must be computed anew for each thinking step."""
+        return self.conditioning == "time_embed_sequence"
+
+    def landscape(self, step: int) -> int:
+        """Which energy landscape step `step` descends: its own, the last one beyond those trained."""
+        return min(step, self.num_landscapes - 1)
+
+    def _maybe_recompute(self, function: Any, *args: Any, **kwargs: Any) -> Any:
+        if self.recompute_layers and torch.is_grad_enabled():
+            return checkpoint(function, *args, use_reentrant=False, **kwargs)
+        return function(*args, **kwargs)
+
+    def context(
+        self, h: Tensor, length: int, segments: Tensor | None, step: int = 0
+    ) -> tuple[Tensor, KeyValues]:
+        """Run the context stream through this stage.
+
+        Args:
+            h: embedded context on the first stage, else the previous stage's output; [S(/TP), B, D].
+            length: S, the number of context positions (under sequence parallelism h holds a part).
+            segments: int32 [B, S] documents, or None.
+            step: matters only where `context_sees_step`.
+
+        Returns:
+            This stage's output, and the keys and values of each of its layers, [S, B, G/TP, H].
+        """
+        if self.context_sees_step:
+            if self.pre_process:
+                token = self.step_embedding[self.landscape(step)].expand(1, h.shape[1], -1)
+                h = torch.cat([token.to(h.dtype), h])
+            length += 1
+        rotations = self.rotary.table(length, 0, h)
+        key_values = []
+        for layer in self.layers:
+            h, k, v = self._maybe_recompute(layer.context, h, rotations, segments)
+            key_values.append((k, v))
+        return h, key_values
+
+    def predict(
+        self, h: Tensor, key_values: KeyValues, length: int, segments: Tensor | None, step: int, tangent: bool
+    ) -> Tensor:
+        """Run the prediction stream (and its tangent) through this stage.
+
+        Args:
+            h: embedded prediction on the first stage, else the previous stage's output;
+                [S(/TP), B, D], or [S(/TP), 2B, D] with tangent.
+            key_values: of this stage's layers, from `context`.
+            length, segments: as in `context`.
+            step: the thinking step, which selects the landscape.
+            tangent: whether a tangent is stacked behind the value.
+
+        Returns:
+            On the last stage energies [S(/TP), B] — with tangent, the energies' tangent —
+            else the hidden state for the next stage.
+        """
+        condition = None
+        if self.conditioning.startswith("adaln"):
+            condition = self.step_embedding[self.landscape(step)][None]
+        if self.context_sees_step:
+            # A dummy row keeps row t + 1 beside context position t + 1; its energy is dropped below.
+            if self.pre_process:
+                h = torch.cat([torch.zeros_like(h[:1]), h])
+            length += 1
+        elif self.pre_process and self.conditioning == "time_embed":
+            mark = self.step_embedding[self.landscape(step)].to(h.dtype)
+            if tangent:
+                value, direction = h.chunk(2, 1)
+                h = torch.cat([value + mark, direction], 1)
+            else:
+                h = h + mark
+        rotations = self.rotary.table(length, 1, h)
+        for layer, key_value in zip(self.layers, key_values, strict=True):
+            assert isinstance(layer, TransformerLayer)
+            h = self._maybe_recompute(layer.predict, h, key_value, rotations, tangent=tangent,
+                                      condition=condition, segments=segments)  # fmt: skip
+        if not self.post_process:
+            return h
+        n = self.final_norm(h, tangent)
+        if tangent:
+            n = n.chunk(2, 1)[1]
+        wide = torch.promote_types(n.dtype, torch.float32)
+        energy = n.to(wide) @ self.head.to(wide)
+        return energy[1:] if self.context_sees_step else energy

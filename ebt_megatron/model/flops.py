@@ -1,0 +1,89 @@
+"""Floating-point operations of a training step, counted from the sizes (one multiply-add is two).
+
+Unit of the design: C, one forward pass of the layers over the S tokens of a sample. A
+linear layer's backward pass is 2 C (gradients of input and of weight). With n steps:
+
+    Transformer++      3 C                    forward 1, backward 2
+    dual stream        3 C + n (2 + 6) C      propose: forward 1, input gradients 1;
+                                              learn: value and tangent, forward 2, backward 4
+    reuse              3 C + n (2 + 4) C      learn takes the values' activations and the tangents'
+                                              input gradients from propose
+    public code        12 n C                 context and prediction concatenated: forward 2,
+                                              backward to y 2, and twice that again backward through both
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ebt_megatron.config import Recipe
+
+
+@dataclass(frozen=True)
+class Cost:
+    """FLOPs per sample of each part.
+
+    Attributes:
+        layers: C, the linear layers and attention of one forward pass of S positions.
+        vocabulary: U, one product of S x D with D x V.
+    """
+
+    layers: float
+    vocabulary: float
+
+    def transformer(self) -> float:
+        """One training step of Transformer++: the output projection forward and backward is 3 U."""
+        return 3 * self.layers + 3 * self.vocabulary
+
+    def dual_stream(self, steps: int, learned_steps: int, reuse: bool = False) -> float:
+        """One training step of an EBT.
+
+        In units of U: embed the prediction 1, its gradient 1; learned: the tangent's
+        embedding 1, the embedding's gradients 2, and the gradient once more instead of storing it 1.
+        """
+        layers = 3 + 2 * steps + (4 if reuse else 6) * learned_steps
+        return layers * self.layers + (2 * steps + 4 * learned_steps) * self.vocabulary
+
+    def minimum(self, steps: int, learned_steps: int) -> float:
+        """The least a first-order method needs: reuse, and no vocabulary product computed twice."""
+        return (3 + 2 * steps + 4 * learned_steps) * self.layers + (
+            2 * steps + 3 * learned_steps
+        ) * self.vocabulary
+
+    def double_backward(self, steps: int) -> float:
+        """The public code's way; through the vocabulary forward 1, to y 1, and back through both 4."""
+        return 12 * steps * self.layers + 6 * steps * self.vocabulary
+
+
+def cost(recipe: Recipe, vocab_size: int) -> Cost:
+    """FLOPs of the recipe's parts for one sample.
+
+    Args:
+        recipe: a resolved recipe.
+        vocab_size: 0 for modalities without a vocabulary.
+    """
+    m, length = recipe.model, recipe.data.sequence_length
+    assert m.hidden_size and m.num_attention_heads and m.num_query_groups and m.ffn_hidden_size and m.num_layers
+    head = m.hidden_size // m.num_attention_heads
+    qkv = m.hidden_size * head * (m.num_attention_heads + 2 * m.num_query_groups)
+    gated = 3 if recipe.data.modality != "images" else 2
+    linear = qkv + m.hidden_size**2 + gated * m.hidden_size * m.ffn_hidden_size
+    visible = (length + 1) / 2 if recipe.data.modality != "images" else length
+    attention = 2 * m.hidden_size * visible  # scores and their product with the values
+    return Cost(2 * m.num_layers * length * (linear + attention), 2 * length * m.hidden_size * vocab_size)
+
+
+def training_flops(recipe: Recipe, vocab_size: int) -> float:
+    """FLOPs of one optimizer step over the global batch, for the recipe's engine and steps."""
+    per_sample = cost(recipe, vocab_size)
+    options = recipe.thinking
+    samples = recipe.training.global_batch_size
+    if recipe.model.architecture != "ebt":
+        return samples * per_sample.transformer()
+    if options.replay.enabled:
+        samples += (samples + 1) // 2
+    steps = (options.min_steps + options.max_steps) // 2
+    learned = steps if options.loss == "every" or options.gradient == "full" else 1
+    if options.engine == "double_backward":
+        return samples * per_sample.double_backward(steps)
+    return samples * per_sample.dual_stream(steps, learned, options.reuse)

@@ -1,0 +1,222 @@
+"""The Transformer layer that every stream goes through.
+
+One set of weights serves three streams, all sequence-first [S, B, D]:
+
+- the *context* stream, plain causal attention (it is also the whole of Transformer++);
+- the *prediction* stream, where position t attends to context positions <= t and to itself;
+- the *tangent* stream, the derivative of the prediction stream along a direction. It runs
+  stacked behind the prediction stream along the batch ([S, 2B, D]), so that each linear
+  layer sees both at once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer import MegatronModule, ModuleSpec, TransformerConfig, build_module
+from torch import Tensor, nn
+
+from ebt_megatron.config import ModelConfig
+from ebt_megatron.kernels import Kernels
+
+
+@dataclass
+class LayerSubmodules:
+    """Which linear layers a TransformerLayer is built from (Megatron's, or Transformer Engine's)."""
+
+    column_linear: type = ColumnParallelLinear
+    row_linear: type = RowParallelLinear
+
+
+def layer_spec() -> ModuleSpec:
+    """The layer with megatron-core's own parallel linear layers."""
+    return ModuleSpec(module=TransformerLayer, submodules=LayerSubmodules())
+
+
+class Rotary:
+    """Rotary position embedding on interleaved pairs (arXiv 2104.09864)."""
+
+    def __init__(self, head_size: int, base: float):
+        self.head_size, self.base = head_size, base
+        self._cache: dict[tuple, Tensor] = {}
+
+    def table(self, length: int, first: int, like: Tensor) -> Tensor:
+        """Complex rotations [length, head_size / 2] of positions first .. first + length - 1."""
+        real = torch.float64 if like.dtype == torch.float64 else torch.float32
+        key = (length, first, real, like.device)
+        if key not in self._cache:
+            exponent = torch.arange(0, self.head_size, 2, dtype=torch.float64) / self.head_size
+            position = torch.arange(first, first + length, dtype=torch.float64)
+            angle = torch.outer(position, self.base**-exponent).to(real)
+            self._cache[key] = torch.polar(torch.ones_like(angle), angle).to(like.device)
+        return self._cache[key]
+
+
+def rotate(x: Tensor, table: Tensor) -> Tensor:
+    """Rotate x [S, B, heads, head_size] by table [S, head_size / 2]; linear, so it serves tangents too."""
+    wide = x if x.dtype in (torch.float32, torch.float64) else x.float()
+    pairs = torch.view_as_complex(wide.unflatten(-1, (-1, 2)))
+    return torch.view_as_real(pairs * table[:, None, None]).flatten(-2).type_as(x)
+
+
+def replicated(tensor: Tensor, config: TransformerConfig) -> nn.Parameter:
+    """A parameter that every tensor-parallel rank holds whole.
+
+    Under sequence parallelism each rank sees its own positions only, so Megatron must sum
+    the gradient over the ranks; it looks for this attribute.
+    """
+    parameter = nn.Parameter(tensor)
+    parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+    return parameter
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square normalisation (arXiv 1910.07467) of one or two streams."""
+
+    def __init__(self, config: TransformerConfig, kernels: Kernels):
+        super().__init__()
+        self.weight = replicated(torch.ones(config.hidden_size, dtype=config.params_dtype), config)
+        self.epsilon, self.kernels = config.layernorm_epsilon, kernels
+
+    def forward(self, x: Tensor, tangent: bool = False) -> Tensor:
+        """x [S, B, D], or [S, 2B, D] with tangent; returns the same shape."""
+        return self.kernels.rms_norm(x, self.weight, self.epsilon, tangent=tangent)
+
+
+class Modulation(nn.Module):
+    """Adaptive normalisation (arXiv 2212.09748): a condition shifts, scales and gates a layer.
+
+    With `zero`, the layer starts as the identity (adaLN-zero) and gates its two branches.
+    """
+
+    def __init__(self, config: TransformerConfig, zero: bool):
+        super().__init__()
+        self.parts = 6 if zero else 4
+        width = config.hidden_size
+        shape = (self.parts * width, width)
+        self.weight = replicated(torch.empty(shape, dtype=config.params_dtype), config)
+        self.bias = replicated(torch.zeros(self.parts * width, dtype=config.params_dtype), config)
+        self.weight.xavier_fans = None if zero else (width, width)  # None: starts at zero
+
+    def forward(self, condition: Tensor) -> tuple[Tensor, ...]:
+        """condition [B, D] -> shift, scale (, gate) of the attention, then of the MLP, each [B, D]."""
+        out = nn.functional.linear(nn.functional.silu(condition), self.weight, self.bias)
+        parts = out.chunk(self.parts, -1)
+        return parts if self.parts == 6 else (*parts[:2], None, *parts[2:], None)
+
+
+def modulate(x: Tensor, shift: Tensor | None, scale: Tensor | None, tangent: bool) -> Tensor:
+    """x * (1 + scale) + shift; the tangent is scaled and not shifted."""
+    if shift is None or scale is None:
+        return x
+    if not tangent:
+        return x * (1 + scale) + shift
+    value, direction = x.chunk(2, 1)
+    return torch.cat([value * (1 + scale) + shift, direction * (1 + scale)], 1)
+
+
+def gated(x: Tensor, gate: Tensor | None, tangent: bool) -> Tensor:
+    """x * gate on one or two streams."""
+    if gate is None:
+        return x
+    return x * (torch.cat([gate, gate]) if tangent and gate.shape[0] > 1 else gate)
+
+
+class TransformerLayer(MegatronModule):
+    """RMSNorm, attention with rotary positions, RMSNorm, SwiGLU; no bias, no dropout."""
+
+    def __init__(
+        self, config: TransformerConfig, submodules: LayerSubmodules, model: ModelConfig, kernels: Kernels
+    ):
+        super().__init__(config)
+        assert config.num_query_groups and config.ffn_hidden_size and config.kv_channels
+        tensor = config.tensor_model_parallel_size
+        width, head = config.hidden_size, config.kv_channels
+        heads, groups, ffn = config.num_attention_heads, config.num_query_groups, config.ffn_hidden_size
+        self.kernels, self.head_size = kernels, head
+        self.local_groups = groups // tensor
+        self.ffn_block = ffn // heads  # gate and up rows alternate in blocks: whole blocks on each rank
+
+        def column(rows: int, fan_out: int) -> nn.Module:
+            spec = ModuleSpec(module=submodules.column_linear)
+            linear = build_module(spec, width, rows, config=config, init_method=config.init_method,
+                                  bias=False, gather_output=False)  # fmt: skip
+            linear.weight.xavier_fans = (width, fan_out)
+            return linear
+
+        def row(columns: int) -> nn.Module:
+            spec = ModuleSpec(module=submodules.row_linear)
+            linear = build_module(spec, columns, width, config=config, init_method=config.init_method,
+                                  bias=False, input_is_parallel=True, skip_bias_add=True)  # fmt: skip
+            linear.weight.xavier_fans = (columns, width)
+            return linear
+
+        self.norm1, self.norm2 = RMSNorm(config, kernels), RMSNorm(config, kernels)
+        # Rows by query group: its queries, its key, its value (Megatron's order).
+        self.qkv = column((heads + 2 * groups) * head, width)
+        self.proj = row(heads * head)
+        self.fc1 = column(2 * ffn, ffn)
+        self.fc2 = row(ffn)
+        self.modulation = None
+        if model.conditioning in ("adaln", "adaln_zero"):
+            self.modulation = Modulation(config, zero=model.conditioning == "adaln_zero")
+
+    def _heads(self, x: Tensor, rotations: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Normalised x [S(/TP), B, D] -> rotated q [S, B, N, H] and k, and v [S, B, G, H] of this rank."""
+        mixed, _ = self.qkv(x)
+        grouped = mixed.view(*mixed.shape[:2], self.local_groups, -1, self.head_size)
+        q, k, v = grouped[..., :-2, :].flatten(2, 3), grouped[..., -2, :], grouped[..., -1, :]
+        return rotate(q, rotations), rotate(k, rotations), v
+
+    def context(
+        self, h: Tensor, rotations: Tensor, segments: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The context stream.
+
+        Args:
+            h: [S(/TP), B, D].
+            rotations: of positions 0 .. S-1.
+            segments: int32 [B, S] document of each position, or None.
+
+        Returns:
+            The layer's output, and its rotated keys and values [S, B, G/TP, H].
+        """
+        q, k, v = self._heads(self.norm1(h), rotations)
+        h = h + self.proj(self.kernels.context_attention(q, k, v, segments=segments))[0]
+        hidden = self.kernels.swiglu(self.fc1(self.norm2(h))[0], self.ffn_block, tangent=False)
+        return h + self.fc2(hidden)[0], k, v
+
+    def predict(
+        self,
+        h: Tensor,
+        key_value: tuple[Tensor, Tensor],
+        rotations: Tensor,
+        *,
+        tangent: bool,
+        condition: Tensor | None = None,
+        segments: Tensor | None = None,
+    ) -> Tensor:
+        """The prediction stream, alone or with its tangent stacked behind it.
+
+        Args:
+            h: [S(/TP), B, D], or [S(/TP), 2B, D] with tangent.
+            key_value: the context stream's keys and values at this layer.
+            rotations: of positions 1 .. S: a prediction stands one after its last context position.
+            condition: [1, D] embedding of the step, for adaptive normalisation.
+            segments: as in `context`.
+
+        Returns:
+            The same shape as h.
+        """
+        shift1, scale1, gate1, shift2, scale2, gate2 = (
+            self.modulation(condition) if self.modulation is not None else (None,) * 6
+        )
+        n = modulate(self.norm1(h, tangent), shift1, scale1, tangent)
+        q, k, v = self._heads(n, rotations)
+        o = self.kernels.prediction_attention(q, k, v, *key_value, tangent=tangent, segments=segments)
+        h = h + gated(self.proj(o)[0], gate1, tangent)
+        n = modulate(self.norm2(h, tangent), shift2, scale2, tangent)
+        hidden = self.kernels.swiglu(self.fc1(n)[0], self.ffn_block, tangent=tangent)
+        return h + gated(self.fc2(hidden)[0], gate2, tangent)

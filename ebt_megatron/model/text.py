@@ -1,0 +1,351 @@
+"""Text: predictions are distributions over the vocabulary, held as logits.
+
+`TextModality` embeds tokens and predicted distributions; `TextPrediction` is the state of
+one micro-batch of predictions while it thinks. The logits y [S * B, V / TP] are the only
+tensor of vocabulary width; everything else is reduced on the fly by the vocabulary kernels.
+
+Notation: p = softmax(y), W the prediction embedding, G the energy's gradient at the
+embedded prediction x = p W, and
+
+    g  = dE/dy = p * (G W^T - <p, G W^T>),     <p, G W^T> = <x, G>
+    y' = y - alpha g,    p' = softmax(y'),    loss = -log p'[target]
+    lambda = dloss/dy' = p' - 1[target]
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from megatron.core.tensor_parallel import (
+    ColumnParallelLinear,
+    VocabParallelEmbedding,
+    vocab_parallel_cross_entropy,
+)
+from megatron.core.transformer import MegatronModule, TransformerConfig
+from torch import Tensor
+
+from ebt_megatron.config import ThinkingConfig
+from ebt_megatron.kernels import Kernels
+from ebt_megatron.parallel.collectives import TensorGroup, gradient_buffer
+
+
+def _embedding_table(config: TransformerConfig, vocab_size: int, padded_vocab_size: int, scatter: bool):
+    table = VocabParallelEmbedding(
+        padded_vocab_size, config.hidden_size, init_method=config.init_method,
+        reduce_scatter_embeddings=scatter, config=config,
+    )  # fmt: skip
+    table.weight.xavier_fans = (vocab_size, config.hidden_size)
+    return table
+
+
+class TokenEmbedding(MegatronModule):
+    """Observed tokens [B, S] -> hidden [S(/TP), B, D]."""
+
+    def __init__(self, config: TransformerConfig, vocab_size: int, padded_vocab_size: int):
+        super().__init__(config)
+        scatter = bool(config.sequence_parallel)
+        self.table = _embedding_table(config, vocab_size, padded_vocab_size, scatter)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """See the class."""
+        embedded = self.table(tokens)
+        return embedded if self.config.sequence_parallel else embedded.transpose(0, 1).contiguous()
+
+
+class TextOutput(MegatronModule):
+    """Transformer++'s output: hidden states -> next-token cross-entropy, vocabulary-parallel."""
+
+    def __init__(self, config: TransformerConfig, vocab_size: int, padded_vocab_size: int):
+        super().__init__(config)
+        self.vocab_size = vocab_size
+        self.projection = ColumnParallelLinear(
+            config.hidden_size, padded_vocab_size, config=config, init_method=config.init_method,
+            bias=False, gather_output=False,
+        )  # fmt: skip
+        self.projection.weight.xavier_fans = (config.hidden_size, vocab_size)
+
+    def logits(self, h: Tensor) -> Tensor:
+        """Hidden [S(/TP), B, D] -> logits [S, B, V / TP]; padded entries never win."""
+        logits, _ = self.projection(h)
+        local = logits.shape[-1]
+        valid = self.vocab_size - local * TensorGroup().rank
+        if valid < local:
+            padded = torch.arange(local, device=logits.device) >= valid
+            logits = logits.masked_fill(padded, torch.finfo(logits.dtype).min / 2)
+        return logits
+
+    def forward(self, h: Tensor, targets: Tensor) -> Tensor:
+        """Cross-entropy [S, B] of targets [B, S]."""
+        return vocab_parallel_cross_entropy(self.logits(h).float(), targets.t().contiguous())
+
+
+class TextModality(MegatronModule):
+    """The EBT's view of text: embeddings of observed tokens and of predicted distributions."""
+
+    def __init__(self, config: TransformerConfig, vocab_size: int, padded_vocab_size: int, kernels: Kernels):
+        super().__init__(config)
+        self.kernels = kernels
+        self.vocab_size = vocab_size
+        self.context = TokenEmbedding(config, vocab_size, padded_vocab_size)
+        # Never looked up by token: the vocabulary kernels multiply distributions with its weight.
+        self.prediction_embedding = _embedding_table(config, vocab_size, padded_vocab_size, scatter=False)
+
+    def prediction(
+        self,
+        targets: Tensor,
+        sample_ids: Tensor,
+        thinking: ThinkingConfig,
+        seed: int,
+        start: Tensor | None = None,
+    ) -> TextPrediction:
+        """The initial state of a micro-batch of predictions.
+
+        Args:
+            targets: [B, S] the next tokens.
+            sample_ids: [B] global sample indices, which fix the noise.
+            thinking: initial condition.
+            seed: the run's seed.
+            start: [S, B, V / TP] initial logits instead of noise where not NaN (replayed samples).
+        """
+        return TextPrediction(self, targets, sample_ids, thinking, seed, start)
+
+
+@dataclass
+class _Step:
+    """What a step's gradient is made of: enough to form y' from y again."""
+
+    lse: Tensor  # [T] log-sum-exp of y over the whole vocabulary
+    energy_grad: Tensor  # G [T, D]
+    centre: Tensor  # <x, G> [T]
+    alpha: Tensor  # [T]
+
+
+class TextPrediction:
+    """A micro-batch of predicted distributions (see the module's text for the notation).
+
+    The engine calls, for each step: `perturb`, `embed`, `refine`, then `tangent` and
+    `backward` if the step is learned from, then `advance`.
+    """
+
+    def __init__(
+        self,
+        modality: TextModality,
+        targets: Tensor,
+        sample_ids: Tensor,
+        thinking: ThinkingConfig,
+        seed: int,
+        start: Tensor | None,
+    ):
+        self.kernels, self.table = modality.kernels, modality.prediction_embedding.weight
+        self.group = TensorGroup(bool(modality.config.sequence_parallel))
+        self.batch, self.length = targets.shape
+        local = self.table.shape[0]
+        self.column_offset = local * self.group.rank
+        self.valid = min(max(modality.vocab_size - self.column_offset, 0), local)
+        self.sample_ids, self.seed, self.thinking = sample_ids, seed, thinking
+        target = targets.t().reshape(-1) - self.column_offset
+        self.target = torch.where((target >= 0) & (target < self.valid), target, -1)
+        self.start = start
+        self.y = self._initial()
+        self.history: list[tuple[_Step, Tensor]] = []
+        self._kept: Tensor | None = None
+
+    # --- the logits ---------------------------------------------------------------------
+
+    def _initial(self) -> Tensor:
+        dtype = torch.promote_types(self.table.dtype, torch.float32)
+        y = torch.zeros(self.length * self.batch, self.table.shape[0], dtype=dtype, device=self.table.device)
+        if self.thinking.initial == "noise":
+            self._add_noise(y, stream=0, std=self.thinking.initial_std)
+        if self.start is not None:
+            start = self.start.reshape_as(y).to(y)
+            y = torch.where(start.isnan(), y, start)
+        return y
+
+    def _add_noise(self, y: Tensor, stream: int, std: float) -> None:
+        positions = torch.arange(self.length, device=y.device)
+        keys = self.kernels.row_keys(self.sample_ids.to(y.device), positions, stream)
+        self.kernels.add_noise_(y, keys, self.column_offset, std, self.seed)
+
+    def add_langevin(self, y: Tensor, step: int) -> None:
+        """Add the Langevin noise of step `step` to logits y, in place."""
+        if self.thinking.langevin_noise > 0:
+            self._add_noise(y, stream=1 + step, std=self.thinking.langevin_noise)
+
+    def perturb(self, step: int) -> None:
+        """Langevin noise before step `step`."""
+        self.add_langevin(self.y, step)
+
+    @property
+    def logits(self) -> Tensor:
+        """The current logits [S, B, V / TP]."""
+        return self.y.view(self.length, self.batch, -1)
+
+    @property
+    def final(self) -> Tensor:
+        """The logits at the end of thinking, [S, B, V / TP], for the replay buffer."""
+        return self.logits if self._kept is None else self._kept.view(self.length, self.batch, -1)
+
+    # --- one step -----------------------------------------------------------------------
+
+    def embed(self) -> Tensor:
+        """Embed the current prediction: x = softmax(y) W, [S(/TP), B, D]."""
+        x, lse = self.kernels.vocab_embed(self.y, self.table.detach(), self.valid)
+        self.lse = self.group.log_sum_exp(lse)
+        x = x * (lse - self.lse).exp()[:, None]
+        self.x = self.group.to_hidden(self._hidden(x))
+        return self.embedded
+
+    @property
+    def embedded(self) -> Tensor:
+        """What `embed` returned last."""
+        return self.x.to(self.table.dtype)
+
+    def _hidden(self, flat: Tensor) -> Tensor:
+        return flat.view(self.length, self.batch, -1)
+
+    def _flat(self, hidden: Tensor) -> Tensor:
+        return self.group.from_hidden(hidden).flatten(0, 1).to(self.y.dtype)
+
+    def refine(self, energy_grad: Tensor, alpha: Tensor) -> Tensor:
+        """Form the next prediction, without storing it.
+
+        Args:
+            energy_grad: G = dE/dx, [S(/TP), B, D].
+            alpha: step size per position, [S, B].
+
+        Returns:
+            The cross-entropy of the next prediction per position, [S, B].
+        """
+        centre = self.group.from_hidden((self.x * energy_grad).sum(-1)).flatten()
+        self.step = _Step(self.lse, self._flat(energy_grad), centre, alpha.flatten().to(self.y.dtype))
+        s, kernels = self.step, self.kernels
+        stats = kernels.vocab_refine(self.y, s.lse, self.table.detach(), self.valid, s.energy_grad,
+                                     s.centre, s.alpha, self.target)  # fmt: skip
+        self.lse_next = self.group.log_sum_exp(stats.lse_next)
+        part = (stats.lse_next - self.lse_next).exp()
+        sums = torch.stack([stats.target_logit, stats.p_target, stats.g_target,
+                            stats.s1 * part, stats.s2 * part**2, stats.sg * part])  # fmt: skip
+        target_logit, p_target, g_target, s1, s2, sg = self.group.sum(sums)
+        present = self.target >= 0
+        at_target = torch.where(present, stats.p_target, 0)[:, None] * self.table.detach()[self.target.clamp_min(0)]
+        self._px = stats.px * part[:, None] - at_target
+        loss = self.lse_next - target_logit
+        p_next = (-loss).exp()
+        # |p' - 1[target]|^2 cancels as p' sharpens; any positive stand-in is exact (see `tangent`).
+        self._norm = (s2 - 2 * p_next + 1).clamp_min((1 - p_next).square().clamp_min(1e-12)).sqrt()
+        self._mean = s1 - p_target  # <p, lambda>
+        self._slope = sg - g_target  # <lambda, g>
+        return loss.view(self.length, self.batch)
+
+    def slope(self) -> Tensor:
+        """<dloss/dy', g> per position [S, B]: minus the loss's derivative by the step size."""
+        return self._slope.view(self.length, self.batch)
+
+    def tangent(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """The direction to learn along: the loss's gradient, scaled to unit norm per position.
+
+        Scaling costs nothing, because the energy's tangent is linear in its direction; it
+        keeps low precision from losing the small gradients of a confident prediction.
+
+        Args:
+            weight: [S, B] of each position's loss.
+
+        Returns:
+            The tangent's embedding [S(/TP), B, D], and the norms [S, B] taken out of it
+            (which include `weight`).
+        """
+        numerator = self.group.to_hidden(self._hidden(self._px))
+        mean = self.group.own_positions(self._mean.view(self.length, self.batch))
+        norm = self._norm.view(self.length, self.batch)
+        self._scale, self._scaled_mean = 1 / self._norm, self._mean / self._norm
+        xt = (numerator - mean[..., None] * self.x) / self.group.own_positions(norm)[..., None]
+        return xt.to(self.table.dtype), norm * weight
+
+    def backward(self, x_grad: Tensor, xt_grad: Tensor) -> None:
+        """Take gradients at the embedded value and tangent [S(/TP), B, D] to the embedding; then advance."""
+        s = self.step
+        self.kernels.vocab_backward(
+            self.y, s.lse, self.table.detach(), self.valid, s.energy_grad, s.centre, s.alpha, self.target,
+            self.lse_next, self._scale, self._scaled_mean, self._flat(x_grad), self._flat(xt_grad),
+            gradient_buffer(self.table), update=True,
+        )  # fmt: skip
+
+    def advance(self) -> None:
+        """Replace the prediction by the next one."""
+        s = self.step
+        self.kernels.vocab_update(self.y, s.lse, self.table.detach(), self.valid, s.energy_grad, s.centre, s.alpha)
+
+    # --- training through several steps -----------------------------------------------------
+    # The adjoint lambda_i = dL/dy_i is then a full tensor. The predictions themselves are
+    # recomputed from their seed and each step's [T, D] gradient, so memory does not grow
+    # with the number of steps.
+
+    def remember(self) -> None:
+        """Keep what is needed to come back before this step."""
+        self.history.append((self.step, self.lse_next))
+
+    def begin_adjoint(self) -> None:
+        """Start the way back, after the last `advance`."""
+        if self.thinking.replay.enabled:
+            self._kept = self.y.clone()
+        self.adjoint = torch.zeros_like(self.y)
+
+    def add_loss_gradient(self, step: int, weight: Tensor) -> None:
+        """adjoint += weight * dloss/dy at the prediction after step `step`; weight [S, B]."""
+        self.kernels.vocab_adjoint(self.y, self.history[step][1], self.target, weight.flatten().to(self.y.dtype),
+                                   self.valid, self.adjoint)  # fmt: skip
+
+    def rewind(self, step: int) -> None:
+        """Recompute the prediction as it was before step `step`, with that step's noise."""
+        self.y = self._initial()
+        for i, (s, _) in enumerate(self.history[:step]):
+            self.add_langevin(self.y, i)
+            self.kernels.vocab_update(self.y, s.lse, self.table.detach(), self.valid, s.energy_grad,
+                                      s.centre, s.alpha)  # fmt: skip
+        self.add_langevin(self.y, step)
+        self.step = self.history[step][0]
+
+    def unperturb(self, step: int) -> None:
+        """Take the noise of `rewind(step)` away again."""
+        if self.thinking.langevin_noise > 0:
+            self._add_noise(self.y, stream=1 + step, std=-self.thinking.langevin_noise)
+
+    def adjoint_slope(self) -> Tensor:
+        """<adjoint, g> of the rewound step, [S, B]."""
+        s = self.step
+        slope = self.kernels.vocab_dot_step(self.y, s.lse, self.table.detach(), self.valid, s.energy_grad,
+                                            s.centre, self.adjoint)  # fmt: skip
+        return self.group.sum(slope).view(self.length, self.batch)
+
+    def adjoint_tangent(self) -> tuple[Tensor, Tensor]:
+        """As `tangent`, along the adjoint; call after `rewind` and `embed`."""
+        mean, norm2, plx = self.kernels.vocab_tangent(self.y, self.lse, self.table.detach(), self.valid, self.adjoint)
+        mean, norm2 = self.group.sum(torch.stack([mean, norm2]))
+        norm = norm2.sqrt().clamp_min(1e-30)
+        self._scale, self._scaled_mean = 1 / norm, mean / norm
+        own = self.group.own_positions
+        numerator = self.group.to_hidden(self._hidden(plx))
+        shape = (self.length, self.batch, 1)
+        self.xt = (numerator - own(mean.view(shape)) * self.x) / own(norm.view(shape))
+        return self.xt.to(self.table.dtype), norm.view(self.length, self.batch)
+
+    def adjoint_backward(self, x_grad: Tensor, xt_grad: Tensor, carry: bool) -> None:
+        """As `backward`, without advancing; with `carry`, adjoint += the gradients at the prediction."""
+        self.kernels.vocab_dense_backward(
+            self.y, self.lse, self.table.detach(), self.valid, self.adjoint, self._scale, self._scaled_mean,
+            self._flat(self.x), self._flat(self.xt), self._flat(x_grad), self._flat(xt_grad),
+            gradient_buffer(self.table), carry=carry,
+        )  # fmt: skip
+
+    # --- plain torch, for the double-backward reference (one process) ------------------------
+
+    def plain_embed(self, y: Tensor) -> Tensor:
+        """As `embed`, of logits y [T, V], differentiable twice."""
+        return self._hidden(y[:, : self.valid].softmax(-1) @ self.table[: self.valid])
+
+    def plain_loss(self, y: Tensor) -> Tensor:
+        """Cross-entropy of logits y [T, V], [S, B]."""
+        loss = torch.nn.functional.cross_entropy(y[:, : self.valid], self.target, reduction="none")
+        return loss.view(self.length, self.batch)

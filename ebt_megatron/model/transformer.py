@@ -1,0 +1,81 @@
+"""Transformer++: the feed-forward baseline, made of the EBT's own layers.
+
+It is exactly the context stream of an EBT (RMSNorm, SwiGLU, rotary positions, no bias)
+with a vocabulary output, so that a comparison differs in the objective and nothing else.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from megatron.core.transformer import MegatronModule, TransformerConfig, build_module
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from ebt_megatron.config import Recipe
+from ebt_megatron.kernels import Kernels
+from ebt_megatron.model.layers import RMSNorm, Rotary, layer_spec
+
+
+class TransformerLM(MegatronModule):
+    """One pipeline stage of Transformer++.
+
+    Args:
+        config, recipe, kernels, pre_process, post_process: as EnergyTransformer.
+        embedding: observed samples -> hidden states (first stage); e.g. TokenEmbedding.
+        output: hidden states -> loss per position (last stage); e.g. TextOutput.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        recipe: Recipe,
+        kernels: Kernels,
+        embedding: nn.Module | None,
+        output: nn.Module | None,
+        pre_process: bool = True,
+        post_process: bool = True,
+    ):
+        super().__init__(config)
+        self.pre_process, self.post_process = pre_process, post_process
+        self.embedding, self.output = embedding, output
+        self.recompute_layers = recipe.model.recompute_layers
+        assert config.num_layers and config.kv_channels
+        local_layers = config.num_layers // config.pipeline_model_parallel_size
+        self.layers = nn.ModuleList(
+            build_module(layer_spec(), config, model=recipe.model, kernels=kernels)
+            for _ in range(local_layers)
+        )
+        if post_process:
+            self.final_norm = RMSNorm(config, kernels)
+        self.rotary = Rotary(config.kv_channels, recipe.model.rotary_base)
+        self.input_tensor: Tensor | None = None
+
+    def set_input_tensor(self, tensors: Any) -> None:
+        """Megatron's schedules hand the previous stage's output over this way."""
+        self.input_tensor = tensors[0] if isinstance(tensors, list) else tensors
+
+    def hidden(self, h: Tensor, length: int, segments: Tensor | None) -> Tensor:
+        """Run this stage: [S(/TP), B, D] -> the same, normalised on the last stage."""
+        rotations = self.rotary.table(length, 0, h)
+        for layer in self.layers:
+            if self.recompute_layers and torch.is_grad_enabled():
+                h = checkpoint(layer.context, h, rotations, segments, use_reentrant=False)[0]
+            else:
+                h = layer.context(h, rotations, segments)[0]
+        return self.final_norm(h) if self.post_process else h
+
+    def forward(self, observed: Tensor, targets: Tensor, segments: Tensor | None = None) -> Tensor:
+        """Observed samples [B, S, ...] -> per-position loss [S, B] (last stage) or hidden states."""
+        if self.pre_process:
+            assert self.embedding is not None
+            h = self.embedding(observed)
+        else:
+            assert self.input_tensor is not None
+            h = self.input_tensor
+        h = self.hidden(h, observed.shape[1], segments)
+        if not self.post_process:
+            return h
+        assert self.output is not None
+        return self.output(h, targets)

@@ -1,0 +1,94 @@
+"""The replay buffer: earlier samples start again from the prediction they ended with.
+
+Training then meets predictions that have been thought about for longer than one training
+step allows. One replay slot belongs to each pair of neighbouring samples of the global
+batch, so there is one replayed sample for every two fresh ones, and what is replayed does
+not depend on how the batch is split over ranks and micro-batches.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ebt_megatron.parallel.randomness import stable_seed
+
+# A replayed sample draws new noise each time: its index moves to a range of its own.
+_REUSE = 1 << 40
+
+
+@dataclass
+class Entry:
+    """One kept sample: what was observed, what to predict, and the last prediction."""
+
+    sample_id: int
+    uses: int
+    observed: Tensor
+    targets: Tensor
+    prediction: Tensor  # [S, ...], of this tensor-parallel rank
+
+
+class ReplayBuffer:
+    """First-in, first-out buffers, one for each replay slot of this rank.
+
+    Args:
+        capacity: entries kept per slot.
+        seed: of the choice among them.
+    """
+
+    def __init__(self, capacity: int, seed: int):
+        self.capacity, self.seed = capacity, seed
+        self.slots: dict[int, deque[Entry]] = {}
+
+    @staticmethod
+    def slot_of(batch_slot: int) -> int | None:
+        """The replay slot that a sample of the global batch feeds and draws from; every second has one."""
+        return batch_slot // 2 if batch_slot % 2 == 0 else None
+
+    def draw(self, slot: int, iteration: int) -> Entry | None:
+        """An entry of `slot` to replay in this iteration; the same for every layout."""
+        entries = self.slots.get(slot)
+        if not entries:
+            return None
+        return entries[stable_seed(self.seed, "replay", slot, iteration) % len(entries)]
+
+    @staticmethod
+    def replay_id(entry: Entry) -> int:
+        """The sample index that fixes the noise of this use of an entry."""
+        return entry.sample_id + _REUSE * (entry.uses + 1)
+
+    def update(self, entry: Entry, prediction: Tensor) -> None:
+        """Keep a replayed entry's new prediction."""
+        entry.uses += 1
+        entry.prediction = prediction.clone()
+
+    def add(self, slot: int, sample_id: int, observed: Tensor, targets: Tensor, prediction: Tensor) -> None:
+        """Keep a fresh sample and the prediction it ended with; the oldest of a full slot goes."""
+        entries = self.slots.setdefault(slot, deque(maxlen=self.capacity))
+        entries.append(Entry(sample_id, 0, observed.clone(), targets.clone(), prediction.clone()))
+
+    def state_dict(self) -> dict[str, Any]:
+        """This rank's entries by slot, as plain tensors and integers."""
+        return {
+            str(slot): [vars(entry).copy() for entry in entries] for slot, entries in sorted(self.slots.items())
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Replace the content by what `state_dict` gave."""
+        self.slots = {
+            int(slot): deque((Entry(**entry) for entry in entries), maxlen=self.capacity)
+            for slot, entries in state.items()
+        }
+
+
+def stack_start(fresh: int, entries: list[Entry]) -> Tensor | None:
+    """Starting predictions [S, fresh + replayed, ...]: NaN (draw noise) for the fresh ones."""
+    if not entries:
+        return None
+    replayed = torch.stack([e.prediction for e in entries], 1)
+    blank = torch.full((replayed.shape[0], fresh, *replayed.shape[2:]), torch.nan, dtype=replayed.dtype)
+    return torch.cat([blank.to(replayed.device), replayed], 1)

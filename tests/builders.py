@@ -1,0 +1,93 @@
+"""Small models and batches for tests, in any precision, without shards or process launchers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ebt_megatron.config import Recipe, load_recipe
+from ebt_megatron.model.build import SampleShape, build_model
+from ebt_megatron.parallel.setup import initialize
+from ebt_megatron.thinking.dual_stream import Context, Plan, Thinker, Thought, step_sizes
+
+VOCAB = 61
+
+
+def small_recipe(*overrides: str) -> Recipe:
+    """Two layers, four heads of eight, grouped queries, a vocabulary that needs padding."""
+    return load_recipe(None, [
+        "model.num_layers=2", "model.hidden_size=32", "model.num_attention_heads=4", "model.num_query_groups=2",
+        "model.vocab_multiple=16", "optimizer.lr=1e-3", "thinking.step_size=5", "thinking.max_steps=3",
+        "data.sequence_length=10", "training.global_batch_size=2", "training.micro_batch_size=2",
+        "model.kernels=reference", *overrides,
+    ])  # fmt: skip
+
+
+@dataclass
+class Batch:
+    observed: Tensor
+    targets: Tensor
+    sample_ids: Tensor
+    segments: Tensor | None = None
+
+
+def text_batch(batch: int = 2, length: int = 10, documents: bool = False) -> Batch:
+    generator = torch.Generator().manual_seed(3)
+    tokens = torch.randint(VOCAB, (batch, length + 1), generator=generator)
+    segments = None
+    if documents:
+        segments = torch.randint(2, (batch, length), generator=generator).cumsum(1).int()
+    return Batch(tokens[:, :-1], tokens[:, 1:], torch.arange(batch) + 5, segments)
+
+
+def build(recipe: Recipe, dtype: torch.dtype = torch.float64):
+    """A single-process model whose norms and adaLN are away from their special initial values."""
+    initialize(recipe.parallel, recipe.training.seed)
+    model = build_model(recipe, SampleShape(vocab_size=VOCAB)).to(dtype)
+    generator = torch.Generator().manual_seed(11)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim():
+                noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+                parameter.add_(0.3 * noise / max(parameter.shape[-1], 1) ** 0.5)
+    return model
+
+
+def new_thinker(model, recipe: Recipe, batch: Batch, random: bool = True) -> Thinker:
+    """A micro-batch ready to think with the dual-stream engine."""
+    length = batch.observed.shape[1]
+    context = Context(model, lambda: model.modality.context(batch.observed), length, batch.segments, learn=True)
+    prediction = model.modality.prediction(batch.targets, batch.sample_ids, recipe.thinking, recipe.training.seed)
+    sizes = step_sizes(model.step_size, recipe.thinking, batch.sample_ids, length, recipe.training.seed, random)
+    return Thinker(model, context, prediction, *sizes)
+
+
+def position_weight(batch: Batch, dtype: torch.dtype = torch.float64) -> Tensor:
+    """Uneven weights [S, B], so that a weight applied wrongly shows."""
+    shape = batch.observed.shape[1], batch.observed.shape[0]
+    weight = 1 + torch.arange(shape[0] * shape[1], dtype=dtype).view(shape) / 7
+    return weight / weight.sum()
+
+
+def dual_stream(model, recipe: Recipe, batch: Batch, plan: Plan) -> Thought:
+    return new_thinker(model, recipe, batch).train(plan, position_weight(batch, model.head.dtype))
+
+
+def double_backward(model, recipe: Recipe, batch: Batch, plan: Plan) -> Thought:
+    from ebt_megatron.thinking import double_backward as engine
+
+    thinker = new_thinker(model, recipe, batch)
+    return engine.train(
+        model, model.modality.context(batch.observed), thinker.prediction, batch.segments, thinker.alpha,
+        thinker.alpha_slope, plan, position_weight(batch, model.head.dtype),
+    )  # fmt: skip
+
+
+def gradients(model) -> dict[str, Tensor]:
+    return {n: torch.zeros_like(p) if p.grad is None else p.grad.clone() for n, p in model.named_parameters()}
+
+
+def relative_error(ours: Tensor, reference: Tensor) -> float:
+    return ((ours - reference).norm() / reference.norm().clamp_min(1e-30)).item()
