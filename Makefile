@@ -1,0 +1,56 @@
+# Two commands do everything on a CPU machine: `make quickstart` and `make test`.
+PYTHON ?= python3
+VENV   ?= .venv
+BIN     = $(VENV)/bin
+RUN     = OMP_NUM_THREADS=1 $(BIN)/python
+# The CPU build where the package index has one; on a GPU machine: make TORCH="torch" ...
+TORCH  ?= torch==2.13.0
+
+.DEFAULT_GOAL := help
+.PHONY: help install quickstart test test-slow test-gpu lint format bench bench-data validate-gpu clean
+
+help:            ## show this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 16
+
+install: $(VENV)/.installed  ## make .venv and install everything
+
+$(VENV)/.installed: setup.py
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade "pip>=23" "setuptools<81" wheel
+	$(BIN)/python -m pip install --quiet "$(TORCH)"
+	$(BIN)/python -m pip install --quiet -e ".[dev,mpi]"
+	touch $@
+
+quickstart: install  ## prepare real text, pretrain an EBT and a Transformer++, evaluate, write a report
+	$(BIN)/python -m tools.quickstart
+
+test: install    ## the test suite (CPU, under 12 minutes on 2 cores)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests
+
+test-slow: install  ## the tests that take minutes
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -m slow
+
+test-gpu: install   ## the tests that need a CUDA device
+	$(BIN)/python -m pytest tests -m gpu
+
+lint: install    ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: install  ## reformat
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: install   ## training-step time and memory: dual stream, double backward, Transformer++
+	$(BIN)/python -m tools.bench
+
+bench-data: install  ## loader and preparation throughput against webdataset (and energon if installed)
+	$(BIN)/python -m tools.bench_data
+
+validate-gpu: install  ## kernel correctness against float64, then benchmarks, on one GPU
+	$(BIN)/python -m tools.gpu_validate
+
+clean:           ## remove what the commands above made (not the shards and runs)
+	rm -rf build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis $(VENV)
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
