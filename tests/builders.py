@@ -10,7 +10,7 @@ from torch import Tensor
 from ebt_megatron.config import Recipe, load_recipe
 from ebt_megatron.model.build import SampleShape, build_model
 from ebt_megatron.parallel.setup import initialize
-from ebt_megatron.thinking.dual_stream import Context, Plan, Thinker, Thought, step_sizes
+from ebt_megatron.thinking.dual_stream import Context, Descent, Plan, Thinker, Thought, step_sizes
 
 VOCAB = 61
 
@@ -55,13 +55,18 @@ def build(recipe: Recipe, dtype: torch.dtype = torch.float64):
     return model
 
 
-def new_thinker(model, recipe: Recipe, batch: Batch, random: bool = True) -> Thinker:
+def new_descent(model, recipe: Recipe, batch: Batch, plan: Plan | None = None) -> Descent:
+    seed, length = recipe.training.seed, batch.observed.shape[1]
+    prediction = model.modality.prediction(batch.targets, batch.sample_ids, recipe.thinking, seed)
+    sizes = step_sizes(model.step_size, recipe.thinking, batch.sample_ids, length, seed, random=True)
+    return Descent(prediction, model.step_size, *sizes, plan, position_weight(batch, model.head.dtype))
+
+
+def new_thinker(model, recipe: Recipe, batch: Batch, plan: Plan | None = None) -> Thinker:
     """A micro-batch ready to think with the dual-stream engine."""
     length = batch.observed.shape[1]
-    context = Context(model, lambda: model.modality.context(batch.observed), length, batch.segments, learn=True)
-    prediction = model.modality.prediction(batch.targets, batch.sample_ids, recipe.thinking, recipe.training.seed)
-    sizes = step_sizes(model.step_size, recipe.thinking, batch.sample_ids, length, recipe.training.seed, random)
-    return Thinker(model, context, prediction, *sizes)
+    context = Context(model, lambda: model.modality.context(batch.observed), length, batch.segments, plan is not None)
+    return Thinker(model, context, new_descent(model, recipe, batch, plan))
 
 
 def position_weight(batch: Batch, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -72,17 +77,14 @@ def position_weight(batch: Batch, dtype: torch.dtype = torch.float64) -> Tensor:
 
 
 def dual_stream(model, recipe: Recipe, batch: Batch, plan: Plan) -> Thought:
-    return new_thinker(model, recipe, batch).train(plan, position_weight(batch, model.head.dtype))
+    return new_thinker(model, recipe, batch, plan).train()
 
 
 def double_backward(model, recipe: Recipe, batch: Batch, plan: Plan) -> Thought:
     from ebt_megatron.thinking import double_backward as engine
 
-    thinker = new_thinker(model, recipe, batch)
-    return engine.train(
-        model, model.modality.context(batch.observed), thinker.prediction, batch.segments, thinker.alpha,
-        thinker.alpha_slope, plan, position_weight(batch, model.head.dtype),
-    )  # fmt: skip
+    context = model.modality.context(batch.observed)
+    return engine.train(model, context, batch.segments, new_descent(model, recipe, batch, plan))
 
 
 def gradients(model) -> dict[str, Tensor]:

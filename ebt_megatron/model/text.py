@@ -331,12 +331,12 @@ class TextPrediction:
         self.xt = (numerator - own(mean.view(shape)) * self.x) / own(norm.view(shape))
         return self.xt.to(self.table.dtype), norm.view(self.length, self.batch)
 
-    def adjoint_backward(self, x_grad: Tensor, xt_grad: Tensor, carry: bool) -> None:
-        """As `backward`, without advancing; with `carry`, adjoint += the gradients at the prediction."""
+    def adjoint_backward(self, x_grad: Tensor, xt_grad: Tensor) -> None:
+        """As `backward`, without advancing; and adjoint += the gradients at the prediction."""
         self.kernels.vocab_dense_backward(
             self.y, self.lse, self.table.detach(), self.valid, self.adjoint, self._scale, self._scaled_mean,
             self._flat(self.x), self._flat(self.xt), self._flat(x_grad), self._flat(xt_grad),
-            gradient_buffer(self.table), carry=carry,
+            gradient_buffer(self.table),
         )  # fmt: skip
 
     # --- plain torch, for the double-backward reference (one process) ------------------------

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ebt_megatron.model.layers import rotate
-from ebt_megatron.thinking.dual_stream import Plan, Thought
+from ebt_megatron.thinking.dual_stream import Descent, Thought
 
 
 def _rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
@@ -85,25 +85,20 @@ def joint_energy(model: Any, context: Tensor, x: Tensor, segments: Tensor | None
     return _rms_norm(h[length:], model.final_norm.weight, epsilon) @ model.head
 
 
-def train(
-    model: Any,
-    context: Tensor,
-    prediction: Any,
-    segments: Tensor | None,
-    alpha: Tensor,
-    alpha_slope: Tensor,
-    plan: Plan,
-    weight: Tensor,
-) -> Thought:
+def train(model: Any, context: Tensor, segments: Tensor | None, descent: Descent) -> Thought:
     """Same meaning as Thinker.train: adds gradients to the parameters, returns losses and energies.
 
     Args:
+        model: an EnergyTransformer.
         context: embedded context [S, B, D], differentiable.
-        prediction: with plain_embed and plain_loss; its y is the start.
-        alpha, alpha_slope: [S, B] step sizes and their derivative by model.step_size.
+        segments: int32 [B, S] documents, or None.
+        descent: its prediction (with plain_embed and plain_loss; its y is the start), step sizes,
+            plan and weights; nothing else of it is used.
     """
+    prediction, plan, weight = descent.prediction, descent.plan, descent.weight
+    assert plan is not None and weight is not None
     # alpha as a differentiable function of the scalar that is learned
-    alpha = alpha + alpha_slope * (model.step_size - model.step_size.detach())
+    alpha = descent.alpha + descent.alpha_slope * (model.step_size - model.step_size.detach())
     losses, energies, total = [], [], torch.zeros((), dtype=alpha.dtype)
     y = prediction.y
     for step, step_weight in enumerate(plan.step_weights):

@@ -57,7 +57,7 @@ class Prediction(Protocol):
     def unperturb(self, step: int) -> None: ...  # noqa: D102
     def adjoint_slope(self) -> Tensor: ...  # noqa: D102
     def adjoint_tangent(self) -> tuple[Tensor, Tensor]: ...  # noqa: D102
-    def adjoint_backward(self, x_grad: Tensor, xt_grad: Tensor, carry: bool) -> None: ...  # noqa: D102
+    def adjoint_backward(self, x_grad: Tensor, xt_grad: Tensor) -> None: ...  # noqa: D102
 
 
 @dataclass(frozen=True)
@@ -77,6 +77,13 @@ class Plan:
     def steps(self) -> int:
         """The number of thinking steps."""
         return len(self.step_weights)
+
+    @property
+    def learned(self) -> tuple[int, ...]:
+        """The steps whose energy is learned from, in the order they are."""
+        if self.gradient == "detached":
+            return tuple(i for i, weight in enumerate(self.step_weights) if weight)
+        return tuple(reversed(range(self.steps))) if self.gradient == "full" else (self.steps - 1,)
 
     @classmethod
     def of(cls, options: ThinkingConfig, steps: int) -> Plan:
@@ -177,14 +184,112 @@ class Context:
         self.outputs, self.leaves, self.step = [], [], None
 
 
-class Thinker:
-    """Thinks, and learns, on one micro-batch.
+class Descent:
+    """The prediction's side of thinking: what goes into each pass of the energy, and what is made of its gradients.
 
     Args:
-        model: an EnergyTransformer that is the whole model (one pipeline stage).
-        context: its context stream.
         prediction: the state to improve.
-        alpha, alpha_slope: step size per position [S, B] and its derivative by model.step_size.
+        step_size: the learned scalar; its gradient is added up here.
+        alpha, alpha_slope: step size per position [S, B] and its derivative by `step_size`.
+        plan, weight: for training: what to learn from, and each position's weight [S, B] in the
+            loss (usually 1 / the number of positions in the global batch).
+    """
+
+    def __init__(
+        self,
+        prediction: Prediction,
+        step_size: nn.Parameter,
+        alpha: Tensor,
+        alpha_slope: Tensor,
+        plan: Plan | None = None,
+        weight: Tensor | None = None,
+    ):
+        self.prediction, self.step_size = prediction, step_size
+        self.alpha, self.alpha_slope = alpha, alpha_slope
+        self.plan, self.weight = plan, weight
+        self.losses: list[Tensor] = []
+        self._adjoint_step: int | None = None  # on the way back: the last step whose adjoint is known
+
+    @property
+    def _through(self) -> bool:
+        return self.plan is not None and self.plan.gradient != "detached"
+
+    def propose_input(self, step: int) -> Tensor:
+        """The embedded prediction [S(/TP), B, D] whose energy to descend."""
+        self.prediction.perturb(step)
+        return self.prediction.embed()
+
+    def propose_output(self, step: int, energy_grad: Tensor) -> None:
+        """Take the energy's gradient at that input, and form the next prediction."""
+        self.losses.append(self.prediction.refine(energy_grad, self.alpha))
+        if self._through:
+            self.prediction.remember()
+        if self._through or self.plan is None or step not in self.plan.learned:
+            self.prediction.advance()
+
+    def learn_input(self, step: int) -> tuple[Tensor, Tensor]:
+        """What to differentiate: the weighted sum of energies' tangents.
+
+        Returns:
+            Value and unit tangent, stacked [S(/TP), 2B, D], and each position's weight [S, B]:
+            -alpha times the length of lambda that the tangent was divided by.
+        """
+        assert self.plan is not None and self.weight is not None
+        if self._through:
+            self._go_back(step)
+            x = self.prediction.embed()
+            xt, norm = self.prediction.adjoint_tangent()
+        else:
+            weight = self.plan.step_weights[step] * self.weight
+            self._add_step_size_gradient(self.prediction.slope() * weight)
+            x = self.prediction.embedded
+            xt, norm = self.prediction.tangent(weight)
+        return torch.cat([x, xt], 1).detach(), -self.alpha * norm
+
+    def learn_output(self, step: int, streams_grad: Tensor) -> None:
+        """Take the gradient at the stacked input to the embedding and, in training through steps, to y."""
+        assert self.plan is not None
+        x_grad, xt_grad = streams_grad.chunk(2, 1)
+        if self._through:
+            self.prediction.adjoint_backward(x_grad, xt_grad)
+            self.prediction.unperturb(step)
+        else:
+            self.prediction.backward(x_grad, xt_grad)  # also advances
+
+    def finish(self) -> None:
+        """Let the step size see the steps that nothing else is learned from."""
+        if self._through and self.step_size.requires_grad:
+            self._go_back(0)
+
+    def _go_back(self, step: int) -> None:
+        """Carry the adjoint dL/dy back to just after `step`, and return to the prediction before it."""
+        assert self.plan is not None and self.weight is not None
+        if self._adjoint_step is None:
+            self.prediction.begin_adjoint()
+            self._adjoint_step = self.plan.steps
+        while self._adjoint_step > step:
+            self._adjoint_step -= 1
+            step_weight = self.plan.step_weights[self._adjoint_step]
+            if step_weight:
+                self.prediction.add_loss_gradient(self._adjoint_step, step_weight * self.weight)
+            self.prediction.rewind(self._adjoint_step)
+            self._add_step_size_gradient(self.prediction.adjoint_slope())
+
+    def _add_step_size_gradient(self, slope: Tensor) -> None:
+        """dL/dalpha = -<lambda, g>; slope [S, B] = <lambda, g> per position."""
+        if self.step_size.requires_grad:
+            add_gradient(self.step_size, -(self.alpha_slope * slope).sum())
+
+
+class Thinker:
+    """Thinks, and learns, on one micro-batch with the whole model on this pipeline stage.
+
+    `ebt_megatron.parallel.pipeline` does the same with the model split over stages.
+
+    Args:
+        model: an EnergyTransformer.
+        context: its context stream.
+        descent: the prediction's side.
         phase: a context manager told what is being done ("context", "propose", "learn"), for timing.
     """
 
@@ -192,126 +297,66 @@ class Thinker:
         self,
         model: Any,
         context: Context,
-        prediction: Prediction,
-        alpha: Tensor,
-        alpha_slope: Tensor,
+        descent: Descent,
         phase: Callable[[str], AbstractContextManager] = nullcontext,
     ):
-        self.model, self.context, self.prediction, self.phase = model, context, prediction, phase
-        self.alpha, self.alpha_slope = alpha, alpha_slope
+        self.model, self.context, self.descent, self.phase = model, context, descent, phase
         self.group = TensorGroup(bool(model.config.sequence_parallel))
+        self.energies: list[Tensor] = []
 
     def _energy(self, x: Tensor, step: int, tangent: bool) -> Tensor:
         key_values = self.context.key_values(step, constant=not tangent)
         return self.model.predict(x, key_values, self.context.length, self.context.segments, step, tangent)
 
-    def propose(self, step: int) -> tuple[Tensor, Tensor]:
-        """Improve the prediction once; nothing is learned.
+    def propose(self, step: int) -> None:
+        """Improve the prediction once: a forward pass, and a backward pass to the prediction only."""
+        with self.phase("context"):  # outside `frozen`: it is learned from later
+            self.context.run(step)
+        with self.phase("propose"), frozen(self.model), torch.enable_grad():
+            x = self.descent.propose_input(step).detach().requires_grad_()
+            energy = self._energy(x, step, tangent=False)
+            (energy_grad,) = torch.autograd.grad(energy.sum(), x)
+            self.descent.propose_output(step, energy_grad)
+        self.energies.append(self.group.from_hidden(energy.detach()))
 
-        Returns:
-            The loss after the step and the energy before it, [S, B].
-        """
+    def learn(self, step: int) -> None:
+        """Learn from a step: a forward pass of value and tangent, and an ordinary backward pass."""
         with self.phase("context"):
             self.context.run(step)
-        with self.phase("propose"):
-            self.prediction.perturb(step)
-            x = self.prediction.embed().detach().requires_grad_()
-            with frozen(self.model), torch.enable_grad():
-                energy = self._energy(x, step, tangent=False)
-                (energy_grad,) = torch.autograd.grad(energy.sum(), x)
-            loss = self.prediction.refine(energy_grad, self.alpha)
-            return loss, self.group.from_hidden(energy.detach())
-
-    def learn(self, step: int, x: Tensor, xt: Tensor, norm: Tensor) -> tuple[Tensor, Tensor]:
-        """Differentiate -alpha * norm * dE(x + e xt)/de: one forward and one backward pass.
-
-        Args:
-            step: which landscape.
-            x, xt: embedded value and unit tangent [S(/TP), B, D].
-            norm: what the tangent was divided by, [S, B].
-
-        Returns:
-            Gradients at x and xt. Parameters and the context's keys and values collect theirs.
-        """
-        streams = torch.cat([x, xt], 1).detach().requires_grad_()
-        energy_tangent = self._energy(streams, step, tangent=True)
-        weight = self.group.own_positions(-self.alpha * norm).to(energy_tangent.dtype)
-        (energy_tangent * weight).sum().backward()
-        assert streams.grad is not None
-        x_grad, xt_grad = streams.grad.chunk(2, 1)
-        return x_grad, xt_grad
-
-    def add_step_size_gradient(self, slope: Tensor, weight: Tensor | float) -> None:
-        """dL/dalpha = -<lambda, g>, summed over positions; slope = <lambda, g> / weight, [S, B]."""
-        if self.model.step_size.requires_grad:
-            add_gradient(self.model.step_size, -(self.alpha_slope * slope * weight).sum())
+        with self.phase("learn"):
+            streams, weight = self.descent.learn_input(step)
+            streams.requires_grad_()
+            energy_tangent = self._energy(streams, step, tangent=True)
+            weight = self.group.own_positions(weight).to(energy_tangent.dtype)
+            (energy_tangent * weight).sum().backward()
+            assert streams.grad is not None
+            self.descent.learn_output(step, streams.grad)
 
     def think(self, steps: int) -> Thought:
         """Think without learning."""
-        losses, energies = [], []
         for step in range(steps):
-            loss, energy = self.propose(step)
-            self.prediction.advance()
-            losses.append(loss)
-            energies.append(energy)
-        return Thought(torch.stack(losses), torch.stack(energies))
+            self.propose(step)
+        return self._thought()
 
-    def train(self, plan: Plan, weight: Tensor) -> Thought:
-        """Think and learn: add the gradient of sum_i step_weights[i] <weight, loss_i>.
-
-        Args:
-            plan: steps, their weights and how far gradients go.
-            weight: [S, B] of each position's loss (usually mask / number of tokens in the global batch).
-        """
-        train = self._train_detached if plan.gradient == "detached" else self._train_through
-        thought = train(plan, weight)
+    def train(self) -> Thought:
+        """Think and learn: add the gradient of sum_i step_weights[i] <weight, loss_i> to the parameters."""
+        plan = self.descent.plan
+        assert plan is not None
+        if plan.gradient == "detached":  # learn from each step at once, and hold its prediction only
+            for step in range(plan.steps):
+                self.propose(step)
+                if step in plan.learned:
+                    self.learn(step)
+        else:  # think to the end, then go back through the steps
+            for step in range(plan.steps):
+                self.propose(step)
+            for step in plan.learned:
+                self.learn(step)
+        with self.phase("learn"):
+            self.descent.finish()
         with self.phase("context"):
             self.context.backward()
-        return thought
+        return self._thought()
 
-    def _train_detached(self, plan: Plan, weight: Tensor) -> Thought:
-        """Each step is learned from at once, and only its own prediction is held."""
-        prediction, losses, energies = self.prediction, [], []
-        for step, step_weight in enumerate(plan.step_weights):
-            loss, energy = self.propose(step)
-            losses.append(loss)
-            energies.append(energy)
-            if step_weight:
-                with self.phase("learn"):
-                    self.add_step_size_gradient(prediction.slope(), step_weight * weight)
-                    xt, norm = prediction.tangent(step_weight * weight)
-                    prediction.backward(*self.learn(step, prediction.embedded, xt, norm))  # also advances
-            else:
-                prediction.advance()
-        return Thought(torch.stack(losses), torch.stack(energies))
-
-    def _train_through(self, plan: Plan, weight: Tensor) -> Thought:
-        """Think to the end, then go back through the steps carrying the adjoint dL/dy."""
-        prediction, losses, energies = self.prediction, [], []
-        for step in range(plan.steps):
-            loss, energy = self.propose(step)
-            prediction.remember()
-            prediction.advance()
-            losses.append(loss)
-            energies.append(energy)
-        with self.phase("learn"):
-            self._go_back(plan, weight)
-        return Thought(torch.stack(losses), torch.stack(energies))
-
-    def _go_back(self, plan: Plan, weight: Tensor) -> None:
-        prediction = self.prediction
-        prediction.begin_adjoint()
-        for step in reversed(range(plan.steps)):
-            if plan.step_weights[step]:
-                prediction.add_loss_gradient(step, plan.step_weights[step] * weight)
-            learned = plan.gradient == "full" or step == plan.steps - 1
-            if not learned and not self.model.step_size.requires_grad:
-                break
-            prediction.rewind(step)
-            self.add_step_size_gradient(prediction.adjoint_slope(), 1.0)
-            if learned:
-                x = prediction.embed()
-                xt, norm = prediction.adjoint_tangent()
-                gradients = self.learn(step, x, xt, norm)
-                prediction.adjoint_backward(*gradients, carry=plan.gradient == "full")
-            prediction.unperturb(step)
+    def _thought(self) -> Thought:
+        return Thought(torch.stack(self.descent.losses), torch.stack(self.energies))

@@ -16,7 +16,7 @@ from torch import Tensor
 from ebt_megatron.config import Recipe
 from ebt_megatron.parallel.setup import ParallelState
 from ebt_megatron.thinking import double_backward
-from ebt_megatron.thinking.dual_stream import Context, Plan, Thinker, Thought, step_sizes
+from ebt_megatron.thinking.dual_stream import Context, Descent, Plan, Thinker, Thought, step_sizes
 from ebt_megatron.thinking.replay import Entry, ReplayBuffer, stack_start
 
 
@@ -124,13 +124,16 @@ class EnergyObjective:
             return 0
         return (self.recipe.training.global_batch_size + 1) // 2
 
-    def _thinker(self, sample: Sample, learn: bool) -> Thinker:
+    def _descent(self, sample: Sample, plan: Plan | None, positions: int) -> Descent:
         model, options, seed = self.model, self.recipe.thinking, self.recipe.training.seed
-        length = sample.observed.shape[1]
-        context = Context(model, lambda: model.modality.context(sample.observed), length, sample.segments, learn)
         prediction = model.modality.prediction(sample.targets, sample.sample_ids, options, seed, sample.start)
-        sizes = step_sizes(model.step_size, options, sample.sample_ids, length, seed, random=learn)
-        return Thinker(model, context, prediction, *sizes, phase=self.timers.phase)
+        alpha, slope = step_sizes(model.step_size, options, sample.sample_ids, sample.observed.shape[1], seed,
+                                  random=plan is not None)  # fmt: skip
+        return Descent(prediction, model.step_size, alpha, slope, plan, torch.full_like(alpha, 1 / positions))
+
+    def _context(self, sample: Sample, learn: bool) -> Context:
+        embed = lambda: self.model.modality.context(sample.observed)  # noqa: E731
+        return Context(self.model, embed, sample.observed.shape[1], sample.segments, learn)
 
     def train_batch(self, micro_batches: list[Any], iteration: int) -> Totals:
         """Add the gradients of this rank's micro-batches of one optimizer step."""
@@ -140,24 +143,22 @@ class EnergyObjective:
         thoughts = []
         for index, micro_batch in enumerate(micro_batches):
             sample = self._with_replay(split(micro_batch, self.state.device), index, iteration)
-            thinker = self._thinker(sample, learn=True)
-            weight = torch.full_like(thinker.alpha, 1 / positions)
+            descent = self._descent(sample, plan, positions)
             if self.recipe.thinking.engine == "double_backward":
                 context = self.model.modality.context(sample.observed)
-                thoughts.append(double_backward.train(
-                    self.model, context, thinker.prediction, sample.segments, thinker.alpha,
-                    thinker.alpha_slope, plan, weight,
-                ))  # fmt: skip
+                thoughts.append(double_backward.train(self.model, context, sample.segments, descent))
             else:
-                thoughts.append(thinker.train(plan, weight))
-            self._keep(sample, index, thinker.prediction.final)
+                context_stream = self._context(sample, learn=True)
+                thoughts.append(Thinker(self.model, context_stream, descent, self.timers.phase).train())
+            self._keep(sample, index, descent.prediction.final)
         return self._totals(thoughts, plan, positions)
 
     @torch.no_grad()
     def evaluate(self, micro_batch: Any, steps: int) -> Thought:
         """Per-position losses and energies [steps, S, B] of a micro-batch; nothing is learned."""
         sample = split(micro_batch, self.state.device)
-        return self._thinker(sample, learn=False).think(steps)
+        descent = self._descent(sample, None, 1)
+        return Thinker(self.model, self._context(sample, learn=False), descent, self.timers.phase).think(steps)
 
     @staticmethod
     def _totals(thoughts: list[Thought], plan: Plan, positions: int) -> Totals:
