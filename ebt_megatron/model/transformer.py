@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from megatron.core.enums import ModelType
 from megatron.core.transformer import MegatronModule, TransformerConfig, build_module
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -51,6 +52,7 @@ class TransformerLM(MegatronModule):
             self.final_norm = RMSNorm(config, kernels)
         self.rotary = Rotary(config.kv_channels, recipe.model.rotary_base)
         self.input_tensor: Tensor | None = None
+        self.model_type = ModelType.encoder_or_decoder  # Megatron's schedules ask
 
     def set_input_tensor(self, tensors: Any) -> None:
         """Megatron's schedules hand the previous stage's output over this way."""

@@ -58,11 +58,11 @@ def messages_of(task: Task, stages: int) -> list[Message]:
     last = stages - 1
     out = []
     if task.kind in FORWARD:
-        if task.stage < last:
-            out.append(Message(task, "hidden", task.stage + 1))
         if task.kind == "learn_forward" and task.stage == 0 and last > 0:
             # The weight of each energy's tangent is known where the loss is, and used where the energy is.
             out.append(Message(task, "weight", last))
+        if task.stage < last:
+            out.append(Message(task, "hidden", task.stage + 1))
     elif task.stage > 0:
         out.append(Message(task, "hidden", task.stage - 1))
     return out
@@ -178,7 +178,7 @@ class Pipeline:
         streams = 2 if message.task.kind.startswith("learn") else 1
         return (local, streams * batch, self.model.config.hidden_size), self.model.config.params_dtype
 
-    def run(self) -> list[Thought | None]:
+    def run(self) -> list[Thought]:
         """Execute the schedule; thoughts are complete on the first stage (losses) and last (energies)."""
         direction_groups()
         for task in self.schedule.order[self.stage]:
@@ -213,7 +213,7 @@ class Pipeline:
 
     def _context_forward(self, task: Task, m: MicroBatch) -> None:
         h = None if self.first else self._previous(task).requires_grad_()
-        with torch.enable_grad():
+        with torch.set_grad_enabled(bool(self.plan.learned)):
             if h is None:
                 assert m.embed_context is not None
                 out, key_values = self.model.context(m.embed_context(), self.length, m.segments, task.step)

@@ -105,7 +105,7 @@ def chain(plan: Plan, context_sees_step: bool = False) -> list[tuple[str, int]]:
             if step != plan.steps - 1:
                 context(step)
             learn(step)
-    if not context_sees_step:
+    if plan.learned and not context_sees_step:
         sweeps.append(("context_backward", 0))
     return sweeps
 

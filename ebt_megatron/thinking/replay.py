@@ -29,7 +29,7 @@ class Entry:
     uses: int
     observed: Tensor
     targets: Tensor
-    prediction: Tensor  # [S, ...], of this tensor-parallel rank
+    prediction: Tensor | None  # [S, ...], of this tensor-parallel rank; None off the first pipeline stage
 
 
 class ReplayBuffer:
@@ -61,15 +61,18 @@ class ReplayBuffer:
         """The sample index that fixes the noise of this use of an entry."""
         return entry.sample_id + _REUSE * (entry.uses + 1)
 
-    def update(self, entry: Entry, prediction: Tensor) -> None:
+    def update(self, entry: Entry, prediction: Tensor | None) -> None:
         """Keep a replayed entry's new prediction."""
         entry.uses += 1
-        entry.prediction = prediction.clone()
+        entry.prediction = None if prediction is None else prediction.clone()
 
-    def add(self, slot: int, sample_id: int, observed: Tensor, targets: Tensor, prediction: Tensor) -> None:
+    def add(
+        self, slot: int, sample_id: int, observed: Tensor, targets: Tensor, prediction: Tensor | None
+    ) -> None:
         """Keep a fresh sample and the prediction it ended with; the oldest of a full slot goes."""
         entries = self.slots.setdefault(slot, deque(maxlen=self.capacity))
-        entries.append(Entry(sample_id, 0, observed.clone(), targets.clone(), prediction.clone()))
+        prediction = None if prediction is None else prediction.clone()
+        entries.append(Entry(sample_id, 0, observed.clone(), targets.clone(), prediction))
 
     def state_dict(self) -> dict[str, Any]:
         """This rank's entries by slot, as plain tensors and integers."""
@@ -87,8 +90,9 @@ class ReplayBuffer:
 
 def stack_start(fresh: int, entries: list[Entry]) -> Tensor | None:
     """Starting predictions [S, fresh + replayed, ...]: NaN (draw noise) for the fresh ones."""
-    if not entries:
+    predictions = [e.prediction for e in entries if e.prediction is not None]
+    if not predictions:
         return None
-    replayed = torch.stack([e.prediction for e in entries], 1)
+    replayed = torch.stack(predictions, 1)
     blank = torch.full((replayed.shape[0], fresh, *replayed.shape[2:]), torch.nan, dtype=replayed.dtype)
     return torch.cat([blank.to(replayed.device), replayed], 1)

@@ -7,13 +7,16 @@ over micro-batches and data-parallel ranks gives means, and no layout changes th
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from ebt_megatron.config import Recipe
+from ebt_megatron.parallel.pipeline import MicroBatch, Pipeline
 from ebt_megatron.parallel.setup import ParallelState
 from ebt_megatron.thinking import double_backward
 from ebt_megatron.thinking.dual_stream import Context, Descent, Plan, Thinker, Thought, step_sizes
@@ -106,17 +109,17 @@ class EnergyObjective:
             entries,
         )
 
-    def _keep(self, sample: Sample, index: int, prediction: Tensor) -> None:
-        """Give the replay buffer the predictions this micro-batch ended with, [S, B, ...]."""
+    def _keep(self, sample: Sample, index: int, prediction: Tensor | None) -> None:
+        """Give the replay buffer the predictions this micro-batch ended with, [S, B, ...] (first stage)."""
         if self.replay is None:
             return
+        ended = prediction.unbind(1) if prediction is not None else [None] * len(sample.observed)
         fresh = len(sample.observed) - len(sample.replayed)
-        for i, entry in enumerate(sample.replayed):
-            self.replay.update(entry, prediction[:, fresh + i])
+        for entry, end in zip(sample.replayed, ended[fresh:], strict=True):
+            self.replay.update(entry, end)
         for i, slot in enumerate(map(ReplayBuffer.slot_of, self._slots(index, fresh))):
             if slot is not None:
-                self.replay.add(slot, int(sample.sample_ids[i]), sample.observed[i], sample.targets[i],
-                                prediction[:, i])  # fmt: skip
+                self.replay.add(slot, int(sample.sample_ids[i]), sample.observed[i], sample.targets[i], ended[i])
 
     def _replayed_in_batch(self) -> int:
         """Replayed samples in the global batch: none until the buffer holds something."""
@@ -124,11 +127,11 @@ class EnergyObjective:
             return 0
         return (self.recipe.training.global_batch_size + 1) // 2
 
-    def _descent(self, sample: Sample, plan: Plan | None, positions: int) -> Descent:
+    def _descent(self, sample: Sample, plan: Plan | None, positions: int, random: bool) -> Descent:
         model, options, seed = self.model, self.recipe.thinking, self.recipe.training.seed
         prediction = model.modality.prediction(sample.targets, sample.sample_ids, options, seed, sample.start)
-        alpha, slope = step_sizes(model.step_size, options, sample.sample_ids, sample.observed.shape[1], seed,
-                                  random=plan is not None)  # fmt: skip
+        length = sample.observed.shape[1]
+        alpha, slope = step_sizes(model.step_size, options, sample.sample_ids, length, seed, random)
         return Descent(prediction, model.step_size, alpha, slope, plan, torch.full_like(alpha, 1 / positions))
 
     def _context(self, sample: Sample, learn: bool) -> Context:
@@ -138,61 +141,120 @@ class EnergyObjective:
     def train_batch(self, micro_batches: list[Any], iteration: int) -> Totals:
         """Add the gradients of this rank's micro-batches of one optimizer step."""
         plan = Plan.draw(self.recipe.thinking, self.recipe.training.seed, iteration)
-        samples = self.recipe.training.global_batch_size + self._replayed_in_batch()
-        positions = samples * self.recipe.data.sequence_length
-        thoughts = []
-        for index, micro_batch in enumerate(micro_batches):
-            sample = self._with_replay(split(micro_batch, self.state.device), index, iteration)
-            descent = self._descent(sample, plan, positions)
-            if self.recipe.thinking.engine == "double_backward":
-                context = self.model.modality.context(sample.observed)
-                thoughts.append(double_backward.train(self.model, context, sample.segments, descent))
-            else:
-                context_stream = self._context(sample, learn=True)
-                thoughts.append(Thinker(self.model, context_stream, descent, self.timers.phase).train())
-            self._keep(sample, index, descent.prediction.final)
-        return self._totals(thoughts, plan, positions)
-
-    @torch.no_grad()
-    def evaluate(self, micro_batch: Any, steps: int) -> Thought:
-        """Per-position losses and energies [steps, S, B] of a micro-batch; nothing is learned."""
-        sample = split(micro_batch, self.state.device)
-        descent = self._descent(sample, None, 1)
-        return Thinker(self.model, self._context(sample, learn=False), descent, self.timers.phase).think(steps)
-
-    @staticmethod
-    def _totals(thoughts: list[Thought], plan: Plan, positions: int) -> Totals:
+        fresh = self.recipe.training.global_batch_size
+        positions = (fresh + self._replayed_in_batch()) * self.recipe.data.sequence_length
+        samples = [
+            self._with_replay(split(micro_batch, self.state.device), index, iteration)
+            for index, micro_batch in enumerate(micro_batches)
+        ]
+        train = self._train_pipeline if self.state.pipeline_size > 1 else self._train_whole
+        thoughts = train(samples, plan, positions)
         losses = sum(t.losses.double().sum((1, 2)) for t in thoughts) / positions
         energies = sum(t.energies.double().sum((1, 2)) for t in thoughts) / positions
         loss = (losses * losses.new_tensor(plan.step_weights)).sum()
         return Totals(losses, energies, loss, positions)
 
+    def _train_whole(self, samples: list[Sample], plan: Plan, positions: int) -> list[Thought]:
+        thoughts = []
+        for index, sample in enumerate(samples):
+            descent = self._descent(sample, plan, positions, random=True)
+            if self.recipe.thinking.engine == "double_backward":
+                context = self.model.modality.context(sample.observed)
+                thoughts.append(double_backward.train(self.model, context, sample.segments, descent))
+            else:
+                stream = self._context(sample, learn=True)
+                thoughts.append(Thinker(self.model, stream, descent, self.timers.phase).train())
+            self._keep(sample, index, descent.prediction.final)
+        return thoughts
+
+    def _pipeline(self, samples: list[Sample], plan: Plan, positions: int, random: bool) -> Pipeline:
+        first = self.state.is_first_stage
+
+        def micro_batch(sample: Sample) -> MicroBatch:
+            embed = (lambda: self.model.modality.context(sample.observed)) if first else None
+            descent = self._descent(sample, plan, positions, random) if first else None
+            return MicroBatch(len(sample.observed), embed, descent, sample.segments)
+
+        return Pipeline(
+            self.model, self.recipe.data.sequence_length, plan, [micro_batch(s) for s in samples],
+            self.recipe.parallel.micro_batches_in_flight, self.timers.phase,
+        )  # fmt: skip
+
+    def _train_pipeline(self, samples: list[Sample], plan: Plan, positions: int) -> list[Thought]:
+        self.pipeline = self._pipeline(samples, plan, positions, random=True)
+        thoughts = self.pipeline.run()
+        for index, (sample, m) in enumerate(zip(samples, self.pipeline.micro_batches, strict=True)):
+            self._keep(sample, index, m.descent.prediction.final if m.descent is not None else None)
+        return thoughts
+
+    @torch.no_grad()
+    def evaluate(self, micro_batch: Any, steps: int) -> Thought:
+        """Per-position losses and energies [steps, S, B] of a micro-batch; nothing is learned.
+
+        With pipeline stages, losses are on the first and energies on the last, zeros elsewhere.
+        """
+        sample = split(micro_batch, self.state.device)
+        if self.state.pipeline_size > 1:
+            only_think = Plan((0.0,) * steps, "detached")
+            (thought,) = self._pipeline([sample], only_think, 1, random=False).run()
+            return thought
+        return self.thinker(micro_batch).think(steps)
+
+    def thinker(self, micro_batch: Any) -> Thinker:
+        """A micro-batch ready to think without learning (one pipeline stage)."""
+        sample = split(micro_batch, self.state.device)
+        descent = self._descent(sample, None, 1, random=False)
+        return Thinker(self.model, self._context(sample, learn=False), descent, self.timers.phase)
+
 
 class FeedForwardObjective:
-    """Transformer++: one forward and one backward pass."""
+    """Transformer++ under megatron-core's own schedules, with or without pipeline stages."""
 
     replay = None
 
     def __init__(self, model: Any, recipe: Recipe, state: ParallelState, timers: Any):
         self.model, self.recipe, self.state, self.timers = model, recipe, state, timers
 
-    def _loss(self, micro_batch: Any) -> Tensor:
-        sample = split(micro_batch, self.state.device)
-        return self.model(sample.observed, sample.targets, sample.segments)
+    def _losses(self, micro_batches: list[Any], positions: int | None) -> list[Tensor]:
+        """Per-position losses [S, B] of each micro-batch (on the last stage), learning if `positions`."""
+
+        def forward_step(iterator: Iterator[Any], model: Any) -> tuple[Tensor, Any]:
+            sample = split(next(iterator), self.state.device)
+
+            def loss(output: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+                total = output.sum() / (positions or output.numel())
+                return total, torch.tensor(output.numel(), dtype=torch.int), output.detach()
+
+            return model(sample.observed, sample.targets, sample.segments), loss
+
+        run = get_forward_backward_func()
+        return run(
+            forward_step_func=forward_step, data_iterator=iter(micro_batches), model=self.model,
+            num_microbatches=len(micro_batches), seq_length=self.recipe.data.sequence_length,
+            micro_batch_size=len(micro_batches[0].sample_ids), forward_only=positions is None,
+        )  # fmt: skip
 
     def train_batch(self, micro_batches: list[Any], iteration: int) -> Totals:
         """As EnergyObjective.train_batch."""
         positions = self.recipe.training.global_batch_size * self.recipe.data.sequence_length
+        with self.timers.phase("context"):
+            losses = self._losses(micro_batches, positions)
         total = torch.zeros((), dtype=torch.float64, device=self.state.device)
-        for micro_batch in micro_batches:
-            with self.timers.phase("context"):
-                loss = self._loss(micro_batch).sum() / positions
-                loss.backward()
-            total += loss.detach().double()
+        for loss in losses:
+            total += loss.double().sum() / positions
         return Totals(total.view(1), total.new_zeros(0), total, positions)
 
     @torch.no_grad()
     def evaluate(self, micro_batch: Any, steps: int) -> Thought:
         """Per-position losses [1, S, B]; a feed-forward model has one step and no energy."""
-        loss = self._loss(micro_batch)[None]
-        return Thought(loss, loss.new_zeros(0, *loss.shape[1:]))
+        losses = self._losses([micro_batch], None)
+        shape = 1, self.recipe.data.sequence_length, len(micro_batch.sample_ids)
+        loss = losses[0][None] if losses else torch.zeros(shape, device=self.state.device)
+        return Thought(loss, loss.new_zeros(0, *shape[1:]))
+
+
+def build_objective(model: Any, recipe: Recipe, state: ParallelState, timers: Any) -> Any:
+    """The objective of the recipe's architecture and layout; `model` is this stage, unwrapped."""
+    if recipe.model.architecture == "ebt":
+        return EnergyObjective(model, recipe, state, timers)
+    return FeedForwardObjective(model, recipe, state, timers)

@@ -1,0 +1,76 @@
+"""Validation loss against thinking, and what it should be compared with."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+@dataclass
+class Validation:
+    """Means over all validation positions.
+
+    Attributes:
+        losses: [n] after 1 .. n thinking steps (nats per token for text).
+        energies: [n] before each step; empty for a feed-forward model.
+        positions: predictions the means are over.
+        counts: text: [V] how often each token was a target; else empty.
+    """
+
+    losses: Tensor
+    energies: Tensor
+    positions: int
+    counts: Tensor
+
+    def unigram_entropy(self) -> float:
+        """The loss of the best prediction that ignores the context: entropy of the targets, in nats."""
+        p = self.counts[self.counts > 0].double() / self.counts.sum()
+        return float(-(p * p.log()).sum())
+
+
+def perplexity(loss: float) -> float:
+    """exp of a mean loss per token (of the mean, not a mean of exponentials)."""
+    return math.exp(min(loss, 700.0))
+
+
+def validate(
+    objective: Any, micro_batches: Iterable[Any], steps: int, vocab_size: int = 0, group: Any = None
+) -> Validation:
+    """Evaluate on micro-batches, without noise in step size or number of steps.
+
+    A run of n steps passes through every smaller number of steps, so one pass gives all.
+
+    Args:
+        objective: from `ebt_megatron.training.objective`.
+        micro_batches: this data-parallel rank's share.
+        steps: n.
+        vocab_size: > 0 to count targets.
+        group: the data-parallel group to sum over, or None.
+    """
+    device = objective.state.device
+    losses: Tensor | None = None
+    energies: Tensor | None = None
+    positions = torch.zeros(1, dtype=torch.float64, device=device)
+    counts = torch.zeros(vocab_size, dtype=torch.float64, device=device)
+    for micro_batch in micro_batches:
+        thought = objective.evaluate(micro_batch, steps)
+        sums = thought.losses.double().sum((1, 2)), thought.energies.double().sum((1, 2))
+        losses = sums[0] if losses is None else losses + sums[0]
+        energies = sums[1] if energies is None else energies + sums[1]
+        positions += thought.losses[0].numel()
+        if vocab_size:
+            targets = micro_batch.tokens[:, 1:].reshape(-1).to(device)
+            counts += torch.bincount(targets, minlength=vocab_size).double()
+    if losses is None or energies is None:
+        raise ValueError("no validation samples on this rank: lower training.micro_batch_size, or give "
+                         "more validation data")  # fmt: skip
+    if group is not None and dist.get_world_size(group) > 1:
+        for tensor in (losses, energies, positions, counts):
+            dist.all_reduce(tensor, group=group)
+    return Validation(losses / positions, energies / positions, int(positions), counts)

@@ -1,0 +1,87 @@
+"""The loss of a recipe does not depend on how it is laid out over ranks."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from tests import builders
+from tests.distributed_utils import run_ranks
+
+S1 = ("thinking.max_steps=2",)
+S2 = ("thinking.loss=last", "thinking.gradient=truncated", "thinking.step_size_scale=2",
+      "thinking.langevin_noise=0.5", "thinking.replay.enabled=true", "thinking.replay.capacity=2")  # fmt: skip
+FULL = ("thinking.gradient=full", "thinking.max_steps=2", "model.conditioning=adaln")
+SEQUENCE = ("model.conditioning=time_embed_sequence",)
+TRANSFORMER = ("model.architecture=transformer",)
+RECIPES = {"S1": S1, "S2": S2, "full": FULL, "time_embed_sequence": SEQUENCE, "Transformer++": TRANSFORMER}
+
+LAYOUTS = {  # name: (ranks, overrides)
+    "TP 2": (2, ("parallel.tensor=2",)),
+    "TP 2 + SP": (2, ("parallel.tensor=2", "parallel.sequence_parallel=true")),
+    "DP 2": (2, ()),
+    "DP 2, distributed optimizer": (2, ("parallel.distributed_optimizer=true",)),
+    "PP 2": (2, ("parallel.pipeline=2",)),
+    "TP 2 x DP 2": (4, ("parallel.tensor=2",)),
+    "PP 4": (4, ("parallel.pipeline=4",)),
+    "TP 2 + SP x PP 2": (4, ("parallel.tensor=2", "parallel.sequence_parallel=true", "parallel.pipeline=2")),
+    "PP 2 x DP 2": (4, ("parallel.pipeline=2",)),
+}
+
+
+def losses_of(overrides: tuple[str, ...], steps: int = 10) -> list[float]:
+    """Losses of `steps` optimizer steps on this rank's share of random tokens."""
+    from ebt_megatron.model.build import SampleShape
+    from ebt_megatron.training.loop import Trainer
+
+    recipe = builders.small_recipe(
+        "model.num_layers=4", "optimizer.warmup_steps=2", "thinking.step_size_lr_multiplier=100",
+        "training.global_batch_size=8", "data.sequence_length=8", *overrides,
+    )  # fmt: skip
+    trainer = Trainer(recipe, SampleShape(vocab_size=builders.VOCAB))
+    size, rank = trainer.state.data_size, trainer.state.data_rank
+    count = recipe.training.global_batch_size // (size * recipe.training.micro_batch_size)
+    losses = []
+    for step in range(steps):
+        whole = torch.randint(builders.VOCAB, (8, 9), generator=torch.Generator().manual_seed(step % 3))
+        micro_batches = []
+        for m in range(count):
+            first = (m * size + rank) * recipe.training.micro_batch_size
+            slots = torch.arange(first, first + recipe.training.micro_batch_size)
+            micro_batches.append(SimpleNamespace(tokens=whole[slots], frames=None, documents=None,
+                                                 sample_ids=slots + 8 * step))  # fmt: skip
+        losses.append(trainer.train_step(micro_batches, step).loss)
+    return losses
+
+
+def several(recipes: dict[str, tuple[str, ...]], layout: tuple[str, ...]) -> dict[str, list[float]]:
+    """Losses of several recipes in one set of processes."""
+    from ebt_megatron.parallel.setup import shutdown
+
+    results = {}
+    for name, overrides in recipes.items():
+        results[name] = losses_of((*overrides, *layout))
+    shutdown()
+    return results
+
+
+@pytest.fixture(scope="module")
+def single() -> dict[str, list[float]]:
+    (results,) = run_ranks(several, 1, RECIPES, ())
+    for name, losses in results.items():
+        assert losses[-1] < losses[0], f"{name} does not learn, so the comparison would say little"
+    return results
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_ten_steps_equal_the_single_process(layout, single):
+    ranks, overrides = LAYOUTS[layout]
+    recipes = dict(RECIPES)
+    if "parallel.sequence_parallel=true" in overrides:
+        del recipes["time_embed_sequence"]  # refused: its extra token cannot be split
+    for results in run_ranks(several, ranks, recipes, overrides):
+        for name, losses in results.items():
+            torch.testing.assert_close(
+                torch.tensor(losses), torch.tensor(single[name]), rtol=1e-5, atol=0,
+                msg=lambda text, name=name: f"{name} on {layout}: {text}",
+            )  # fmt: skip

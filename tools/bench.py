@@ -1,0 +1,208 @@
+"""Benchmark whole training steps: dual stream, double backward (the public code's way), Transformer++.
+
+Every variant runs in a process of its own: once with fresh memory to read the peak, once
+to time steps. All numbers of a table come from one run on one machine.
+
+    python -m tools.bench                       # the tables of docs/performance.md
+    python -m tools.bench --case long --repeats 3
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import typer
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+CASES: dict[str, dict[str, Any]] = {
+    "xxs": {
+        "title": "xxs-like: 6 layers, width 384, V = 50,304, S = 256",
+        "vocab": 50304,
+        "overrides": ["model.size=xxs", "data.sequence_length=256", "training.micro_batch_size=4",
+                      "training.global_batch_size=4"],
+    },
+    "long": {
+        "title": "8 layers, width 512, V = 8,192, S = 1,024",
+        "vocab": 8192,
+        "overrides": ["model.num_layers=8", "model.hidden_size=512", "model.num_attention_heads=8",
+                      "optimizer.lr=1e-3", "data.sequence_length=1024", "training.micro_batch_size=1",
+                      "training.global_batch_size=1"],
+    },
+}  # fmt: skip
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "Transformer++": {"overrides": ["model.architecture=transformer"]},
+    "dual stream": {"overrides": []},
+    "dual stream, reuse": {"overrides": ["thinking.reuse=true"]},
+    "dual stream, 8 steps": {"overrides": ["thinking.min_steps=8", "thinking.max_steps=8"], "memory_only": True},
+    "dual stream, 2S": {"overrides": [], "double_length": True, "memory_only": True},
+    "double backward": {"overrides": ["thinking.engine=double_backward"]},
+}
+
+
+def _peak_rss() -> int:
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM"))
+
+
+def _child(case: str, variant: str, repeats: int) -> dict[str, Any]:
+    """Measure one variant in this process: memory of the first step, then time of `repeats` more."""
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from ebt_megatron.config import load_recipe
+    from ebt_megatron.model.build import SampleShape, build_model
+    from ebt_megatron.model.flops import cost
+    from ebt_megatron.parallel.setup import initialize
+    from ebt_megatron.training.metrics import Metrics
+    from ebt_megatron.training.objective import build_objective
+
+    chosen = VARIANTS[variant]
+    recipe = load_recipe(None, CASES[case]["overrides"] + chosen["overrides"])
+    if chosen.get("double_length"):
+        recipe.data.sequence_length *= 2
+    vocab = CASES[case]["vocab"]
+    state = initialize(recipe.parallel, recipe.training.seed)
+    model = build_model(recipe, SampleShape(vocab_size=vocab)).to(state.device)
+    objective = build_objective(model, recipe, state, Metrics.phases_only())
+    cuda = state.device.type == "cuda"
+
+    def micro_batch(seed: int) -> Any:
+        from ebt_megatron.data import MicroBatch
+
+        shape = recipe.training.micro_batch_size, recipe.data.sequence_length + 1
+        tokens = torch.randint(vocab, shape, generator=torch.Generator().manual_seed(seed))
+        return MicroBatch(sample_ids=torch.arange(shape[0]) + seed * shape[0], tokens=tokens)
+
+    def step(seed: int) -> float:
+        for p in model.parameters():
+            p.grad = None
+        return float(objective.train_batch([micro_batch(seed)], seed).loss)
+
+    tokens = recipe.training.micro_batch_size * recipe.data.sequence_length
+    out: dict[str, Any] = {"tokens": tokens}
+    if not repeats:
+        if cuda:
+            base = torch.cuda.memory_allocated()
+            torch.cuda.reset_peak_memory_stats()
+            step(0)
+            out["memory"] = torch.cuda.max_memory_allocated() - base
+        else:
+            Path("/proc/self/clear_refs").write_text("5")  # restart the high-water mark
+            base = _peak_rss()
+            step(0)
+            out["memory"] = _peak_rss() - base
+        return out
+    with FlopCounterMode(display=False) as counter:
+        step(0)
+    out["flops"] = counter.get_total_flops()
+    seconds = []
+    for i in range(repeats):
+        if cuda:
+            torch.cuda.synchronize()
+        begin = time.perf_counter()
+        step(i + 1)
+        if cuda:
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - begin)
+    out["seconds"] = sorted(seconds)[len(seconds) // 2]
+    per_sample = cost(recipe, vocab)
+    batch = recipe.training.micro_batch_size
+    if recipe.model.architecture == "transformer":
+        out["minimum_flops"] = batch * per_sample.transformer()
+    else:
+        steps = recipe.thinking.max_steps
+        out["minimum_flops"] = batch * per_sample.minimum(steps, steps)
+    return out
+
+
+def _spawn(case: str, variant: str, repeats: int, threads: int) -> dict[str, Any]:
+    env = os.environ | {"OMP_NUM_THREADS": str(threads)}
+    if not repeats:  # freed memory goes back at once, so that the peak is what was in use
+        env |= {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+    command = [sys.executable, "-W", "ignore", "-m", "tools.bench", "--child", json.dumps([case, variant, repeats])]
+    done = subprocess.run(command, capture_output=True, text=True, env=env, check=False)
+    if done.returncode:
+        raise RuntimeError(f"{variant} on {case} failed:\n{done.stderr[-2000:]}")
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def machine() -> dict[str, str]:
+    """What the numbers were measured on."""
+    import torch
+
+    model = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        names = [line.split(":")[1].strip() for line in info.read_text().splitlines() if "model name" in line]
+        model = f"{names[0]} x {len(names)}" if names else model
+    if torch.cuda.is_available():
+        model = torch.cuda.get_device_name()
+    return {"machine": model, "torch": torch.__version__, "python": platform.python_version(),
+            "date": date.today().isoformat()}  # fmt: skip
+
+
+def _table(case: str, rows: dict[str, dict[str, Any]]) -> Table:
+    table = Table(title=CASES[case]["title"], title_justify="left")
+    for column in ("variant", "s / step", "tokens/s", "step memory MB", "TFLOP", "of minimum",
+                   "time vs double backward", "memory vs double backward"):  # fmt: skip
+        table.add_column(column, justify="left" if column == "variant" else "right")
+    reference = rows.get("double backward", {})
+    for variant, row in rows.items():
+        seconds, memory = row.get("seconds"), row["memory"]
+        table.add_row(
+            variant,
+            f"{seconds:.2f}" if seconds else "-",
+            f"{row['tokens'] / seconds:,.0f}" if seconds else "-",
+            f"{memory / 1e6:,.0f}",
+            f"{row['flops'] / 1e12:.3f}" if seconds else "-",
+            f"{row['flops'] / row['minimum_flops']:.2f}" if seconds else "-",
+            f"{reference['seconds'] / seconds:.2f}x faster" if seconds and reference else "-",
+            f"{memory / reference['memory']:.2f}" if reference else "-",
+        )
+    return table
+
+
+def main(
+    case: list[str] = typer.Option(list(CASES), help="Which sizes: " + ", ".join(CASES)),
+    variant: list[str] = typer.Option(list(VARIANTS), help="Which variants: " + "; ".join(VARIANTS)),
+    repeats: int = typer.Option(3, help="Timed steps a variant; the median counts."),
+    threads: int = typer.Option(os.cpu_count() or 1, help="CPU threads."),
+    output: Path | None = typer.Option(None, help="Also write the numbers as JSON."),
+    child: str | None = typer.Option(None, hidden=True),
+) -> None:
+    """Time, memory and FLOPs of one training step (forward and backward of one micro-batch)."""
+    if child:
+        print(json.dumps(_child(*json.loads(child))))
+        return
+    console, results = Console(width=140), {"machine": machine(), "cases": {}}
+    console.print(f"{results['machine']}, {threads} threads")
+    for name in case:
+        rows: dict[str, dict[str, Any]] = {}
+        for v in track(variant, description=name, console=console, transient=True):
+            rows[v] = _spawn(name, v, 0, threads)
+            if not VARIANTS[v].get("memory_only"):
+                rows[v] |= _spawn(name, v, repeats, threads)
+        console.print(_table(name, rows))
+        results["cases"][name] = rows
+        if {"dual stream", "dual stream, 8 steps", "dual stream, 2S"} <= set(rows):
+            base = rows["dual stream"]["memory"]
+            console.print(f"memory with 8 steps / 2 steps: {rows['dual stream, 8 steps']['memory'] / base:.3f}; "
+                          f"at 2S / S: {rows['dual stream, 2S']['memory'] / base:.3f}")  # fmt: skip
+    if output:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        output.write_text(json.dumps(results, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    typer.run(main)
