@@ -44,7 +44,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "Transformer++": {"overrides": ["model.architecture=transformer"]},
     "dual stream": {"overrides": []},
     "dual stream, reuse": {"overrides": ["thinking.reuse=true"]},
-    "dual stream, 8 steps": {"overrides": ["thinking.min_steps=8", "thinking.max_steps=8"], "memory_only": True},
+    "dual stream, 8 steps": {
+        "overrides": ["thinking.min_steps=8", "thinking.max_steps=8"],
+        "memory_only": True,
+    },
     "dual stream, 2S": {"overrides": [], "double_length": True, "memory_only": True},
     "double backward": {"overrides": ["thinking.engine=double_backward"]},
 }
@@ -130,7 +133,15 @@ def _spawn(case: str, variant: str, repeats: int, threads: int) -> dict[str, Any
     env = os.environ | {"OMP_NUM_THREADS": str(threads)}
     if not repeats:  # freed memory goes back at once, so that the peak is what was in use
         env |= {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
-    command = [sys.executable, "-W", "ignore", "-m", "tools.bench", "--child", json.dumps([case, variant, repeats])]
+    command = [
+        sys.executable,
+        "-W",
+        "ignore",
+        "-m",
+        "tools.bench",
+        "--child",
+        json.dumps([case, variant, repeats]),
+    ]
     done = subprocess.run(command, capture_output=True, text=True, env=env, check=False)
     if done.returncode:
         raise RuntimeError(f"{variant} on {case} failed:\n{done.stderr[-2000:]}")

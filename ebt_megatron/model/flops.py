@@ -63,7 +63,9 @@ def cost(recipe: Recipe, vocab_size: int) -> Cost:
         vocab_size: 0 for modalities without a vocabulary.
     """
     m, length = recipe.model, recipe.data.sequence_length
-    assert m.hidden_size and m.num_attention_heads and m.num_query_groups and m.ffn_hidden_size and m.num_layers
+    assert (
+        m.hidden_size and m.num_attention_heads and m.num_query_groups and m.ffn_hidden_size and m.num_layers
+    )
     head = m.hidden_size // m.num_attention_heads
     qkv = m.hidden_size * head * (m.num_attention_heads + 2 * m.num_query_groups)
     gated = 3 if recipe.data.modality != "images" else 2

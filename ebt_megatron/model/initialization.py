@@ -40,7 +40,11 @@ def mark_tensor_parallel(model: nn.Module) -> None:
         else:
             continue
         set_tensor_model_parallel_attributes(module.weight, is_parallel=True, dim=dim, stride=1)
-        if getattr(module, "bias", None) is not None and dim == 0 and isinstance(module, ColumnParallelLinear):
+        if (
+            getattr(module, "bias", None) is not None
+            and dim == 0
+            and isinstance(module, ColumnParallelLinear)
+        ):
             set_tensor_model_parallel_attributes(module.bias, is_parallel=True, dim=0, stride=1)
 
 

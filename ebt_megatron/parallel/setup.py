@@ -192,7 +192,10 @@ def initialize(parallel: ParallelConfig, seed: int) -> ParallelState:
             tensor_model_parallel_size=parallel.tensor,
             pipeline_model_parallel_size=parallel.pipeline,
             distributed_timeout_minutes=math.ceil(parallel.timeout_seconds / 60),
-            create_gloo_process_groups=cuda,  # on CPU every group is a gloo group already
+            create_gloo_process_groups=False,  # every group already takes CPU tensors over gloo
+            # Embeddings live on the first stage only: no stage shares them, nothing is to be reduced.
+            get_embedding_ranks=lambda stages, *_: stages[:1],
+            get_position_embedding_ranks=lambda stages, *_: stages[:1],
         )
     torch.manual_seed(seed)
     tensor_parallel.model_parallel_cuda_manual_seed(seed, force_reset_rng=True)

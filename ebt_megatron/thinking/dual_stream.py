@@ -178,7 +178,9 @@ class Context:
 
     def backward(self) -> None:
         """Send the collected gradients through the context stream."""
-        pairs = [(o, leaf.grad) for o, leaf in zip(self.outputs, self.leaves, strict=True) if leaf.grad is not None]
+        pairs = [
+            (o, leaf.grad) for o, leaf in zip(self.outputs, self.leaves, strict=True) if leaf.grad is not None
+        ]
         if pairs:
             torch.autograd.backward([o for o, _ in pairs], [g for _, g in pairs])
         self.outputs, self.leaves, self.step = [], [], None

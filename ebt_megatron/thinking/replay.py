@@ -77,7 +77,8 @@ class ReplayBuffer:
     def state_dict(self) -> dict[str, Any]:
         """This rank's entries by slot, as plain tensors and integers."""
         return {
-            str(slot): [vars(entry).copy() for entry in entries] for slot, entries in sorted(self.slots.items())
+            str(slot): [vars(entry).copy() for entry in entries]
+            for slot, entries in sorted(self.slots.items())
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

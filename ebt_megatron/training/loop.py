@@ -83,7 +83,12 @@ class Trainer:
     def _reduce(self, totals: Totals) -> tuple[torch.Tensor, ...]:
         """Sum every rank's share: losses live on the first stage, energies on the last."""
         alpha = getattr(self.model, "step_size", torch.zeros(1)).detach().double().view(1)
-        parts = [totals.loss.view(1), totals.losses, totals.energies, alpha.to(totals.loss) / self.state.data_size]
+        parts = [
+            totals.loss.view(1),
+            totals.losses,
+            totals.energies,
+            alpha.to(totals.loss) / self.state.data_size,
+        ]
         packed = torch.cat(parts)
         dist.all_reduce(packed, group=self.state.data_group)
         dist.all_reduce(packed, group=self.state.pipeline_group)

@@ -82,7 +82,9 @@ class EnergyObjective:
     def __init__(self, model: Any, recipe: Recipe, state: ParallelState, timers: Any):
         self.model, self.recipe, self.state, self.timers = model, recipe, state, timers
         options = recipe.thinking
-        self.replay = ReplayBuffer(options.replay.capacity, recipe.training.seed) if options.replay.enabled else None
+        self.replay = (
+            ReplayBuffer(options.replay.capacity, recipe.training.seed) if options.replay.enabled else None
+        )
 
     def _slots(self, index: int, count: int) -> list[int]:
         """The global batch's slots that micro-batch `index` of this rank holds (Megatron's order)."""
@@ -119,7 +121,9 @@ class EnergyObjective:
             self.replay.update(entry, end)
         for i, slot in enumerate(map(ReplayBuffer.slot_of, self._slots(index, fresh))):
             if slot is not None:
-                self.replay.add(slot, int(sample.sample_ids[i]), sample.observed[i], sample.targets[i], ended[i])
+                self.replay.add(
+                    slot, int(sample.sample_ids[i]), sample.observed[i], sample.targets[i], ended[i]
+                )
 
     def _replayed_in_batch(self) -> int:
         """Replayed samples in the global batch: none until the buffer holds something."""

@@ -8,7 +8,13 @@ import torch
 from ebt_megatron.thinking.dual_stream import Plan
 from tests import builders
 
-MODES = [("every", "detached"), ("last", "detached"), ("every", "full"), ("last", "full"), ("last", "truncated")]
+MODES = [
+    ("every", "detached"),
+    ("last", "detached"),
+    ("every", "full"),
+    ("last", "full"),
+    ("last", "truncated"),
+]
 CONDITIONING = ["none", "time_embed", "time_embed_sequence", "adaln", "adaln_zero"]
 
 

@@ -1,0 +1,96 @@
+"""What a kernel backend offers.
+
+Hidden states are sequence-first, [S, B, D]. Where an operation takes `tangent`, its inputs
+are *stacked*: value and tangent concatenated along dim 1, [S, 2B, ...], and so is its
+output. N query heads share G key groups (N a multiple of G) of size H.
+
+Vocabulary operations work on T = S * B tokens and one tensor-parallel rank's columns. They
+never communicate: the caller combines what they return over ranks. With p = exp(y - lse)
+over the first `valid` columns (the rest is padding: probability 0, never touched),
+
+    g  = p * (energy_grad table^T - centre)      gradient of the energy; centre = <p, energy_grad table^T>
+    y' = y - alpha g,   p' = exp(y' - lse'),   lambda = p' - 1[target]
+
+`lse` is that of the whole vocabulary. `target` is a local column, or -1 on another rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass
+class RefineStats:
+    """This rank's sums over its columns v, from `vocab_refine`; all [T] but px.
+
+    Attributes:
+        lse_next: log-sum-exp of y'.
+        target_logit, p_target, g_target: y', p and g at the target; 0 where it is not local.
+        s1: sum p_v p'_v; s2: sum p'_v^2; sg: sum p'_v g_v; with p' = exp(y' - lse_next), local.
+        px: [T, D] sum p_v p'_v table_v.
+    """
+
+    lse_next: Tensor
+    target_logit: Tensor
+    p_target: Tensor
+    g_target: Tensor
+    s1: Tensor
+    s2: Tensor
+    sg: Tensor
+    px: Tensor
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """One backend's operations; see the module's text for shapes and notation.
+
+    Attributes:
+        name: of the backend.
+        context_attention: (q, k, v, *, segments=None) -> [S, B, N*H]; causal.
+        prediction_attention: (q, k_self, v_self, k, v, *, tangent, segments=None) -> [S, B*, N*H];
+            row t sees context keys s <= t of its document (segments int32 [B, S]) and its own key;
+            k and v carry no tangent.
+        full_attention: (q, k, v, *, tangent) -> [S, B*, N*H]; bidirectional, all carry tangents.
+        rms_norm: (x, weight, epsilon, *, tangent).
+        layer_norm: (x, epsilon, *, tangent); no affine parameters.
+        swiglu: (x, block, *, tangent); [..., 2F] -> [..., F], gate and up alternate in blocks of columns.
+        gelu: (x, *, tangent); tanh form.
+        vocab_embed: (y, table, valid) -> (p table [T, D], lse [T]) over the local columns alone.
+        vocab_refine: (y, lse, table, valid, energy_grad, centre, alpha, target) -> RefineStats.
+        vocab_backward: (y, lse, table, valid, energy_grad, centre, alpha, target, lse_next, scale, mean,
+            x_grad, xt_grad, table_grad): table_grad += p^T x_grad + (p * (scale lambda - mean))^T xt_grad,
+            and y becomes y', both in place.
+        vocab_update: (y, lse, table, valid, energy_grad, centre, alpha): y becomes y' in place.
+        vocab_adjoint: (y', lse', target, weight, valid, adjoint): adjoint += weight lambda, in place.
+        vocab_dot_step: (y, lse, table, valid, energy_grad, centre, adjoint) -> <adjoint, g> [T].
+        vocab_tangent: (y, lse, table, valid, adjoint) -> <p, adjoint> [T], |adjoint|^2 [T],
+            (p * adjoint) table [T, D].
+        vocab_dense_backward: (y, lse, table, valid, adjoint, scale, mean, x, xt, x_grad, xt_grad,
+            table_grad): as vocab_backward with lambda = adjoint and no step, and adjoint += the derivative
+            of <x_grad, x> + <xt_grad, xt> by y, where x = p table, xt = (p * (scale adjoint - mean)) table.
+        row_keys: (sample_ids [B], positions [S], stream) -> int64 [S * B] keys of noise rows.
+        add_noise_: (y, keys, column_offset, std, seed): y += std * N(0, 1), a pure function of seed,
+            key and global column, in place.
+    """
+
+    name: str
+    context_attention: Callable[..., Tensor]
+    prediction_attention: Callable[..., Tensor]
+    full_attention: Callable[..., Tensor]
+    rms_norm: Callable[..., Tensor]
+    layer_norm: Callable[..., Tensor]
+    swiglu: Callable[..., Tensor]
+    gelu: Callable[..., Tensor]
+    vocab_embed: Callable[..., tuple[Tensor, Tensor]]
+    vocab_refine: Callable[..., RefineStats]
+    vocab_backward: Callable[..., None]
+    vocab_update: Callable[..., None]
+    vocab_adjoint: Callable[..., None]
+    vocab_dot_step: Callable[..., Tensor]
+    vocab_tangent: Callable[..., tuple[Tensor, Tensor, Tensor]]
+    vocab_dense_backward: Callable[..., None]
+    row_keys: Callable[..., Tensor]
+    add_noise_: Callable[..., None]

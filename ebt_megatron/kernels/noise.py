@@ -1,0 +1,77 @@
+"""Gaussian noise that is a pure function of (seed, sample, position, stream, column).
+
+A counter-based generator: nothing is stored, any part can be made again, and every
+tensor-parallel slice of the vocabulary sees the noise of the whole. A 32-bit hash of row
+key and column (the finaliser of MurmurHash3, with a second row key mixed in between) gives
+16 bits that index the 65,536 equiprobable quantiles of the normal distribution, so the
+noise is normal up to that quantisation (|z| <= 4.3).
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor
+
+_TILE = 1 << 18  # elements worked on at once: they stay in cache
+_GOLDEN = -1640531535  # 0x9E3779B1, odd: consecutive columns spread over all 32 bits
+
+
+@functools.cache
+def quantiles(device: torch.device) -> Tensor:
+    """Midpoint quantiles of N(0, 1), scaled to unit variance; float32 [65536]."""
+    z = torch.special.ndtri((torch.arange(65536, dtype=torch.float64) + 0.5) / 65536)
+    return (z / z.square().mean().sqrt()).float().to(device)
+
+
+def _mix64(x: Tensor) -> Tensor:
+    """SplitMix64's finaliser on int64 (Steele et al. 2014)."""
+    x = (x ^ ((x >> 30) & ((1 << 34) - 1))) * -4658895280553007687
+    x = (x ^ ((x >> 27) & ((1 << 37) - 1))) * -7723592293110705685
+    return x ^ ((x >> 31) & ((1 << 33) - 1))
+
+
+def _wrap(value: int) -> int:
+    """An integer modulo 2^64 as a signed one, as int64 tensors hold it."""
+    return (value + (1 << 63)) % (1 << 64) - (1 << 63)
+
+
+def row_keys(sample_ids: Tensor, positions: Tensor, stream: int) -> Tensor:
+    """Keys of the rows of a micro-batch, token order (position, sample).
+
+    Args:
+        sample_ids: int64 [B] global sample indices.
+        positions: int64 [S].
+        stream: which of several independent noises.
+
+    Returns:
+        int64 [S * B].
+    """
+    golden = -7046029254386353131  # 0x9E3779B97F4A7C15
+    per_sample = _mix64(sample_ids.long() * golden + _wrap((stream + 1) * 0x632BE59BD9B4E019))
+    return _mix64(per_sample[None, :] + (positions.long()[:, None] + 1) * golden).flatten()
+
+
+def hash_normal(keys: Tensor, seed: int, column_offset: int, count: int) -> Tensor:
+    """Noise of `count` columns from `column_offset` on; int64 keys [R] -> float32 [R, count]."""
+    mixed = _mix64(keys + _wrap(seed * 0x9E3779B97F4A7C15))
+    first, second = (mixed & 0xFFFFFFFF).int()[:, None], (mixed >> 32).int()[:, None]
+    columns = torch.arange(column_offset, column_offset + count, dtype=torch.int32, device=keys.device)
+    h = columns * _GOLDEN + first
+    h ^= (h >> 16) & 0xFFFF
+    h *= -2048144789
+    h ^= second
+    h ^= (h >> 13) & 0x7FFFF
+    h *= -1028477387
+    h ^= (h >> 16) & 0xFFFF
+    h &= 0xFFFF
+    return quantiles(keys.device).index_select(0, h.flatten()).view(h.shape)
+
+
+def add_noise_(y: Tensor, keys: Tensor, column_offset: int, std: float, seed: int) -> None:
+    """y [T, V] += std * noise, in place; keys [T] from `row_keys`."""
+    rows = max(1, _TILE // max(y.shape[1], 1))
+    for begin in range(0, len(y), rows):
+        part = slice(begin, begin + rows)
+        y[part].add_(hash_normal(keys[part], seed, column_offset, y.shape[1]), alpha=std)

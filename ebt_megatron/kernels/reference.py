@@ -1,0 +1,246 @@
+"""The `reference` backend: plain torch formulas, as short as they can be.
+
+Tangents come from forward-mode differentiation of the value's own formula
+(`torch.func.jvp`), so no dual rule is written down here: this backend judges those that
+are. It builds full score matrices and full vocabulary rows, works in float64, and serves
+tests and small models.
+
+Shapes: hidden states and heads are sequence-first, [S, B, ...]; with `tangent`, value and
+tangent are stacked along dim 1, [S, 2B, ...].
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ebt_megatron.kernels.interface import RefineStats
+
+
+def _dual(function: Callable[..., Tensor], *stacked: Tensor) -> Tensor:
+    """Apply a function of the values to stacked inputs; returns value and tangent, stacked."""
+    pairs = [x.chunk(2, 1) for x in stacked]
+    values, tangents = tuple(v for v, _ in pairs), tuple(t for _, t in pairs)
+    return torch.cat(torch.func.jvp(function, values, tangents), 1)
+
+
+def rms_norm(x: Tensor, weight: Tensor, epsilon: float, *, tangent: bool) -> Tensor:
+    """x / rms(x) * weight over the last dimension (arXiv 1910.07467)."""
+
+    def value(x: Tensor) -> Tensor:
+        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + epsilon) * weight
+
+    return _dual(value, x) if tangent else value(x)
+
+
+def layer_norm(x: Tensor, epsilon: float, *, tangent: bool) -> Tensor:
+    """(x - mean) / standard deviation over the last dimension, without affine parameters."""
+
+    def value(x: Tensor) -> Tensor:
+        centred = x - x.mean(-1, keepdim=True)
+        return centred * torch.rsqrt(centred.square().mean(-1, keepdim=True) + epsilon)
+
+    return _dual(value, x) if tangent else value(x)
+
+
+def swiglu(x: Tensor, block: int, *, tangent: bool) -> Tensor:
+    """silu(gate) * up; gate and up alternate in blocks of `block` columns: [..., 2F] -> [..., F]."""
+
+    def value(x: Tensor) -> Tensor:
+        gate, up = x.unflatten(-1, (-1, 2, block)).unbind(-2)
+        return (F.silu(gate) * up).flatten(-2)
+
+    return _dual(value, x) if tangent else value(x)
+
+
+def gelu(x: Tensor, *, tangent: bool) -> Tensor:
+    """GELU in its tanh form (arXiv 1606.08415)."""
+
+    def value(x: Tensor) -> Tensor:
+        return 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+
+    return _dual(value, x) if tangent else value(x)
+
+
+def _heads_first(x: Tensor, heads: int) -> Tensor:
+    """[S, B, G, H] -> [B, heads, S, H], repeating each group for its queries."""
+    return x.repeat_interleave(heads // x.shape[2], 2).permute(1, 2, 0, 3)
+
+
+def _hidden(o: Tensor) -> Tensor:
+    return o.permute(2, 0, 1, 3).flatten(2)
+
+
+def _mask(length: int, segments: Tensor | None, like: Tensor) -> Tensor:
+    """0 where context key s may be seen from row t, else -inf; [S, S] or [B, 1, S, S]."""
+    mask = torch.full((length, length), -math.inf, dtype=like.dtype, device=like.device).triu(1)
+    if segments is None:
+        return mask
+    other = segments[:, :, None] != segments[:, None, :]
+    return torch.where(other[:, None], -math.inf, mask)
+
+
+def context_attention(q: Tensor, k: Tensor, v: Tensor, *, segments: Tensor | None = None) -> Tensor:
+    """Causal attention; q [S, B, N, H], k and v [S, B, G, H] -> [S, B, N*H]."""
+    heads = q.shape[2]
+    k, v = _heads_first(k, heads), _heads_first(v, heads)
+    scores = _heads_first(q, heads) @ k.mT / math.sqrt(q.shape[-1]) + _mask(len(q), segments, q)
+    return _hidden(scores.softmax(-1) @ v)
+
+
+def prediction_attention(
+    q: Tensor,
+    k_self: Tensor,
+    v_self: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    tangent: bool,
+    segments: Tensor | None = None,
+) -> Tensor:
+    """Row t attends to context keys s <= t (of its document) and to its own key."""
+    heads = q.shape[2]
+    keys, values = _heads_first(k, heads), _heads_first(v, heads)
+    mask = _mask(len(q), segments, q)
+
+    def value(q: Tensor, k_self: Tensor, v_self: Tensor) -> Tensor:
+        q, k_self, v_self = (_heads_first(t, heads) for t in (q, k_self, v_self))
+        scale = 1 / math.sqrt(q.shape[-1])
+        own = (q * k_self).sum(-1, keepdim=True) * scale
+        p = torch.cat([q @ keys.mT * scale + mask, own], -1).softmax(-1)
+        return _hidden(p[..., :-1] @ values + p[..., -1:] * v_self)
+
+    return _dual(value, q, k_self, v_self) if tangent else value(q, k_self, v_self)
+
+
+def full_attention(q: Tensor, k: Tensor, v: Tensor, *, tangent: bool) -> Tensor:
+    """Every row attends to every key; with `tangent`, all three carry one."""
+    heads = q.shape[2]
+
+    def value(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q, k, v = (_heads_first(t, heads) for t in (q, k, v))
+        return _hidden((q @ k.mT / math.sqrt(q.shape[-1])).softmax(-1) @ v)
+
+    return _dual(value, q, k, v) if tangent else value(q, k, v)
+
+
+# --- the vocabulary (see ebt_megatron.kernels.interface for the notation) --------------------
+
+
+def _probabilities(y: Tensor, lse: Tensor, valid: int) -> Tensor:
+    p = (y - lse[:, None]).exp()
+    p[:, valid:] = 0
+    return p
+
+
+def _log_sum_exp(y: Tensor, valid: int) -> Tensor:
+    return y[:, :valid].logsumexp(-1)
+
+
+def _one_hot(target: Tensor, like: Tensor) -> Tensor:
+    hot = torch.zeros_like(like)
+    rows = (target >= 0).nonzero()[:, 0]
+    hot[rows, target[rows]] = 1
+    return hot
+
+
+def _step(
+    y: Tensor, lse: Tensor, table: Tensor, valid: int, energy_grad: Tensor, centre: Tensor, alpha: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """p, g and y'."""
+    p = _probabilities(y, lse, valid)
+    g = p * (energy_grad @ table.mT - centre[:, None])
+    return p, g, y - alpha[:, None] * g
+
+
+def vocab_embed(y: Tensor, table: Tensor, valid: int) -> tuple[Tensor, Tensor]:
+    """See `Kernels.vocab_embed`."""
+    lse = _log_sum_exp(y, valid)
+    return _probabilities(y, lse, valid) @ table, lse
+
+
+def vocab_refine(
+    y: Tensor, lse: Tensor, table: Tensor, valid: int, energy_grad: Tensor, centre: Tensor, alpha: Tensor,
+    target: Tensor,
+) -> RefineStats:  # fmt: skip
+    """See `Kernels.vocab_refine`."""
+    p, g, y_next = _step(y, lse, table, valid, energy_grad, centre, alpha)
+    lse_next = _log_sum_exp(y_next, valid)
+    p_next = _probabilities(y_next, lse_next, valid)
+    hot = _one_hot(target, y)
+    return RefineStats(
+        lse_next=lse_next,
+        target_logit=(hot * y_next).sum(-1),
+        p_target=(hot * p).sum(-1),
+        g_target=(hot * g).sum(-1),
+        s1=(p * p_next).sum(-1),
+        s2=p_next.square().sum(-1),
+        sg=(p_next * g).sum(-1),
+        px=(p * p_next) @ table,
+    )
+
+
+def vocab_backward(
+    y: Tensor, lse: Tensor, table: Tensor, valid: int, energy_grad: Tensor, centre: Tensor, alpha: Tensor,
+    target: Tensor, lse_next: Tensor, scale: Tensor, mean: Tensor, x_grad: Tensor, xt_grad: Tensor,
+    table_grad: Tensor,
+) -> None:  # fmt: skip
+    """See `Kernels.vocab_backward`."""
+    p, _, y_next = _step(y, lse, table, valid, energy_grad, centre, alpha)
+    direction = (
+        scale[:, None] * (_probabilities(y_next, lse_next, valid) - _one_hot(target, y)) - mean[:, None]
+    )
+    table_grad += p.mT @ x_grad + (p * direction).mT @ xt_grad
+    y.copy_(y_next)
+
+
+def vocab_update(
+    y: Tensor, lse: Tensor, table: Tensor, valid: int, energy_grad: Tensor, centre: Tensor, alpha: Tensor
+) -> None:
+    """See `Kernels.vocab_update`."""
+    y.copy_(_step(y, lse, table, valid, energy_grad, centre, alpha)[2])
+
+
+def vocab_adjoint(
+    y_next: Tensor, lse_next: Tensor, target: Tensor, weight: Tensor, valid: int, adjoint: Tensor
+) -> None:
+    """See `Kernels.vocab_adjoint`."""
+    adjoint += weight[:, None] * (_probabilities(y_next, lse_next, valid) - _one_hot(target, adjoint))
+
+
+def vocab_dot_step(
+    y: Tensor, lse: Tensor, table: Tensor, valid: int, energy_grad: Tensor, centre: Tensor, adjoint: Tensor
+) -> Tensor:
+    """See `Kernels.vocab_dot_step`."""
+    return (adjoint * _step(y, lse, table, valid, energy_grad, centre, centre)[1]).sum(-1)
+
+
+def vocab_tangent(
+    y: Tensor, lse: Tensor, table: Tensor, valid: int, adjoint: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See `Kernels.vocab_tangent`."""
+    weighted = _probabilities(y, lse, valid) * adjoint
+    return weighted.sum(-1), adjoint.square().sum(-1), weighted @ table
+
+
+def vocab_dense_backward(
+    y: Tensor, lse: Tensor, table: Tensor, valid: int, adjoint: Tensor, scale: Tensor, mean: Tensor, x: Tensor,
+    xt: Tensor, x_grad: Tensor, xt_grad: Tensor, table_grad: Tensor,
+) -> None:  # fmt: skip
+    """See `Kernels.vocab_dense_backward`.
+
+    With u = x_grad W^T, w = xt_grad W^T and d = scale lambda - mean, the derivative of
+    <u, p> + <w, p d> by y_k is p_k (u_k - <p,u> + (w_k - <p,w>) d_k - <w, p d>), where
+    <p,u> = <x, x_grad>, <p,w> = <x, xt_grad> and <w, p d> = <xt, xt_grad>.
+    """
+    p = _probabilities(y, lse, valid)
+    direction = scale[:, None] * adjoint - mean[:, None]
+    table_grad += p.mT @ x_grad + (p * direction).mT @ xt_grad
+    along_value = (x * x_grad).sum(-1) + (xt * xt_grad).sum(-1)
+    along_tangent = (x * xt_grad).sum(-1)
+    u, w = x_grad @ table.mT, xt_grad @ table.mT
+    adjoint += p * (u - along_value[:, None] + (w - along_tangent[:, None]) * direction)

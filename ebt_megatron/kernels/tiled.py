@@ -1,0 +1,591 @@
+"""The `torch` backend: tiled torch code, with backward passes written by hand.
+
+Memory is linear in the sequence length and holds no vocabulary-wide temporary. Attention
+goes through blocks of queries and, causally, only the keys before each block's end; the
+vocabulary through tiles of tokens and columns with an online softmax.
+
+Attention with tangents. With scores s, their tangents s', p = softmax(s), mu = <p, s'>:
+
+    o  = sum_j p_j v_j           o' = sum_j p_j (s'_j - mu) v_j + p_j v'_j
+
+and for gradients a at o, b at o', writing A_j = <a, v_j> + <b, v'_j>, B_j = <b, v_j>,
+delta = <a, o> + <b, o'>, beta = <b, o> (taken over values alone):
+
+    dL/ds'_j = p_j (B_j - beta)      dL/ds_j = p_j (A_j - delta + (s'_j - mu) (B_j - beta))
+
+so the backward pass needs, beside inputs and outputs, only the log-sum-exp and mu per row.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ebt_megatron.kernels.interface import RefineStats
+
+_QUERY_BLOCK = 128
+_SCORES = 1 << 18  # scores of one block of queries and heads held at once, so that they stay in cache
+_TOKEN_TILE = 256
+_COLUMN_TILE = 4096
+
+
+# --- attention --------------------------------------------------------------------------------
+
+
+def _to_heads(x: Tensor, heads: int) -> Tensor:
+    """[S, B, G, H] -> [B * heads, S, H], repeating each group for its queries."""
+    if x.shape[2] != heads:
+        x = x.repeat_interleave(heads // x.shape[2], 2)
+    return x.permute(1, 2, 0, 3).reshape(-1, x.shape[0], x.shape[3])
+
+
+def _from_heads(x: Tensor, batch: int, groups: int) -> Tensor:
+    """[B * heads, S, H] -> [S, B, G, H], summing over the queries of each group."""
+    heads = len(x) // batch
+    x = (
+        x.view(batch, groups, heads // groups, *x.shape[1:]).sum(2)
+        if heads != groups
+        else x.view(batch, groups, *x.shape[1:])
+    )
+    return x.permute(2, 0, 1, 3)
+
+
+def _blocks(queries: int, keys: int, rows: int, causal: bool) -> list[tuple[slice, slice, int]]:
+    """(rows of B * N, queries, end of visible keys) of each block."""
+    out = []
+    for begin in range(0, queries, _QUERY_BLOCK):
+        end = min(begin + _QUERY_BLOCK, queries)
+        visible = end if causal else keys
+        step = max(1, _SCORES // ((end - begin) * visible))
+        out += [(slice(r, min(r + step, rows)), slice(begin, end), visible) for r in range(0, rows, step)]
+    return out
+
+
+def _hide(
+    scores: Tensor, block: slice, visible: int, causal: bool, segments: Tensor | None, rows: slice
+) -> None:
+    """Set scores of unseen keys to -inf, in place; segments int32 [B * N, S]."""
+    if causal:
+        size = block.stop - block.start
+        future = torch.ones(size, size, dtype=torch.bool, device=scores.device).triu(1)
+        scores[:, :, block.start :].masked_fill_(future, -math.inf)
+    if segments is not None:
+        scores.masked_fill_(segments[rows, block, None] != segments[rows, None, :visible], -math.inf)
+
+
+class _Attention(torch.autograd.Function):
+    """Attention over shared keys and, optionally, each row's own key; with or without tangents.
+
+    Arguments are [R, S, H] with R = B * N (see `_to_heads`); tangents are None or of that shape.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, q, qt, k_self, kt_self, v_self, vt_self, k, kt, v, vt, causal, segments):  # noqa: D102
+        scale = 1 / math.sqrt(q.shape[-1])
+        rows, queries, _ = q.shape
+        tangent = qt is not None
+        o, ot = torch.empty_like(q), torch.empty_like(q) if tangent else None
+        lse = q.new_empty(rows, queries)
+        mu = q.new_empty(rows, queries) if tangent else None
+        for r, b, visible in _blocks(queries, k.shape[1], rows, causal):
+            key, value = k[r, :visible], v[r, :visible]
+            s = torch.bmm(q[r, b], key.mT).mul_(scale)
+            _hide(s, b, visible, causal, segments, r)
+            top = s.amax(-1, keepdim=True)
+            if k_self is not None:
+                own = (q[r, b] * k_self[r, b]).sum(-1, keepdim=True).mul_(scale)
+                top = torch.maximum(top, own)
+            p = s.sub_(top).exp_()
+            total = p.sum(-1, keepdim=True)
+            if k_self is not None:
+                p_own = (own - top).exp()
+                total = total + p_own
+            lse[r, b] = (top + total.log()).squeeze(-1)
+            p.div_(total)
+            out = torch.bmm(p, value)
+            if k_self is not None:
+                p_own = p_own / total
+                out.addcmul_(p_own, v_self[r, b])
+            o[r, b] = out
+            if not tangent:
+                continue
+            st = torch.bmm(qt[r, b], key.mT)
+            if kt is not None:
+                st.baddbmm_(q[r, b], kt[r, :visible].mT)
+            pt = st.mul_(scale).mul_(p)  # p s'
+            mean = pt.sum(-1, keepdim=True)
+            if k_self is not None:
+                own_t = (qt[r, b] * k_self[r, b] + q[r, b] * kt_self[r, b]).sum(-1, keepdim=True).mul_(scale)
+                mean = mean + p_own * own_t
+            mu[r, b] = mean.squeeze(-1)
+            # sum p s' v - mu sum p v: no second pass over the scores
+            out_t = torch.bmm(pt, value)
+            if vt is not None:
+                out_t.baddbmm_(p, vt[r, :visible])
+            if k_self is not None:
+                out_t += p_own * (own_t * v_self[r, b] + vt_self[r, b])
+            ot[r, b] = out_t.addcmul_(mean, out, value=-1)
+        ctx.save_for_backward(q, qt, k_self, kt_self, v_self, vt_self, k, kt, v, vt, segments, o, lse, mu, ot)
+        ctx.causal, ctx.scale = causal, scale
+        return (o, ot) if tangent else o
+
+    @staticmethod
+    def backward(ctx: Any, a, b_grad=None):  # noqa: D102
+        q, qt, k_self, kt_self, v_self, vt_self, k, kt, v, vt, segments, o, lse, mu, ot = ctx.saved_tensors
+        scale, tangent, own_key = ctx.scale, qt is not None, k_self is not None
+        rows, queries, _ = q.shape
+        # Keys and values need no gradient while proposing: half of the products fall away.
+        k_needs = ctx.needs_input_grad[6] or ctx.needs_input_grad[8]
+        a = a.contiguous()
+        delta = (a * o).sum(-1)
+        if tangent:
+            b_grad = b_grad.contiguous()
+            delta = delta + (b_grad * ot).sum(-1)
+            beta = (b_grad * o).sum(-1)
+        grads: dict[str, Tensor] = {"q": torch.zeros_like(q)}
+        if tangent:
+            grads["qt"] = torch.zeros_like(q)
+        for name, wanted in (("k", k_needs), ("v", k_needs), ("kt", kt is not None), ("vt", vt is not None)):
+            if wanted:
+                grads[name] = torch.zeros_like(k)
+        for r, blk, visible in _blocks(queries, k.shape[1], rows, ctx.causal):
+            key, value = k[r, :visible], v[r, :visible]
+            qb, ab = q[r, blk], a[r, blk]
+            p = torch.bmm(qb, key.mT).mul_(scale)
+            _hide(p, blk, visible, ctx.causal, segments, r)
+            p.sub_(lse[r, blk, None]).exp_()
+            ds = torch.bmm(ab, value.mT)  # A
+            if tangent:
+                qtb, bb = qt[r, blk], b_grad[r, blk]
+                if vt is not None:
+                    ds.baddbmm_(bb, vt[r, :visible].mT)
+                dst = torch.bmm(bb, value.mT).sub_(beta[r, blk, None])  # B - beta
+                st = torch.bmm(qtb, key.mT)
+                if kt is not None:
+                    st.baddbmm_(qb, kt[r, :visible].mT)
+                st.mul_(scale).sub_(mu[r, blk, None])  # s' - mu
+                ds.sub_(delta[r, blk, None]).addcmul_(st, dst).mul_(p)
+                dst.mul_(p)
+                grads["qt"][r, blk] = torch.bmm(dst, key)
+                if kt is not None:
+                    grads["q"][r, blk] += torch.bmm(dst, kt[r, :visible])
+                    grads["kt"][r, :visible].baddbmm_(dst.mT, qb)
+                if k_needs:
+                    grads["k"][r, :visible].baddbmm_(dst.mT, qtb)
+                    grads["v"][r, :visible].baddbmm_(st.mul_(p).mT, bb)
+                if vt is not None:
+                    grads["vt"][r, :visible].baddbmm_(p.mT, bb)
+            else:
+                ds.sub_(delta[r, blk, None]).mul_(p)
+            grads["q"][r, blk] += torch.bmm(ds, key)
+            if k_needs:
+                grads["k"][r, :visible].baddbmm_(ds.mT, qb)
+                grads["v"][r, :visible].baddbmm_(p.mT, ab)
+        if own_key:
+            own = (q * k_self).sum(-1).mul_(scale)
+            p_own = (own - lse).exp()[..., None]
+            along = (a * v_self).sum(-1, keepdim=True)
+            if tangent:
+                along = along + (b_grad * vt_self).sum(-1, keepdim=True)
+                own_t = (qt * k_self + q * kt_self).sum(-1, keepdim=True).mul_(scale) - mu[..., None]
+                dst_own = p_own * ((b_grad * v_self).sum(-1, keepdim=True) - beta[..., None])
+                ds_own = p_own * (along - delta[..., None]) + own_t * dst_own
+                grads["q"] += ds_own * k_self + dst_own * kt_self
+                grads["qt"] += dst_own * k_self
+                grads["k_self"] = (ds_own * q + dst_own * qt) * scale
+                grads["kt_self"] = dst_own * q * scale
+                grads["v_self"] = p_own * (a + own_t * b_grad)
+                grads["vt_self"] = p_own * b_grad
+            else:
+                ds_own = p_own * (along - delta[..., None])
+                grads["q"] += ds_own * k_self
+                grads["k_self"] = ds_own * q * scale
+                grads["v_self"] = p_own * a
+        for name in ("q", "qt", "k", "kt"):
+            if name in grads:
+                grads[name].mul_(scale)
+        order = ("q", "qt", "k_self", "kt_self", "v_self", "vt_self", "k", "kt", "v", "vt")
+        return (*(grads.get(name) for name in order), None, None)
+
+
+class _Layout(torch.autograd.Function):
+    """[S, B, G, H] <-> [B * heads, S, H], as one copy each way."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, heads: int) -> Tensor:  # noqa: D102
+        ctx.batch, ctx.groups = x.shape[1], x.shape[2]
+        return _to_heads(x, heads)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # noqa: D102
+        return _from_heads(grad, ctx.batch, ctx.groups), None
+
+
+def _wide(*tensors: Tensor) -> list[Tensor]:
+    """At least float32, for accumulation."""
+    return [t if t.dtype == torch.float64 else t.float() for t in tensors]
+
+
+def _repeat_segments(segments: Tensor | None, heads: int) -> Tensor | None:
+    return None if segments is None else segments.repeat_interleave(heads, 0)
+
+
+def context_attention(q: Tensor, k: Tensor, v: Tensor, *, segments: Tensor | None = None) -> Tensor:
+    """See `Kernels.context_attention`."""
+    heads, dtype = q.shape[2], q.dtype
+    if segments is None:
+        repeat = heads // k.shape[2]
+        q, k, v = (t.permute(1, 2, 0, 3) for t in (q, k, v))
+        if repeat > 1:
+            k, v = k.repeat_interleave(repeat, 1), v.repeat_interleave(repeat, 1)
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True).permute(2, 0, 1, 3).flatten(2)
+    batch = q.shape[1]
+    q, k, v = (_Layout.apply(t, heads) for t in _wide(q, k, v))
+    o = _Attention.apply(
+        q, None, None, None, None, None, k, None, v, None, True, _repeat_segments(segments, heads)
+    )
+    return _from_heads(o, batch, heads).flatten(2).to(dtype)
+
+
+def prediction_attention(
+    q: Tensor,
+    k_self: Tensor,
+    v_self: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    tangent: bool,
+    segments: Tensor | None = None,
+) -> Tensor:
+    """See `Kernels.prediction_attention`."""
+    heads, dtype, batch = q.shape[2], q.dtype, q.shape[1]
+    segments = _repeat_segments(segments, heads)
+    own = [_Layout.apply(t, heads) for t in _wide(q, k_self, v_self)]
+    keys, values = (_Layout.apply(t, heads) for t in _wide(k, v))
+    if not tangent:
+        q, k_self, v_self = own
+        o = _Attention.apply(q, None, k_self, None, v_self, None, keys, None, values, None, True, segments)
+    else:
+        pairs = [t for x in own for t in x.chunk(2)]  # q, qt, k_self, kt_self, v_self, vt_self
+        o = torch.cat(_Attention.apply(*pairs, keys, None, values, None, True, segments))
+    return _from_heads(o, batch, heads).flatten(2).to(dtype)
+
+
+def full_attention(q: Tensor, k: Tensor, v: Tensor, *, tangent: bool) -> Tensor:
+    """See `Kernels.full_attention`."""
+    heads, dtype, batch = q.shape[2], q.dtype, q.shape[1]
+    q, k, v = (_Layout.apply(t, heads) for t in _wide(q, k, v))
+    none = (None,) * 4
+    if not tangent:
+        o = _Attention.apply(q, None, *none, k, None, v, None, False, None)
+    else:
+        (q, qt), (k, kt), (v, vt) = q.chunk(2), k.chunk(2), v.chunk(2)
+        o = torch.cat(_Attention.apply(q, qt, *none, k, kt, v, vt, False, None))
+    return _from_heads(o, batch, heads).flatten(2).to(dtype)
+
+
+# --- elementwise ------------------------------------------------------------------------------
+
+
+class _RMSNorm(torch.autograd.Function):
+    """y = n w, n = x r, r = 1 / rms(x);  y' = r (x' - n <n x'>) w, with <.> the mean."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, epsilon: float, tangent: bool) -> Tensor:  # noqa: D102
+        value = x.chunk(2, 1)[0] if tangent else x
+        wide = value.float() if value.dtype in (torch.bfloat16, torch.float16) else value
+        r = torch.rsqrt(wide.square().mean(-1, keepdim=True).add_(epsilon))
+        ctx.tangent = tangent
+        ctx.save_for_backward(x, weight, r)
+        out = torch.empty_like(x, memory_format=torch.contiguous_format)
+        n = wide * r
+        if not tangent:
+            torch.mul(n, weight, out=n) if n.dtype == weight.dtype else n.mul_(weight)
+            return out.copy_(n)
+        direction = x.chunk(2, 1)[1]
+        first, second = out.chunk(2, 1)
+        mean = (n * direction).mean(-1, keepdim=True)
+        second.copy_(((direction - n * mean) * r).mul_(weight))
+        first.copy_(n.mul_(weight))
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # noqa: D102
+        x, weight, r = ctx.saved_tensors
+        out = torch.empty_like(x, memory_format=torch.contiguous_format)
+
+        def project(t: Tensor, n: Tensor) -> Tensor:  # (I - n n^T) t, per row
+            return t - n * (n * t).mean(-1, keepdim=True)
+
+        if not ctx.tangent:
+            n = x * r
+            g = grad * weight
+            out.copy_(project(g, n).mul_(r))
+            w_grad = (grad * n).flatten(0, -2).sum(0) if ctx.needs_input_grad[1] else None
+            return out, w_grad, None, None
+        (value, direction), (ga, gb) = x.chunk(2, 1), grad.chunk(2, 1)
+        n = value * r
+        mean = (n * direction).mean(-1, keepdim=True)
+        turned = direction - n * mean
+        w_grad = None
+        if ctx.needs_input_grad[1]:
+            w_grad = ((ga * n) + (gb * turned) * r).flatten(0, -2).sum(0)
+        a, b = ga * weight, gb * weight
+        b_flat = project(b, n)
+        first, second = out.chunk(2, 1)
+        second.copy_(b_flat * r)
+        # d/dx of <b, r (x' - n <n x'>)>: through r, and through n in both places
+        along = (b * turned).mean(-1, keepdim=True)
+        b_mean = (b * n).mean(-1, keepdim=True)
+        through = b_flat.mul_(mean).add_(project(direction, n).mul_(b_mean)).add_(n * along)
+        first.copy_(project(a, n).mul_(r).sub_(through.mul_(r * r)))
+        return out, w_grad, None, None
+
+
+def rms_norm(x: Tensor, weight: Tensor, epsilon: float, *, tangent: bool) -> Tensor:
+    """See `Kernels.rms_norm`."""
+    return _RMSNorm.apply(x, weight, epsilon, tangent)
+
+
+class _SwiGLU(torch.autograd.Function):
+    """y = f(gate) up with f = silu;  y' = f'(gate) gate' up + f(gate) up'."""
+
+    @staticmethod
+    def _parts(x: Tensor, block: int) -> tuple[Tensor, Tensor]:
+        gate, up = x.unflatten(-1, (-1, 2, block)).unbind(-2)
+        return gate, up
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, block: int, tangent: bool) -> Tensor:  # noqa: D102
+        ctx.block, ctx.tangent = block, tangent
+        ctx.save_for_backward(x)
+        value = x.chunk(2, 1)[0] if tangent else x
+        gate, up = _SwiGLU._parts(value, block)
+        sigma = gate.sigmoid()
+        f = gate * sigma
+        if not tangent:
+            return f.mul_(up).flatten(-2)
+        gate_t, up_t = _SwiGLU._parts(x.chunk(2, 1)[1], block)
+        slope = (1 - sigma).mul_(gate).add_(1).mul_(sigma)
+        out_t = slope.mul_(gate_t).mul_(up).addcmul_(f, up_t)
+        return torch.cat([f.mul_(up).flatten(-2), out_t.flatten(-2)], 1)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # noqa: D102
+        (x,) = ctx.saved_tensors
+        block = ctx.block
+        out = torch.empty_like(x, memory_format=torch.contiguous_format)
+        value = x.chunk(2, 1)[0] if ctx.tangent else x
+        gate, up = _SwiGLU._parts(value, block)
+        sigma = gate.sigmoid()
+        f = gate * sigma
+        slope = sigma * (1 + gate * (1 - sigma))
+        if not ctx.tangent:
+            g = grad.unflatten(-1, (-1, block))
+            d_gate, d_up = _SwiGLU._parts(out, block)
+            d_gate.copy_(g * slope * up)
+            d_up.copy_(g * f)
+            return out, None, None
+        gate_t, up_t = _SwiGLU._parts(x.chunk(2, 1)[1], block)
+        a, b = (t.unflatten(-1, (-1, block)) for t in grad.chunk(2, 1))
+        # f'' = sigma (1 - sigma) (2 + gate (1 - 2 sigma))
+        curve = sigma * (1 - sigma) * (2 + gate * (1 - 2 * sigma))
+        first, second = out.chunk(2, 1)
+        d_gate, d_up = _SwiGLU._parts(first, block)
+        d_gate_t, d_up_t = _SwiGLU._parts(second, block)
+        d_gate.copy_((a * slope).add_(b * curve * gate_t).mul_(up).add_(b * slope * up_t))
+        d_up.copy_((a * f).add_(b * slope * gate_t))
+        d_gate_t.copy_(b * slope * up)
+        d_up_t.copy_(b * f)
+        return out, None, None
+
+
+def swiglu(x: Tensor, block: int, *, tangent: bool) -> Tensor:
+    """See `Kernels.swiglu`."""
+    return _SwiGLU.apply(x, block, tangent)
+
+
+# --- the vocabulary ---------------------------------------------------------------------------
+
+
+def _token_tiles(tokens: int) -> list[slice]:
+    return [slice(i, min(i + _TOKEN_TILE, tokens)) for i in range(0, tokens, _TOKEN_TILE)]
+
+
+def _column_tiles(valid: int) -> list[slice]:
+    return [slice(i, min(i + _COLUMN_TILE, valid)) for i in range(0, valid, _COLUMN_TILE)]
+
+
+def _probability(y: Tensor, lse: Tensor) -> Tensor:
+    return (y - lse[:, None]).exp_()
+
+
+class _Online:
+    """A softmax over columns that come tile by tile; `rescale` brings sums to the new maximum."""
+
+    def __init__(self, like: Tensor):
+        self.top = like.new_full((len(like),), -math.inf)
+        self.total = like.new_zeros(len(like))
+
+    def add(self, y: Tensor) -> tuple[Tensor, Tensor]:
+        """Take a tile [T, v]; returns exp(y - top) and the factor for everything summed so far."""
+        top = torch.maximum(self.top, y.amax(1))
+        factor = (self.top - top).exp()
+        e = (y - top[:, None]).exp_()
+        self.total = self.total * factor + e.sum(1)
+        self.top = top
+        return e, factor
+
+    @property
+    def lse(self) -> Tensor:
+        """Log-sum-exp of all tiles so far."""
+        return self.top + self.total.log()
+
+
+def vocab_embed(y: Tensor, table: Tensor, valid: int) -> tuple[Tensor, Tensor]:
+    """See `Kernels.vocab_embed`."""
+    x = y.new_empty(len(y), table.shape[1])
+    lse = y.new_empty(len(y))
+    for t in _token_tiles(len(y)):
+        online, sums = _Online(y[t]), y.new_zeros(t.stop - t.start, table.shape[1])
+        for c in _column_tiles(valid):
+            e, factor = online.add(y[t, c])
+            sums.mul_(factor[:, None]).addmm_(e, table[c])
+        x[t] = sums / online.total[:, None]
+        lse[t] = online.lse
+    return x, lse
+
+
+def _energy_slope(p: Tensor, energy_grad: Tensor, table: Tensor, centre: Tensor) -> Tensor:
+    """g = p (energy_grad table^T - centre) on a tile."""
+    return torch.mm(energy_grad, table.mT).sub_(centre[:, None]).mul_(p)
+
+
+def _local(target: Tensor, columns: slice) -> tuple[Tensor, Tensor]:
+    """Rows whose target lies in these columns, and where in them."""
+    rows = ((target >= columns.start) & (target < columns.stop)).nonzero()[:, 0]
+    return rows, target[rows] - columns.start
+
+
+def vocab_refine(
+    y: Tensor, lse: Tensor, table: Tensor, valid: int, energy_grad: Tensor, centre: Tensor, alpha: Tensor,
+    target: Tensor,
+) -> RefineStats:  # fmt: skip
+    """See `Kernels.vocab_refine`."""
+    tokens, width = len(y), table.shape[1]
+    at_target = y.new_zeros(3, tokens)
+    sums = y.new_empty(3, tokens)
+    lse_next, px = y.new_empty(tokens), y.new_empty(tokens, width)
+    for t in _token_tiles(tokens):
+        size = t.stop - t.start
+        online = _Online(y[t])
+        s1, s2, sg = y.new_zeros(size), y.new_zeros(size), y.new_zeros(size)
+        weighted = y.new_zeros(size, width)
+        for c in _column_tiles(valid):
+            p = _probability(y[t, c], lse[t])
+            g = _energy_slope(p, energy_grad[t], table[c], centre[t])
+            y_next = torch.addcmul(y[t, c], g, alpha[t, None], value=-1)
+            rows, columns = _local(target[t], c)
+            if len(rows):
+                for i, source in enumerate((y_next, p, g)):
+                    at_target[i, t.start + rows] = source[rows, columns]
+            e, factor = online.add(y_next)
+            sg.mul_(factor).add_((g.mul_(e)).sum(1))
+            s2.mul_(factor**2).add_(torch.linalg.vecdot(e, e))
+            weight = p.mul_(e)
+            s1.mul_(factor).add_(weight.sum(1))
+            weighted.mul_(factor[:, None]).addmm_(weight, table[c])
+        total = online.total
+        lse_next[t] = online.lse
+        sums[0, t], sums[1, t], sums[2, t] = s1 / total, s2 / total**2, sg / total
+        px[t] = weighted / total[:, None]
+    return RefineStats(lse_next, at_target[0], at_target[1], at_target[2], sums[0], sums[1], sums[2], px)
+
+
+def vocab_backward(
+    y: Tensor, lse: Tensor, table: Tensor, valid: int, energy_grad: Tensor, centre: Tensor, alpha: Tensor,
+    target: Tensor, lse_next: Tensor, scale: Tensor, mean: Tensor, x_grad: Tensor, xt_grad: Tensor,
+    table_grad: Tensor,
+) -> None:  # fmt: skip
+    """See `Kernels.vocab_backward`."""
+    both = torch.cat([x_grad, xt_grad], 1)
+    width = x_grad.shape[1]
+    for c in _column_tiles(valid):
+        for t in _token_tiles(len(y)):
+            p = _probability(y[t, c], lse[t])
+            g = _energy_slope(p, energy_grad[t], table[c], centre[t])
+            y_next = y[t, c].addcmul_(g, alpha[t, None], value=-1)
+            direction = _probability(y_next, lse_next[t])
+            rows, columns = _local(target[t], c)
+            direction[rows, columns] -= 1
+            direction.mul_(scale[t, None]).sub_(mean[t, None]).mul_(p)
+            table_grad[c].addmm_(p.mT, both[t, :width]).addmm_(direction.mT, both[t, width:])
+
+
+def vocab_update(
+    y: Tensor, lse: Tensor, table: Tensor, valid: int, energy_grad: Tensor, centre: Tensor, alpha: Tensor
+) -> None:
+    """See `Kernels.vocab_update`."""
+    for t in _token_tiles(len(y)):
+        for c in _column_tiles(valid):
+            g = _energy_slope(_probability(y[t, c], lse[t]), energy_grad[t], table[c], centre[t])
+            y[t, c].addcmul_(g, alpha[t, None], value=-1)
+
+
+def vocab_adjoint(
+    y_next: Tensor, lse_next: Tensor, target: Tensor, weight: Tensor, valid: int, adjoint: Tensor
+) -> None:
+    """See `Kernels.vocab_adjoint`."""
+    for t in _token_tiles(len(y_next)):
+        for c in _column_tiles(valid):
+            adjoint[t, c].addcmul_(_probability(y_next[t, c], lse_next[t]), weight[t, None])
+    rows = (target >= 0).nonzero()[:, 0]
+    adjoint[rows, target[rows]] -= weight[rows]
+
+
+def vocab_dot_step(
+    y: Tensor, lse: Tensor, table: Tensor, valid: int, energy_grad: Tensor, centre: Tensor, adjoint: Tensor
+) -> Tensor:
+    """See `Kernels.vocab_dot_step`."""
+    out = y.new_zeros(len(y))
+    for t in _token_tiles(len(y)):
+        for c in _column_tiles(valid):
+            g = _energy_slope(_probability(y[t, c], lse[t]), energy_grad[t], table[c], centre[t])
+            out[t] += torch.linalg.vecdot(g, adjoint[t, c])
+    return out
+
+
+def vocab_tangent(
+    y: Tensor, lse: Tensor, table: Tensor, valid: int, adjoint: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See `Kernels.vocab_tangent`."""
+    mean, norm2, plx = y.new_zeros(len(y)), y.new_zeros(len(y)), y.new_zeros(len(y), table.shape[1])
+    for t in _token_tiles(len(y)):
+        for c in _column_tiles(valid):
+            part = adjoint[t, c]
+            norm2[t] += torch.linalg.vecdot(part, part)
+            weighted = _probability(y[t, c], lse[t]).mul_(part)
+            mean[t] += weighted.sum(1)
+            plx[t] += weighted @ table[c]
+    return mean, norm2, plx
+
+
+def vocab_dense_backward(
+    y: Tensor, lse: Tensor, table: Tensor, valid: int, adjoint: Tensor, scale: Tensor, mean: Tensor, x: Tensor,
+    xt: Tensor, x_grad: Tensor, xt_grad: Tensor, table_grad: Tensor,
+) -> None:  # fmt: skip
+    """See `Kernels.vocab_dense_backward`; the derivation is beside `reference.vocab_dense_backward`."""
+    along_value = (x * x_grad).sum(-1) + (xt * xt_grad).sum(-1)
+    along_tangent = (x * xt_grad).sum(-1)
+    for c in _column_tiles(valid):
+        for t in _token_tiles(len(y)):
+            p = _probability(y[t, c], lse[t])
+            direction = adjoint[t, c].mul(scale[t, None]).sub_(mean[t, None])
+            through = torch.mm(xt_grad[t], table[c].mT).sub_(along_tangent[t, None]).mul_(direction)
+            through.addmm_(x_grad[t], table[c].mT).sub_(along_value[t, None])
+            adjoint[t, c].addcmul_(p, through)
+            table_grad[c].addmm_(p.mT, x_grad[t]).addmm_(direction.mul_(p).mT, xt_grad[t])
