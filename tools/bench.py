@@ -67,7 +67,7 @@ def _child(case: str, variant: str, repeats: int) -> dict[str, Any]:
     from ebt_megatron.model.build import SampleShape, build_model
     from ebt_megatron.model.flops import cost
     from ebt_megatron.parallel.setup import initialize
-    from ebt_megatron.training.metrics import Metrics
+    from ebt_megatron.training.metrics import Timers
     from ebt_megatron.training.objective import build_objective
 
     chosen = VARIANTS[variant]
@@ -77,7 +77,7 @@ def _child(case: str, variant: str, repeats: int) -> dict[str, Any]:
     vocab = CASES[case]["vocab"]
     state = initialize(recipe.parallel, recipe.training.seed)
     model = build_model(recipe, SampleShape(vocab_size=vocab)).to(state.device)
-    objective = build_objective(model, recipe, state, Metrics.phases_only())
+    objective = build_objective(model, recipe, state, Timers())
     cuda = state.device.type == "cuda"
 
     def micro_batch(seed: int) -> Any:

@@ -59,7 +59,7 @@ class Sample:
 
 def split(micro_batch: Any, device: torch.device) -> Sample:
     """What is observed [B, S, ...], and what follows it [B, S, ...], on `device`."""
-    sequence = micro_batch.tokens if micro_batch.tokens is not None else micro_batch.frames
+    sequence = micro_batch.tokens
     documents = micro_batch.documents
     return Sample(
         observed=sequence[:, :-1].to(device),

@@ -1,7 +1,5 @@
 """The loss of a recipe does not depend on how it is laid out over ranks."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 

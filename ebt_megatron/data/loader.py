@@ -1,0 +1,234 @@
+"""The loader: a global order of samples that no layout changes, read ahead by a thread.
+
+The order of an epoch is a pure function of (seed, epoch); a position in the run is one
+number, the count of samples consumed. So a run stops at any sample and goes on with any
+number of ranks, and the global sequence is the same.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ebt_megatron.config import Recipe
+from ebt_megatron.data.shards import DataError, ShardFolder
+from ebt_megatron.parallel.randomness import stable_seed
+
+VALIDATION_IDS = 1 << 50  # sample ids of validation samples start here, apart from training's
+
+
+@dataclass
+class MicroBatch:
+    """Samples for one forward pass.
+
+    Attributes:
+        sample_ids: int64 [B], each sample's global index in the run; fixes its noise.
+        tokens: int64 [B, S + 1] (text).
+        documents: int32 [B, S + 1], which document of its row each token belongs to, or None.
+    """
+
+    sample_ids: Tensor
+    tokens: Tensor
+    documents: Tensor | None = None
+
+
+class Blend:
+    """Several sources as one endless sequence of epochs.
+
+    An epoch has as many samples as all sources together; a source with weight w gives the
+    share w of them, going through its own samples in an order of its own, again and again.
+
+    Args:
+        sizes: samples of each source.
+        weights: relative; empty: by size.
+        seed: of every order.
+        shuffle: False: sources one after the other, in their own order.
+    """
+
+    def __init__(self, sizes: list[int], weights: list[float], seed: int, shuffle: bool):
+        self.sizes, self.seed, self.shuffle = sizes, seed, shuffle
+        share = np.array(weights or sizes, dtype=np.float64)
+        share = np.floor(share / share.sum() * sum(sizes)).astype(np.int64)
+        share[np.argmax(share)] += sum(sizes) - share.sum()
+        self.share = share
+        self._epoch: tuple[int, np.ndarray, np.ndarray] | None = None
+
+    def __len__(self) -> int:
+        return int(self.share.sum())
+
+    def _permutation(self, count: int, *key: Any) -> np.ndarray:
+        if not self.shuffle:
+            return np.arange(count)
+        return np.random.Generator(np.random.Philox(stable_seed(self.seed, *key))).permutation(count)
+
+    def _of_source(self, source: int, begin: int, count: int) -> np.ndarray:
+        """Samples begin .. begin + count - 1 of a source's endless sequence."""
+        size, parts = self.sizes[source], []
+        while count:
+            turn, offset = divmod(begin, size)
+            part = self._permutation(size, "source", source, turn)[offset : offset + count]
+            parts.append(part)
+            begin, count = begin + len(part), count - len(part)
+        return np.concatenate(parts) if parts else np.zeros(0, dtype=np.int64)
+
+    def locate(self, position: int) -> tuple[int, int]:
+        """Global position in the run -> (source, sample of that source)."""
+        epoch, within = divmod(position, len(self))
+        if self._epoch is None or self._epoch[0] != epoch:
+            sources = np.repeat(np.arange(len(self.sizes)), self.share)
+            samples = [self._of_source(i, epoch * int(n), int(n)) for i, n in enumerate(self.share)]
+            order = self._permutation(len(self), "epoch", epoch)
+            self._epoch = epoch, sources[order], np.concatenate(samples)[order]
+        return int(self._epoch[1][within]), int(self._epoch[2][within])
+
+
+def open_sources(recipe: Recipe, split: str) -> list[ShardFolder]:
+    """The shard folders of a split, checked against each other and the recipe.
+
+    Raises:
+        DataError: naming the folder and what does not fit.
+    """
+    folders = recipe.data.train if split == "train" else recipe.data.validation
+    if not folders:
+        raise DataError(f"data.{split} names no shards: give folders made by data_prep/")
+    sources = [ShardFolder(folder, recipe.data.cache_dir) for folder in folders]
+    tokenizer = sources[0].manifest.tokenizer["sha256"]
+    for source in sources:
+        m = source.manifest
+        if m.sequence_length != recipe.data.sequence_length:
+            raise DataError(f"{source.folder} has sequences of {m.sequence_length} tokens, data.sequence_length is "
+                            f"{recipe.data.sequence_length}: change the recipe, or prepare the data again")  # fmt: skip
+        if m.tokenizer["sha256"] != tokenizer:
+            raise DataError(f"{source.folder} was made with another tokenizer than {sources[0].folder}: prepare one again")
+        if not source.remote:
+            path = source.local / m.tokenizer["file"]
+            if not path.exists():
+                raise DataError(f"tokenizer {path} is missing: copy it beside the manifest again")
+            from ebt_megatron.data.shards import sha256_of
+
+            if sha256_of(path) != m.tokenizer["sha256"]:
+                raise DataError(f"tokenizer {path} does not match the manifest beside it: put back the one the "
+                                "shards were made with, or prepare the data again")  # fmt: skip
+    return sources
+
+
+class Loader:
+    """Micro-batches of one data-parallel rank.
+
+    Tensor- and pipeline-parallel peers pass the same rank and see the same samples.
+
+    Args:
+        recipe: data.*, batch sizes and seed.
+        split: "train" (endless) or "validation" (one pass over training.validation_samples).
+        data_parallel_rank, data_parallel_size: this rank's place.
+    """
+
+    def __init__(self, recipe: Recipe, split: str, data_parallel_rank: int, data_parallel_size: int):
+        self.recipe, self.split = recipe, split
+        self.rank, self.size = data_parallel_rank, data_parallel_size
+        self.sources = open_sources(recipe, split)
+        train = split == "train"
+        self.blend = Blend(
+            [len(s) for s in self.sources], recipe.data.train_weights if train else [], recipe.training.seed,
+            recipe.data.shuffle and train,
+        )  # fmt: skip
+        self.end_of_text = self.sources[0].manifest.tokenizer["end_of_text"]
+        self.consumed = 0
+        self.wait_seconds = 0.0
+
+    def state_dict(self) -> dict[str, int]:
+        """The position in the run: the same for every rank and layout."""
+        return {"seed": self.recipe.training.seed, "consumed": self.consumed, "epoch_size": len(self.blend)}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Go on from a position.
+
+        Raises:
+            DataError: when it belongs to another seed or other data, so that samples would repeat or be lost.
+        """
+        mine = self.state_dict()
+        for key in ("seed", "epoch_size"):
+            if state[key] != mine[key]:
+                raise DataError(f"the checkpoint's data position has {key}={state[key]}, this run has {mine[key]}: "
+                                "resume with the same seed and shards, or start a new output_dir")  # fmt: skip
+        self.consumed = state["consumed"]
+
+    def _micro_batch(self, positions: list[int]) -> MicroBatch:
+        rows = []
+        for position in positions:
+            source, sample = self.blend.locate(position)
+            rows.append(self.sources[source].row(sample))
+        tokens = torch.from_numpy(np.stack(rows).astype(np.int64))
+        offset = 0 if self.split == "train" else VALIDATION_IDS
+        documents = None
+        if self.recipe.data.document_mask:
+            # A document ends with its end-of-text token; the next token begins another.
+            ends = (tokens == self.end_of_text).int()
+            documents = (ends.cumsum(1) - ends).int()
+        return MicroBatch(torch.tensor(positions, dtype=torch.int64) + offset, tokens, documents)
+
+    def _plan(self) -> Iterator[tuple[list[int], int]]:
+        """(positions of a micro-batch, samples consumed once it is taken), in order."""
+        size = self.recipe.training.micro_batch_size
+        if self.split == "validation":
+            count = min(self.recipe.training.validation_samples, len(self.blend)) // self.size * self.size
+            own = list(range(self.rank, count, self.size))
+            for i in range(0, len(own), size):
+                yield own[i : i + size], 0
+            return
+        batch = self.recipe.training.global_batch_size
+        per_rank = batch // (size * self.size)
+        start = self.consumed
+        while True:
+            for m in range(per_rank):
+                first = start + (m * self.size + self.rank) * size
+                yield list(range(first, first + size)), start + (batch if m == per_rank - 1 else 0)
+            start += batch
+
+    def __iter__(self) -> Iterator[MicroBatch]:
+        """Read ahead in a thread; `consumed` moves when a global batch has been taken whole."""
+        ready: queue.Queue[Any] = queue.Queue(maxsize=max(1, self.recipe.data.prefetch))
+        stop = threading.Event()
+
+        def put(item: Any) -> bool:
+            while not stop.is_set():
+                try:
+                    ready.put(item, timeout=0.1)
+                    return True
+                except queue.Full:
+                    continue
+            return False
+
+        def work() -> None:
+            try:
+                for positions, consumed in self._plan():
+                    if not put((self._micro_batch(positions), consumed)):
+                        return
+                put(None)
+            except BaseException as error:  # handed to the loop, which raises it
+                put(error)
+
+        thread = threading.Thread(target=work, daemon=True, name="loader")
+        thread.start()
+        try:
+            while True:
+                begin = time.perf_counter()
+                item = ready.get()
+                self.wait_seconds += time.perf_counter() - begin
+                if item is None:
+                    return
+                if isinstance(item, BaseException):
+                    raise item
+                micro_batch, consumed = item
+                self.consumed = max(self.consumed, consumed)
+                yield micro_batch
+        finally:
+            stop.set()
