@@ -11,18 +11,19 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from megatron.core.transformer import MegatronModule, TransformerConfig, build_module
+from megatron.core.transformer import TransformerConfig, build_module
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ebt_megatron.config import Recipe
 from ebt_megatron.kernels import Kernels
 from ebt_megatron.model.layers import RMSNorm, Rotary, TransformerLayer, layer_spec, replicated
+from ebt_megatron.model.sharding import StageModule
 
 KeyValues = Sequence[tuple[Tensor, Tensor]]
 
 
-class EnergyTransformer(MegatronModule):
+class EnergyTransformer(StageModule):
     """One pipeline stage of an EBT (the whole model when there is one stage).
 
     Args:

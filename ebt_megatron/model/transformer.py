@@ -10,16 +10,17 @@ from typing import Any
 
 import torch
 from megatron.core.enums import ModelType
-from megatron.core.transformer import MegatronModule, TransformerConfig, build_module
+from megatron.core.transformer import TransformerConfig, build_module
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ebt_megatron.config import Recipe
 from ebt_megatron.kernels import Kernels
 from ebt_megatron.model.layers import RMSNorm, Rotary, layer_spec
+from ebt_megatron.model.sharding import StageModule
 
 
-class TransformerLM(MegatronModule):
+class TransformerLM(StageModule):
     """One pipeline stage of Transformer++.
 
     Args:

@@ -76,17 +76,38 @@ class ReplayBuffer:
 
     def state_dict(self) -> dict[str, Any]:
         """This rank's entries by slot, as plain tensors and integers."""
-        return {
-            str(slot): [vars(entry).copy() for entry in entries]
-            for slot, entries in sorted(self.slots.items())
-        }
+        return {str(slot): [vars(entry).copy() for entry in entries] for slot, entries in sorted(self.slots.items())}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Replace the content by what `state_dict` gave."""
+        """Replace the content by what `state_dict` or `reshard` gave."""
         self.slots = {
             int(slot): deque((Entry(**entry) for entry in entries), maxlen=self.capacity)
             for slot, entries in state.items()
         }
+
+
+def reshard(states: list[dict[str, Any]], tensor_rank: int, tensor_size: int, slots: set[int]) -> dict[str, Any]:
+    """The content for one rank of a new layout, from the ranks of an old one.
+
+    Args:
+        states: of each old rank of the first pipeline stage, with its "tensor_rank" and "replay".
+        tensor_rank, tensor_size: of the new rank; predictions are split over their last dimension.
+        slots: replay slots of the new rank.
+    """
+    parts: dict[str, dict[int, Any]] = {}
+    for state in states:
+        for slot, entries in state["replay"].items():
+            if int(slot) in slots:
+                parts.setdefault(slot, {})[state["tensor_rank"]] = entries
+    merged = {}
+    for slot, by_rank in parts.items():
+        ordered = [by_rank[r] for r in sorted(by_rank)]
+        merged[slot] = []
+        for same in zip(*ordered, strict=True):
+            whole = torch.cat([entry["prediction"] for entry in same], -1)
+            part = whole.chunk(tensor_size, -1)[tensor_rank].clone()
+            merged[slot].append({**same[0], "prediction": part})
+    return merged
 
 
 def stack_start(fresh: int, entries: list[Entry]) -> Tensor | None:

@@ -20,11 +20,13 @@ class Timers:
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
-        self.current: str | None = None  # what this rank is doing now, for the watchdog
+        self.current: str | None = None  # what this rank is doing now, and how many phases it
+        self.entered = 0  # has entered: for the watchdog
+        self.synchronize = False  # wait for the GPU at phase borders: exact, and slower
         self._since = 0.0
 
     def _now(self) -> float:
-        if torch.cuda.is_available():
+        if self.synchronize and torch.cuda.is_available():
             torch.cuda.synchronize()
         return time.perf_counter()
 
@@ -35,6 +37,7 @@ class Timers:
         if outer is not None:
             self.seconds[outer] = self.seconds.get(outer, 0.0) + now - self._since
         self.current, self._since = name, now
+        self.entered += 1
         try:
             yield
         finally:

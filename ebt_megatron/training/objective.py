@@ -20,7 +20,7 @@ from ebt_megatron.parallel.pipeline import MicroBatch, Pipeline
 from ebt_megatron.parallel.setup import ParallelState
 from ebt_megatron.thinking import double_backward
 from ebt_megatron.thinking.dual_stream import Context, Descent, Plan, Thinker, Thought, step_sizes
-from ebt_megatron.thinking.replay import Entry, ReplayBuffer, stack_start
+from ebt_megatron.thinking.replay import Entry, ReplayBuffer, reshard, stack_start
 
 
 @dataclass
@@ -85,6 +85,24 @@ class EnergyObjective:
         self.replay = (
             ReplayBuffer(options.replay.capacity, recipe.training.seed) if options.replay.enabled else None
         )
+
+    def rank_state(self) -> dict[str, Any] | None:
+        """What a checkpoint must keep of this rank besides weights."""
+        if self.replay is None:
+            return None
+        return {"tensor_rank": self.state.tensor_rank, "pipeline_rank": self.state.pipeline_rank,
+                "replay": self.replay.state_dict()}  # fmt: skip
+
+    def load_rank_states(self, states: list[dict[str, Any]]) -> None:
+        """Take this rank's part of what all ranks of the saving run kept, whatever their layout."""
+        if self.replay is None:
+            return
+        size, micro = self.state.data_size, self.recipe.training.micro_batch_size
+        samples = range(0, self.recipe.training.global_batch_size, 2)
+        own = {s // 2 for s in samples if s // micro % size == self.state.data_rank}
+        first_stage = [s for s in states if s["pipeline_rank"] == 0]
+        content = reshard(first_stage, self.state.tensor_rank, self.state.tensor_size, own)
+        self.replay.load_state_dict(content)
 
     def _slots(self, index: int, count: int) -> list[int]:
         """The global batch's slots that micro-batch `index` of this rank holds (Megatron's order)."""
@@ -214,10 +232,14 @@ class EnergyObjective:
 class FeedForwardObjective:
     """Transformer++ under megatron-core's own schedules, with or without pipeline stages."""
 
-    replay = None
-
     def __init__(self, model: Any, recipe: Recipe, state: ParallelState, timers: Any):
         self.model, self.recipe, self.state, self.timers = model, recipe, state, timers
+
+    def rank_state(self) -> None:
+        """Nothing besides weights."""
+
+    def load_rank_states(self, states: list[dict[str, Any]]) -> None:
+        """Nothing to take."""
 
     def _losses(self, micro_batches: list[Any], positions: int | None) -> list[Tensor]:
         """Per-position losses [S, B] of each micro-batch (on the last stage), learning if `positions`."""

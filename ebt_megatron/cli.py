@@ -1,0 +1,30 @@
+"""What the command lines share: recipes with overrides, and one line for a user's mistake."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch.distributed as dist
+from rich.console import Console
+
+from ebt_megatron.config import RecipeError
+from ebt_megatron.data import DataError
+
+
+def quiet_libraries() -> None:
+    """Silence warnings of libraries about optional accelerators that this program does not need."""
+    warnings.filterwarnings("ignore", category=UserWarning, module="megatron")
+    warnings.filterwarnings("ignore", category=FutureWarning)
+
+
+def guarded(work: Callable[[], Any]) -> None:
+    """Run a command; bad input ends it with one line on rank 0 and exit code 2."""
+    try:
+        work()
+    except (RecipeError, DataError) as error:
+        if not dist.is_initialized() or dist.get_rank() == 0:
+            Console(stderr=True, highlight=False, soft_wrap=True).print(f"[red]error:[/red] {error}")
+        sys.exit(2)

@@ -1,0 +1,54 @@
+"""Train a recipe: `torchrun --nproc-per-node N -m ebt_megatron.train RECIPE.yaml key=value ...`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import typer
+
+from ebt_megatron.cli import guarded, quiet_libraries
+from ebt_megatron.config import all_keys, load_recipe, to_yaml
+
+app = typer.Typer(add_completion=False)
+
+
+@app.command(epilog="Keys: " + ", ".join(all_keys()))
+def main(
+    recipe: Path = typer.Argument(..., help="A YAML recipe, e.g. recipes/text/s1_xxs.yaml."),
+    overrides: list[str] = typer.Argument(None, help="key=value pairs, e.g. model.hidden_size=256."),
+    print_config: bool = typer.Option(False, "--print-config", help="Print the resolved recipe and stop."),
+    dry_run: bool = typer.Option(
+        False, "--dry-run", help="Build everything, check data and layout, take no step."
+    ),
+) -> None:
+    """Pretrain an EBT or its baseline.
+
+    The run goes on from its newest checkpoint, if there is one; SIGTERM saves and stops.
+    """
+
+    def work() -> None:
+        resolved = load_recipe(recipe, overrides or [])
+        if print_config:
+            print(to_yaml(resolved), end="")
+            return
+        quiet_libraries()
+        from ebt_megatron.parallel.setup import shutdown
+        from ebt_megatron.training.loop import Run, StoppedRun
+
+        run = Run(resolved)
+        if dry_run:
+            run.say(f"{resolved.name}: recipe, data and layout fit; nothing was trained")
+        else:
+            try:
+                run.run()
+            except StoppedRun as error:
+                run.say(f"[red]stopped:[/red] {error}")
+                sys.exit(3)
+        shutdown()
+
+    guarded(work)
+
+
+if __name__ == "__main__":
+    app()
