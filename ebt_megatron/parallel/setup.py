@@ -5,6 +5,7 @@ The same program starts under torchrun, Slurm (`srun`), an MPI launcher, or as a
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 import socket
@@ -19,6 +20,8 @@ from megatron.core.transformer import TransformerConfig
 
 from ebt_megatron.config import ParallelConfig, Recipe, RecipeError
 from ebt_megatron.parallel import cpu_backend
+
+_bring_ups = itertools.count()
 
 
 @dataclass(frozen=True)
@@ -127,10 +130,10 @@ def _own_address() -> str:
         return "127.0.0.1"
 
 
-def _store(launch: Launch, timeout: timedelta) -> dist.Store | None:
-    """The store the ranks meet at; None where torch.distributed reads torchrun's variables itself."""
+def _store(launch: Launch, timeout: timedelta) -> dist.Store:
+    """The store the ranks meet at."""
     if launch.master == "env":
-        return None
+        return next(dist.rendezvous("env://", timeout=timeout))[0]
     if launch.launcher == "single":
         return dist.HashStore()
     leader = launch.rank == 0
@@ -182,9 +185,10 @@ def initialize(parallel: ParallelConfig, seed: int) -> ParallelState:
         timeout = timedelta(seconds=parallel.timeout_seconds)
         dist.init_process_group(
             backend="cpu:gloo,cuda:nccl" if cuda else "gloo",
-            store=_store(launch, timeout),
-            rank=launch.rank if launch.master != "env" else -1,
-            world_size=launch.world_size if launch.master != "env" else -1,
+            # A store may outlive the groups (torchrun's agent serves it): never meet stale addresses.
+            store=dist.PrefixStore(f"bring-up-{next(_bring_ups)}", _store(launch, timeout)),
+            rank=launch.rank,
+            world_size=launch.world_size,
             timeout=timeout,
         )
     if not parallel_state.model_parallel_is_initialized():

@@ -7,7 +7,7 @@ module only says how a recipe maps onto it.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -28,7 +28,7 @@ from torch.optim.adamw import adamw
 from ebt_megatron.config import Recipe
 
 
-class AdamW(torch.optim.Optimizer):
+class AdamW(torch.optim.AdamW):
     """torch's AdamW with the step count in the parameter groups, as Apex's and Transformer Engine's keep it.
 
     megatron-core takes it in their place: its distributed optimizer cannot restore torch's own, whose step
@@ -46,11 +46,10 @@ class AdamW(torch.optim.Optimizer):
     ):
         if not adam_w_mode:
             raise ValueError("only decoupled weight decay (AdamW) is implemented")
-        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
-        super().__init__(params, defaults)
+        super().__init__(params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
         """Update every parameter that has a gradient; `closure` must be None."""
         assert closure is None
         for group in self.param_groups:
