@@ -61,7 +61,7 @@ def _peak_rss() -> int:
 def _child(case: str, variant: str, repeats: int) -> dict[str, Any]:
     """Measure one variant in this process: memory of the first step, then time of `repeats` more."""
     import torch
-    from torch.utils.flop_counter import FlopCounterMode
+    from torch.utils.flop_counter import FlopCounterMode, addmm_flop, baddbmm_flop
 
     from ebt_megatron.config import load_recipe
     from ebt_megatron.model.build import SampleShape, build_model
@@ -106,7 +106,9 @@ def _child(case: str, variant: str, repeats: int) -> dict[str, Any]:
             step(0)
             out["memory"] = _peak_rss() - base
         return out
-    with FlopCounterMode(display=False) as counter:
+    aten = torch.ops.aten
+    in_place = {aten.addmm_: addmm_flop, aten.baddbmm_: baddbmm_flop}  # torch counts their other forms only
+    with FlopCounterMode(display=False, custom_mapping=in_place) as counter:
         step(0)
     out["flops"] = counter.get_total_flops()
     seconds = []

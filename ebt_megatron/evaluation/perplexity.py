@@ -40,7 +40,7 @@ def perplexity(loss: float) -> float:
 
 
 def validate(
-    objective: Any, micro_batches: Iterable[Any], steps: int, vocab_size: int = 0, group: Any = None
+    objective: Any, micro_batches: Iterable[Any], steps: int, vocab_size: int, data_group: Any, pipeline_group: Any
 ) -> Validation:
     """Evaluate on micro-batches, without noise in step size or number of steps.
 
@@ -51,7 +51,8 @@ def validate(
         micro_batches: this data-parallel rank's share.
         steps: n.
         vocab_size: > 0 to count targets.
-        group: the data-parallel group to sum over, or None.
+        data_group: the data-parallel group; its ranks have different samples.
+        pipeline_group: losses are on its first stage and energies on its last, zeros elsewhere.
     """
     device = objective.state.device
     losses: Tensor | None = None
@@ -70,7 +71,8 @@ def validate(
     if losses is None or energies is None:
         raise ValueError("no validation samples on this rank: lower training.micro_batch_size, or give "
                          "more validation data")  # fmt: skip
-    if group is not None and dist.get_world_size(group) > 1:
-        for tensor in (losses, energies, positions, counts):
-            dist.all_reduce(tensor, group=group)
+    for tensor in (losses, energies, positions, counts):
+        dist.all_reduce(tensor, group=data_group)
+    for tensor in (losses, energies):
+        dist.all_reduce(tensor, group=pipeline_group)
     return Validation(losses / positions, energies / positions, int(positions), counts)

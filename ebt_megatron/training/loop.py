@@ -170,7 +170,8 @@ class Run:
         thinks = self.recipe.model.architecture == "ebt"
         steps = self.recipe.thinking.max_steps if thinks else 1
         with self.timers.phase("validation"):
-            result = validate(self.trainer.objective, self.validation_data, steps)
+            groups = self.state.data_group, self.state.pipeline_group
+            result = validate(self.trainer.objective, self.validation_data, steps, 0, *groups)
         return result.losses[-1].item(), result.losses[0].item() if thinks else None
 
     def run(self) -> None:

@@ -1,0 +1,77 @@
+"""The quickstart: real text to shards, an EBT and a Transformer++ of the same size, a report.
+
+Every part is skipped if it is already done, so running it again goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import typer
+from rich.console import Console
+
+DATA = Path("data/quickstart")
+RUNS = Path("runs/quickstart")
+RECIPES = {"ebt": "recipes/text/quickstart_ebt.yaml", "transformer": "recipes/text/quickstart_transformer.yaml"}
+
+NEXT_STEPS = """\
+# your own text (txt, HTML, JSONL, Parquet; also .gz and .zst)
+python -m data_prep.text --input 'corpus/**/*.jsonl.zst' --tokenizer tokenizer.json --output data/text
+# the paper's S1 recipe at its xxs size on 8 GPUs, tensor parallel 2
+torchrun --nproc-per-node 8 -m ebt_megatron.train recipes/text/s1_xxs.yaml parallel.tensor=2
+# think longer than in training
+python -m ebt_megatron.evaluate runs/ebt-s1-xxs --steps 8
+# every key a recipe may have
+python -m ebt_megatron.train --help"""
+
+
+def _run(console: Console, title: str, command: list[str]) -> float:
+    """Run a command, its output shown; exits with its code if it fails. Returns seconds."""
+    console.rule(title, align="left")
+    console.print(" ".join(command), style="dim", soft_wrap=True, highlight=False)
+    begin = time.perf_counter()
+    env = {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "TOKENIZERS_PARALLELISM": "true"} | dict(os.environ)
+    code = subprocess.run(command, env=env, check=False).returncode
+    if code:
+        console.print(f"[red]error:[/red] this step ended with code {code}; run `make quickstart` again to retry")
+        sys.exit(code)
+    return time.perf_counter() - begin
+
+
+def main(
+    processes: int = typer.Option(2, help="Ranks; the recipes use tensor parallel 2."),
+    megabytes: int = typer.Option(16, help="How much text to prepare."),
+) -> None:
+    """Prepare data, pretrain both models, evaluate them and write the report."""
+    console = Console()
+    python = sys.executable
+    seconds: dict[str, float] = {}
+    if not (DATA / "train" / "manifest.json").exists():
+        seconds["prepare"] = _run(console, "1. real text to shards", [
+            python, "-m", "data_prep.text", "--quickstart", "--train-bpe", "1024", "--sequence-length", "128",
+            "--max-bytes", str(megabytes * 1_000_000), "--output", str(DATA),
+        ])  # fmt: skip
+    for i, (name, recipe) in enumerate(RECIPES.items()):
+        seconds[f"train {name}"] = _run(console, f"{i + 2}. pretrain: {name}", [
+            python, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes),
+            "-m", "ebt_megatron.train", recipe,
+        ])  # fmt: skip
+    for name in RECIPES:
+        seconds[f"evaluate {name}"] = _run(console, f"4. evaluate: {name}", [
+            python, "-m", "ebt_megatron.evaluate", str(RUNS / name),
+        ])  # fmt: skip
+    from ebt_megatron.evaluation.report import write_report
+
+    title = "EBT and Transformer++ on real text, on this machine"
+    paths = write_report(RUNS / "ebt", RUNS / "transformer", RUNS / "report", title, NEXT_STEPS)
+    console.rule("done", align="left")
+    console.print(", ".join(f"{name} {s:.0f} s" for name, s in seconds.items()))
+    console.print(f"report: {paths['html']} and {paths['markdown']}\n\nhow to go on:\n{NEXT_STEPS}", highlight=False)
+
+
+if __name__ == "__main__":
+    typer.run(main)
