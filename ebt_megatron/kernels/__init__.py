@@ -25,9 +25,14 @@ def select(name: str = "auto") -> Kernels:
 
     Args:
         name: "reference", "torch" or "auto".
+
+    Raises:
+        ValueError: for any other name.
     """
     if name == "auto":
         name = "torch"
+    if name not in _MODULES:
+        raise ValueError(f"no kernels '{name}': choose auto or one of {', '.join(_MODULES)}")
     modules = _MODULES[name]
     names = [f.name for f in fields(Kernels) if f.name != "name"]
     return Kernels(name, **{op: next(getattr(m, op) for m in modules if hasattr(m, op)) for op in names})

@@ -153,14 +153,14 @@ def _step(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """p, g and y'."""
     p = _probabilities(y, lse, valid)
-    g = p * (energy_grad @ table.mT - centre[:, None])
+    g = p * (energy_grad @ table.to(y.dtype).mT - centre[:, None])
     return p, g, y - alpha[:, None] * g
 
 
 def vocab_embed(y: Tensor, table: Tensor, valid: int) -> tuple[Tensor, Tensor]:
     """See `Kernels.vocab_embed`."""
     lse = _log_sum_exp(y, valid)
-    return _probabilities(y, lse, valid) @ table, lse
+    return _probabilities(y, lse, valid) @ table.to(y.dtype), lse
 
 
 def vocab_refine(
@@ -180,7 +180,7 @@ def vocab_refine(
         s1=(p * p_next).sum(-1),
         s2=p_next.square().sum(-1),
         sg=(p_next * g).sum(-1),
-        px=(p * p_next) @ table,
+        px=(p * p_next) @ table.to(y.dtype),
     )
 
 
@@ -191,9 +191,7 @@ def vocab_backward(
 ) -> None:  # fmt: skip
     """See `Kernels.vocab_backward`."""
     p, _, y_next = _step(y, lse, table, valid, energy_grad, centre, alpha)
-    direction = (
-        scale[:, None] * (_probabilities(y_next, lse_next, valid) - _one_hot(target, y)) - mean[:, None]
-    )
+    direction = scale[:, None] * (_probabilities(y_next, lse_next, valid) - _one_hot(target, y)) - mean[:, None]
     table_grad += p.mT @ x_grad + (p * direction).mT @ xt_grad
     y.copy_(y_next)
 
@@ -219,12 +217,10 @@ def vocab_dot_step(
     return (adjoint * _step(y, lse, table, valid, energy_grad, centre, centre)[1]).sum(-1)
 
 
-def vocab_tangent(
-    y: Tensor, lse: Tensor, table: Tensor, valid: int, adjoint: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+def vocab_tangent(y: Tensor, lse: Tensor, table: Tensor, valid: int, adjoint: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """See `Kernels.vocab_tangent`."""
     weighted = _probabilities(y, lse, valid) * adjoint
-    return weighted.sum(-1), adjoint.square().sum(-1), weighted @ table
+    return weighted.sum(-1), adjoint[:, :valid].square().sum(-1), weighted @ table.to(y.dtype)
 
 
 def vocab_dense_backward(
@@ -242,5 +238,5 @@ def vocab_dense_backward(
     table_grad += p.mT @ x_grad + (p * direction).mT @ xt_grad
     along_value = (x * x_grad).sum(-1) + (xt * xt_grad).sum(-1)
     along_tangent = (x * xt_grad).sum(-1)
-    u, w = x_grad @ table.mT, xt_grad @ table.mT
+    u, w = x_grad @ table.to(y.dtype).mT, xt_grad @ table.to(y.dtype).mT
     adjoint += p * (u - along_value[:, None] + (w - along_tangent[:, None]) * direction)

@@ -65,9 +65,7 @@ def _blocks(queries: int, keys: int, rows: int, causal: bool) -> list[tuple[slic
     return out
 
 
-def _hide(
-    scores: Tensor, block: slice, visible: int, causal: bool, segments: Tensor | None, rows: slice
-) -> None:
+def _hide(scores: Tensor, block: slice, visible: int, causal: bool, segments: Tensor | None, rows: slice) -> None:
     """Set scores of unseen keys to -inf, in place; segments int32 [B * N, S]."""
     if causal:
         size = block.stop - block.start
@@ -84,7 +82,7 @@ class _Attention(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, q, qt, k_self, kt_self, v_self, vt_self, k, kt, v, vt, causal, segments):  # noqa: D102
+    def forward(ctx: Any, q, qt, k_self, kt_self, v_self, vt_self, k, kt, v, vt, causal, segments):
         scale = 1 / math.sqrt(q.shape[-1])
         rows, queries, _ = q.shape
         tangent = qt is not None
@@ -111,7 +109,7 @@ class _Attention(torch.autograd.Function):
                 p_own = p_own / total
                 out.addcmul_(p_own, v_self[r, b])
             o[r, b] = out
-            if not tangent:
+            if ot is None or mu is None:
                 continue
             st = torch.bmm(qt[r, b], key.mT)
             if kt is not None:
@@ -134,7 +132,7 @@ class _Attention(torch.autograd.Function):
         return (o, ot) if tangent else o
 
     @staticmethod
-    def backward(ctx: Any, a, b_grad=None):  # noqa: D102
+    def backward(ctx: Any, a, b_grad=None):
         q, qt, k_self, kt_self, v_self, vt_self, k, kt, v, vt, segments, o, lse, mu, ot = ctx.saved_tensors
         scale, tangent, own_key = ctx.scale, qt is not None, k_self is not None
         rows, queries, _ = q.shape
@@ -216,12 +214,12 @@ class _Layout(torch.autograd.Function):
     """[S, B, G, H] <-> [B * heads, S, H], as one copy each way."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, heads: int) -> Tensor:  # noqa: D102
+    def forward(ctx: Any, x: Tensor, heads: int) -> Tensor:
         ctx.batch, ctx.groups = x.shape[1], x.shape[2]
         return _to_heads(x, heads)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # noqa: D102
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return _from_heads(grad, ctx.batch, ctx.groups), None
 
 
@@ -245,9 +243,7 @@ def context_attention(q: Tensor, k: Tensor, v: Tensor, *, segments: Tensor | Non
         return F.scaled_dot_product_attention(q, k, v, is_causal=True).permute(2, 0, 1, 3).flatten(2)
     batch = q.shape[1]
     q, k, v = (_Layout.apply(t, heads) for t in _wide(q, k, v))
-    o = _Attention.apply(
-        q, None, None, None, None, None, k, None, v, None, True, _repeat_segments(segments, heads)
-    )
+    o = _Attention.apply(q, None, None, None, None, None, k, None, v, None, True, _repeat_segments(segments, heads))
     return _from_heads(o, batch, heads).flatten(2).to(dtype)
 
 
@@ -295,7 +291,7 @@ class _RMSNorm(torch.autograd.Function):
     """y = n w, n = x r, r = 1 / rms(x);  y' = r (x' - n <n x'>) w, with <.> the mean."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, epsilon: float, tangent: bool) -> Tensor:  # noqa: D102
+    def forward(ctx: Any, x: Tensor, weight: Tensor, epsilon: float, tangent: bool) -> Tensor:
         value = x.chunk(2, 1)[0] if tangent else x
         wide = value.float() if value.dtype in (torch.bfloat16, torch.float16) else value
         r = torch.rsqrt(wide.square().mean(-1, keepdim=True).add_(epsilon))
@@ -314,7 +310,7 @@ class _RMSNorm(torch.autograd.Function):
         return out
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # noqa: D102
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, r = ctx.saved_tensors
         out = torch.empty_like(x, memory_format=torch.contiguous_format)
 
@@ -360,7 +356,7 @@ class _SwiGLU(torch.autograd.Function):
         return gate, up
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, block: int, tangent: bool) -> Tensor:  # noqa: D102
+    def forward(ctx: Any, x: Tensor, block: int, tangent: bool) -> Tensor:
         ctx.block, ctx.tangent = block, tangent
         ctx.save_for_backward(x)
         value = x.chunk(2, 1)[0] if tangent else x
@@ -375,7 +371,7 @@ class _SwiGLU(torch.autograd.Function):
         return torch.cat([f.mul_(up).flatten(-2), out_t.flatten(-2)], 1)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # noqa: D102
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         (x,) = ctx.saved_tensors
         block = ctx.block
         out = torch.empty_like(x, memory_format=torch.contiguous_format)
@@ -420,6 +416,11 @@ def _column_tiles(valid: int) -> list[slice]:
     return [slice(i, min(i + _COLUMN_TILE, valid)) for i in range(0, valid, _COLUMN_TILE)]
 
 
+def _wide_rows(table: Tensor, columns: slice, like: Tensor) -> Tensor:
+    """The table's rows of a tile, in the precision of the logits: a copy only for a low-precision table."""
+    return table[columns].to(like.dtype)
+
+
 def _probability(y: Tensor, lse: Tensor) -> Tensor:
     return (y - lse[:, None]).exp_()
 
@@ -454,7 +455,7 @@ def vocab_embed(y: Tensor, table: Tensor, valid: int) -> tuple[Tensor, Tensor]:
         online, sums = _Online(y[t]), y.new_zeros(t.stop - t.start, table.shape[1])
         for c in _column_tiles(valid):
             e, factor = online.add(y[t, c])
-            sums.mul_(factor[:, None]).addmm_(e, table[c])
+            sums.mul_(factor[:, None]).addmm_(e, _wide_rows(table, c, y))
         x[t] = sums / online.total[:, None]
         lse[t] = online.lse
     return x, lse
@@ -487,7 +488,7 @@ def vocab_refine(
         weighted = y.new_zeros(size, width)
         for c in _column_tiles(valid):
             p = _probability(y[t, c], lse[t])
-            g = _energy_slope(p, energy_grad[t], table[c], centre[t])
+            g = _energy_slope(p, energy_grad[t], _wide_rows(table, c, y), centre[t])
             y_next = torch.addcmul(y[t, c], g, alpha[t, None], value=-1)
             rows, columns = _local(target[t], c)
             if len(rows):
@@ -498,7 +499,7 @@ def vocab_refine(
             s2.mul_(factor**2).add_(torch.linalg.vecdot(e, e))
             weight = p.mul_(e)
             s1.mul_(factor).add_(weight.sum(1))
-            weighted.mul_(factor[:, None]).addmm_(weight, table[c])
+            weighted.mul_(factor[:, None]).addmm_(weight, _wide_rows(table, c, y))
         total = online.total
         lse_next[t] = online.lse
         sums[0, t], sums[1, t], sums[2, t] = s1 / total, s2 / total**2, sg / total
@@ -517,7 +518,7 @@ def vocab_backward(
     for c in _column_tiles(valid):
         for t in _token_tiles(len(y)):
             p = _probability(y[t, c], lse[t])
-            g = _energy_slope(p, energy_grad[t], table[c], centre[t])
+            g = _energy_slope(p, energy_grad[t], _wide_rows(table, c, y), centre[t])
             y_next = y[t, c].addcmul_(g, alpha[t, None], value=-1)
             direction = _probability(y_next, lse_next[t])
             rows, columns = _local(target[t], c)
@@ -532,7 +533,7 @@ def vocab_update(
     """See `Kernels.vocab_update`."""
     for t in _token_tiles(len(y)):
         for c in _column_tiles(valid):
-            g = _energy_slope(_probability(y[t, c], lse[t]), energy_grad[t], table[c], centre[t])
+            g = _energy_slope(_probability(y[t, c], lse[t]), energy_grad[t], _wide_rows(table, c, y), centre[t])
             y[t, c].addcmul_(g, alpha[t, None], value=-1)
 
 
@@ -554,14 +555,12 @@ def vocab_dot_step(
     out = y.new_zeros(len(y))
     for t in _token_tiles(len(y)):
         for c in _column_tiles(valid):
-            g = _energy_slope(_probability(y[t, c], lse[t]), energy_grad[t], table[c], centre[t])
+            g = _energy_slope(_probability(y[t, c], lse[t]), energy_grad[t], _wide_rows(table, c, y), centre[t])
             out[t] += torch.linalg.vecdot(g, adjoint[t, c])
     return out
 
 
-def vocab_tangent(
-    y: Tensor, lse: Tensor, table: Tensor, valid: int, adjoint: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+def vocab_tangent(y: Tensor, lse: Tensor, table: Tensor, valid: int, adjoint: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """See `Kernels.vocab_tangent`."""
     mean, norm2, plx = y.new_zeros(len(y)), y.new_zeros(len(y)), y.new_zeros(len(y), table.shape[1])
     for t in _token_tiles(len(y)):
@@ -570,7 +569,7 @@ def vocab_tangent(
             norm2[t] += torch.linalg.vecdot(part, part)
             weighted = _probability(y[t, c], lse[t]).mul_(part)
             mean[t] += weighted.sum(1)
-            plx[t] += weighted @ table[c]
+            plx[t] += weighted @ _wide_rows(table, c, y)
     return mean, norm2, plx
 
 
@@ -585,7 +584,7 @@ def vocab_dense_backward(
         for t in _token_tiles(len(y)):
             p = _probability(y[t, c], lse[t])
             direction = adjoint[t, c].mul(scale[t, None]).sub_(mean[t, None])
-            through = torch.mm(xt_grad[t], table[c].mT).sub_(along_tangent[t, None]).mul_(direction)
-            through.addmm_(x_grad[t], table[c].mT).sub_(along_value[t, None])
+            through = torch.mm(xt_grad[t], _wide_rows(table, c, y).mT).sub_(along_tangent[t, None]).mul_(direction)
+            through.addmm_(x_grad[t], _wide_rows(table, c, y).mT).sub_(along_value[t, None])
             adjoint[t, c].addcmul_(p, through)
             table_grad[c].addmm_(p.mT, x_grad[t]).addmm_(direction.mul_(p).mT, xt_grad[t])

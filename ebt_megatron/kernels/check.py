@@ -1,0 +1,176 @@
+"""Compare a backend's operations with the float64 reference, gradients and in-place results included.
+
+One generator of cases serves the tests and the validation on a GPU. It imports nothing
+but torch and this package.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, fields, is_dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ebt_megatron.kernels import reference
+from ebt_megatron.kernels.interface import Kernels
+
+
+@dataclass
+class Case:
+    """One call of one operation.
+
+    Attributes:
+        op: the name of a field of `Kernels`.
+        args, kwargs: what it is called with; floating-point tensors are float64.
+        low: positions of the arguments that take the dtype under test; the others stay at
+            least float32 (logits and per-token scalars do, in training too).
+        learned: positions of the arguments whose gradients are compared.
+    """
+
+    op: str
+    args: list[Any]
+    kwargs: dict[str, Any]
+    low: tuple[int, ...]
+    learned: tuple[int, ...] = ()
+
+
+def _randn(seed: int) -> Callable[..., Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+
+def attention_case(
+    op: str, length: int, batch: int, heads: int, groups: int, size: int, tangent: bool, documents: bool = False,
+    seed: int = 0,
+) -> Case:  # fmt: skip
+    """Random heads for `prediction_attention`, `context_attention` or `full_attention`."""
+    randn, streams = _randn(seed), batch * (2 if tangent else 1)
+    segments = None
+    if documents:
+        generator = torch.Generator().manual_seed(seed)
+        segments = (torch.rand(batch, length, generator=generator) < 0.2).cumsum(1).int()
+    if op == "context_attention":
+        args = [randn(length, batch, n, size) for n in (heads, groups, groups)]
+        return Case(op, args, {"segments": segments}, (0, 1, 2), (0, 1, 2))
+    args = [randn(length, streams, n, size) for n in (heads, groups, groups)]
+    if op == "full_attention":
+        return Case(op, args, {"tangent": tangent}, (0, 1, 2), (0, 1, 2))
+    args += [randn(length, batch, groups, size) for _ in range(2)]
+    every = tuple(range(5))
+    return Case(op, args, {"tangent": tangent, "segments": segments}, every, every)
+
+
+def elementwise_case(op: str, length: int, batch: int, width: int, tangent: bool, seed: int = 0) -> Case:
+    """Random hidden states for `rms_norm`, `layer_norm`, `swiglu` (block: the width) or `gelu`."""
+    randn, streams = _randn(seed), batch * (2 if tangent else 1)
+    if op == "swiglu":
+        return Case(op, [randn(length, streams, 4 * width), width], {"tangent": tangent}, (0,), (0,))
+    x = randn(length, streams, width)
+    if op == "rms_norm":
+        return Case(op, [x, randn(width), 1e-5], {"tangent": tangent}, (0, 1), (0, 1))
+    if op == "layer_norm":
+        return Case(op, [x, 1e-5], {"tangent": tangent}, (0,), (0,))
+    return Case(op, [x], {"tangent": tangent}, (0,), (0,))
+
+
+def vocab_case(op: str, tokens: int, columns: int, valid: int, width: int, seed: int = 0) -> Case:
+    """A consistent state of thinking, with some targets on another rank, for a vocabulary operation."""
+    randn = _randn(seed)
+    y, table = 2 * randn(tokens, columns), randn(columns, width) / math.sqrt(width)
+    x, lse = reference.vocab_embed(y, table, valid)
+    energy_grad, alpha = randn(tokens, width), 1 + randn(tokens).abs()
+    centre = (x * energy_grad).sum(-1)
+    generator = torch.Generator().manual_seed(seed)
+    target = torch.randint(-1, valid, (tokens,), generator=generator)
+    step = [y, lse, table, valid, energy_grad, centre, alpha]
+    x_grad, xt_grad, adjoint = randn(tokens, width), randn(tokens, width), randn(tokens, columns)
+    scale, mean = randn(tokens), randn(tokens)
+    table_grad = randn(columns, width)
+    if op == "vocab_embed":
+        return Case(op, [y, table, valid], {}, (1,))
+    if op == "vocab_update":
+        return Case(op, step, {}, (2,))
+    if op == "vocab_refine":
+        return Case(op, [*step, target], {}, (2,))
+    if op == "vocab_backward":
+        lse_next = reference.vocab_refine(*step, target).lse_next
+        return Case(op, [*step, target, lse_next, scale, mean, x_grad, xt_grad, table_grad], {}, (2,))
+    if op == "vocab_adjoint":
+        return Case(op, [y, lse, target, scale, valid, adjoint], {}, ())
+    if op == "vocab_dot_step":
+        return Case(op, [*step[:6], adjoint], {}, (2,))
+    if op == "vocab_tangent":
+        return Case(op, [y, lse, table, valid, adjoint], {}, (2,))
+    if op != "vocab_dense_backward":
+        raise ValueError(f"no vocabulary operation '{op}'")
+    pl, _, plx = reference.vocab_tangent(y, lse, table, valid, adjoint)
+    mean = scale * pl
+    xt = scale[:, None] * plx - mean[:, None] * x
+    args = [y, lse, table, valid, adjoint, scale, mean, x, xt, x_grad, xt_grad, table_grad]
+    return Case(op, args, {}, (2,))
+
+
+VOCAB_OPERATIONS = (
+    "vocab_embed", "vocab_update", "vocab_refine", "vocab_backward", "vocab_adjoint", "vocab_dot_step",
+    "vocab_tangent", "vocab_dense_backward",
+)  # fmt: skip
+
+
+def _tensors(result: Any) -> list[Tensor]:
+    if result is None:
+        return []
+    if is_dataclass(result):
+        return [getattr(result, f.name) for f in fields(result)]
+    return list(result) if isinstance(result, tuple) else [result]
+
+
+def _call(operation: Callable[..., Any], case: Case, args: list[Any]) -> dict[str, Tensor]:
+    """Everything a call leaves behind: outputs, arguments (some change in place), gradients."""
+    for i in case.learned:
+        args[i] = args[i].detach().requires_grad_()
+    device = args[0].device
+    kwargs = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in case.kwargs.items()}
+    outputs = _tensors(operation(*args, **kwargs))
+    left = {f"output {i}": o.detach() for i, o in enumerate(outputs)}
+    if case.learned:
+        randn = _randn(len(args))
+        weights = [randn(*o.shape).to(o) for o in outputs]
+        grads = torch.autograd.grad(outputs, [args[i] for i in case.learned], weights)
+        left |= {f"gradient of argument {i}": g for i, g in zip(case.learned, grads, strict=True)}
+    left |= {
+        f"argument {i}": a for i, a in enumerate(args)
+        if isinstance(a, Tensor) and a.is_floating_point() and i not in case.learned
+    }  # fmt: skip
+    return left
+
+
+def errors(kernels: Kernels, case: Case, dtype: torch.dtype, device: str | torch.device = "cpu") -> dict[str, float]:
+    """Relative errors |result - reference| / |reference| of all that a call leaves behind.
+
+    The reference sees the same rounded arguments, in float64. A NaN or infinity in a result
+    gives an infinite error.
+    """
+    wide = torch.promote_types(dtype, torch.float32)
+
+    def given(i: int, a: Any) -> Any:
+        if not isinstance(a, Tensor):
+            return a
+        if not a.is_floating_point():
+            return a.to(device)
+        return a.to(dtype if i in case.low else wide).to(device)
+
+    args = [given(i, a) for i, a in enumerate(case.args)]
+    exact = [a.double() if isinstance(a, Tensor) and a.is_floating_point() else a for a in args]
+    exact = [a.clone() if isinstance(a, Tensor) else a for a in exact]
+    expected = _call(getattr(reference, case.op), case, exact)
+    result = _call(getattr(kernels, case.op), case, args)
+    out = {}
+    for name, want in expected.items():
+        got = result[name].double()
+        floor = 1e-6 * math.sqrt(want.numel())  # a gradient may be zero but for rounding: one visible key
+        error = ((got - want).norm() / want.norm().clamp_min(floor)).item()
+        out[name] = error if math.isfinite(error) else math.inf
+    return out
