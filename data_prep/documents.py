@@ -119,7 +119,9 @@ def _docstrings(source: str) -> str:
         tree = ast.parse(source)
     except (SyntaxError, ValueError):
         return ""
-    nodes = (n for n in ast.walk(tree) if isinstance(n, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef))
+    nodes = (
+        n for n in ast.walk(tree) if isinstance(n, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)
+    )
     return "\n\n".join(filter(None, (ast.get_docstring(n) for n in nodes)))
 
 
@@ -132,7 +134,7 @@ def quickstart_documents() -> tuple[str, Iterator[tuple[str, str]]]:
     names = [(name, sorted(glob.glob(pattern, recursive=True))) for name, pattern in _DEBIAN]
     present = [(name, paths) for name, paths in names if paths]
     if present:
-        pages = (((str(p), d) for _, paths in present for p in map(Path, paths) for d in read_file(p)))
+        pages = ((str(p), d) for _, paths in present for p in map(Path, paths) for d in read_file(p))
         return "; ".join(name for name, _ in present), pages
 
     def python() -> Iterator[tuple[str, str]]:

@@ -59,7 +59,9 @@ def load_tokenizer(path: Path) -> Tokenizer:
 
 
 def _key(document: str, seed: int) -> bytes:
-    return hashlib.blake2b(document.encode("utf-8", "surrogatepass"), digest_size=16, salt=seed.to_bytes(16, "little")).digest()
+    return hashlib.blake2b(
+        document.encode("utf-8", "surrogatepass"), digest_size=16, salt=seed.to_bytes(16, "little")
+    ).digest()
 
 
 @dataclass
@@ -149,8 +151,10 @@ def prepare(
         if not packer.documents and split == "train":
             raise DataError("the input holds no text: every document is empty; check --input and --text-key")
         if not packer.samples:
-            raise DataError(f"only {packer.tokens} tokens for {split}, fewer than one sample of {sequence_length}: "
-                            "give more text, a shorter --sequence-length or a larger --validation-fraction")  # fmt: skip
+            raise DataError(
+                f"only {packer.tokens} tokens for {split}, fewer than one sample of {sequence_length}: give more "
+                "text, a shorter --sequence-length or a larger --validation-fraction"
+            )
         packer.writer.flush()
         folder = output / split
         tokenizer.save(str(folder / "tokenizer.json"))
@@ -229,8 +233,12 @@ def main(
         console.print(f"[red]error:[/red] {error}", soft_wrap=True, highlight=False)
         sys.exit(2)
     for split, m in manifests.items():
-        console.print(f"{split}: {m.provenance['documents']:,} documents, {m.provenance['tokens']:,} tokens, "
-                      f"{m.samples:,} samples in {len(m.shards)} shards, {m.bytes_per_token:.2f} bytes a token")  # fmt: skip
+        made = m.provenance
+        console.print(
+            f"{split}: {made['documents']:,} documents, {made['tokens']:,} tokens, {m.samples:,} samples in "
+            f"{len(m.shards)} shards, {m.bytes_per_token:.2f} bytes a token",
+            soft_wrap=True,
+        )
 
 
 if __name__ == "__main__":

@@ -267,6 +267,7 @@ def resolve(recipe: Recipe) -> None:
         raise RecipeError("optimizer.lr is not set: give it, or model.size")
     model.num_query_groups = model.num_query_groups or model.num_attention_heads
     ffn_multiplier = 4 if recipe.data.modality == "images" else 1
+    assert model.hidden_size
     model.ffn_hidden_size = model.ffn_hidden_size or ffn_multiplier * model.hidden_size
     optimizer.decay_steps = optimizer.decay_steps or recipe.training.steps
     check(recipe)

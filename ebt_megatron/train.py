@@ -18,9 +18,7 @@ def main(
     recipe: Path = typer.Argument(..., help="A YAML recipe, e.g. recipes/text/s1_xxs.yaml."),
     overrides: list[str] = typer.Argument(None, help="key=value pairs, e.g. model.hidden_size=256."),
     print_config: bool = typer.Option(False, "--print-config", help="Print the resolved recipe and stop."),
-    dry_run: bool = typer.Option(
-        False, "--dry-run", help="Build everything, check data and layout, take no step."
-    ),
+    dry_run: bool = typer.Option(False, "--dry-run", help="Build everything, check data and layout, take no step."),
 ) -> None:
     """Pretrain an EBT or its baseline.
 

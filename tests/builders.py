@@ -65,9 +65,7 @@ def new_descent(model, recipe: Recipe, batch: Batch, plan: Plan | None = None) -
 def new_thinker(model, recipe: Recipe, batch: Batch, plan: Plan | None = None) -> Thinker:
     """A micro-batch ready to think with the dual-stream engine."""
     length = batch.observed.shape[1]
-    context = Context(
-        model, lambda: model.modality.context(batch.observed), length, batch.segments, plan is not None
-    )
+    context = Context(model, lambda: model.modality.context(batch.observed), length, batch.segments, plan is not None)
     return Thinker(model, context, new_descent(model, recipe, batch, plan))
 
 

@@ -70,9 +70,7 @@ def run_ranks(
     """
     import torch.distributed as dist
 
-    store = dist.TCPStore(
-        "127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=timeout)
-    )
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=timeout))
     pipes, processes = [], []
     for rank in range(world_size):
         receiver, sender = _context.Pipe(duplex=False)

@@ -107,7 +107,9 @@ def open_sources(recipe: Recipe, split: str) -> list[ShardFolder]:
             raise DataError(f"{source.folder} has sequences of {m.sequence_length} tokens, data.sequence_length is "
                             f"{recipe.data.sequence_length}: change the recipe, or prepare the data again")  # fmt: skip
         if m.tokenizer["sha256"] != tokenizer:
-            raise DataError(f"{source.folder} was made with another tokenizer than {sources[0].folder}: prepare one again")
+            raise DataError(
+                f"{source.folder} was made with another tokenizer than {sources[0].folder}: prepare one again"
+            )
         if not source.remote:
             path = source.local / m.tokenizer["file"]
             if not path.exists():

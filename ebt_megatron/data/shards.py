@@ -146,9 +146,7 @@ class ShardWriter:
                 members.append((member.name, offset, member.size, len(block)))
         path = self.folder / name
         os.replace(partial, path)
-        self.shards.append(
-            ShardInfo(name, len(self.rows), path.stat().st_size, sha256_of(path), members)
-        )
+        self.shards.append(ShardInfo(name, len(self.rows), path.stat().st_size, sha256_of(path), members))
         self.rows = []
 
 
@@ -217,7 +215,9 @@ class ShardFolder:
                 with contextlib.suppress(FileNotFoundError):
                     partial.unlink()
                 if attempt == attempts - 1:
-                    raise DataError(f"{self.folder}/{shard.name} cannot be read ({error}) after {attempts} tries") from None
+                    raise DataError(
+                        f"{self.folder}/{shard.name} cannot be read ({error}) after {attempts} tries"
+                    ) from None
                 time.sleep(0.1 * 2**attempt)
         raise AssertionError("unreachable")
 
@@ -231,14 +231,22 @@ class ShardFolder:
                 block = whole[offset : offset + size]
                 try:
                     version = np.lib.format.read_magic(header := io.BytesIO(block[:512].tobytes()))
-                    reader = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+                    reader = (
+                        np.lib.format.read_array_header_1_0
+                        if version == (1, 0)
+                        else np.lib.format.read_array_header_2_0
+                    )
                     shape, _, dtype = reader(header)
                     rows = block[header.tell() :].view(dtype).reshape(shape)
                 except ValueError as error:
-                    raise DataError(f"member {name} of {path} is not an array ({error}); run tools/shards.py verify") from None
-                if shape != (samples, self.manifest.sequence_length + 1):
-                    raise DataError(f"member {name} of {path} has shape {shape}, expected "
-                                    f"{(samples, self.manifest.sequence_length + 1)}; prepare the data again")  # fmt: skip
+                    raise DataError(
+                        f"member {name} of {path} is not an array ({error}); run tools/shards.py verify"
+                    ) from None
+                expected = (samples, self.manifest.sequence_length + 1)
+                if shape != expected:
+                    raise DataError(
+                        f"member {name} of {path} has shape {shape}, expected {expected}; prepare the data again"
+                    )
                 members.append(rows)
             self._maps[index] = members
         return self._maps[index]

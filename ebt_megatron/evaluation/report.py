@@ -86,13 +86,9 @@ def plot_thinking(ebt: Run, baseline: Run) -> bytes:
     rows = ebt.evaluation["thinking"]
     trained = ebt.evaluation["trained_steps"]
     figure, axes = _figure()
-    axes.plot(
-        [r["steps"] for r in rows], [r["perplexity"] for r in rows], "o-", color=EBT_COLOUR, label="EBT"
-    )
+    axes.plot([r["steps"] for r in rows], [r["perplexity"] for r in rows], "o-", color=EBT_COLOUR, label="EBT")
     axes.axvspan(trained + 0.5, rows[-1]["steps"] + 0.5, color=NEUTRAL, alpha=0.12)
-    axes.annotate(
-        "more than trained with", (trained + 0.6, axes.get_ylim()[1]), va="top", fontsize=8, color=NEUTRAL
-    )
+    axes.annotate("more than trained with", (trained + 0.6, axes.get_ylim()[1]), va="top", fontsize=8, color=NEUTRAL)
     axes.axhline(baseline.evaluation["thinking"][-1]["perplexity"], color=BASELINE_COLOUR, ls="--",
                  label="Transformer++ (cannot think longer)")  # fmt: skip
     axes.set(xlabel="thinking steps", ylabel="validation perplexity", yscale="log",
@@ -174,9 +170,7 @@ img{max-width:100%}table{border-collapse:collapse;margin:1em 0}td,th{padding:.3e
 text-align:right}td:first-child,th:first-child{text-align:left}pre{background:#f5f5f5;padding:1em;overflow:auto}"""
 
 
-def write_report(
-    ebt_dir: Path, baseline_dir: Path, output: Path, title: str, next_steps: str
-) -> dict[str, Path]:
+def write_report(ebt_dir: Path, baseline_dir: Path, output: Path, title: str, next_steps: str) -> dict[str, Path]:
     """Write report.html, report.md and the plots into `output`.
 
     Args:
@@ -200,9 +194,7 @@ def write_report(
     }
     if ebt.evaluation.get("example"):
         context = ebt.evaluation["example"]["context"]
-        caption = (
-            f"Next token after “…{context}”; the true one, {ebt.evaluation['example']['target']!r}, in red."
-        )
+        caption = f"Next token after “…{context}”; the true one, {ebt.evaluation['example']['target']!r}, in red."
         plots["example"] = (plot_example(ebt), caption)
     tables = [("Speed and memory", _cost_rows([("EBT", ebt), ("Transformer++", baseline)])),
               ("Thinking longer", _thinking_rows(ebt))]  # fmt: skip

@@ -90,9 +90,7 @@ class EnergyTransformer(StageModule):
             return checkpoint(function, *args, use_reentrant=False, **kwargs)
         return function(*args, **kwargs)
 
-    def context(
-        self, h: Tensor, length: int, segments: Tensor | None, step: int = 0
-    ) -> tuple[Tensor, KeyValues]:
+    def context(self, h: Tensor, length: int, segments: Tensor | None, step: int = 0) -> tuple[Tensor, KeyValues]:
         """Run the context stream through this stage.
 
         Args:

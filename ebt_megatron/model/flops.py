@@ -46,9 +46,7 @@ class Cost:
 
     def minimum(self, steps: int, learned_steps: int) -> float:
         """The least a first-order method needs: reuse, and no vocabulary product computed twice."""
-        return (3 + 2 * steps + 4 * learned_steps) * self.layers + (
-            2 * steps + 3 * learned_steps
-        ) * self.vocabulary
+        return (3 + 2 * steps + 4 * learned_steps) * self.layers + (2 * steps + 3 * learned_steps) * self.vocabulary
 
     def double_backward(self, steps: int) -> float:
         """The public code's way; through the vocabulary forward 1, to y 1, and back through both 4."""
@@ -63,9 +61,7 @@ def cost(recipe: Recipe, vocab_size: int) -> Cost:
         vocab_size: 0 for modalities without a vocabulary.
     """
     m, length = recipe.model, recipe.data.sequence_length
-    assert (
-        m.hidden_size and m.num_attention_heads and m.num_query_groups and m.ffn_hidden_size and m.num_layers
-    )
+    assert m.hidden_size and m.num_attention_heads and m.num_query_groups and m.ffn_hidden_size and m.num_layers
     head = m.hidden_size // m.num_attention_heads
     qkv = m.hidden_size * head * (m.num_attention_heads + 2 * m.num_query_groups)
     gated = 3 if recipe.data.modality != "images" else 2

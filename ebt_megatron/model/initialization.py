@@ -40,11 +40,7 @@ def mark_tensor_parallel(model: nn.Module) -> None:
         else:
             continue
         set_tensor_model_parallel_attributes(module.weight, is_parallel=True, dim=dim, stride=1)
-        if (
-            getattr(module, "bias", None) is not None
-            and dim == 0
-            and isinstance(module, ColumnParallelLinear)
-        ):
+        if getattr(module, "bias", None) is not None and dim == 0 and isinstance(module, ColumnParallelLinear):
             set_tensor_model_parallel_attributes(module.bias, is_parallel=True, dim=0, stride=1)
 
 
@@ -72,11 +68,13 @@ def initialize_weights(model: nn.Module, seed: int) -> None:
         if fans is None:
             nn.init.zeros_(parameter)
             continue
-        shape, parallel = list(parameter.shape), getattr(parameter, "tensor_model_parallel", False)
+        shape: list[int] = list(parameter.shape)
+        parallel = getattr(parameter, "tensor_model_parallel", False)
+        dim: int = getattr(parameter, "partition_dim", 0)
         if parallel:
-            shape[parameter.partition_dim] *= size
+            shape[dim] *= size
         generator = torch.Generator().manual_seed(stable_seed(seed, "weight", name))
         whole = torch.randn(shape, generator=generator) * math.sqrt(2 / sum(fans))
-        part = whole.chunk(size, parameter.partition_dim)[rank] if parallel else whole
+        part = whole.chunk(size, dim)[rank] if parallel else whole
         with torch.no_grad():
             parameter.copy_(part)

@@ -98,13 +98,13 @@ class Modulation(nn.Module):
         shape = (self.parts * width, width)
         self.weight = replicated(torch.empty(shape, dtype=config.params_dtype), config)
         self.bias = replicated(torch.zeros(self.parts * width, dtype=config.params_dtype), config)
-        self.weight.xavier_fans = None if zero else (width, width)  # None: starts at zero
+        self.weight.xavier_fans = None if zero else (width, width)  # type: ignore[attr-defined]  # None: zero
 
-    def forward(self, condition: Tensor) -> tuple[Tensor, ...]:
+    def forward(self, condition: Tensor) -> tuple[Tensor | None, ...]:
         """condition [B, D] -> shift, scale (, gate) of the attention, then of the MLP, each [B, D]."""
         out = nn.functional.linear(nn.functional.silu(condition), self.weight, self.bias)
         parts = out.chunk(self.parts, -1)
-        return parts if self.parts == 6 else (*parts[:2], None, *parts[2:], None)
+        return tuple(parts) if self.parts == 6 else (*parts[:2], None, *parts[2:], None)
 
 
 def modulate(x: Tensor, shift: Tensor | None, scale: Tensor | None, tangent: bool) -> Tensor:
@@ -127,9 +127,7 @@ def gated(x: Tensor, gate: Tensor | None, tangent: bool) -> Tensor:
 class TransformerLayer(MegatronModule):
     """RMSNorm, attention with rotary positions, RMSNorm, SwiGLU; no bias, no dropout."""
 
-    def __init__(
-        self, config: TransformerConfig, submodules: LayerSubmodules, model: ModelConfig, kernels: Kernels
-    ):
+    def __init__(self, config: TransformerConfig, submodules: LayerSubmodules, model: ModelConfig, kernels: Kernels):
         super().__init__(config)
         assert config.num_query_groups and config.ffn_hidden_size and config.kv_channels
         tensor = config.tensor_model_parallel_size
@@ -170,9 +168,7 @@ class TransformerLayer(MegatronModule):
         q, k, v = grouped[..., :-2, :].flatten(2, 3), grouped[..., -2, :], grouped[..., -1, :]
         return rotate(q, rotations), rotate(k, rotations), v
 
-    def context(
-        self, h: Tensor, rotations: Tensor, segments: Tensor | None = None
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def context(self, h: Tensor, rotations: Tensor, segments: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """The context stream.
 
         Args:

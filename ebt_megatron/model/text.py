@@ -229,9 +229,7 @@ class TextPrediction:
                             stats.s1 * part, stats.s2 * part**2, stats.sg * part])  # fmt: skip
         target_logit, p_target, g_target, s1, s2, sg = self.group.sum(sums)
         present = self.target >= 0
-        at_target = (
-            torch.where(present, stats.p_target, 0)[:, None] * self.table.detach()[self.target.clamp_min(0)]
-        )
+        at_target = torch.where(present, stats.p_target, 0)[:, None] * self.table.detach()[self.target.clamp_min(0)]
         self._px = stats.px * part[:, None] - at_target
         loss = self.lse_next - target_logit
         p_next = (-loss).exp()
@@ -277,9 +275,7 @@ class TextPrediction:
     def advance(self) -> None:
         """Replace the prediction by the next one."""
         s = self.step
-        self.kernels.vocab_update(
-            self.y, s.lse, self.table.detach(), self.valid, s.energy_grad, s.centre, s.alpha
-        )
+        self.kernels.vocab_update(self.y, s.lse, self.table.detach(), self.valid, s.energy_grad, s.centre, s.alpha)
 
     # --- training through several steps -----------------------------------------------------
     # The adjoint lambda_i = dL/dy_i is then a full tensor. The predictions themselves are
@@ -325,9 +321,7 @@ class TextPrediction:
 
     def adjoint_tangent(self) -> tuple[Tensor, Tensor]:
         """As `tangent`, along the adjoint; call after `rewind` and `embed`."""
-        mean, norm2, plx = self.kernels.vocab_tangent(
-            self.y, self.lse, self.table.detach(), self.valid, self.adjoint
-        )
+        mean, norm2, plx = self.kernels.vocab_tangent(self.y, self.lse, self.table.detach(), self.valid, self.adjoint)
         mean, norm2 = self.group.sum(torch.stack([mean, norm2]))
         norm = norm2.sqrt().clamp_min(1e-30)
         self._scale, self._scaled_mean = 1 / norm, mean / norm

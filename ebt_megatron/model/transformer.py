@@ -46,8 +46,7 @@ class TransformerLM(StageModule):
         assert config.num_layers and config.kv_channels
         local_layers = config.num_layers // config.pipeline_model_parallel_size
         self.layers = nn.ModuleList(
-            build_module(layer_spec(), config, model=recipe.model, kernels=kernels)
-            for _ in range(local_layers)
+            build_module(layer_spec(), config, model=recipe.model, kernels=kernels) for _ in range(local_layers)
         )
         if post_process:
             self.final_norm = RMSNorm(config, kernels)

@@ -36,9 +36,7 @@ _MODULES = (
     "models.common.embeddings.rotary_pos_embedding", "transformer", "transformer.attention",
     "transformer.dot_product_attention", "transformer.transformer_block", "transformer.transformer_layer",
 )  # fmt: skip
-_CUDA_TYPE_NAMES = {
-    f"torch.{name}": f"torch.cuda.{name}" for name in ("FloatTensor", "HalfTensor", "BFloat16Tensor")
-}
+_CUDA_TYPE_NAMES = {f"torch.{name}": f"torch.cuda.{name}" for name in ("FloatTensor", "HalfTensor", "BFloat16Tensor")}
 
 
 def _to_cpu(device: Any) -> Any:

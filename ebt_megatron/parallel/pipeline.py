@@ -71,9 +71,7 @@ def messages_of(task: Task, stages: int) -> list[Message]:
 class Mail:
     """Point-to-point messages of one optimizer step, in the order the schedule fixes."""
 
-    def __init__(
-        self, schedule: Schedule, stage: int, shape_of: Callable[[Message], tuple[tuple, torch.dtype]]
-    ):
+    def __init__(self, schedule: Schedule, stage: int, shape_of: Callable[[Message], tuple[tuple, torch.dtype]]):
         self.stage, self.shape_of = stage, shape_of
         stages = len(schedule.order)
         self.ranks = dist.get_process_group_ranks(parallel_state.get_pipeline_model_parallel_group())

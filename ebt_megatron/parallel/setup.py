@@ -95,12 +95,8 @@ def detect_launch(environ: dict[str, str] | None = None) -> Launch:
     """
     env = dict(os.environ) if environ is None else environ
     if "RANK" in env and "WORLD_SIZE" in env:
-        return Launch(
-            "torchrun", int(env["RANK"]), int(env["WORLD_SIZE"]), int(env.get("LOCAL_RANK", 0)), "env"
-        )
-    master = (
-        f"{env['MASTER_ADDR']}:{env['MASTER_PORT']}" if {"MASTER_ADDR", "MASTER_PORT"} <= set(env) else ""
-    )
+        return Launch("torchrun", int(env["RANK"]), int(env["WORLD_SIZE"]), int(env.get("LOCAL_RANK", 0)), "env")
+    master = f"{env['MASTER_ADDR']}:{env['MASTER_PORT']}" if {"MASTER_ADDR", "MASTER_PORT"} <= set(env) else ""
     # SLURM_PROCID alone is also set in a batch script's own shell, which is not a task of a step.
     if "SLURM_PROCID" in env and "SLURM_STEP_ID" in env and "SLURM_NTASKS" in env:
         nodes = env.get("SLURM_STEP_NODELIST") or env.get("SLURM_JOB_NODELIST", "localhost")

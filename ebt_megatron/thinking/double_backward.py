@@ -58,7 +58,7 @@ def joint_energy(model: Any, context: Tensor, x: Tensor, segments: Tensor | None
     for layer in model.layers:
         n = _rms_norm(h, layer.norm1.weight, epsilon)
         gates: list[Tensor | None] = [None, None]
-        parts = (None,) * 6
+        parts: tuple = (None,) * 6
         if layer.modulation is not None:
             parts = layer.modulation(model.step_embedding[model.landscape(step)][None])
             gates = [parts[2], parts[5]]

@@ -41,8 +41,12 @@ class Prediction(Protocol):
     length: int
     batch: int
 
+    y: Tensor
+
     @property
     def embedded(self) -> Tensor: ...  # noqa: D102
+    @property
+    def final(self) -> Tensor: ...  # noqa: D102
     def perturb(self, step: int) -> None: ...  # noqa: D102
     def embed(self) -> Tensor: ...  # noqa: D102
     def refine(self, energy_grad: Tensor, alpha: Tensor) -> Tensor: ...  # noqa: D102
@@ -58,6 +62,11 @@ class Prediction(Protocol):
     def adjoint_slope(self) -> Tensor: ...  # noqa: D102
     def adjoint_tangent(self) -> tuple[Tensor, Tensor]: ...  # noqa: D102
     def adjoint_backward(self, x_grad: Tensor, xt_grad: Tensor) -> None: ...  # noqa: D102
+
+    # in plain torch, for the double-backward reference
+    def add_langevin(self, y: Tensor, step: int) -> None: ...  # noqa: D102
+    def plain_embed(self, y: Tensor) -> Tensor: ...  # noqa: D102
+    def plain_loss(self, y: Tensor) -> Tensor: ...  # noqa: D102
 
 
 @dataclass(frozen=True)
@@ -150,9 +159,7 @@ class Context:
         learn: whether gradients will be asked for.
     """
 
-    def __init__(
-        self, model: Any, embed: Callable[[], Tensor], length: int, segments: Tensor | None, learn: bool
-    ):
+    def __init__(self, model: Any, embed: Callable[[], Tensor], length: int, segments: Tensor | None, learn: bool):
         self.model, self.embed, self.learn = model, embed, learn
         self.length, self.segments = length, segments
         self.step: int | None = None
@@ -178,9 +185,7 @@ class Context:
 
     def backward(self) -> None:
         """Send the collected gradients through the context stream."""
-        pairs = [
-            (o, leaf.grad) for o, leaf in zip(self.outputs, self.leaves, strict=True) if leaf.grad is not None
-        ]
+        pairs = [(o, leaf.grad) for o, leaf in zip(self.outputs, self.leaves, strict=True) if leaf.grad is not None]
         if pairs:
             torch.autograd.backward([o for o, _ in pairs], [g for _, g in pairs])
         self.outputs, self.leaves, self.step = [], [], None

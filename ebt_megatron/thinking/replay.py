@@ -66,9 +66,7 @@ class ReplayBuffer:
         entry.uses += 1
         entry.prediction = None if prediction is None else prediction.clone()
 
-    def add(
-        self, slot: int, sample_id: int, observed: Tensor, targets: Tensor, prediction: Tensor | None
-    ) -> None:
+    def add(self, slot: int, sample_id: int, observed: Tensor, targets: Tensor, prediction: Tensor | None) -> None:
         """Keep a fresh sample and the prediction it ended with; the oldest of a full slot goes."""
         entries = self.slots.setdefault(slot, deque(maxlen=self.capacity))
         prediction = None if prediction is None else prediction.clone()
@@ -99,7 +97,7 @@ def reshard(states: list[dict[str, Any]], tensor_rank: int, tensor_size: int, sl
         for slot, entries in state["replay"].items():
             if int(slot) in slots:
                 parts.setdefault(slot, {})[state["tensor_rank"]] = entries
-    merged = {}
+    merged: dict[str, Any] = {}
     for slot, by_rank in parts.items():
         ordered = [by_rank[r] for r in sorted(by_rank)]
         merged[slot] = []

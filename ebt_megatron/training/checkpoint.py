@@ -4,30 +4,77 @@ A checkpoint is a folder `step-00000200` written under another name, its files' 
 recorded, and renamed when complete, so a reader never sees half of one. Weights are stored
 as whole tensors cut into shards, so another layout can load them. If the newest checkpoint
 is damaged, loading says so and takes the one before it.
+
+megatron-core plans what each rank writes; the writing itself happens here, in a thread
+(megatron-core forks processes and starts a manager, which hangs without a __main__ guard),
+and every rank learns of any rank's error before the next collective.
 """
 
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import logging
 import os
+import queue
 import shutil
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
+from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
+from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
+from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.dist_checkpointing.strategies import torch as torch_strategy
 
 from ebt_megatron.config import RecipeError
+from ebt_megatron.training.optimizer_state import OptimizerState
 
 logger = logging.getLogger(__name__)
 
-# The distributed optimizer's state is stored so that any data-parallel size can load it.
-_OPTIMIZER_METADATA = {"distrib_optim_sharding_type": "fully_reshardable"}
+
+class _Writer(filesystem_async.FileSystemWriterAsync):
+    """megatron-core's writer, in the calling thread instead of forked processes."""
+
+    @staticmethod
+    def write_preloaded_data_multiproc(  # type: ignore[override]
+        transforms: list[Any], use_msc: bool, rank: int, buckets: list[Any], results: queue.Queue[Any]
+    ) -> None:
+        """Write this rank's files and put {file number: results}, or the exception, into `results`."""
+        written: Any = {}
+        for number, bucket in enumerate(buckets):
+            answer: queue.Queue[Any] = queue.Queue()
+            started: queue.Queue[int] = queue.Queue()
+            started.put(number)
+            filesystem_async.FileSystemWriterAsync.write_preloaded_data(
+                transforms, number, bucket, answer, started, use_fsync=True
+            )
+            _, outcome = answer.get()
+            if isinstance(outcome, Exception):
+                raise outcome
+            written[number] = outcome
+        results.put(written)
+
+
+# The strategy and the writer look these names up in their own modules.
+torch_strategy.FileSystemWriterAsync = _Writer
+filesystem_async._get_write_results_queue = queue.Queue
+
+
+class _Strategy(torch_strategy.TorchDistSaveShardedStrategy):
+    """Plans a save, and leaves writing and finishing to the caller."""
+
+    def __init__(self) -> None:
+        super().__init__("torch_dist", 1, thread_count=1)
+
+    def _get_save_and_finalize_callbacks(self, writer: Any, planned: tuple[Any, ...]) -> Any:
+        return writer, planned[1]
 
 
 class CheckpointError(RuntimeError):
@@ -37,10 +84,6 @@ class CheckpointError(RuntimeError):
 def _digest(path: Path) -> str:
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def _files(folder: Path) -> list[Path]:
-    return sorted(p for p in folder.rglob("*") if p.is_file() and p.name != "checksums.json")
 
 
 def verify(folder: Path) -> None:
@@ -68,17 +111,60 @@ def _agree(error: str | None) -> str | None:
     return next((e for e in errors if e), None)
 
 
+@dataclass
+class _Pending:
+    """A save whose files are being written.
+
+    Attributes:
+        folder, final: where it is written, and its name when complete.
+        writer, metadata: megatron-core's writer, and (on rank 0) what its index will say.
+        digests: resolves to the checksums of this rank's files, or raises what the storage raised.
+    """
+
+    folder: Path
+    final: Path
+    writer: Any
+    metadata: Any
+    digests: Future[dict[str, str]]
+
+
+def _serialized(state: dict[str, Any]) -> bytes:
+    stream = io.BytesIO()
+    torch.save(state, stream)
+    return stream.getvalue()
+
+
+def _write(path: Path, data: bytes) -> None:
+    """Write a file through to the disk."""
+    with path.open("wb") as stream:
+        stream.write(data)
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+def _sync_folder(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 class Checkpoints:
-    """The checkpoints of one run.
+    """The checkpoints of one run. All ranks call every method together.
 
     Args:
         folder: holds one folder for each checkpoint.
         keep: how many of the newest stay.
         fingerprint: what must be equal for a checkpoint to fit the model.
+        asynchronous: `save` returns once the state is copied; call `poll` every step.
     """
 
-    def __init__(self, folder: Path, keep: int, fingerprint: dict[str, Any]):
+    def __init__(self, folder: Path, keep: int, fingerprint: dict[str, Any], asynchronous: bool = False):
         self.folder, self.keep, self.fingerprint = folder, keep, fingerprint
+        self.asynchronous = asynchronous
+        self._thread = ThreadPoolExecutor(1, "checkpoint")
+        self._pending: _Pending | None = None
         if dist.get_rank() == 0:
             folder.mkdir(parents=True, exist_ok=True)
 
@@ -86,20 +172,11 @@ class Checkpoints:
         """Complete checkpoints, oldest first."""
         return sorted(p for p in self.folder.glob("step-????????") if p.is_dir())
 
-    @staticmethod
-    def _state(model: Any, optimizer: Any | None, loading: bool) -> dict[str, Any]:
-        state: dict[str, Any] = {"model": model.sharded_state_dict(prefix="model.")}
-        if optimizer is not None:
-            state["optimizer"] = optimizer.sharded_state_dict(
-                state["model"], is_loading=loading, metadata=_OPTIMIZER_METADATA
-            )
-        return state
-
     def save(
         self, step: int, model: Any, optimizer: Any, scheduler: Any, extra: dict[str, Any],
         rank_state: dict[str, Any] | None = None,
     ) -> str | None:  # fmt: skip
-        """Write and publish a checkpoint; all ranks call it together.
+        """Write and publish a checkpoint.
 
         Args:
             step: optimizer steps done.
@@ -109,7 +186,9 @@ class Checkpoints:
 
         Returns:
             None, or why nothing was published (a full disk, say); earlier checkpoints are untouched.
+            Asynchronous: the same about the save before this one, if it was still under way.
         """
+        earlier = self.wait()
         final = self.folder / f"step-{step:08d}"
         partial = self.folder / f"step-{step:08d}.partial"
         error: str | None = None
@@ -121,37 +200,81 @@ class Checkpoints:
                 error = f"{partial}: {reason}"
         if error := _agree(error):
             return error
-        state = self._state(model, optimizer, loading=False)
-        state |= {"scheduler": scheduler.state_dict(), "extra": extra, "step": step, "fingerprint": self.fingerprint}
+        model_state = model.sharded_state_dict(prefix="model.")
+        optimizer_state = OptimizerState(optimizer, model_state, loading=False)
+        whole = {"model": model_state, "optimizer": optimizer_state.tensors}
+        sharded, _ = save_preprocess(whole, validate_access_integrity=True)
+        writer, metadata = _Strategy().async_save(sharded, partial)
+        function, to_cpu, arguments = writer.get_save_function_and_args()
+        if function is not None:
+            buckets = to_cpu()
+            if self.asynchronous:  # training goes on changing what is being written
+                buckets = [(*where, (objects, [(i, t.clone()) for i, t in tensors]))
+                           for *where, (objects, tensors) in buckets]  # fmt: skip
+            arguments[1] = buckets
+        own_files = {}
+        if rank_state:
+            own_files[f"rank-{dist.get_rank():05d}.pt"] = _serialized(rank_state)
+        if dist.get_rank() == 0:
+            own_files["common.pt"] = _serialized({
+                "step": step, "extra": extra, "fingerprint": self.fingerprint,
+                "schedule_steps": scheduler.num_steps, "optimizer_steps": optimizer_state.step,
+            })  # fmt: skip
+
+        def write() -> dict[str, str]:
+            if function is not None:
+                function(*arguments)
+            for name, data in own_files.items():
+                _write(partial / name, data)
+            names = [storage_key for _, storage_key, _ in arguments[1]] if function is not None else []
+            return {name: _digest(partial / name) for name in [*names, *own_files]}
+
+        self._pending = _Pending(partial, final, writer, metadata, self._thread.submit(write))
+        return earlier if self.asynchronous else self.wait()
+
+    def poll(self) -> str | None:
+        """Publish the save under way if every rank has written its part; returns why not, if it failed."""
+        if self._pending is None:
+            return None
+        done = torch.tensor([int(self._pending.digests.done())])
+        dist.all_reduce(done, dist.ReduceOp.MIN)
+        return self.wait() if done.item() else None
+
+    def wait(self) -> str | None:
+        """Finish the save under way, if there is one; returns why it was not published, if it failed."""
+        if self._pending is None:
+            return None
+        pending, self._pending = self._pending, None
+        error, digests, results = None, {}, None
         try:
-            dist_checkpointing.save(
-                state, str(partial), TorchDistSaveShardedStrategy("torch_dist", 1, thread_count=1)
-            )
-            if rank_state:
-                torch.save(rank_state, partial / f"rank-{dist.get_rank():05d}.pt")
+            digests = pending.digests.result()
+            results = pending.writer.retrieve_write_results()
         except Exception as reason:  # whatever the storage raised: training goes on
-            error = f"{partial}: {type(reason).__name__}: {reason}"
-        error = _agree(error)
+            error = f"{pending.folder} (rank {dist.get_rank()}): {type(reason).__name__}: {reason}"
+        gathered: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(gathered, (error, digests, results))
+        error = next((e for e, _, _ in gathered if e), None)
         if dist.get_rank() == 0:
             try:
-                if error:
-                    shutil.rmtree(partial, ignore_errors=True)
-                else:
-                    self._publish(partial, final)
-            except OSError as reason:
-                error = f"{final}: {reason}"
-                shutil.rmtree(partial, ignore_errors=True)
+                if error is None:
+                    pending.writer.finish(pending.metadata, [r for _, _, r in gathered])
+                    save_config(CheckpointingConfig("torch_dist", 1), str(pending.folder))
+                    sums = {name: digest for _, part, _ in gathered for name, digest in part.items()}
+                    self._publish(pending, sums)
+            except Exception as reason:
+                error = f"{pending.folder}: {type(reason).__name__}: {reason}"
+            if error:
+                shutil.rmtree(pending.folder, ignore_errors=True)
         return _agree(error)
 
-    def _publish(self, partial: Path, final: Path) -> None:
-        sums = {str(p.relative_to(partial)): _digest(p) for p in _files(partial)}
-        record = partial / "checksums.json"
-        with record.open("w") as stream:
-            json.dump(sums, stream, indent=1)
-            stream.flush()
-            os.fsync(stream.fileno())
-        shutil.rmtree(final, ignore_errors=True)
-        os.replace(partial, final)
+    def _publish(self, pending: _Pending, sums: dict[str, str]) -> None:
+        for name in (".metadata", "metadata.json"):
+            sums[name] = _digest(pending.folder / name)
+        _write(pending.folder / "checksums.json", json.dumps(sums, indent=1).encode())
+        _sync_folder(pending.folder)
+        shutil.rmtree(pending.final, ignore_errors=True)
+        os.replace(pending.folder, pending.final)
+        _sync_folder(self.folder)
         for old in self.published()[: -self.keep]:
             shutil.rmtree(old, ignore_errors=True)
 
@@ -194,11 +317,18 @@ class Checkpoints:
                     f"{folder} was written with {key}={saved}, this run has {key}={value}: resume with the same "
                     "model, or set another training.output_dir"
                 )
-        loaded = dist_checkpointing.load(self._state(model, optimizer, loading=True), str(folder))
-        model.load_state_dict(loaded["model"])
+        model_state = model.sharded_state_dict(prefix="model.")
+        wanted: dict[str, Any] = {"model": model_state}
+        optimizer_state = None
         if optimizer is not None:
-            optimizer.load_state_dict(loaded["optimizer"])
+            optimizer_state = OptimizerState(optimizer, model_state, loading=True)
+            wanted["optimizer"] = dict(optimizer_state.tensors)
+        loaded = dist_checkpointing.load(wanted, str(folder))
+        model.load_state_dict(loaded["model"])
+        if optimizer_state is not None:
+            optimizer_state.restore(loaded["optimizer"], common["optimizer_steps"])
         if scheduler is not None:
-            scheduler.load_state_dict(common["scheduler"])
+            scheduler.num_steps = common["schedule_steps"]
+            scheduler.step(0)
         rank_states = [torch.load(p, weights_only=True) for p in sorted(folder.glob("rank-*.pt"))]
         return common["step"], common["extra"], rank_states

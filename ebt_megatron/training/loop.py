@@ -153,9 +153,7 @@ class Run:
         extra = {"tokens": self.tokens, "data": self.train_data.state_dict()}
         t = self.trainer
         with self.timers.phase("save"):
-            error = self.checkpoints.save(
-                self.step, t.model, t.optimizer, t.scheduler, extra, t.objective.rank_state()
-            )
+            error = self.checkpoints.save(self.step, t.model, t.optimizer, t.scheduler, extra, t.objective.rank_state())
         if error:
             self.say(f"[red]checkpoint at step {self.step} not saved:[/red] {error}; training goes on")
 
@@ -223,12 +221,12 @@ class Run:
                     continue
                 validates = options.validation_interval and self.step % options.validation_interval == 0
                 ends = self.step == options.steps
-                row = None
+                row: dict[str, Any] | None = None
                 if logged or validates or ends:
                     wait = self.train_data.wait_seconds - waited
                     row = self._row(result, seconds, wait, bad.total)
-                if validates or ends:
-                    row |= dict(zip(("validation_loss", "validation_loss_one_step"), self.validation_loss(), strict=True))
+                if row is not None and (validates or ends):
+                    row["validation_loss"], row["validation_loss_one_step"] = self.validation_loss()
                     self.say(f"step {self.step}: validation loss {row['validation_loss']:.4f}")
                 if row is not None and writer is not None:
                     writer.write(row)
@@ -253,7 +251,9 @@ class Run:
         position, spiked_at = self.train_data.state_dict(), self.step
         self.restore(newest)
         self.train_data.load_state_dict(position)
-        self.say(f"[yellow]loss spike at step {spiked_at} ({loss:.4f}): back to step {self.step}, data skipped[/yellow]")
+        self.say(
+            f"[yellow]loss spike at step {spiked_at} ({loss:.4f}): back to step {self.step}, data skipped[/yellow]"
+        )
 
     def _row(self, result: StepResult, seconds: float, wait: float, bad: int) -> dict[str, Any]:
         """What metrics.jsonl records; straggler ratio and memory are gathered from all ranks."""

@@ -82,9 +82,7 @@ class EnergyObjective:
     def __init__(self, model: Any, recipe: Recipe, state: ParallelState, timers: Any):
         self.model, self.recipe, self.state, self.timers = model, recipe, state, timers
         options = recipe.thinking
-        self.replay = (
-            ReplayBuffer(options.replay.capacity, recipe.training.seed) if options.replay.enabled else None
-        )
+        self.replay = ReplayBuffer(options.replay.capacity, recipe.training.seed) if options.replay.enabled else None
 
     def rank_state(self) -> dict[str, Any] | None:
         """What a checkpoint must keep of this rank besides weights."""
@@ -139,9 +137,7 @@ class EnergyObjective:
             self.replay.update(entry, end)
         for i, slot in enumerate(map(ReplayBuffer.slot_of, self._slots(index, fresh))):
             if slot is not None:
-                self.replay.add(
-                    slot, int(sample.sample_ids[i]), sample.observed[i], sample.targets[i], ended[i]
-                )
+                self.replay.add(slot, int(sample.sample_ids[i]), sample.observed[i], sample.targets[i], ended[i])
 
     def _replayed_in_batch(self) -> int:
         """Replayed samples in the global batch: none until the buffer holds something."""
@@ -171,8 +167,8 @@ class EnergyObjective:
         ]
         train = self._train_pipeline if self.state.pipeline_size > 1 else self._train_whole
         thoughts = train(samples, plan, positions)
-        losses = sum(t.losses.double().sum((1, 2)) for t in thoughts) / positions
-        energies = sum(t.energies.double().sum((1, 2)) for t in thoughts) / positions
+        losses = torch.stack([t.losses.double().sum((1, 2)) for t in thoughts]).sum(0) / positions
+        energies = torch.stack([t.energies.double().sum((1, 2)) for t in thoughts]).sum(0) / positions
         loss = (losses * losses.new_tensor(plan.step_weights)).sum()
         return Totals(losses, energies, loss, positions)
 

@@ -111,7 +111,8 @@ def wrap(model_chunks: Sequence[torch.nn.Module], recipe: Recipe) -> list[Distri
     )
     wrapped = []
     for chunk in model_chunks:
-        assert chunk.config.calculate_per_token_loss, "gradients must be summed over data-parallel ranks"
+        per_token = chunk.config.calculate_per_token_loss  # type: ignore[union-attr]
+        assert per_token, "gradients must be summed over data-parallel ranks"
         ddp = DistributedDataParallel(chunk.config, ddp_config, chunk)
         ddp.broadcast_params()
         wrapped.append(ddp)

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from ebt_megatron.data import MicroBatch
 from tests import builders
 from tests.distributed_utils import run_ranks
 
@@ -46,8 +47,7 @@ def losses_of(overrides: tuple[str, ...], steps: int = 10) -> list[float]:
         for m in range(count):
             first = (m * size + rank) * recipe.training.micro_batch_size
             slots = torch.arange(first, first + recipe.training.micro_batch_size)
-            micro_batches.append(SimpleNamespace(tokens=whole[slots], frames=None, documents=None,
-                                                 sample_ids=slots + 8 * step))  # fmt: skip
+            micro_batches.append(MicroBatch(sample_ids=slots + 8 * step, tokens=whole[slots]))
         losses.append(trainer.train_step(micro_batches, step).loss)
     return losses
 
