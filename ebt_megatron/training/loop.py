@@ -133,6 +133,7 @@ class Run:
             self.folder / "checkpoints",
             recipe.training.keep_checkpoints,
             fingerprint(recipe, self.train_data.sources[0].manifest.tokenizer["sha256"]),
+            recipe.training.async_save,
         )
 
     def say(self, text: str) -> None:
@@ -154,8 +155,11 @@ class Run:
         t = self.trainer
         with self.timers.phase("save"):
             error = self.checkpoints.save(self.step, t.model, t.optimizer, t.scheduler, extra, t.objective.rank_state())
+        self._report_unsaved(error)
+
+    def _report_unsaved(self, error: str | None) -> None:
         if error:
-            self.say(f"[red]checkpoint at step {self.step} not saved:[/red] {error}; training goes on")
+            self.say(f"[red]checkpoint not saved:[/red] {error}; training goes on")
 
     def _micro_batches(self, stream: Iterator[Any]) -> list[Any]:
         options = self.recipe.training
@@ -231,9 +235,12 @@ class Run:
                 if row is not None and writer is not None:
                     writer.write(row)
                     self.console.print(console_line(row, options.steps, clock.left(self.step)))
+                self._report_unsaved(self.checkpoints.poll())
                 stopping = stop.agreed(self.state.device)
                 if ends or stopping or (options.save_interval and self.step % options.save_interval == 0):
                     self.save()
+                if ends or stopping:
+                    self._report_unsaved(self.checkpoints.wait())
                 if stopping and not ends:
                     self.say(f"told to stop: saved step {self.step}; run the same command to go on")
                     return
