@@ -17,6 +17,7 @@ import zstandard
 from ebt_megatron.data import DataError
 
 _SUFFIXES = (".txt", ".md", ".rst", ".html", ".htm", ".jsonl", ".parquet")
+_BLOCKS = ("p", "br", "div", "li", "tr", "h1", "h2", "h3", "h4", "pre")
 
 
 class _Text(html.parser.HTMLParser):
@@ -29,11 +30,13 @@ class _Text(html.parser.HTMLParser):
 
     def handle_starttag(self, tag: str, attrs: object) -> None:
         self.hidden += tag in ("script", "style")
-        if tag in ("p", "br", "div", "li", "tr", "h1", "h2", "h3", "h4", "pre"):
+        if tag in _BLOCKS:
             self.parts.append("\n")
 
     def handle_endtag(self, tag: str) -> None:
         self.hidden -= tag in ("script", "style")
+        if tag in _BLOCKS:
+            self.parts.append("\n")
 
     def handle_data(self, data: str) -> None:
         if not self.hidden:
@@ -53,7 +56,7 @@ def _open(path: Path) -> tuple[str, io.BufferedIOBase]:
     if path.suffix == ".gz":
         return Path(path.stem).suffix, gzip.open(path, "rb")  # type: ignore[return-value]
     if path.suffix == ".zst":
-        return Path(path.stem).suffix, zstandard.open(path, "rb")  # type: ignore[return-value]
+        return Path(path.stem).suffix, io.BufferedReader(zstandard.open(path, "rb"))  # type: ignore[type-var]
     return path.suffix, path.open("rb")
 
 

@@ -26,7 +26,7 @@ class RecipeError(ValueError):
 class ModelConfig:
     """What the network is."""
 
-    architecture: str = "ebt"  # ebt | transformer (Transformer++) | dit (images)
+    architecture: str = "ebt"  # ebt | transformer (Transformer++)
     size: str | None = None  # a name of MODEL_SIZES; explicit fields below win over it
     num_layers: int | None = None
     num_attention_heads: int | None = None
@@ -37,7 +37,6 @@ class ModelConfig:
     norm_epsilon: float = 1e-5
     rotary_base: float = 10000.0
     vocab_multiple: int = 128  # the vocabulary is padded to a multiple of this
-    num_classes: int = 0  # images: class-conditional when > 0
     kernels: str = "auto"  # reference | torch | triton; auto: triton on CUDA, else torch
     recompute_layers: bool = False  # recompute context activations in the backward pass
 
@@ -75,15 +74,14 @@ class ThinkingConfig:
 class DataConfig:
     """Where samples come from."""
 
-    modality: str = "text"  # text | video | images
+    modality: str = "text"
     train: list[str] = field(default_factory=list)  # shard folders (with manifest.json) or URLs
     train_weights: list[float] = field(default_factory=list)  # blend; default: by sample count
     validation: list[str] = field(default_factory=list)
-    sequence_length: int = 256  # tokens (text) or frames (video) a sample
+    sequence_length: int = 256  # tokens predicted per sample
     document_mask: bool = False  # attention stays inside a document of a packed sequence
     shuffle: bool = True
     prefetch: int = 4  # micro-batches a background thread keeps ready
-    num_workers: int = 0  # decoding processes; 0: the prefetch thread does the work
     cache_dir: str | None = None  # where shards of remote URLs are kept
 
 
@@ -165,14 +163,14 @@ MODEL_SIZES: dict[str, tuple[int, int, int, float]] = {
 }
 
 CHOICES: dict[str, tuple[str, ...]] = {
-    "model.architecture": ("ebt", "transformer", "dit"),
+    "model.architecture": ("ebt", "transformer"),
     "model.conditioning": ("none", "time_embed", "time_embed_sequence", "adaln", "adaln_zero"),
     "model.kernels": ("auto", "reference", "torch", "triton"),
     "thinking.loss": ("every", "last"),
     "thinking.gradient": ("detached", "full", "truncated"),
     "thinking.initial": ("noise", "zeros"),
     "thinking.engine": ("dual_stream", "double_backward"),
-    "data.modality": ("text", "video", "images"),
+    "data.modality": ("text",),
     "training.precision": ("fp32", "bf16"),
 }
 
@@ -266,9 +264,8 @@ def resolve(recipe: Recipe) -> None:
     if not optimizer.lr:
         raise RecipeError("optimizer.lr is not set: give it, or model.size")
     model.num_query_groups = model.num_query_groups or model.num_attention_heads
-    ffn_multiplier = 4 if recipe.data.modality == "images" else 1
     assert model.hidden_size
-    model.ffn_hidden_size = model.ffn_hidden_size or ffn_multiplier * model.hidden_size
+    model.ffn_hidden_size = model.ffn_hidden_size or model.hidden_size  # multiplier 1, as the paper
     optimizer.decay_steps = optimizer.decay_steps or recipe.training.steps
     check(recipe)
 
@@ -334,10 +331,6 @@ def check(recipe: Recipe, world_size: int | None = None) -> None:
         raise RecipeError(f"thinking.step_size_scale={t.step_size_scale}: must be at least 1")
     if t.gradient == "truncated" and t.loss != "last":
         raise RecipeError("thinking.gradient=truncated trains on the last step only: set thinking.loss=last")
-    if m.architecture == "dit" and recipe.data.modality != "images":
-        raise RecipeError("model.architecture=dit is the image baseline: set data.modality=images")
-    if m.architecture == "transformer" and recipe.data.modality == "images":
-        raise RecipeError("images have no Transformer++ baseline: set model.architecture=dit")
     if t.engine == "double_backward" and tensor * p.pipeline > 1:
         raise RecipeError("thinking.engine=double_backward is a single-process reference: "
                           "set parallel.tensor=1 and parallel.pipeline=1")  # fmt: skip

@@ -1,22 +1,25 @@
 """How the hot parts run. `select` is the one dispatch table; `interface` says what is offered.
 
 Backends: `reference` (plain formulas, the judge), `torch` (tiled, for CPU, and wherever
-there is no Triton).
+there is no Triton), `triton` (GPU; the vocabulary's products stay with cuBLAS, through `torch`).
 """
 
 from __future__ import annotations
 
+import importlib.util
 from dataclasses import fields
 
-from ebt_megatron.kernels import noise, reference, tiled
+import torch
+
 from ebt_megatron.kernels.interface import Kernels, RefineStats
 
 __all__ = ["Kernels", "RefineStats", "select"]
 
 # Where each backend's operations come from: the first module that has them.
 _MODULES = {
-    "reference": (reference, noise),
-    "torch": (tiled, noise, reference),
+    "reference": ("reference", "noise"),
+    "torch": ("tiled", "noise", "reference"),
+    "triton": ("triton_attention", "triton_elementwise", "tiled", "noise", "reference"),
 }
 
 
@@ -24,15 +27,17 @@ def select(name: str = "auto") -> Kernels:
     """The operations of a backend.
 
     Args:
-        name: "reference", "torch" or "auto".
+        name: "reference", "torch", "triton" or "auto" (triton where there is CUDA, else torch).
 
     Raises:
-        ValueError: for any other name.
+        ValueError: for any other name, or triton where it is not installed.
     """
     if name == "auto":
-        name = "torch"
+        name = "triton" if torch.cuda.is_available() else "torch"
     if name not in _MODULES:
         raise ValueError(f"no kernels '{name}': choose auto or one of {', '.join(_MODULES)}")
-    modules = _MODULES[name]
+    if name == "triton" and importlib.util.find_spec("triton") is None:
+        raise ValueError("kernels 'triton' need the triton package: install it, or choose torch")
+    modules = [importlib.import_module(f"{__name__}.{module}") for module in _MODULES[name]]
     names = [f.name for f in fields(Kernels) if f.name != "name"]
     return Kernels(name, **{op: next(getattr(m, op) for m in modules if hasattr(m, op)) for op in names})

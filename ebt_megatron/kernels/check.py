@@ -85,7 +85,7 @@ def vocab_case(op: str, tokens: int, columns: int, valid: int, width: int, seed:
     centre = (x * energy_grad).sum(-1)
     generator = torch.Generator().manual_seed(seed)
     target = torch.randint(-1, valid, (tokens,), generator=generator)
-    step = [y, lse, table, valid, energy_grad, centre, alpha]
+    step: list[Any] = [y, lse, table, valid, energy_grad, centre, alpha]
     x_grad, xt_grad, adjoint = randn(tokens, width), randn(tokens, width), randn(tokens, columns)
     scale, mean = randn(tokens), randn(tokens)
     table_grad = randn(columns, width)

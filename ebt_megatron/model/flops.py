@@ -64,9 +64,8 @@ def cost(recipe: Recipe, vocab_size: int) -> Cost:
     assert m.hidden_size and m.num_attention_heads and m.num_query_groups and m.ffn_hidden_size and m.num_layers
     head = m.hidden_size // m.num_attention_heads
     qkv = m.hidden_size * head * (m.num_attention_heads + 2 * m.num_query_groups)
-    gated = 3 if recipe.data.modality != "images" else 2
-    linear = qkv + m.hidden_size**2 + gated * m.hidden_size * m.ffn_hidden_size
-    visible = (length + 1) / 2 if recipe.data.modality != "images" else length
+    linear = qkv + m.hidden_size**2 + 3 * m.hidden_size * m.ffn_hidden_size
+    visible = (length + 1) / 2
     attention = 2 * m.hidden_size * visible  # scores and their product with the values
     return Cost(2 * m.num_layers * length * (linear + attention), 2 * length * m.hidden_size * vocab_size)
 

@@ -233,7 +233,6 @@ def transformer_config(recipe: Recipe) -> TransformerConfig:
     (`calculate_per_token_loss`): the loss is already divided by the global number of tokens.
     """
     model, parallel = recipe.model, recipe.parallel
-    images = recipe.data.modality == "images"
     bf16 = recipe.training.precision == "bf16"
     dtype = torch.bfloat16 if bf16 else torch.float32
     assert model.num_layers and model.hidden_size and model.num_attention_heads
@@ -247,10 +246,10 @@ def transformer_config(recipe: Recipe) -> TransformerConfig:
         hidden_dropout=0.0,
         attention_dropout=0.0,
         layernorm_epsilon=model.norm_epsilon,
-        normalization="LayerNorm" if images else "RMSNorm",
-        add_bias_linear=images,
-        gated_linear_unit=not images,
-        activation_func=torch.nn.functional.gelu if images else torch.nn.functional.silu,
+        normalization="RMSNorm",
+        add_bias_linear=False,
+        gated_linear_unit=True,
+        activation_func=torch.nn.functional.silu,
         tensor_model_parallel_size=parallel.tensor,
         pipeline_model_parallel_size=parallel.pipeline,
         sequence_parallel=parallel.sequence_parallel,

@@ -201,6 +201,7 @@ class Run:
             f"steps {self.step} to {options.steps}"
         )
         stream = iter(self.train_data)
+        profiler = self._profiler()
         clock = Clock(options.steps, self.step)
         try:
             while self.step < options.steps:
@@ -211,6 +212,8 @@ class Run:
                 result = self.trainer.train_step(self._micro_batches(stream), self.step)
                 self.step += 1
                 self.tokens += result.positions
+                if profiler is not None:
+                    profiler.step()
                 seconds = clock.tick(self.step)
                 if bad.record(result.applied):
                     raise StoppedRun(
@@ -246,8 +249,22 @@ class Run:
                     return
         finally:
             watchdog.stop()
+            if profiler is not None:
+                profiler.stop()
             if writer is not None:
                 writer.close()
+
+    def _profiler(self) -> Any:
+        """Traces training.profile_steps steps, after one to warm up, into OUTPUT_DIR/trace (rank 0)."""
+        count = self.recipe.training.profile_steps
+        if not count or not self.is_main:
+            return None
+        profiler = torch.profiler.profile(
+            schedule=torch.profiler.schedule(wait=0, warmup=1, active=count, repeat=1),
+            on_trace_ready=torch.profiler.tensorboard_trace_handler(str(self.folder / "trace")),
+        )
+        profiler.start()
+        return profiler
 
     def _rewind(self, loss: float) -> None:
         """Go back to the newest checkpoint, but not back in the data: what made the loss jump is skipped."""

@@ -1,0 +1,397 @@
+"""Attention of the `triton` backend: one online-softmax family with a TANGENT switch.
+
+The formulas are those of `ebt_megatron.kernels.tiled`. A program takes a block of queries
+(forward, `_queries_backward`) or of keys (`_keys_backward`), so that nothing is added up
+with atomics. Value and tangent queries of a block share the loads of keys and values.
+Products accumulate in fp32; fp32 inputs multiply in full fp32.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+
+@triton.jit
+def _load(base, rows, stride, rows_end, H, BH: tl.constexpr):
+    """A tile [rows, BH] of one head, zero outside."""
+    d = tl.arange(0, BH)
+    inside = (rows < rows_end)[:, None] & (d < H)[None, :]
+    return tl.load(base + rows.to(tl.int64)[:, None] * stride + d[None, :], mask=inside, other=0.0)
+
+
+@triton.jit
+def _store(base, rows, stride, rows_end, H, value, BH: tl.constexpr):
+    d = tl.arange(0, BH)
+    inside = (rows < rows_end)[:, None] & (d < H)[None, :]
+    tl.store(base + rows.to(tl.int64)[:, None] * stride + d[None, :], value.to(base.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _visible(rows, columns, SEG, S, CAUSAL: tl.constexpr, SEGMENTS: tl.constexpr):
+    """Which keys [columns] the queries [rows] see; SEG points at the sample's document numbers."""
+    seen = (rows < S)[:, None] & (columns < S)[None, :]
+    if CAUSAL:
+        seen = seen & (columns[None, :] <= rows[:, None])
+    if SEGMENTS:
+        of_rows = tl.load(SEG + rows, mask=rows < S, other=-1)
+        of_columns = tl.load(SEG + columns, mask=columns < S, other=-2)
+        seen = seen & (of_rows[:, None] == of_columns[None, :])
+    return seen
+
+
+@triton.jit
+def _forward(
+    Q, KS, VS, K, V, O, LSE, MU, SEG,
+    qs, qb, qn, kss, ksb, ksn, vss, vsb, vsn, ks, kb, kn, vs, vb, vn,
+    B, N, G, S, H, scale,
+    TANGENT: tl.constexpr, OWN: tl.constexpr, CAUSAL: tl.constexpr, SEGMENTS: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BH: tl.constexpr,
+):  # fmt: skip
+    """Output, log-sum-exp and mean tangent score of BM queries of one head."""
+    block, b, n = tl.program_id(0), (tl.program_id(1) // N).to(tl.int64), tl.program_id(1) % N
+    streams = 2 if TANGENT else 1
+    KT: tl.constexpr = TANGENT and not OWN  # the keys carry a tangent
+    g = n // (N // G)
+    rows = block * BM + tl.arange(0, BM)
+    q = _load(Q + b * qb + n * qn, rows, qs, S, H, BH)
+    K += b * kb + g * kn
+    V += b * vb + g * vn
+    if TANGENT:
+        qt = _load(Q + (b + B) * qb + n * qn, rows, qs, S, H, BH)
+        acc_t = tl.zeros([BM, BH], tl.float32)
+    mean = tl.zeros([BM], tl.float32)
+    if OWN:  # start from the prediction's own key, which every row sees
+        k_own = _load(KS + b * ksb + g * ksn, rows, kss, S, H, BH).to(tl.float32)
+        v_own = _load(VS + b * vsb + g * vsn, rows, vss, S, H, BH).to(tl.float32)
+        top = tl.sum(q.to(tl.float32) * k_own, 1) * scale
+        total = tl.full([BM], 1.0, tl.float32)
+        acc = v_own
+        if TANGENT:
+            kt_own = _load(KS + (b + B) * ksb + g * ksn, rows, kss, S, H, BH).to(tl.float32)
+            vt_own = _load(VS + (b + B) * vsb + g * vsn, rows, vss, S, H, BH).to(tl.float32)
+            mean = tl.sum(qt.to(tl.float32) * k_own + q.to(tl.float32) * kt_own, 1) * scale
+            acc_t = mean[:, None] * v_own + vt_own
+    else:
+        top = tl.full([BM], -1e30, tl.float32)
+        total = tl.zeros([BM], tl.float32)
+        acc = tl.zeros([BM, BH], tl.float32)
+    end = S
+    if CAUSAL:
+        end = tl.minimum(S, (block + 1) * BM)
+    for start in range(0, end, BN):
+        columns = start + tl.arange(0, BN)
+        k = _load(K, columns, ks, S, H, BH)
+        v = _load(V, columns, vs, S, H, BH)
+        s = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
+        s = tl.where(_visible(rows, columns, SEG + b * S, S, CAUSAL, SEGMENTS), s, float("-inf"))
+        new_top = tl.maximum(top, tl.max(s, 1))
+        factor = tl.exp(top - new_top)
+        p = tl.exp(s - new_top[:, None])
+        total = total * factor + tl.sum(p, 1)
+        acc = tl.dot(p.to(v.dtype), v, acc * factor[:, None], input_precision="ieee")
+        top = new_top
+        if TANGENT:
+            st = tl.dot(qt, tl.trans(k), input_precision="ieee")
+            if KT:
+                kt = _load(K + B * kb, columns, ks, S, H, BH)
+                vt = _load(V + B * vb, columns, vs, S, H, BH)
+                st = tl.dot(q, tl.trans(kt), st, input_precision="ieee")
+            pt = p * st * scale
+            mean = mean * factor + tl.sum(pt, 1)
+            acc_t = tl.dot(pt.to(v.dtype), v, acc_t * factor[:, None], input_precision="ieee")
+            if KT:
+                acc_t = tl.dot(p.to(v.dtype), vt, acc_t, input_precision="ieee")
+    out = acc / total[:, None]
+    os, ob = streams * B * N * H, N * H
+    _store(O + b * ob + n * H, rows, os, S, H, out, BH)
+    at = (b * N + n) * S + rows
+    tl.store(LSE + at, top + tl.log(total), mask=rows < S)
+    if TANGENT:
+        mean = mean / total
+        _store(O + (b + B) * ob + n * H, rows, os, S, H, acc_t / total[:, None] - mean[:, None] * out, BH)
+        tl.store(MU + at, mean, mask=rows < S)
+
+
+@triton.jit
+def _slopes(
+    q, qt, a, bt, k, v, kt, vt, lse, mu, delta, beta, seen, scale, TANGENT: tl.constexpr, KT: tl.constexpr
+):
+    """p, dL/ds, dL/ds' and p (s' - mu) on a tile of scores (the last two only with TANGENT)."""
+    s = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
+    p = tl.where(seen, tl.exp(s - lse[:, None]), 0.0)
+    ds = tl.dot(a, tl.trans(v), input_precision="ieee")
+    dst = ds
+    pt = ds
+    if TANGENT:
+        if KT:
+            ds = tl.dot(bt, tl.trans(vt), ds, input_precision="ieee")
+        along = tl.dot(bt, tl.trans(v), input_precision="ieee") - beta[:, None]
+        st = tl.dot(qt, tl.trans(k), input_precision="ieee")
+        if KT:
+            st = tl.dot(q, tl.trans(kt), st, input_precision="ieee")
+        st = st * scale - mu[:, None]
+        ds = p * (ds - delta[:, None] + st * along)
+        dst = p * along
+        pt = p * st
+    else:
+        ds = p * (ds - delta[:, None])
+    return p, ds, dst, pt
+
+
+@triton.jit
+def _queries_backward(
+    Q, KS, VS, K, V, O, A, LSE, MU, DELTA, BETA, DQ, DKS, DVS, SEG,
+    qs, qb, qn, kss, ksb, ksn, vss, vsb, vsn, ks, kb, kn, vs, vb, vn,
+    B, N, G, S, H, scale,
+    TANGENT: tl.constexpr, OWN: tl.constexpr, CAUSAL: tl.constexpr, SEGMENTS: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BH: tl.constexpr,
+):  # fmt: skip
+    """Gradients of BM queries and of their own keys and values; DELTA and BETA for `_keys_backward`.
+
+    O, A (gradients of the output), DQ, DKS and DVS are contiguous [S, B*, N, H].
+    """
+    block, b, n = tl.program_id(0), (tl.program_id(1) // N).to(tl.int64), tl.program_id(1) % N
+    streams = 2 if TANGENT else 1
+    KT: tl.constexpr = TANGENT and not OWN
+    g = n // (N // G)
+    rows = block * BM + tl.arange(0, BM)
+    stride, first, second = streams * B * N * H, (b * N + n) * H, ((b + B) * N + n) * H
+    at = (b * N + n) * S + rows
+    q = _load(Q + b * qb + n * qn, rows, qs, S, H, BH)
+    a = _load(A + first, rows, stride, S, H, BH)
+    o = _load(O + first, rows, stride, S, H, BH).to(tl.float32)
+    lse = tl.load(LSE + at, mask=rows < S, other=0.0)
+    delta = tl.sum(a.to(tl.float32) * o, 1)
+    qt, bt, mu, beta = q, a, lse, delta
+    if TANGENT:
+        qt = _load(Q + (b + B) * qb + n * qn, rows, qs, S, H, BH)
+        bt = _load(A + second, rows, stride, S, H, BH)
+        ot = _load(O + second, rows, stride, S, H, BH).to(tl.float32)
+        mu = tl.load(MU + at, mask=rows < S, other=0.0)
+        beta = tl.sum(bt.to(tl.float32) * o, 1)
+        delta += tl.sum(bt.to(tl.float32) * ot, 1)
+        tl.store(BETA + at, beta, mask=rows < S)
+    tl.store(DELTA + at, delta, mask=rows < S)
+    dq = tl.zeros([BM, BH], tl.float32)
+    dqt = tl.zeros([BM, BH], tl.float32)
+    K += b * kb + g * kn
+    V += b * vb + g * vn
+    end = S
+    if CAUSAL:
+        end = tl.minimum(S, (block + 1) * BM)
+    for start in range(0, end, BN):
+        columns = start + tl.arange(0, BN)
+        k = _load(K, columns, ks, S, H, BH)
+        v = _load(V, columns, vs, S, H, BH)
+        kt, vt = k, v
+        if KT:
+            kt = _load(K + B * kb, columns, ks, S, H, BH)
+            vt = _load(V + B * vb, columns, vs, S, H, BH)
+        seen = _visible(rows, columns, SEG + b * S, S, CAUSAL, SEGMENTS)
+        _, ds, dst, _ = _slopes(q, qt, a, bt, k, v, kt, vt, lse, mu, delta, beta, seen, scale, TANGENT, KT)
+        dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
+        if TANGENT:
+            dqt = tl.dot(dst.to(k.dtype), k, dqt, input_precision="ieee")
+            if KT:
+                dq = tl.dot(dst.to(k.dtype), kt, dq, input_precision="ieee")
+    if OWN:
+        q, a = q.to(tl.float32), a.to(tl.float32)
+        k = _load(KS + b * ksb + g * ksn, rows, kss, S, H, BH).to(tl.float32)
+        v = _load(VS + b * vsb + g * vsn, rows, vss, S, H, BH).to(tl.float32)
+        p = tl.exp(tl.sum(q * k, 1) * scale - lse)
+        along = tl.sum(a * v, 1) - delta
+        dk, dv = q, a
+        if TANGENT:
+            qt, bt = qt.to(tl.float32), bt.to(tl.float32)
+            kt = _load(KS + (b + B) * ksb + g * ksn, rows, kss, S, H, BH).to(tl.float32)
+            vt = _load(VS + (b + B) * vsb + g * vsn, rows, vss, S, H, BH).to(tl.float32)
+            st = tl.sum(qt * k + q * kt, 1) * scale - mu
+            turn = tl.sum(bt * v, 1) - beta
+            ds = p * (along + tl.sum(bt * vt, 1) + st * turn)
+            dst = p * turn
+            dq += ds[:, None] * k + dst[:, None] * kt
+            dqt += dst[:, None] * k
+            dk = ds[:, None] * q + dst[:, None] * qt
+            dv = p[:, None] * (a + st[:, None] * bt)
+            _store(DKS + second, rows, stride, S, H, dst[:, None] * q * scale, BH)
+            _store(DVS + second, rows, stride, S, H, p[:, None] * bt, BH)
+        else:
+            ds = p * along
+            dq += ds[:, None] * k
+            dk = ds[:, None] * q
+            dv = p[:, None] * a
+        _store(DKS + first, rows, stride, S, H, dk * scale, BH)
+        _store(DVS + first, rows, stride, S, H, dv, BH)
+    _store(DQ + first, rows, stride, S, H, dq * scale, BH)
+    if TANGENT:
+        _store(DQ + second, rows, stride, S, H, dqt * scale, BH)
+
+
+@triton.jit
+def _keys_backward(
+    Q, K, V, A, LSE, MU, DELTA, BETA, DK, DV, SEG,
+    qs, qb, qn, ks, kb, kn, vs, vb, vn,
+    B, N, G, S, H, scale,
+    TANGENT: tl.constexpr, KT: tl.constexpr, CAUSAL: tl.constexpr, SEGMENTS: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BH: tl.constexpr,
+):  # fmt: skip
+    """Gradients of BN keys and values of one group; DK and DV are contiguous, [S, B or 2B, G, H]."""
+    block, b, g = tl.program_id(0), (tl.program_id(1) // G).to(tl.int64), tl.program_id(1) % G
+    streams = 2 if TANGENT else 1
+    key_streams = 2 if KT else 1
+    columns = block * BN + tl.arange(0, BN)
+    k = _load(K + b * kb + g * kn, columns, ks, S, H, BH)
+    v = _load(V + b * vb + g * vn, columns, vs, S, H, BH)
+    kt, vt = k, v
+    dk = tl.zeros([BN, BH], tl.float32)
+    dv = tl.zeros([BN, BH], tl.float32)
+    dkt = tl.zeros([BN, BH], tl.float32)
+    dvt = tl.zeros([BN, BH], tl.float32)
+    if KT:
+        kt = _load(K + (b + B) * kb + g * kn, columns, ks, S, H, BH)
+        vt = _load(V + (b + B) * vb + g * vn, columns, vs, S, H, BH)
+    begin = 0
+    if CAUSAL:
+        begin = (block * BN) // BM * BM
+    for head in range(0, N // G):
+        n = g * (N // G) + head
+        for start in range(begin, S, BM):
+            rows = start + tl.arange(0, BM)
+            at = (b * N + n) * S + rows
+            stride = streams * B * N * H
+            q = _load(Q + b * qb + n * qn, rows, qs, S, H, BH)
+            a = _load(A + (b * N + n) * H, rows, stride, S, H, BH)
+            lse = tl.load(LSE + at, mask=rows < S, other=0.0)
+            delta = tl.load(DELTA + at, mask=rows < S, other=0.0)
+            qt, bt, mu, beta = q, a, lse, delta
+            if TANGENT:
+                qt = _load(Q + (b + B) * qb + n * qn, rows, qs, S, H, BH)
+                bt = _load(A + ((b + B) * N + n) * H, rows, stride, S, H, BH)
+                mu = tl.load(MU + at, mask=rows < S, other=0.0)
+                beta = tl.load(BETA + at, mask=rows < S, other=0.0)
+            seen = _visible(rows, columns, SEG + b * S, S, CAUSAL, SEGMENTS)
+            p, ds, dst, pt = _slopes(
+                q, qt, a, bt, k, v, kt, vt, lse, mu, delta, beta, seen, scale, TANGENT, KT
+            )
+            dk = tl.dot(tl.trans(ds.to(q.dtype)), q, dk, input_precision="ieee")
+            dv = tl.dot(tl.trans(p.to(q.dtype)), a, dv, input_precision="ieee")
+            if TANGENT:
+                dk = tl.dot(tl.trans(dst.to(q.dtype)), qt, dk, input_precision="ieee")
+                dv = tl.dot(tl.trans(pt.to(q.dtype)), bt, dv, input_precision="ieee")
+            if KT:
+                dkt = tl.dot(tl.trans(dst.to(q.dtype)), q, dkt, input_precision="ieee")
+                dvt = tl.dot(tl.trans(p.to(q.dtype)), bt, dvt, input_precision="ieee")
+    stride = key_streams * B * G * H
+    first = (b * G + g) * H
+    _store(DK + first, columns, stride, S, H, dk * scale, BH)
+    _store(DV + first, columns, stride, S, H, dv, BH)
+    if KT:
+        second = ((b + B) * G + g) * H
+        _store(DK + second, columns, stride, S, H, dkt * scale, BH)
+        _store(DV + second, columns, stride, S, H, dvt, BH)
+
+
+def launch_options(size: int, itemsize: int) -> dict[str, int]:
+    """Block sizes and warps for heads of `size`: two tiles of queries and of keys fit on chip."""
+    block = 64 if size * itemsize <= 256 else 32 if size * itemsize <= 512 else 16
+    return {
+        "BM": block, "BN": block, "BH": max(16, triton.next_power_of_2(size)),
+        "num_warps": 4 if size <= 64 else 8, "num_stages": 2 if size * itemsize <= 256 else 1,
+    }  # fmt: skip
+
+
+def _unit(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _sum_groups(per_head: Tensor, groups: int) -> Tensor:
+    if per_head.shape[2] == groups:
+        return per_head
+    return per_head.unflatten(2, (groups, -1)).sum(3)
+
+
+class _Attention(torch.autograd.Function):
+    """See `ebt_megatron.kernels.tiled`; without k_self and v_self, keys carry tangents too."""
+
+    @staticmethod
+    def forward(ctx: Any, q, k_self, v_self, k, v, segments, tangent: bool, causal: bool):
+        q, k, v = _unit(q), _unit(k), _unit(v)
+        own = k_self is not None
+        k_self, v_self = (_unit(k_self), _unit(v_self)) if own else (k, v)
+        length, streams, heads, size = q.shape
+        batch = streams // 2 if tangent else streams
+        o = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+        lse = torch.empty(batch * heads, length, dtype=torch.float32, device=q.device)
+        mu = torch.empty_like(lse) if tangent else lse
+        seg = lse if segments is None else segments.int().contiguous()
+        tensors = (q, k_self, v_self, k, v)
+        ctx.strides = [stride for t in tensors for stride in t.stride()[:3]]
+        ctx.sizes = (batch, heads, k.shape[2], length, size, 1 / math.sqrt(size))
+        ctx.flags = {"TANGENT": tangent, "CAUSAL": causal, "SEGMENTS": segments is not None}
+        ctx.own, ctx.options = own, launch_options(size, q.element_size())
+        grid = (triton.cdiv(length, ctx.options["BM"]), batch * heads)
+        _forward[grid](
+            *tensors, o, lse, mu, seg, *ctx.strides, *ctx.sizes, OWN=own, **ctx.flags, **ctx.options
+        )
+        ctx.save_for_backward(*tensors, o, lse, mu, seg)
+        return o
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor):
+        q, k_self, v_self, k, v, o, lse, mu, seg = ctx.saved_tensors
+        batch, heads, groups, length, _, _ = ctx.sizes
+        grad = grad.contiguous()
+        delta, dq = torch.empty_like(lse), torch.empty_like(o)
+        beta = torch.empty_like(lse) if ctx.flags["TANGENT"] else delta
+        dk_self = torch.empty_like(o) if ctx.own else dq
+        dv_self = torch.empty_like(o) if ctx.own else dq
+        grid = (triton.cdiv(length, ctx.options["BM"]), batch * heads)
+        _queries_backward[grid](
+            q, k_self, v_self, k, v, o, grad, lse, mu, delta, beta, dq, dk_self, dv_self, seg,
+            *ctx.strides, *ctx.sizes, OWN=ctx.own, **ctx.flags, **ctx.options,
+        )  # fmt: skip
+        dk = dv = None
+        if ctx.needs_input_grad[3] or ctx.needs_input_grad[4]:  # not while proposing
+            dk = torch.empty(k.shape, dtype=k.dtype, device=k.device)
+            dv = torch.empty(v.shape, dtype=v.dtype, device=v.device)
+            grid = (triton.cdiv(length, ctx.options["BN"]), batch * groups)
+            _keys_backward[grid](
+                q, k, v, grad, lse, mu, delta, beta, dk, dv, seg, *ctx.strides[:3], *ctx.strides[9:], *ctx.sizes,
+                KT=ctx.flags["TANGENT"] and not ctx.own, **ctx.flags, **ctx.options,
+            )  # fmt: skip
+        own = (_sum_groups(dk_self, groups), _sum_groups(dv_self, groups)) if ctx.own else (None, None)
+        return dq, *own, dk, dv, None, None, None
+
+
+def prediction_attention(
+    q: Tensor, k_self: Tensor, v_self: Tensor, k: Tensor, v: Tensor, *, tangent: bool,
+    segments: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """See `Kernels.prediction_attention`."""
+    return _Attention.apply(q, k_self, v_self, k, v, segments, tangent, True).flatten(2)
+
+
+def full_attention(q: Tensor, k: Tensor, v: Tensor, *, tangent: bool) -> Tensor:
+    """See `Kernels.full_attention`."""
+    return _Attention.apply(q, None, None, k, v, None, tangent, False).flatten(2)
+
+
+def context_attention(q: Tensor, k: Tensor, v: Tensor, *, segments: Tensor | None = None) -> Tensor:
+    """See `Kernels.context_attention`: flash-attn or SDPA without documents, our kernel with them."""
+    if segments is not None:
+        return _Attention.apply(q, None, None, k, v, segments, False, True).flatten(2)
+    try:
+        from flash_attn import flash_attn_func
+    except ImportError:
+        flash_attn_func = None
+    if flash_attn_func is not None and q.dtype in (torch.bfloat16, torch.float16) and q.is_cuda:
+        return flash_attn_func(*(t.transpose(0, 1) for t in (q, k, v)), causal=True).transpose(0, 1).flatten(2)
+    q, k, v = (t.permute(1, 2, 0, 3) for t in (q, k, v))
+    o = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    return o.permute(2, 0, 1, 3).flatten(2)

@@ -1,0 +1,213 @@
+"""The loader: every sample once an epoch, in one global order, whatever the layout; bad data refused."""
+
+import itertools
+import json
+
+import numpy as np
+import pytest
+
+from data_prep.text import Corpus, prepare, train_bpe
+from ebt_megatron.config import load_recipe
+from ebt_megatron.data import Blend, DataError, Loader, ShardFolder
+
+DOCUMENTS = [f"Document {i} says " + " ".join(f"word{j * i % 97}" for j in range(40)) for i in range(120)]
+
+
+@pytest.fixture(scope="session")
+def shards(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("shards")
+    tokenizer = train_bpe(DOCUMENTS, 400)
+    prepare(Corpus(lambda: iter(DOCUMENTS), 0.1, 0), tokenizer, folder, 16, 150, {"source": "a test"})
+    return folder
+
+
+@pytest.fixture
+def copied(shards, tmp_path):
+    import shutil
+
+    shutil.copytree(shards, tmp_path / "data")
+    return tmp_path / "data"
+
+
+def recipe_for(folder, *overrides):
+    return load_recipe(None, [
+        "model.size=tiny", f"data.train=[{folder}/train]", f"data.validation=[{folder}/validation]",
+        "data.sequence_length=16", "training.global_batch_size=8", "training.micro_batch_size=2",
+        "training.validation_samples=16", *overrides,
+    ])  # fmt: skip
+
+
+def take(loader, micro_batches):
+    return [(b.sample_ids.tolist(), b.tokens) for b in itertools.islice(iter(loader), micro_batches)]
+
+
+def global_order(folder, size, batches, start=0, **kwargs):
+    """Sample ids of whole global batches, in global order, as `size` ranks see them."""
+    per_rank = 8 // (2 * size)
+    ranks = []
+    for rank in range(size):
+        loader = Loader(recipe_for(folder), "train", rank, size)
+        loader.consumed = start
+        ranks.append([ids for ids, _ in take(loader, batches * per_rank)])
+    return [i for m in range(batches * per_rank) for rank in ranks for i in rank[m]]
+
+
+def test_every_rank_count_gives_the_same_global_order(shards):
+    one = global_order(shards, 1, 6)
+    assert one == list(range(48))
+    for size in (2, 4):
+        assert global_order(shards, size, 6) == one
+
+
+def test_the_order_is_a_pure_function_of_seed_and_epoch():
+    orders = [[Blend([30], [], seed, True).locate(g) for g in range(60)] for seed in (1, 1, 2)]
+    assert orders[0] == orders[1] != orders[2]
+    assert sorted(orders[0][:30]) == sorted(orders[0][30:]) == [(0, i) for i in range(30)]
+    assert orders[0][:30] != orders[0][30:]
+
+
+def test_three_epochs_with_stops_and_other_world_sizes_see_every_sample_once_an_epoch(shards):
+    size = len(ShardFolder(f"{shards}/train"))
+    seen, state = [], None
+    generator = np.random.default_rng(0)
+    while len(seen) < 3 * size:
+        ranks = int(generator.choice([1, 2, 4]))
+        batches = int(generator.integers(1, 40))
+        loaders = [Loader(recipe_for(shards), "train", r, ranks) for r in range(ranks)]
+        streams = []
+        for loader in loaders:
+            if state:
+                loader.load_state_dict(state)
+            streams.append(iter(loader))
+        for _ in range(batches * 8 // (2 * ranks)):
+            for stream in streams:
+                seen += next(stream).sample_ids.tolist()
+        states = [loader.state_dict() for loader in loaders]
+        assert all(s == states[0] for s in states)
+        state = states[0]
+        for stream in streams:
+            stream.close()
+    assert seen == list(range(len(seen)))
+    blend = Blend([size], [], recipe_for(shards).training.seed, True)
+    for epoch in range(3):
+        assert len({blend.locate(epoch * size + i) for i in range(size)}) == size
+
+
+def test_what_was_read_ahead_is_not_counted(shards):
+    loader = Loader(recipe_for(shards, "data.prefetch=8"), "train", 0, 1)
+    stream = iter(loader)
+    for _ in range(6):  # one global batch and a half
+        next(stream)
+    assert loader.consumed == 8
+
+
+def test_a_blend_has_the_asked_for_shares():
+    blend = Blend([100, 300], [3, 1], 0, True)
+    sources = [blend.locate(g)[0] for g in range(len(blend))]
+    assert sources.count(0) == 300 and sources.count(1) == 100
+    first = [blend.locate(g)[1] for g in range(400) if blend.locate(g)[0] == 0]
+    assert sorted(first) == sorted(list(range(100)) * 3)
+
+
+def test_targets_cover_every_token_once(shards):
+    folder = ShardFolder(f"{shards}/train")
+    rows = [folder.row(i) for i in range(len(folder))]
+    for before, after in itertools.pairwise(rows):
+        assert before[-1] == after[0]
+
+
+def test_document_masks_start_anew_after_an_end_of_text(shards):
+    loader = Loader(recipe_for(shards, "data.document_mask=true"), "train", 0, 1)
+    for batch in itertools.islice(iter(loader), 20):
+        for tokens, documents in zip(batch.tokens, batch.documents, strict=True):
+            changes = (documents[1:] - documents[:-1]).tolist()
+            assert changes == (tokens[:-1] == loader.end_of_text).int().tolist()
+
+
+def test_stock_webdataset_reads_the_shards(shards):
+    import webdataset
+
+    urls = [str(p) for p in sorted((shards / "train").glob("*.tar"))]
+    dataset = webdataset.WebDataset(urls, shardshuffle=False, empty_check=False).decode()
+    rows = np.concatenate([sample["tokens.npy"] for sample in dataset])
+    folder = ShardFolder(f"{shards}/train")
+    assert len(rows) == len(folder)
+    assert all((rows[i] == folder.row(i)).all() for i in range(len(rows)))
+
+
+def test_remote_shards_are_fetched_verified_and_cached(shards, tmp_path):
+    import fsspec
+
+    memory = fsspec.filesystem("memory")
+    for path in (shards / "train").iterdir():
+        memory.pipe(f"/bucket/train/{path.name}", path.read_bytes())
+    remote = ShardFolder("memory://bucket/train", str(tmp_path / "cache"))
+    local = ShardFolder(f"{shards}/train")
+    assert (remote.row(200) == local.row(200)).all()
+    assert len(list((tmp_path / "cache").rglob("*.tar"))) == 1
+    memory.pipe("/bucket/train/shard-000000.tar", b"short")
+    with pytest.raises(DataError, match="truncated"):
+        remote.row(0)
+
+
+# --- bad input: one line that says what, where and what to do ---------------------------------
+
+
+def refuse(folder, match, *overrides):
+    with pytest.raises(DataError, match=match) as error:
+        Loader(recipe_for(folder, *overrides), "train", 0, 1)
+    assert "\n" not in str(error.value)
+
+
+def test_no_shards(tmp_path):
+    refuse(tmp_path, "manifest.json is missing; make them with data_prep")
+
+
+def test_a_missing_shard(copied):
+    (copied / "train/shard-000001.tar").unlink()
+    refuse(copied, "shard-000001.tar is missing")
+
+
+def test_a_truncated_tar(copied):
+    path = copied / "train/shard-000000.tar"
+    path.write_bytes(path.read_bytes()[:-100])
+    refuse(copied, "shard-000000.tar is truncated")
+
+
+def test_a_flipped_bit(copied):
+    path = copied / "train/shard-000000.tar"
+    data = bytearray(path.read_bytes())
+    data[1000] ^= 1
+    path.write_bytes(bytes(data))
+    refuse(copied, "does not match its checksum")
+
+
+def test_a_manifest_whose_checksum_is_wrong(copied):
+    path = copied / "train/manifest.json"
+    manifest = json.loads(path.read_text())
+    manifest["shards"][0]["sha256"] = "0" * 64
+    path.write_text(json.dumps(manifest))
+    refuse(copied, "does not match its checksum")
+
+
+def test_a_tokenizer_that_does_not_match_the_manifest(copied):
+    path = copied / "train/tokenizer.json"
+    path.write_text(path.read_text().replace("word", "ward", 1))
+    refuse(copied, "does not match the manifest")
+
+
+def test_another_sequence_length(copied):
+    refuse(copied, "sequences of 16 tokens, data.sequence_length is 32", "data.sequence_length=32")
+
+
+def test_a_position_of_other_data(shards):
+    loader = Loader(recipe_for(shards), "train", 0, 1)
+    with pytest.raises(DataError, match="seed"):
+        loader.load_state_dict({**loader.state_dict(), "seed": 9})
+
+
+def test_an_error_in_the_reading_thread_reaches_the_loop(shards):
+    loader = Loader(recipe_for(shards), "train", 0, 1)
+    loader.sources[0].row = lambda index: (_ for _ in ()).throw(DataError("gone"))
+    with pytest.raises(DataError, match="gone"):
+        next(iter(loader))

@@ -1,0 +1,136 @@
+"""A run from the command line: the same twice, resumed exactly, and clear about what it cannot do."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from data_prep.text import Corpus, prepare, train_bpe
+
+ROOT = Path(__file__).parents[2]
+DOCUMENTS = [f"Document {i} says " + " ".join(f"word{j * i % 97}" for j in range(40)) for i in range(200)]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("shards")
+    prepare(Corpus(lambda: iter(DOCUMENTS), 0.1, 0), train_bpe(DOCUMENTS, 400), folder, 16, 500, {"source": "a test"})
+    return folder
+
+
+def command(data, output, *overrides, ranks=1):
+    launcher = [] if ranks == 1 else ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+    return [sys.executable, *launcher, "-m", "ebt_megatron.train", str(ROOT / "recipes/text/quickstart_ebt.yaml"),
+            "parallel.tensor=1", "data.sequence_length=16", f"data.train=[{data}/train]",
+            f"data.validation=[{data}/validation]", "training.steps=10", "training.log_interval=1",
+            "training.save_interval=4", "training.validation_interval=5", "training.validation_samples=16",
+            "training.global_batch_size=4", "training.micro_batch_size=2", f"training.output_dir={output}",
+            *overrides]  # fmt: skip
+
+
+def environment():
+    return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+
+
+def train(*args, **kwargs):
+    return subprocess.run(command(*args, **kwargs), env=environment(), capture_output=True, text=True, timeout=200)
+
+
+def rows(output):
+    return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(output):
+    return [(r["step"], r["loss"], r["final_step_loss"], r.get("validation_loss")) for r in rows(output)]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(data, tmp_path_factory):
+    output = tmp_path_factory.mktemp("undisturbed")
+    done = train(data, output)
+    assert done.returncode == 0, done.stderr
+    return output
+
+
+def test_the_metrics_a_run_must_have(undisturbed):
+    needed = {"step", "loss", "final_step_loss", "initial_loss", "energy_first", "energy_last", "alpha", "grad_norm",
+              "lr", "tokens", "tokens_per_second", "step_seconds", "peak_memory_bytes", "model_flops_per_second",
+              "data_wait_seconds", "phase_seconds", "straggler_ratio"}  # fmt: skip
+    recorded = rows(undisturbed)
+    assert [r["step"] for r in recorded] == list(range(1, 11))
+    assert all(needed <= set(r) for r in recorded)
+    assert [r["step"] for r in recorded if "validation_loss" in r] == [5, 10]
+    assert list((undisturbed / "tensorboard").glob("events*"))
+
+
+def test_the_same_recipe_and_seed_give_the_same_losses(data, undisturbed, tmp_path):
+    assert train(data, tmp_path).returncode == 0
+    assert losses(tmp_path) == losses(undisturbed)
+
+
+def wait_for_step(output, step, process):
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and process.poll() is None:
+        if (output / "metrics.jsonl").exists() and any(r["step"] >= step for r in rows(output)):
+            return
+        time.sleep(0.02)
+
+
+def test_killed_at_once_and_resumed(data, undisturbed, tmp_path):
+    process = subprocess.Popen(command(data, tmp_path), env=environment(), stderr=subprocess.DEVNULL)
+    wait_for_step(tmp_path, 6, process)
+    process.kill()
+    process.wait()
+    done = train(data, tmp_path)
+    assert done.returncode == 0 and "resumed from" in done.stderr
+    assert losses(tmp_path) == losses(undisturbed)
+
+
+def test_told_to_stop_it_saves_first(data, undisturbed, tmp_path):
+    slow = ("training.save_interval=0",)
+    process = subprocess.Popen(command(data, tmp_path, *slow), env=environment(), stderr=subprocess.PIPE, text=True)
+    wait_for_step(tmp_path, 3, process)
+    process.send_signal(signal.SIGTERM)
+    _, said = process.communicate(timeout=120)
+    assert process.returncode == 0, said
+    if "told to stop" in said:  # it may also have been quick enough to finish
+        assert "resumed from" in train(data, tmp_path, *slow).stderr
+    assert losses(tmp_path) == losses(undisturbed)
+
+
+def test_resuming_with_another_model_is_refused(data, undisturbed):
+    done = train(data, undisturbed, "model.num_layers=1", "training.steps=12")
+    assert done.returncode == 2
+    assert "model.num_layers=2, this run has model.num_layers=1" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_misspelt_key_is_one_line(data, tmp_path):
+    done = train(data, tmp_path, "training.stepz=3")
+    assert done.returncode == 2
+    assert "did you mean 'training.steps'?" in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_missing_shards_stop_every_rank_with_one_line(tmp_path):
+    done = train(tmp_path / "nowhere", tmp_path / "out", ranks=2)
+    assert done.returncode != 0
+    assert done.stderr.count("manifest.json is missing") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_evaluation_reads_the_run(data, undisturbed):
+    done = subprocess.run([sys.executable, "-m", "ebt_megatron.evaluate", str(undisturbed)], env=environment(),
+                          capture_output=True, text=True, timeout=200)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    result = json.loads((undisturbed / "evaluation.json").read_text())
+    assert [row["steps"] for row in result["thinking"]] == [1, 2, 3, 4]
+    final = rows(undisturbed)[-1]
+    assert result["thinking"][1]["loss"] == pytest.approx(final["validation_loss"], rel=1e-5)
+    assert result["thinking"][0]["loss"] == pytest.approx(final["validation_loss_one_step"], rel=1e-5)
+    assert len(result["example"]["states"]) == 3
