@@ -119,9 +119,7 @@ def _forward(
 
 
 @triton.jit
-def _slopes(
-    q, qt, a, bt, k, v, kt, vt, lse, mu, delta, beta, seen, scale, TANGENT: tl.constexpr, KT: tl.constexpr
-):
+def _slopes(q, qt, a, bt, k, v, kt, vt, lse, mu, delta, beta, seen, scale, TANGENT: tl.constexpr, KT: tl.constexpr):
     """p, dL/ds, dL/ds' and p (s' - mu) on a tile of scores (the last two only with TANGENT)."""
     s = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
     p = tl.where(seen, tl.exp(s - lse[:, None]), 0.0)
@@ -276,9 +274,7 @@ def _keys_backward(
                 mu = tl.load(MU + at, mask=rows < S, other=0.0)
                 beta = tl.load(BETA + at, mask=rows < S, other=0.0)
             seen = _visible(rows, columns, SEG + b * S, S, CAUSAL, SEGMENTS)
-            p, ds, dst, pt = _slopes(
-                q, qt, a, bt, k, v, kt, vt, lse, mu, delta, beta, seen, scale, TANGENT, KT
-            )
+            p, ds, dst, pt = _slopes(q, qt, a, bt, k, v, kt, vt, lse, mu, delta, beta, seen, scale, TANGENT, KT)
             dk = tl.dot(tl.trans(ds.to(q.dtype)), q, dk, input_precision="ieee")
             dv = tl.dot(tl.trans(p.to(q.dtype)), a, dv, input_precision="ieee")
             if TANGENT:
@@ -336,9 +332,7 @@ class _Attention(torch.autograd.Function):
         ctx.flags = {"TANGENT": tangent, "CAUSAL": causal, "SEGMENTS": segments is not None}
         ctx.own, ctx.options = own, launch_options(size, q.element_size())
         grid = (triton.cdiv(length, ctx.options["BM"]), batch * heads)
-        _forward[grid](
-            *tensors, o, lse, mu, seg, *ctx.strides, *ctx.sizes, OWN=own, **ctx.flags, **ctx.options
-        )
+        _forward[grid](*tensors, o, lse, mu, seg, *ctx.strides, *ctx.sizes, OWN=own, **ctx.flags, **ctx.options)
         ctx.save_for_backward(*tensors, o, lse, mu, seg)
         return o
 

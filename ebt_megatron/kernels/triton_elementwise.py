@@ -34,9 +34,7 @@ def _rms_forward(X, W, Y, B, D, epsilon, TANGENT: tl.constexpr, BD: tl.constexpr
 
 
 @triton.jit
-def _rms_backward(
-    X, W, GY, GX, GW, rows, B, D, epsilon, TANGENT: tl.constexpr, WEIGHT: tl.constexpr, BD: tl.constexpr
-):
+def _rms_backward(X, W, GY, GX, GW, rows, B, D, epsilon, TANGENT: tl.constexpr, WEIGHT: tl.constexpr, BD: tl.constexpr):
     """Positions i, i + programs, ...; GW [programs, D] takes partial sums."""
     program = tl.program_id(0)
     d = tl.arange(0, BD)

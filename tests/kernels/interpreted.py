@@ -8,23 +8,25 @@ from ebt_megatron.kernels import check
 from tests.kernels.test_backends import assert_close, poisoned_memory  # noqa: F401  (a fixture)
 
 backend = kernels.select("triton")
-DTYPES = [torch.float32, torch.bfloat16]
+# The interpreter multiplies bfloat16 matrices as their bits (triton 3.9), so attention takes float16 here.
+DTYPES = [torch.float32, torch.float16]
 
-# length, batch, heads, groups, size: odd, several blocks, grouped queries, one position
-SHAPES = [(70, 1, 2, 1, 8), (33, 2, 2, 2, 20), (1, 1, 1, 1, 32)]
+# length, batch, heads, groups, size: two blocks and grouped queries; odd sizes; one position
+LONG, ODD, SINGLE = (70, 1, 2, 1, 8), (33, 2, 2, 2, 20), (1, 1, 1, 1, 32)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("documents", [False, True])
-@pytest.mark.parametrize("tangent", [False, True])
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(("shape", "tangent", "documents", "dtype"), [
+    (LONG, True, False, torch.float32), (LONG, True, True, torch.float32), (LONG, False, True, torch.float32),
+    (ODD, True, False, torch.float32), (ODD, True, True, torch.float16), (ODD, False, False, torch.float16),
+    (SINGLE, True, False, torch.float32), (SINGLE, False, False, torch.float32),
+])  # fmt: skip
 def test_prediction_attention(shape, tangent, documents, dtype):
     assert_close(check.attention_case("prediction_attention", *shape, tangent, documents), dtype, backend)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("tangent", [False, True])
-@pytest.mark.parametrize("shape", SHAPES[:2])
+@pytest.mark.parametrize(("shape", "tangent", "dtype"), [
+    (LONG, True, torch.float32), (ODD, True, torch.float16), (ODD, False, torch.float32),
+])  # fmt: skip
 def test_full_attention(shape, tangent, dtype):
     assert_close(check.attention_case("full_attention", *shape, tangent), dtype, backend)
 
@@ -35,7 +37,7 @@ def test_context_attention(documents):
     assert_close(case, torch.float32, backend)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.bfloat16])
 @pytest.mark.parametrize("tangent", [False, True])
 @pytest.mark.parametrize("op", ["rms_norm", "swiglu"])
 def test_elementwise(op, tangent, dtype):

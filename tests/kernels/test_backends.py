@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from ebt_megatron import kernels
 from ebt_megatron.kernels import check
 
-TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5, torch.bfloat16: 1e-2}
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 1e-2}
 ATTENTION = ["prediction_attention", "context_attention", "full_attention"]
 ELEMENTWISE = ["rms_norm", "layer_norm", "swiglu", "gelu"]
 torch_backend = kernels.select("torch")
