@@ -6,12 +6,16 @@ The same program starts under torchrun, Slurm (`srun`), an MPI launcher, or as a
 from __future__ import annotations
 
 import itertools
+import json
 import math
 import os
 import socket
 import subprocess
+import time
+import uuid
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -126,10 +130,52 @@ def _own_address() -> str:
         return "127.0.0.1"
 
 
+def _meeting(store: dist.Store, rank: int, world_size: int, timeout: timedelta) -> str:
+    """A name that exactly the ranks alive now agree on, in a store that may hold leftovers.
+
+    torchrun's agents keep one store over all restarts and tell its uses apart by each agent's own count
+    of failures, which differs between nodes when only one of them lost a rank. Here every rank signs in
+    with a fresh name, rank 0 publishes the list, and it holds once all have found themselves on it.
+
+    Raises:
+        TimeoutError: naming the ranks that did not sign in.
+    """
+    me, deadline = uuid.uuid4().hex, time.monotonic() + timeout.total_seconds()
+    others = range(1, world_size)
+    store.set(f"sign-in/{rank}", me)
+    published: dict[str, Any] = {}
+    while time.monotonic() < deadline:
+        if rank == 0:
+            keys = [f"sign-in/{r}" for r in others]
+            if all(store.check([key]) for key in keys):
+                names = [me, *(store.get(key).decode() for key in keys)]
+                if names != published.get("names"):
+                    published = {"names": names, "meeting": uuid.uuid4().hex}
+                    store.set("attendance", json.dumps(published))
+                meeting = published["meeting"]
+                if all(store.check([f"{meeting}/{r}"]) for r in others):
+                    store.set(f"{meeting}/held", "")
+                    return meeting
+        elif store.check(["attendance"]):
+            published = json.loads(store.get("attendance"))
+            if len(published["names"]) == world_size and published["names"][rank] == me:
+                meeting = published["meeting"]
+                store.set(f"{meeting}/{rank}", "")
+                if store.check([f"{meeting}/held"]):
+                    return meeting
+        time.sleep(0.02)
+    absent = [r for r in others if not store.check([f"sign-in/{r}"])]
+    raise TimeoutError(f"rank {rank}: the ranks did not meet within {timeout}; never signed in: {absent}")
+
+
 def _store(launch: Launch, timeout: timedelta) -> dist.Store:
     """The store the ranks meet at."""
     if launch.master == "env":
-        return next(dist.rendezvous("env://", timeout=timeout))[0]
+        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+            return next(dist.rendezvous("env://", timeout=timeout))[0]
+        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        shared = dist.TCPStore(address, port, is_master=False, timeout=timeout)
+        return dist.PrefixStore(_meeting(shared, launch.rank, launch.world_size, timeout), shared)
     if launch.launcher == "single":
         return dist.HashStore()
     leader = launch.rank == 0
