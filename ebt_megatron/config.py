@@ -334,6 +334,12 @@ def check(recipe: Recipe, world_size: int | None = None) -> None:
     if t.engine == "double_backward" and tensor * p.pipeline > 1:
         raise RecipeError("thinking.engine=double_backward is a single-process reference: "
                           "set parallel.tensor=1 and parallel.pipeline=1")  # fmt: skip
+    if t.reuse and p.pipeline > 1:
+        raise RecipeError("thinking.reuse needs every layer on one pipeline stage: set parallel.pipeline=1")
+    if t.reuse and m.recompute_layers:
+        raise RecipeError("thinking.reuse keeps activations, model.recompute_layers drops them: set one to false")
+    if m.conditioning == "time_embed_sequence" and recipe.data.document_mask:
+        raise RecipeError("model.conditioning=time_embed_sequence has no document masks: set data.document_mask=false")
     weights = recipe.data.train_weights
     if weights and len(weights) != len(recipe.data.train):
         raise RecipeError(f"data.train_weights has {len(weights)} entries for {len(recipe.data.train)} "

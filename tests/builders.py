@@ -66,7 +66,7 @@ def new_thinker(model, recipe: Recipe, batch: Batch, plan: Plan | None = None) -
     """A micro-batch ready to think with the dual-stream engine."""
     length = batch.observed.shape[1]
     context = Context(model, lambda: model.modality.context(batch.observed), length, batch.segments, plan is not None)
-    return Thinker(model, context, new_descent(model, recipe, batch, plan))
+    return Thinker(model, context, new_descent(model, recipe, batch, plan), reuse=recipe.thinking.reuse)
 
 
 def position_weight(batch: Batch, dtype: torch.dtype = torch.float64) -> Tensor:

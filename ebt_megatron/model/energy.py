@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from ebt_megatron.config import Recipe
 from ebt_megatron.kernels import Kernels
 from ebt_megatron.model.layers import RMSNorm, Rotary, TransformerLayer, layer_spec, replicated
+from ebt_megatron.model.reuse import Tape
 from ebt_megatron.model.sharding import StageModule
 
 KeyValues = Sequence[tuple[Tensor, Tensor]]
@@ -115,7 +116,14 @@ class EnergyTransformer(StageModule):
         return h, key_values
 
     def predict(
-        self, h: Tensor, key_values: KeyValues, length: int, segments: Tensor | None, step: int, tangent: bool
+        self,
+        h: Tensor,
+        key_values: KeyValues,
+        length: int,
+        segments: Tensor | None,
+        step: int,
+        tangent: bool,
+        tape: Tape | None = None,
     ) -> Tensor:
         """Run the prediction stream (and its tangent) through this stage.
 
@@ -126,6 +134,7 @@ class EnergyTransformer(StageModule):
             length, segments: as in `context`.
             step: the thinking step, which selects the landscape.
             tangent: whether a tangent is stacked behind the value.
+            tape: for `thinking.reuse`: written without tangent, read with it.
 
         Returns:
             On the last stage energies [S(/TP), B] — with tangent, the energies' tangent —
@@ -150,7 +159,7 @@ class EnergyTransformer(StageModule):
         for layer, key_value in zip(self.layers, key_values, strict=True):
             assert isinstance(layer, TransformerLayer)
             h = self._maybe_recompute(layer.predict, h, key_value, rotations, tangent=tangent,
-                                      condition=condition, segments=segments)  # fmt: skip
+                                      condition=condition, segments=segments, tape=tape)  # fmt: skip
         if not self.post_process:
             return h
         n = self.final_norm(h, tangent)

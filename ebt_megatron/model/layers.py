@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from ebt_megatron.config import ModelConfig
 from ebt_megatron.kernels import Kernels
+from ebt_megatron.model.reuse import Tape
 
 
 @dataclass
@@ -161,9 +162,12 @@ class TransformerLayer(MegatronModule):
         if model.conditioning in ("adaln", "adaln_zero"):
             self.modulation = Modulation(config, zero=model.conditioning == "adaln_zero")
 
-    def _heads(self, x: Tensor, rotations: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Normalised x [S(/TP), B, D] -> rotated q [S, B, N, H] and k, and v [S, B, G, H] of this rank."""
-        mixed, _ = self.qkv(x)
+    def _linear(self, name: str, x: Tensor, tangent: bool = False, tape: Tape | None = None) -> Tensor:
+        layer = getattr(self, name)
+        return layer(x)[0] if tape is None else tape.apply(f"{id(self)}.{name}", layer, x, tangent)
+
+    def _heads(self, mixed: Tensor, rotations: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Output of qkv -> rotated q [S, B, N, H] and k, and v [S, B, G, H] of this rank."""
         grouped = mixed.view(*mixed.shape[:2], self.local_groups, -1, self.head_size)
         q, k, v = grouped[..., :-2, :].flatten(2, 3), grouped[..., -2, :], grouped[..., -1, :]
         return rotate(q, rotations), rotate(k, rotations), v
@@ -179,7 +183,7 @@ class TransformerLayer(MegatronModule):
         Returns:
             The layer's output, and its rotated keys and values [S, B, G/TP, H].
         """
-        q, k, v = self._heads(self.norm1(h), rotations)
+        q, k, v = self._heads(self._linear("qkv", self.norm1(h)), rotations)
         h = h + self.proj(self.kernels.context_attention(q, k, v, segments=segments))[0]
         hidden = self.kernels.swiglu(self.fc1(self.norm2(h))[0], self.ffn_block, tangent=False)
         return h + self.fc2(hidden)[0], k, v
@@ -193,6 +197,7 @@ class TransformerLayer(MegatronModule):
         tangent: bool,
         condition: Tensor | None = None,
         segments: Tensor | None = None,
+        tape: Tape | None = None,
     ) -> Tensor:
         """The prediction stream, alone or with its tangent stacked behind it.
 
@@ -202,6 +207,7 @@ class TransformerLayer(MegatronModule):
             rotations: of positions 1 .. S: a prediction stands one after its last context position.
             condition: [1, D] embedding of the step, for adaptive normalisation.
             segments: as in `context`.
+            tape: what a learn pass takes from the propose pass before it, see `Tape`.
 
         Returns:
             The same shape as h.
@@ -210,9 +216,9 @@ class TransformerLayer(MegatronModule):
             self.modulation(condition) if self.modulation is not None else (None,) * 6
         )
         n = modulate(self.norm1(h, tangent), shift1, scale1, tangent)
-        q, k, v = self._heads(n, rotations)
+        q, k, v = self._heads(self._linear("qkv", n, tangent, tape), rotations)
         o = self.kernels.prediction_attention(q, k, v, *key_value, tangent=tangent, segments=segments)
-        h = h + gated(self.proj(o)[0], gate1, tangent)
+        h = h + gated(self._linear("proj", o, tangent, tape), gate1, tangent)
         n = modulate(self.norm2(h, tangent), shift2, scale2, tangent)
-        hidden = self.kernels.swiglu(self.fc1(n)[0], self.ffn_block, tangent=tangent)
-        return h + gated(self.fc2(hidden)[0], gate2, tangent)
+        hidden = self.kernels.swiglu(self._linear("fc1", n, tangent, tape), self.ffn_block, tangent=tangent)
+        return h + gated(self._linear("fc2", hidden, tangent, tape), gate2, tangent)

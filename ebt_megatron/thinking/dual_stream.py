@@ -31,6 +31,7 @@ import torch
 from torch import Tensor, nn
 
 from ebt_megatron.config import ThinkingConfig
+from ebt_megatron.model.reuse import Tape
 from ebt_megatron.parallel.collectives import TensorGroup, add_gradient
 from ebt_megatron.parallel.randomness import STEP_SIZE_STREAM, draw_integer, uniform
 
@@ -298,6 +299,7 @@ class Thinker:
         context: its context stream.
         descent: the prediction's side.
         phase: a context manager told what is being done ("context", "propose", "learn"), for timing.
+        reuse: learn passes take the values' outputs and the tangents' gradients from propose passes.
     """
 
     def __init__(
@@ -306,14 +308,18 @@ class Thinker:
         context: Context,
         descent: Descent,
         phase: Callable[[str], AbstractContextManager] = nullcontext,
+        reuse: bool = False,
     ):
         self.model, self.context, self.descent, self.phase = model, context, descent, phase
         self.group = TensorGroup(bool(model.config.sequence_parallel))
         self.energies: list[Tensor] = []
+        plan = descent.plan
+        self.tapes = {step: Tape(self.group) for step in plan.learned} if reuse and plan is not None else {}
 
     def _energy(self, x: Tensor, step: int, tangent: bool) -> Tensor:
-        key_values = self.context.key_values(step, constant=not tangent)
-        return self.model.predict(x, key_values, self.context.length, self.context.segments, step, tangent)
+        key_values, context = self.context.key_values(step, constant=not tangent), self.context
+        tape = self.tapes.get(step)
+        return self.model.predict(x, key_values, context.length, context.segments, step, tangent, tape)
 
     def propose(self, step: int) -> None:
         """Improve the prediction once: a forward pass, and a backward pass to the prediction only."""
@@ -333,6 +339,8 @@ class Thinker:
         with self.phase("learn"):
             streams, weight = self.descent.learn_input(step)
             streams.requires_grad_()
+            if step in self.tapes:
+                self.tapes[step].weight = weight
             energy_tangent = self._energy(streams, step, tangent=True)
             weight = self.group.own_positions(weight).to(energy_tangent.dtype)
             (energy_tangent * weight).sum().backward()

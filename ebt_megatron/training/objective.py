@@ -181,7 +181,9 @@ class EnergyObjective:
                 thoughts.append(double_backward.train(self.model, context, sample.segments, descent))
             else:
                 stream = self._context(sample, learn=True)
-                thoughts.append(Thinker(self.model, stream, descent, self.timers.phase).train())
+                thoughts.append(
+                    Thinker(self.model, stream, descent, self.timers.phase, self.recipe.thinking.reuse).train()
+                )
             self._keep(sample, index, descent.prediction.final)
         return thoughts
 

@@ -56,6 +56,12 @@ def test_document_masks(mode):
     compare(f"thinking.loss={mode[0]}", f"thinking.gradient={mode[1]}", documents=True)
 
 
+@pytest.mark.parametrize(("mode", "conditioning"), [(m, CONDITIONING[i]) for i, m in enumerate(MODES)])
+def test_reuse_gives_the_same_gradient(mode, conditioning):
+    compare(f"thinking.loss={mode[0]}", f"thinking.gradient={mode[1]}", f"model.conditioning={conditioning}",
+            "model.kernels=torch", "thinking.reuse=true")  # fmt: skip
+
+
 def test_recomputed_layers_give_the_same_gradient():
     compare("model.recompute_layers=true")
 
