@@ -47,7 +47,7 @@ def _visible(rows, columns, SEG, S, CAUSAL: tl.constexpr, SEGMENTS: tl.constexpr
 
 @triton.jit
 def _forward(
-    Q, KS, VS, K, V, O, LSE, MU, SEG,
+    Q, KS, VS, K, V, OUT, LSE, MU, SEG,
     qs, qb, qn, kss, ksb, ksn, vss, vsb, vsn, ks, kb, kn, vs, vb, vn,
     B, N, G, S, H, scale,
     TANGENT: tl.constexpr, OWN: tl.constexpr, CAUSAL: tl.constexpr, SEGMENTS: tl.constexpr,
@@ -109,12 +109,12 @@ def _forward(
                 acc_t = tl.dot(p.to(v.dtype), vt, acc_t, input_precision="ieee")
     out = acc / total[:, None]
     os, ob = streams * B * N * H, N * H
-    _store(O + b * ob + n * H, rows, os, S, H, out, BH)
+    _store(OUT + b * ob + n * H, rows, os, S, H, out, BH)
     at = (b * N + n) * S + rows
     tl.store(LSE + at, top + tl.log(total), mask=rows < S)
     if TANGENT:
         mean = mean / total
-        _store(O + (b + B) * ob + n * H, rows, os, S, H, acc_t / total[:, None] - mean[:, None] * out, BH)
+        _store(OUT + (b + B) * ob + n * H, rows, os, S, H, acc_t / total[:, None] - mean[:, None] * out, BH)
         tl.store(MU + at, mean, mask=rows < S)
 
 
@@ -144,7 +144,7 @@ def _slopes(q, qt, a, bt, k, v, kt, vt, lse, mu, delta, beta, seen, scale, TANGE
 
 @triton.jit
 def _queries_backward(
-    Q, KS, VS, K, V, O, A, LSE, MU, DELTA, BETA, DQ, DKS, DVS, SEG,
+    Q, KS, VS, K, V, OUT, A, LSE, MU, DELTA, BETA, DQ, DKS, DVS, SEG,
     qs, qb, qn, kss, ksb, ksn, vss, vsb, vsn, ks, kb, kn, vs, vb, vn,
     B, N, G, S, H, scale,
     TANGENT: tl.constexpr, OWN: tl.constexpr, CAUSAL: tl.constexpr, SEGMENTS: tl.constexpr,
@@ -152,7 +152,7 @@ def _queries_backward(
 ):  # fmt: skip
     """Gradients of BM queries and of their own keys and values; DELTA and BETA for `_keys_backward`.
 
-    O, A (gradients of the output), DQ, DKS and DVS are contiguous [S, B*, N, H].
+    OUT, A (gradients of the output), DQ, DKS and DVS are contiguous [S, B*, N, H].
     """
     block, b, n = tl.program_id(0), (tl.program_id(1) // N).to(tl.int64), tl.program_id(1) % N
     streams = 2 if TANGENT else 1
@@ -163,14 +163,14 @@ def _queries_backward(
     at = (b * N + n) * S + rows
     q = _load(Q + b * qb + n * qn, rows, qs, S, H, BH)
     a = _load(A + first, rows, stride, S, H, BH)
-    o = _load(O + first, rows, stride, S, H, BH).to(tl.float32)
+    o = _load(OUT + first, rows, stride, S, H, BH).to(tl.float32)
     lse = tl.load(LSE + at, mask=rows < S, other=0.0)
     delta = tl.sum(a.to(tl.float32) * o, 1)
     qt, bt, mu, beta = q, a, lse, delta
     if TANGENT:
         qt = _load(Q + (b + B) * qb + n * qn, rows, qs, S, H, BH)
         bt = _load(A + second, rows, stride, S, H, BH)
-        ot = _load(O + second, rows, stride, S, H, BH).to(tl.float32)
+        ot = _load(OUT + second, rows, stride, S, H, BH).to(tl.float32)
         mu = tl.load(MU + at, mask=rows < S, other=0.0)
         beta = tl.sum(bt.to(tl.float32) * o, 1)
         delta += tl.sum(bt.to(tl.float32) * ot, 1)
@@ -257,7 +257,7 @@ def _keys_backward(
     begin = 0
     if CAUSAL:
         begin = (block * BN) // BM * BM
-    for head in range(0, N // G):
+    for head in range(N // G):
         n = g * (N // G) + head
         for start in range(begin, S, BM):
             rows = start + tl.arange(0, BM)

@@ -1,0 +1,212 @@
+"""Validate the kernels on one GPU against float64, then time them against plain torch and the roofline.
+
+Needs only torch, triton and this repository; on a CPU machine it checks a tiny case in
+Triton's interpreter, and the tables say "not measured".
+
+    python -m tools.gpu_validate            # writes benchmarks/results/kernels-<device>-<date>.{json,md}
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import sys
+import time
+from collections.abc import Callable
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported
+
+from ebt_megatron import kernels
+from ebt_megatron.kernels import check
+
+GPU = torch.cuda.is_available()
+DEVICE = "cuda" if GPU else "cpu"
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 1e-2}
+
+
+def cases() -> list[check.Case]:
+    """The calls to check: heads of 32 to 256 and odd sizes on a GPU, one tiny shape elsewhere."""
+    shapes = [(257, 2, 4, 2, 64), (130, 1, 2, 2, 32), (200, 1, 2, 1, 128), (100, 1, 2, 2, 256), (77, 1, 2, 1, 80)]
+    out = []
+    for shape in shapes if GPU else [(20, 1, 2, 1, 16)]:
+        for tangent in (False, True):
+            for documents in (False, True):
+                out.append(check.attention_case("prediction_attention", *shape, tangent, documents))
+            out.append(check.attention_case("full_attention", *shape, tangent))
+        for documents in (False, True):
+            out.append(check.attention_case("context_attention", *shape, False, documents))
+    for op in ("rms_norm", "swiglu", "layer_norm", "gelu"):
+        out += [check.elementwise_case(op, 17, 3, 384 if GPU else 24, tangent) for tangent in (False, True)]
+    size = (300, 9000, 8990, 64) if GPU else (5, 40, 37, 8)
+    return out + [check.vocab_case(op, *size) for op in check.VOCAB_OPERATIONS]
+
+
+def correctness() -> list[dict[str, Any]]:
+    """Worst relative error of each operation and dtype, over all results and gradients."""
+    backend = kernels.select("triton")
+    worst: dict[tuple[str, str], float] = {}
+    for dtype in TOLERANCE if GPU else [torch.float32]:  # the interpreter has no bfloat16 products
+        for case in cases():
+            tangent = " + tangent" if case.kwargs.get("tangent") else ""
+            key = (case.op + tangent, str(dtype).removeprefix("torch."))
+            error = max(check.errors(backend, case, dtype, DEVICE).values())
+            worst[key] = max(worst.get(key, 0.0), error)
+    return [
+        {"operation": op, "dtype": dtype, "error": error, "passed": error <= TOLERANCE[getattr(torch, dtype)]}
+        for (op, dtype), error in worst.items()
+    ]
+
+
+def seconds(function: Callable[[], Any], repeats: int = 20) -> float:
+    """Median time of a call on the GPU, after three calls to warm up."""
+    for _ in range(3):
+        function()
+    times = []
+    for _ in range(repeats):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        function()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) / 1e3)
+    return sorted(times)[repeats // 2]
+
+
+def device_rates() -> dict[str, float]:
+    """What this GPU reaches: bf16 matrix products [FLOP/s] and copies [bytes/s, read + written]."""
+    a, b = (torch.randn(8192, 8192, device=DEVICE, dtype=torch.bfloat16) for _ in range(2))
+    source = torch.empty(1 << 28, device=DEVICE, dtype=torch.bfloat16)
+    target = torch.empty_like(source)
+    return {
+        "matrix_flops": 2 * 8192**3 / seconds(lambda: a @ b),
+        "copy_bytes": 2 * source.numel() * 2 / seconds(lambda: target.copy_(source)),
+    }
+
+
+def _attention_calls(length: int, size: int) -> dict[str, Callable[[], Any]]:
+    """The four passes of training (value and tangent, forward and backward), ours and double backward."""
+    case = check.attention_case("prediction_attention", length, 1, 2048 // size, 2048 // size, size, True)
+    stacked = [a.to(DEVICE, torch.bfloat16).requires_grad_() for a in case.args]
+    own = [a.chunk(2, 1)[0].detach().requires_grad_() for a in stacked[:3]] + stacked[3:]
+    proposing = own[:3] + [a.detach() for a in stacked[3:]]  # keys and values need no gradient then
+
+    def fresh(backend: kernels.Kernels) -> None:
+        value = backend.prediction_attention(*proposing, tangent=False)
+        torch.autograd.grad(value, proposing[:3], torch.ones_like(value))
+        both = backend.prediction_attention(*stacked, tangent=True)
+        torch.autograd.grad(both, stacked, torch.ones_like(both))
+
+    def double_backward() -> None:
+        value = kernels.select("reference").prediction_attention(*own, tangent=False)
+        first = torch.autograd.grad(value, own[:3], torch.ones_like(value), create_graph=True)
+        torch.autograd.grad(first, own, [torch.ones_like(g) for g in first])
+
+    return {"triton": lambda: fresh(kernels.select("triton")), "double backward": double_backward}
+
+
+def attention_speed(rates: dict[str, float]) -> list[dict[str, Any]]:
+    """Prediction attention, all four passes: time, and the share of the measured matrix rate.
+
+    FLOPs over causal scores, 2 S^2/2 H per product and head: forward 2 products, backward to
+    the queries 3, forward with tangent 4, backward with tangent 4 + 6 (4 to form the slopes,
+    2 for queries, 4 for keys and values).
+    """
+    rows = []
+    for length, size in ((1024, 64), (4096, 64), (1024, 128), (4096, 128)):
+        flops = (2 + 3 + 4 + 10) * length**2 * 2048
+        for name, call in _attention_calls(length, size).items():
+            torch.cuda.reset_peak_memory_stats()
+            try:
+                time_taken = seconds(call)
+            except torch.cuda.OutOfMemoryError:
+                rows.append({"length": length, "head size": size, "engine": name, "out of memory": True})
+                continue
+            rows.append({
+                "length": length, "head size": size, "engine": name, "milliseconds": time_taken * 1e3,
+                "share of matrix rate": flops / time_taken / rates["matrix_flops"],
+                "peak GB": torch.cuda.max_memory_allocated() / 1e9,
+            })  # fmt: skip
+    return rows
+
+
+def elementwise_speed(rates: dict[str, float]) -> list[dict[str, Any]]:
+    """RMSNorm and SwiGLU of value and tangent, forward, against the time to copy input and output."""
+    rows, backend = [], kernels.select("triton")
+    x = torch.randn(4096, 8, 2048, device=DEVICE, dtype=torch.bfloat16)
+    weight = torch.ones(2048, device=DEVICE, dtype=torch.bfloat16)
+    calls: dict[str, tuple[Callable[[], Any], float]] = {
+        "rms_norm": (lambda: backend.rms_norm(x, weight, 1e-5, tangent=True), 2.0),
+        "swiglu": (lambda: backend.swiglu(x, 128, tangent=True), 1.5),
+    }
+    for name, (call, copies) in calls.items():
+        time_taken = seconds(call)
+        moved = copies * x.numel() * 2
+        rows.append({"operation": name, "milliseconds": time_taken * 1e3,
+                     "share of copy rate": moved / time_taken / rates["copy_bytes"]})  # fmt: skip
+    return rows
+
+
+# Every benchmark takes the measured rates and returns rows of a table; add whole training steps here.
+BENCHMARKS: dict[str, Callable[[dict[str, float]], list[dict[str, Any]]]] = {
+    "Prediction attention: forward, backward, and both with tangent (bf16, 2048 columns)": attention_speed,
+    "Elementwise, value and tangent, forward (bf16)": elementwise_speed,
+}
+
+
+def _markdown(rows: list[dict[str, Any]]) -> str:
+    if not rows:
+        return "not measured"
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+
+    def cell(value: Any) -> str:
+        return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+    lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
+    return "\n".join(lines + ["| " + " | ".join(cell(r.get(c, "")) for c in columns) + " |" for r in rows])
+
+
+def main() -> int:
+    """Run everything, write the results; 1 if a kernel is wrong."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--output", type=Path, default=Path("benchmarks/results"), help="folder of the results")
+    options = parser.parse_args()
+    begin = time.monotonic()
+    device = torch.cuda.get_device_name() if GPU else "CPU interpreter"
+    import triton
+
+    result: dict[str, Any] = {
+        "device": device, "date": date.today().isoformat(), "torch": torch.__version__,
+        "triton": triton.__version__, "cuda": torch.version.cuda, "python": platform.python_version(),
+        "correctness": correctness(),
+    }  # fmt: skip
+    failed = [r for r in result["correctness"] if not r["passed"]]
+    result["rates"] = device_rates() if GPU else {}
+    result["benchmarks"] = {name: run(result["rates"]) if GPU else [] for name, run in BENCHMARKS.items()}
+    result["seconds"] = time.monotonic() - begin
+    facts = ", ".join(f"{k} {result[k]}" for k in ("device", "date", "torch", "triton", "cuda", "python"))
+    parts = [f"# Kernels on {device}", facts, "## Largest relative error against float64",
+             _markdown(result["correctness"]),
+             "## Measured rates", _markdown([result["rates"]] if GPU else [])]  # fmt: skip
+    for name, rows in result["benchmarks"].items():
+        parts += [f"## {name}", _markdown(rows)]
+    text = "\n\n".join(parts) + "\n"
+    options.output.mkdir(parents=True, exist_ok=True)
+    slug = "".join(c if c.isalnum() else "-" for c in device.lower()).strip("-")
+    stem = options.output / f"kernels-{slug}-{result['date']}"
+    stem.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
+    stem.with_suffix(".md").write_text(text)
+    print(text)
+    print(f"{len(failed)} of {len(result['correctness'])} checks failed; written to {stem}.json and .md")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
