@@ -62,7 +62,7 @@ def test_one_line_names_the_key_and_the_fix(overrides, said):
 
 
 def test_a_size_or_its_parts_must_be_given():
-    with pytest.raises(RecipeError, match="model.num_layers is not set"):
+    with pytest.raises(RecipeError, match=r"model\.num_layers is not set"):
         load_recipe(None)
 
 

@@ -1,8 +1,11 @@
 """Text preparation: deterministic, exact, and clear about input it cannot use."""
 
 import gzip
+import io
 import json
+import tarfile
 
+import numpy as np
 import pytest
 import zstandard
 from hypothesis import HealthCheck, given, settings
@@ -83,15 +86,7 @@ def test_round_trip_text_to_shards_to_text(tmp_path_factory, odd):
     except DataError as error:
         assert "for validation" in str(error)  # nothing was held out, as asked
     rows = []
-    writer_rows = sorted((folder / "train").glob("*.tar"))
-    import io
-    import tarfile
-
-    import numpy as np
-
-    last = text.Packer(folder / "x", 4, np.uint16, 0, 7)
-    del last
-    for path in writer_rows:
+    for path in sorted((folder / "train").glob("*.tar")):
         with tarfile.open(path) as tar:
             rows += [r for m in tar for r in np.load(io.BytesIO(tar.extractfile(m).read()))]
     stream = [t for row in rows for t in row[:-1]] + list(rows[-1][-1:])
@@ -108,8 +103,8 @@ def test_a_given_tokenizer_is_kept_beside_the_shards(tmp_path):
     corpus(tmp_path)
     tokenizer = text.train_bpe(["The number and its square 0123456789. "], 280)
     tokenizer.save(str(tmp_path / "given.json"))
-    result = command("--input", tmp_path / "*.txt", "--output", tmp_path / "out", "--tokenizer", tmp_path / "given.json",
-                     "--sequence-length", 8, "--validation-fraction", 0.2)  # fmt: skip
+    result = command("--input", tmp_path / "*.txt", "--output", tmp_path / "out", "--tokenizer",
+                     tmp_path / "given.json", "--sequence-length", 8, "--validation-fraction", 0.2)  # fmt: skip
     assert result.exit_code == 0, result.output
     kept = Tokenizer.from_file(str(tmp_path / "out/train/tokenizer.json"))
     assert kept.get_vocab() == tokenizer.get_vocab()

@@ -1,0 +1,46 @@
+"""The planner: sizes it can check by hand, and answers that move the right way."""
+
+import pytest
+
+from ebt_megatron.config import RecipeError, load_recipe
+from tools.plan import Hardware, estimate, parameter_count
+
+HARDWARE = Hardware(tflops=100, bandwidth=100, network=10)
+
+
+def recipe(*overrides):
+    return load_recipe(
+        None, ["model.size=xxs", "training.global_batch_size=64", "training.micro_batch_size=4", *overrides]
+    )
+
+
+def test_parameters_are_those_of_the_model():
+    from ebt_megatron.model.build import SampleShape, build_model
+    from ebt_megatron.parallel.setup import initialize
+
+    r = recipe("model.conditioning=none")
+    initialize(r.parallel, 0)
+    built = sum(p.numel() for p in build_model(r, SampleShape(vocab_size=1000)).parameters() if p.dim() == 2)
+    assert parameter_count(r, 1000) == built
+
+
+def test_pipeline_stages_divide_weights_and_add_a_bubble():
+    one, two = (estimate(recipe(f"parallel.pipeline={n}"), 1000, 8, HARDWARE) for n in (1, 2))
+    assert one.bubble == pytest.approx(0) and 0 < two.bubble < 0.5
+    assert two.weight_bytes == pytest.approx(one.weight_bytes / 2)
+    assert one.pipeline_traffic == 0 < two.pipeline_traffic
+
+
+def test_levers_save_memory():
+    base = estimate(recipe("parallel.pipeline=2"), 1000, 8, HARDWARE)
+    assert estimate(recipe("parallel.pipeline=2", "parallel.micro_batches_in_flight=2"), 1000, 8,
+                    HARDWARE).activation_bytes < base.activation_bytes  # fmt: skip
+    assert estimate(recipe("parallel.pipeline=2", "model.recompute_layers=true"), 1000, 8,
+                    HARDWARE).activation_bytes < base.activation_bytes  # fmt: skip
+    assert estimate(recipe("parallel.pipeline=2", "parallel.distributed_optimizer=true"), 1000, 8,
+                    HARDWARE).weight_bytes < base.weight_bytes  # fmt: skip
+
+
+def test_a_layout_that_does_not_fit_is_refused():
+    with pytest.raises(RecipeError, match="number of ranks=3"):
+        estimate(recipe("parallel.pipeline=2"), 1000, 3, HARDWARE)

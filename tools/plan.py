@@ -1,0 +1,169 @@
+"""Plan a run: bubble, memory, communication and step time of a recipe on a layout, estimated.
+
+    python -m tools.plan recipes/text/s1_xxs.yaml parallel.tensor=2 parallel.pipeline=2 --gpus 16
+    python -m tools.plan recipes/text/s1_xl.yaml --gpus 64 --tflops 400 --bandwidth 400 --network 50
+
+Everything printed is an estimate from the figures given; the pipeline part is the simulation
+that real runs execute (`ebt_megatron.parallel.schedule`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from ebt_megatron.cli import guarded
+from ebt_megatron.config import Recipe, check, load_recipe
+from ebt_megatron.model.build import padded
+from ebt_megatron.model.flops import cost
+from ebt_megatron.parallel.schedule import FLOP_DURATIONS, chain, gpt_bubble, simulate, transformer_chain
+from ebt_megatron.thinking.dual_stream import Plan
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """Figures of one GPU and its links.
+
+    Attributes:
+        tflops: matrix rate reached, TFLOP/s.
+        bandwidth: between tensor-parallel ranks (inside a node), GB/s per GPU.
+        network: between nodes, GB/s per GPU.
+    """
+
+    tflops: float
+    bandwidth: float
+    network: float
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a layout costs; seconds and bytes per rank and optimizer step."""
+
+    data_parallel: int
+    micro_batches: int
+    bubble: float
+    gpt_bubble: float
+    parameters: float
+    weight_bytes: float
+    activation_bytes: float
+    tensor_traffic: float
+    pipeline_traffic: float
+    data_traffic: float
+    step_seconds: float
+    tokens_per_second: float
+
+
+def parameter_count(recipe: Recipe, vocab_size: int) -> float:
+    """Weights of the whole model: layers and the two vocabulary tables."""
+    m = recipe.model
+    assert m.hidden_size and m.num_layers and m.ffn_hidden_size and m.num_attention_heads and m.num_query_groups
+    head = m.hidden_size // m.num_attention_heads
+    layer = m.hidden_size * head * (m.num_attention_heads + 2 * m.num_query_groups)
+    layer += m.hidden_size**2 + 3 * m.hidden_size * m.ffn_hidden_size
+    return m.num_layers * layer + 2 * padded(vocab_size, m.vocab_multiple) * m.hidden_size
+
+
+def estimate(recipe: Recipe, vocab_size: int, gpus: int, hardware: Hardware) -> Estimate:
+    """Cost of the recipe's layout on `gpus` ranks.
+
+    Raises:
+        RecipeError: if the layout does not fit.
+    """
+    check(recipe, gpus)
+    m, p, t, options = recipe.model, recipe.parallel, recipe.training, recipe.thinking
+    assert m.hidden_size and m.num_layers
+    data = gpus // (p.tensor * p.pipeline)
+    micro_batches = t.global_batch_size // (t.micro_batch_size * data)
+    ebt = m.architecture == "ebt"
+    plan = Plan.of(options, options.max_steps)
+    sweeps = chain(plan, m.conditioning == "time_embed_sequence") if ebt else transformer_chain()
+    parts = cost(recipe, vocab_size)
+    unit = t.micro_batch_size * parts.layers / (p.tensor * p.pipeline) / (hardware.tflops * 1e12)  # C on one stage
+    product = t.micro_batch_size * parts.vocabulary / p.tensor / (hardware.tflops * 1e12)  # U
+    extra = {"propose_forward": 1.0, "propose_backward": 2.0, "learn_forward": 0.0, "learn_backward": 3.0}
+    durations = {kind: d * unit for kind, d in FLOP_DURATIONS.items()}
+    vocabulary = {kind: u * product for kind, u in extra.items()} if ebt else {}
+    schedule = simulate(p.pipeline, micro_batches, sweeps, durations, vocabulary, in_flight=p.micro_batches_in_flight)
+
+    width_bytes = 2 if t.precision == "bf16" else 4
+    tokens = t.micro_batch_size * recipe.data.sequence_length
+    hidden = tokens * m.hidden_size * width_bytes
+    layers = m.num_layers / p.pipeline
+    # A layer all-reduces twice forward and twice backward (ring: 2 (n-1)/n of the size) for each stream.
+    streams = sum(2 if kind.startswith("learn") else 1 for kind, _ in sweeps)
+    ring = 2 * (p.tensor - 1) / p.tensor
+    tensor_traffic = micro_batches * layers * 2 * streams * hidden * ring
+    pipeline_traffic = micro_batches * streams * hidden if p.pipeline > 1 else 0.0
+    parameters = parameter_count(recipe, vocab_size)
+    local = parameters / (p.tensor * p.pipeline)
+    data_traffic = 4 * local * 2 * (data - 1) / data
+    optimizer_bytes = 8 * local / (data if p.distributed_optimizer else 1)
+    master = 4 * local / (data if p.distributed_optimizer else 1) if width_bytes == 2 else 0.0
+    # Context keys, values and the graph behind them (about 16 hidden states a layer), for every live
+    # micro-batch; and one learn pass of two streams.
+    live = max(schedule.live)
+    per_layer = 16 * hidden / p.tensor
+    kept = (2 if m.recompute_layers else 16) * hidden / p.tensor
+    activations = live * layers * kept + layers * 2 * per_layer
+    if ebt:
+        activations += live * tokens * padded(vocab_size, m.vocab_multiple) / p.tensor * 4
+    seconds = (
+        schedule.makespan
+        + tensor_traffic / (hardware.bandwidth * 1e9)
+        + pipeline_traffic / (hardware.network * 1e9)
+        + data_traffic / (hardware.network * 1e9)
+    )
+    return Estimate(
+        data, micro_batches, schedule.bubble, gpt_bubble(p.pipeline, micro_batches), parameters,
+        (width_bytes + 4) * local + optimizer_bytes + master, activations, tensor_traffic, pipeline_traffic,
+        data_traffic, seconds, t.global_batch_size * recipe.data.sequence_length / seconds,
+    )  # fmt: skip
+
+
+def rows(e: Estimate) -> list[tuple[str, str]]:
+    """An estimate as a table."""
+    return [
+        ("parameters", f"{e.parameters / 1e9:.3f} B"),
+        ("data parallel x micro-batches", f"{e.data_parallel} x {e.micro_batches}"),
+        ("pipeline bubble (1F1B of a GPT)", f"{100 * e.bubble:.1f} % ({100 * e.gpt_bubble:.1f} %)"),
+        ("weights, gradients, optimizer per rank", f"{e.weight_bytes / 1e9:.2f} GB"),
+        ("activations per rank", f"{e.activation_bytes / 1e9:.2f} GB"),
+        ("tensor-parallel traffic per rank", f"{e.tensor_traffic / 1e9:.2f} GB"),
+        ("pipeline traffic per rank", f"{e.pipeline_traffic / 1e9:.3f} GB"),
+        ("gradient traffic per rank", f"{e.data_traffic / 1e9:.2f} GB"),
+        ("step", f"{e.step_seconds:.3f} s"),
+        ("tokens per second", f"{e.tokens_per_second:,.0f}"),
+    ]
+
+
+def main(
+    recipe: Path = typer.Argument(..., help="A recipe."),
+    overrides: list[str] = typer.Argument(None, help="key=value pairs, e.g. parallel.pipeline=4."),
+    gpus: int = typer.Option(8, help="Number of ranks."),
+    vocab_size: int = typer.Option(50277, help="Entries of the tokenizer (GPT-NeoX-20B has 50,277)."),
+    tflops: float = typer.Option(400.0, help="Matrix rate one GPU reaches, TFLOP/s."),
+    bandwidth: float = typer.Option(300.0, help="GB/s between tensor-parallel ranks."),
+    network: float = typer.Option(40.0, help="GB/s per GPU between nodes."),
+) -> None:
+    """Estimate bubble, memory, communication and step time (no overlap of communication assumed)."""
+
+    def work() -> None:
+        resolved: Any = load_recipe(recipe, overrides or [])
+        hardware = Hardware(tflops, bandwidth, network)
+        table = Table(title=f"estimate: {resolved.name} on {gpus} GPUs, {hardware}", title_justify="left")
+        table.add_column("what")
+        table.add_column("value", justify="right")
+        for row in rows(estimate(resolved, vocab_size, gpus, hardware)):
+            table.add_row(*row)
+        Console().print(table)
+
+    guarded(work)
+
+
+if __name__ == "__main__":
+    typer.run(main)
