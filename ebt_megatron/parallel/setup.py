@@ -180,8 +180,8 @@ def _store(launch: Launch, timeout: timedelta) -> dist.Store:
         return dist.HashStore()
     leader = launch.rank == 0
     if launch.master != "mpi":
-        host, _, port = launch.master.rpartition(":")
-        return dist.TCPStore(host, int(port), launch.world_size, leader, timeout, wait_for_workers=False)
+        host, _, given = launch.master.rpartition(":")
+        return dist.TCPStore(host, int(given), launch.world_size, leader, timeout, wait_for_workers=False)
     try:
         from mpi4py import MPI
     except ImportError:
