@@ -96,7 +96,7 @@ def vocab_case(op: str, tokens: int, columns: int, valid: int, width: int, seed:
     if op == "vocab_refine":
         return Case(op, [*step, target], {}, (2,))
     if op == "vocab_backward":
-        lse_next = reference.vocab_refine(*step, target).lse_next
+        lse_next = reference.vocab_refine(*step, target).lse_next  # type: ignore[call-arg]
         return Case(op, [*step, target, lse_next, scale, mean, x_grad, xt_grad, table_grad], {}, (2,))
     if op == "vocab_adjoint":
         return Case(op, [y, lse, target, scale, valid, adjoint], {}, ())
