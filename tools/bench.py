@@ -10,6 +10,7 @@ to time steps. All numbers of a table come from one run on one machine.
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 import subprocess
@@ -61,7 +62,7 @@ def _peak_rss() -> int:
 def _child(case: str, variant: str, repeats: int) -> dict[str, Any]:
     """Measure one variant in this process: memory of the first step, then time of `repeats` more."""
     import torch
-    from torch.utils.flop_counter import FlopCounterMode, addmm_flop, baddbmm_flop
+    from torch.utils.flop_counter import FlopCounterMode
 
     from ebt_megatron.config import load_recipe
     from ebt_megatron.model.build import SampleShape, build_model
@@ -107,7 +108,11 @@ def _child(case: str, variant: str, repeats: int) -> dict[str, Any]:
             out["memory"] = _peak_rss() - base
         return out
     aten = torch.ops.aten
-    in_place = {aten.addmm_: addmm_flop, aten.baddbmm_: baddbmm_flop}  # torch counts their other forms only
+
+    def product(_: Any, a: Any, b: Any, **kwargs: Any) -> int:  # shapes of a product added in place
+        return 2 * math.prod(a) * b[-1]
+
+    in_place = {aten.addmm_: product, aten.baddbmm_: product}  # torch counts their other forms only
     with FlopCounterMode(display=False, custom_mapping=in_place) as counter:
         step(0)
     out["flops"] = counter.get_total_flops()

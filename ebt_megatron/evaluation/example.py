@@ -1,4 +1,4 @@
-"""One token worked out: how its predicted distribution sharpens while its energy falls."""
+"""Tokens worked out: how predictions sharpen while their energy falls."""
 
 from __future__ import annotations
 
@@ -8,43 +8,54 @@ import torch
 from tokenizers import Tokenizer
 
 
+@torch.no_grad()
 def worked_example(objective: Any, micro_batch: Any, steps: int, tokenizer: Tokenizer, top: int = 6) -> dict[str, Any]:
-    """Follow the position that thinking improves most, in one sample.
+    """Follow the position that thinking improves most, and the mean energy of all, in one micro-batch.
+
+    Every step descends a landscape of its own, and energies of different landscapes do not
+    compare; so each step's energy is given before and after it.
 
     Args:
         objective: an EnergyObjective on one process.
         micro_batch: text samples.
-        steps: thinking steps.
+        steps: thinking steps to follow.
         tokenizer: to show tokens as text.
         top: entries of the distribution to show.
 
     Returns:
-        The context's end, the true next token, and for 0 .. steps steps the most likely tokens
-        with their probabilities, and the energy of that prediction.
+        The context's end, the true next token; for each step the most likely tokens after it with their
+        probabilities, and the prediction's energy before and after (step 0: the start); and the same
+        energies as means over all positions.
     """
     thinker = objective.thinker(micro_batch)
-    prediction = thinker.descent.prediction
-    snapshots = [prediction.logits.clone()]
+    prediction, context = thinker.descent.prediction, thinker.context
+    snapshots, before, after = [prediction.logits.clone()], [], []
     for step in range(steps):
         thinker.propose(step)
         snapshots.append(prediction.logits.clone())
+        before.append(thinker.energies[-1])
+        key_values = context.key_values(step, constant=True)
+        x = prediction.embed()
+        after.append(thinker.model.predict(x, key_values, context.length, context.segments, step, tangent=False))
     losses = torch.stack(thinker.descent.losses)  # [steps, S, B]
+    trained = thinker.model.num_landscapes
     length = losses.shape[1]
-    gain = (losses[0] - losses[-1]) - losses[-1]  # improved by thinking, and right in the end
+    final = losses[trained - 1]
+    gain = (losses[0] - final) - final  # improved by thinking, and right in the end
     gain[: length // 8] = -torch.inf  # leave some context to show
     position, sample = divmod(int(gain.argmax()), losses.shape[2])
     tokens = micro_batch.tokens[sample]
     states = []
-    for i, logits in enumerate(snapshots):
-        p = logits[position, sample, : prediction.valid].softmax(-1)
-        best = p.topk(top)
-        states.append({
-            "steps": i,
-            "energy": thinker.energies[i][position, sample].item() if i < steps else None,
-            "top": [{"token": tokenizer.decode([int(t)]), "probability": float(v)} for v, t in zip(*best, strict=True)],
-        })  # fmt: skip
+    for i in range(trained + 1):
+        p = snapshots[i][position, sample, : prediction.valid].softmax(-1)
+        named = [
+            {"token": tokenizer.decode([int(t)]), "probability": float(v)} for v, t in zip(*p.topk(top), strict=True)
+        ]
+        pair = [e[i - 1][position, sample].item() for e in (before, after)] if i else None
+        states.append({"steps": i, "energies": pair, "top": named})
     return {
         "context": tokenizer.decode(tokens[max(0, position - 24) : position + 1].tolist()),
         "target": tokenizer.decode([int(tokens[position + 1])]),
         "states": states,
+        "mean_energies": [[b.mean().item(), a.mean().item()] for b, a in zip(before, after, strict=True)],
     }

@@ -98,12 +98,14 @@ def plot_thinking(ebt: Run, baseline: Run) -> bytes:
 
 
 def plot_energy(ebt: Run) -> bytes:
-    """Mean validation energy of the prediction before each step."""
-    rows = [r for r in ebt.evaluation["thinking"] if r.get("energy") is not None]
+    """How far each step descends: mean energy after it less that before, in the step's own landscape."""
+    pairs = ebt.evaluation["example"]["mean_energies"]
+    steps = range(1, len(pairs) + 1)
     figure, axes = _figure()
-    axes.plot([r["steps"] - 1 for r in rows], [r["energy"] for r in rows], "o-", color=EBT_COLOUR)
-    axes.set(xlabel="steps taken", ylabel="energy", title="Energy of the prediction (each step has its own landscape)",
-             xticks=[r["steps"] - 1 for r in rows])  # fmt: skip
+    axes.bar(steps, [after - before for before, after in pairs], color=EBT_COLOUR)
+    axes.axhline(0, color=NEUTRAL, lw=1)
+    axes.set(xlabel="step", ylabel="change of energy", title="Energy against step: each goes down its landscape",
+             xticks=steps)  # fmt: skip
     return _png(figure)
 
 
@@ -116,8 +118,9 @@ def plot_example(ebt: Run) -> bytes:
         names = [repr(t["token"])[1:-1] for t in state["top"]]
         colours = [EBT_COLOUR if t["token"] == example["target"] else NEUTRAL for t in state["top"]]
         axes.barh(names[::-1], [t["probability"] for t in state["top"]][::-1], color=colours[::-1])
-        energy = f"\nenergy {state['energy']:.3f}" if state["energy"] is not None else ""
-        axes.set_title(f"after {state['steps']} steps{energy}", fontsize=9)
+        pair = state["energies"]
+        descent = f"\nenergy {pair[0]:.3f} → {pair[1]:.3f}" if pair else "\n(the start)"
+        axes.set_title(f"after {state['steps']} steps{descent}", fontsize=9)
         axes.spines[["top", "right"]].set_visible(False)
     return _png(figure)
 
@@ -144,11 +147,10 @@ def _cost_rows(runs: list[tuple[str, Run]]) -> list[list[str]]:
 
 
 def _thinking_rows(ebt: Run) -> list[list[str]]:
-    rows = [["thinking steps", "validation loss", "perplexity", "energy before the step"]]
+    rows = [["thinking steps", "validation loss", "perplexity"]]
     for row in ebt.evaluation["thinking"]:
         note = " (trained)" if row["steps"] == ebt.evaluation["trained_steps"] else ""
-        rows.append([f"{row['steps']}{note}", _number(row["loss"]), _number(row["perplexity"], 1),
-                     _number(row.get("energy"))])  # fmt: skip
+        rows.append([f"{row['steps']}{note}", _number(row["loss"]), _number(row["perplexity"], 1)])
     return rows
 
 
@@ -190,12 +192,11 @@ def write_report(ebt_dir: Path, baseline_dir: Path, output: Path, title: str, ne
             plot_thinking(ebt, baseline),
             "One model; only the number of steps at evaluation differs.",
         ),
-        "energy": (plot_energy(ebt), "Predictions move down the energy."),
+        "energy": (plot_energy(ebt), "One batch of validation samples."),
     }
-    if ebt.evaluation.get("example"):
-        context = ebt.evaluation["example"]["context"]
-        caption = f"Next token after “…{context}”; the true one, {ebt.evaluation['example']['target']!r}, in red."
-        plots["example"] = (plot_example(ebt), caption)
+    example = ebt.evaluation["example"]
+    caption = f"Next token after “…{example['context']}”; the true one, {example['target']!r}, in red."
+    plots["example"] = (plot_example(ebt), caption)
     tables = [("Speed and memory", _cost_rows([("EBT", ebt), ("Transformer++", baseline)])),
               ("Thinking longer", _thinking_rows(ebt))]  # fmt: skip
     paths = {}
