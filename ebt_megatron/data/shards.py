@@ -70,9 +70,15 @@ class Manifest:
     def write(self, folder: Path) -> None:
         """Publish: written last and renamed into place, so that a folder with a manifest is complete."""
         data = asdict(self)
+        data["checksum"] = _checksum(data)
         partial = folder / "manifest.json.partial"
         partial.write_text(json.dumps(data, indent=1) + "\n")
         os.replace(partial, folder / "manifest.json")
+
+
+def _checksum(manifest: dict[str, Any]) -> str:
+    """Of everything else a manifest says."""
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
 def sha256_of(path: Path) -> str:
@@ -87,23 +93,25 @@ def read_manifest(folder: str) -> Manifest:
     Raises:
         DataError: if there is none, or it is not one of ours.
     """
+    path = f"{folder.rstrip('/')}/manifest.json"
+    again = "copy it again, or prepare the data again"
     try:
-        with fsspec.open(f"{folder.rstrip('/')}/manifest.json", "r") as stream:
-            raw = json.load(stream)
+        with fsspec.open(path, "rb") as stream:
+            raw = json.loads(stream.read())
+        recorded = raw.pop("checksum", None)
     except FileNotFoundError:
         raise DataError(f"no shards at {folder}: manifest.json is missing; make them with data_prep/") from None
-    except json.JSONDecodeError as error:
-        raise DataError(f"{folder}/manifest.json is not valid JSON ({error}); prepare the data again") from None
-    if raw.get("schema_version") != SCHEMA_VERSION:
+    except (ValueError, AttributeError, TypeError) as error:
+        raise DataError(f"{path} is not a manifest ({' '.join(str(error).split())}); {again}") from None
+    if recorded != _checksum(raw):
+        raise DataError(f"{path} does not match its own checksum: it was damaged or edited; {again}")
+    if raw["schema_version"] != SCHEMA_VERSION:
         raise DataError(
-            f"{folder}/manifest.json has schema version {raw.get('schema_version')}, this program reads "
-            f"{SCHEMA_VERSION}; prepare the data again"
+            f"{path} has schema version {raw['schema_version']}, this program reads {SCHEMA_VERSION}; prepare the "
+            "data again"
         )
-    try:
-        shards = [ShardInfo(**{**s, "members": [tuple(m) for m in s["members"]]}) for s in raw.pop("shards")]
-        return Manifest(shards=shards, **raw)
-    except (KeyError, TypeError) as error:
-        raise DataError(f"{folder}/manifest.json is incomplete ({error}); prepare the data again") from None
+    shards = [ShardInfo(**{**s, "members": [tuple(m) for m in s["members"]]}) for s in raw.pop("shards")]
+    return Manifest(shards=shards, **raw)
 
 
 class ShardWriter:

@@ -187,7 +187,7 @@ def test_a_manifest_whose_checksum_is_wrong(copied):
     manifest = json.loads(path.read_text())
     manifest["shards"][0]["sha256"] = "0" * 64
     path.write_text(json.dumps(manifest))
-    refuse(copied, "does not match its checksum")
+    refuse(copied, "manifest.json does not match its own checksum")
 
 
 def test_a_tokenizer_that_does_not_match_the_manifest(copied):

@@ -1,0 +1,108 @@
+"""Shard tools: good data passes, and whatever is wrong is named; the loader never serves damaged data."""
+
+import json
+import random
+import shutil
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from data_prep.text import Corpus, prepare, train_bpe
+from ebt_megatron.data import DataError, ShardFolder
+from tools.shards import app
+
+DOCUMENTS = [f"Document {i} says " + " ".join(f"word{j * i % 97}" for j in range(30)) for i in range(60)]
+run = CliRunner().invoke
+
+
+@pytest.fixture(scope="module")
+def good(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("shards")
+    prepare(Corpus(lambda: iter(DOCUMENTS), 0.2, 0), train_bpe(DOCUMENTS, 400), folder, 16, 90, {"source": "a test"})
+    return folder / "train"
+
+
+@pytest.fixture
+def folder(good, tmp_path):
+    return shutil.copytree(good, tmp_path / "train")
+
+
+@pytest.mark.parametrize("command", ["inspect", "verify", "stats", "sample"])
+def test_good_data(good, command):
+    result = run(app, [command, str(good)])
+    assert result.exit_code == 0, result.output
+
+
+def test_a_sample_is_its_text(good):
+    assert " word" in run(app, ["sample", str(good), "--index", "3"]).output
+
+
+def test_an_index_out_of_range_is_one_line(good):
+    result = run(app, ["sample", str(good), "--index", "99999"])
+    assert result.exit_code == 2
+
+
+def test_verify_names_shard_and_member(folder):
+    path = folder / "shard-000001.tar"
+    path.write_bytes(path.read_bytes().replace(b"000001-000001.tokens.npy", b"000001-000009.tokens.npy"))
+    result = run(app, ["verify", str(folder)])
+    said = " ".join(result.output.split())
+    assert result.exit_code == 1
+    assert "shard-000001.tar: checksum differs" in said
+    assert "member 000001-000001.tokens.npy is missing" in said
+
+
+def test_verify_finds_a_truncated_and_a_missing_shard(folder):
+    path = folder / "shard-000000.tar"
+    path.write_bytes(path.read_bytes()[:2000])
+    (folder / "shard-000001.tar").unlink()
+    said = " ".join(run(app, ["verify", str(folder)]).output.split())
+    assert "shard-000000.tar: 2000 bytes" in said and "shard-000001.tar: missing" in said
+
+
+def corrupt(folder, generator):
+    """One random damage to one random file of a prepared folder."""
+    path = generator.choice(sorted(folder.iterdir()))
+    data = bytearray(path.read_bytes())
+    kind = generator.choice(["truncate", "flip", "swap", "insert", "empty", "type"])
+    at = generator.randrange(len(data))
+    if kind == "truncate":
+        data = data[:at]
+    elif kind == "flip":
+        data[at] ^= 1 << generator.randrange(8)
+    elif kind == "swap":
+        other = generator.randrange(len(data))
+        data[at], data[other] = data[other], data[at]
+    elif kind == "insert":
+        data[at:at] = generator.randbytes(3)
+    elif kind == "empty":
+        data = bytearray()
+    elif path.name == "manifest.json":
+        manifest = json.loads(data)
+        key = generator.choice(sorted(manifest))
+        manifest[key] = generator.choice([None, "x", [], -1, {"a": 1}])
+        data = bytearray(json.dumps(manifest).encode())
+    path.write_bytes(bytes(data))
+    return path, data
+
+
+def test_damaged_folders_give_a_clear_error_or_the_right_data(good, tmp_path):
+    """A thousand random damages: never another exception, never a silently wrong row."""
+    reference = ShardFolder(str(good))
+    rows = [np.array(reference.row(i)) for i in range(len(reference))]
+    originals = {path.name: path.read_bytes() for path in good.iterdir()}
+    folder = shutil.copytree(good, tmp_path / "train")
+    generator = random.Random(0)
+    refused = 0
+    for case in range(1000):
+        path, _ = corrupt(folder, generator)
+        try:
+            damaged = ShardFolder(str(folder))
+            for i in range(min(len(damaged), len(rows))):
+                assert (damaged.row(i) == rows[i]).all(), f"case {case}: wrong data from {path.name}"
+        except DataError as error:
+            refused += 1
+            assert "\n" not in str(error)
+        path.write_bytes(originals[path.name])
+    assert refused > 300
