@@ -2,12 +2,11 @@
 PYTHON ?= python3
 VENV   ?= .venv
 BIN     = $(VENV)/bin
-RUN     = OMP_NUM_THREADS=1 $(BIN)/python
-# The CPU build where the package index has one; on a GPU machine: make TORCH="torch" ...
+# Pinned for the CPU; on a GPU machine: make TORCH="torch" ...
 TORCH  ?= torch==2.13.0
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test test-slow test-gpu lint format bench bench-data validate-gpu clean
+.PHONY: help install quickstart test test-slow test-gpu lint format bench validate-gpu clean
 
 help:            ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 16
@@ -18,7 +17,7 @@ $(VENV)/.installed: setup.py
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade "pip>=23" "setuptools<81" wheel
 	$(BIN)/python -m pip install --quiet "$(TORCH)"
-	$(BIN)/python -m pip install --quiet -e ".[dev,mpi]"
+	$(BIN)/python -m pip install --quiet -e ".[dev]"
 	touch $@
 
 quickstart: install  ## prepare real text, pretrain an EBT and a Transformer++, evaluate, write a report
@@ -44,9 +43,6 @@ format: install  ## reformat
 
 bench: install   ## training-step time and memory: dual stream, double backward, Transformer++
 	$(BIN)/python -m tools.bench
-
-bench-data: install  ## loader and preparation throughput against webdataset (and energon if installed)
-	$(BIN)/python -m tools.bench_data
 
 validate-gpu: install  ## kernel correctness against float64, then benchmarks, on one GPU
 	$(BIN)/python -m tools.gpu_validate

