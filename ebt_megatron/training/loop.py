@@ -183,13 +183,13 @@ class Run:
             StoppedRun: after too many steps in a row that were not finite.
         """
         options = self.recipe.training
-        if self.is_main:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            (self.folder / "recipe.yaml").write_text(to_yaml(self.recipe))
         newest = self.checkpoints.newest_good(self.say) if options.resume else None
         if newest:
             self.restore(newest)
             self.say(f"resumed from {newest}")
+        if self.is_main:  # only now: a run that does not fit the folder must leave it as it is
+            self.folder.mkdir(parents=True, exist_ok=True)
+            (self.folder / "recipe.yaml").write_text(to_yaml(self.recipe))
         writer = MetricsWriter(self.folder, self.step) if self.is_main else None
         stop, bad = StopSignal(), BadSteps(options.max_bad_steps)
         spikes = SpikeDetector(options.spike_factor, options.spike_window)
