@@ -20,11 +20,11 @@ def quiet_libraries() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning)
 
 
-def guarded(work: Callable[[], Any]) -> None:
-    """Run a command; bad input ends it with one line on rank 0 and exit code 2."""
+def guarded(work: Callable[[], Any], quiet: bool = False) -> None:
+    """Run a command; bad input ends it with one line on rank 0 (unless another process says it) and exit code 2."""
     try:
         work()
     except (RecipeError, DataError) as error:
-        if not dist.is_initialized() or dist.get_rank() == 0:
+        if not quiet and (not dist.is_initialized() or dist.get_rank() == 0):
             Console(stderr=True, highlight=False, soft_wrap=True).print(f"[red]error:[/red] {error}")
         sys.exit(2)

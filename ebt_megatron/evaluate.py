@@ -68,7 +68,7 @@ def evaluate(recipe: Recipe, run_dir: Path, steps: int | None, example: bool) ->
     }  # fmt: skip
     if thinks and example and state.world_size == 1:
         source = data.sources[0]
-        tokenizer = Tokenizer.from_file(str(source.local / manifest.tokenizer["file"]))
+        tokenizer = Tokenizer.from_file(str(source.sidecar()))
         out["example"] = worked_example(objective, next(iter(data)), most, tokenizer)
     return out
 

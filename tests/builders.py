@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from data_prep.documents import Part
+from data_prep.text import TextSettings, prepare_text
 from ebt_megatron.config import Recipe, load_recipe
 from ebt_megatron.model.build import SampleShape, build_model
 from ebt_megatron.parallel.setup import initialize
@@ -40,6 +44,19 @@ def text_batch(batch: int = 2, length: int = 10, documents: bool = False) -> Bat
     if documents:
         segments = torch.randint(2, (batch, length), generator=generator).cumsum(1).int()
     return Batch(tokens[:, :-1], tokens[:, 1:], torch.arange(batch) + 5, segments)
+
+
+def text_shards(
+    folder: Path, documents: list[str], sequence_length: int, samples_per_shard: int, vocab: int = 400,
+    validation_fraction: float = 0.1,
+) -> Path:  # fmt: skip
+    """Documents as FOLDER/shards/train and FOLDER/shards/validation; returns FOLDER/shards."""
+    raw = folder / "raw.jsonl"
+    raw.write_text("".join(json.dumps({"text": d}) + "\n" for d in documents))
+    settings = TextSettings(train_bpe=vocab, sequence_length=sequence_length, samples_per_shard=samples_per_shard,
+                            validation_fraction=validation_fraction)  # fmt: skip
+    prepare_text(folder / "shards", [[Part(str(raw))]], settings, "a test")
+    return folder / "shards"
 
 
 def build(recipe: Recipe, dtype: torch.dtype = torch.float64):

@@ -53,7 +53,7 @@ def main(
     if not (DATA / "train" / "manifest.json").exists():
         seconds["prepare"] = _run(console, "1. real text to shards", [
             python, "-m", "data_prep.text", "--quickstart", "--train-bpe", "1024", "--sequence-length", "128",
-            "--max-bytes", str(megabytes * 1_000_000), "--output", str(DATA),
+            "--max-bytes", str(megabytes * 1_000_000), "--output", str(DATA), "--workers", str(processes), "--resume",
         ])  # fmt: skip
     for i, (name, recipe) in enumerate(RECIPES.items()):
         seconds[f"train {name}"] = _run(console, f"{i + 2}. pretrain: {name}", [

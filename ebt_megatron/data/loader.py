@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ebt_megatron.config import Recipe
-from ebt_megatron.data.shards import DataError, ShardFolder, sha256_of
+from ebt_megatron.data.shards import DataError, ShardFolder
 from ebt_megatron.parallel.randomness import stable_seed
 
 VALIDATION_IDS = 1 << 50  # sample ids of validation samples start here, apart from training's
@@ -110,13 +110,7 @@ def open_sources(recipe: Recipe, split: str) -> list[ShardFolder]:
             raise DataError(
                 f"{source.folder} was made with another tokenizer than {sources[0].folder}: prepare one again"
             )
-        if not source.remote:
-            path = source.local / m.tokenizer["file"]
-            if not path.exists():
-                raise DataError(f"tokenizer {path} is missing: copy it beside the manifest again")
-            if sha256_of(path) != m.tokenizer["sha256"]:
-                raise DataError(f"tokenizer {path} does not match the manifest beside it: put back the one the "
-                                "shards were made with, or prepare the data again")  # fmt: skip
+        source.sidecar()
     return sources
 
 

@@ -6,19 +6,16 @@ import json
 import numpy as np
 import pytest
 
-from data_prep.text import Corpus, prepare, train_bpe
 from ebt_megatron.config import load_recipe
 from ebt_megatron.data import Blend, DataError, Loader, ShardFolder
+from tests.builders import text_shards
 
 DOCUMENTS = [f"Document {i} says " + " ".join(f"word{j * i % 97}" for j in range(40)) for i in range(120)]
 
 
 @pytest.fixture(scope="session")
 def shards(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("shards")
-    tokenizer = train_bpe(DOCUMENTS, 400)
-    prepare(Corpus(lambda: iter(DOCUMENTS), 0.1, 0), tokenizer, folder, 16, 150, {"source": "a test"})
-    return folder
+    return text_shards(tmp_path_factory.mktemp("data"), DOCUMENTS, 16, 150)
 
 
 @pytest.fixture

@@ -1,11 +1,9 @@
 """Text preparation: deterministic, exact, and clear about input it cannot use."""
 
 import gzip
-import io
 import json
-import tarfile
 
-import numpy as np
+import fsspec
 import pytest
 import zstandard
 from hypothesis import HealthCheck, given, settings
@@ -14,8 +12,10 @@ from tokenizers import Tokenizer
 from typer.testing import CliRunner
 
 from data_prep import text
-from data_prep.documents import find_files, read_file, strip_html
-from ebt_megatron.data import DataError, ShardFolder
+from data_prep.documents import SUFFIXES, Part, read_part, split_files, strip_html
+from data_prep.files import find_files
+from ebt_megatron.data import DataError, ShardFolder, read_manifest
+from tests.builders import text_shards
 
 runner = CliRunner()
 
@@ -53,7 +53,7 @@ def test_formats_and_compression(tmp_path):
     (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(lines))
     (tmp_path / "c.jsonl.zst").write_bytes(zstandard.compress(lines))
     (tmp_path / "d.html").write_text("<p>Hello <b>there</b><script>no</script></p><p>again</p>")
-    assert [list(read_file(p)) for p in find_files([str(tmp_path)])] == [
+    assert [list(read_part(Part(f.path))) for f in find_files([str(tmp_path)], SUFFIXES)] == [
         ["line 0", "line 1", "line 2"], ["line 0", "line 1", "line 2"], ["line 0", "line 1", "line 2"],
         ["Hello there\nagain"],
     ]  # fmt: skip
@@ -64,39 +64,77 @@ def test_parquet(tmp_path):
     import pyarrow
 
     parquet.write_table(pyarrow.table({"body": ["one", "two"]}), tmp_path / "a.parquet")
-    assert list(read_file(tmp_path / "a.parquet", "body")) == ["one", "two"]
+    assert list(read_part(Part(str(tmp_path / "a.parquet")), "body")) == ["one", "two"]
 
 
-def test_exact_duplicates_are_dropped_and_splits_share_no_document():
-    documents = [f"document {i % 50}" for i in range(200)]
-    items = list(text.Corpus(lambda: iter(documents), 0.3, 0))
-    assert len(items) == 50 == len({d for _, d in items})
-    assert 5 < sum(split == "validation" for split, _ in items) < 25
+def kept(folder):
+    """(samples, documents) by split of prepared text."""
+    manifests = {split: read_manifest(str(folder / split)) for split in ("train", "validation")}
+    return {split: (m.samples, m.provenance["documents"]) for split, m in manifests.items()}
+
+
+def stream(folder):
+    """The packed stream of a split, as its rows give it."""
+    rows = list(ShardFolder(str(folder)).rows())
+    return [t for row in rows for t in row[:-1].tolist()] + rows[-1][-1:].tolist()
+
+
+def test_exact_duplicates_are_dropped_and_splits_share_no_document(tmp_path):
+    documents = [f"the document number {i % 50} of fifty" for i in range(200)]
+    shards = text_shards(tmp_path, documents, 4, 16, vocab=300, validation_fraction=0.3)
+    train, validation = kept(shards)["train"][1], kept(shards)["validation"][1]
+    assert train + validation == 50 and 5 < validation < 25
+
+
+def test_the_order_of_documents_is_that_of_the_input(tmp_path):
+    documents = [f"document {i} " * (i % 7 + 1) for i in range(300)]
+    folder = text_shards(tmp_path, documents, 8, 16, vocab=300, validation_fraction=0.0) / "train"
+    decoded = Tokenizer.from_file(str(folder / "tokenizer.json")).decode(stream(folder), skip_special_tokens=False)
+    assert text.END_OF_TEXT.join([*documents, ""]).startswith(decoded) and len(decoded) > 5000
+
+
+@pytest.mark.parametrize("cut", [40, 1000, 10**6])
+def test_where_the_input_is_cut_into_units_changes_nothing(tmp_path, cut):
+    lines = [json.dumps({"text": f"document {i} " * (i % 5 + 1)}) for i in range(100)]
+    (tmp_path / "a.jsonl").write_text("\n".join(lines[:70]))  # without a newline at its end
+    (tmp_path / "b.jsonl").write_text("\r\n".join(lines[70:]) + "\r\n\n")
+    units = split_files(find_files([str(tmp_path)], SUFFIXES), cut)
+    assert [d for unit in units for part in unit for d in read_part(part)] == [json.loads(x)["text"] for x in lines]
 
 
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(st.lists(st.text(max_size=60), min_size=1, max_size=12))
+@given(st.lists(st.text(max_size=60), max_size=12))
 def test_round_trip_text_to_shards_to_text(tmp_path_factory, odd):
-    folder = tmp_path_factory.mktemp("round")
-    documents = [d for d in odd if not any("\ud800" <= c <= "\udfff" for c in d)] + ["some plain text " * 20]
-    tokenizer = text.train_bpe(documents, 300)
-    kept = [d for _, d in text.Corpus(lambda: iter(documents), 0.0, 0)]
-    try:
-        text.prepare(text.Corpus(lambda: iter(documents), 0.0, 0), tokenizer, folder, 4, 7, {})
-    except DataError as error:
-        assert "for validation" in str(error)  # nothing was held out, as asked
-    rows = []
-    for path in sorted((folder / "train").glob("*.tar")):
-        with tarfile.open(path) as tar:
-            rows += [r for m in tar for r in np.load(io.BytesIO(tar.extractfile(m).read()))]
-    stream = [t for row in rows for t in row[:-1]] + list(rows[-1][-1:])
-    texts = tokenizer.decode([int(t) for t in stream], skip_special_tokens=False)
-    assert text.END_OF_TEXT.join([*kept, ""]).startswith(texts.rstrip("\ufffd"))
+    documents = [*odd, "some plain text " * 20]
+    folder = text_shards(tmp_path_factory.mktemp("round"), documents, 4, 7, vocab=300, validation_fraction=0.0)
+    tokenizer = Tokenizer.from_file(str(folder / "train/tokenizer.json"))
+    texts = tokenizer.decode(stream(folder / "train"), skip_special_tokens=False)
+    distinct = [d for d in dict.fromkeys(documents) if d.strip()]
+    assert text.END_OF_TEXT.join([*distinct, ""]).startswith(texts.rstrip("\ufffd"))
+    assert len(stream(folder / "train")) > 4
+
+
+def test_a_huge_document_spans_shards(tmp_path):
+    document = " ".join(f"number {i}" for i in range(20_000))
+    folder = text_shards(tmp_path, [document], 16, 256, vocab=300, validation_fraction=0.0) / "train"
+    assert len(read_manifest(str(folder)).shards) > 10
+    decoded = Tokenizer.from_file(str(folder / "tokenizer.json")).decode(stream(folder), skip_special_tokens=False)
+    assert document.startswith(decoded[: len(document) - 100])
+
+
+def test_urls_are_read(tmp_path):
+    memory = fsspec.filesystem("memory")
+    for i in range(40):
+        memory.pipe(f"/corpus/{i:02d}.txt", f"The number {i} and its square {i * i}. ".encode() * 8)
+        (tmp_path / f"{i:02d}.txt").write_text(f"The number {i} and its square {i * i}. " * 8)
+    assert prepare("memory://corpus", tmp_path / "a").exit_code == 0
+    assert prepare(tmp_path, tmp_path / "b").exit_code == 0
+    assert (tmp_path / "a/train/shard-000000.tar").read_bytes() == (tmp_path / "b/train/shard-000000.tar").read_bytes()
 
 
 def test_invalid_utf8_becomes_replacement_characters(tmp_path):
     (tmp_path / "a.txt").write_bytes(b"good \xff\xfe text\r\nnext")
-    assert list(read_file(tmp_path / "a.txt")) == ["good \ufffd\ufffd text\r\nnext"]
+    assert list(read_part(Part(str(tmp_path / "a.txt")))) == ["good \ufffd\ufffd text\r\nnext"]
 
 
 def test_a_given_tokenizer_is_kept_beside_the_shards(tmp_path):
@@ -133,7 +171,7 @@ def test_bad_input_gives_one_line_and_writes_nothing(tmp_path, arguments, said):
 def test_broken_json_names_file_and_line(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"text": "fine"}\n{"text": \n')
     with pytest.raises(DataError, match=r"a.jsonl, line 2"):
-        list(read_file(tmp_path / "a.jsonl"))
+        list(read_part(Part(str(tmp_path / "a.jsonl"))))
 
 
 def test_a_dry_run_writes_nothing(tmp_path):

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from data_prep.text import Corpus, prepare, train_bpe
 from ebt_megatron.data import DataError, ShardFolder
+from tests.builders import text_shards
 from tools.shards import app
 
 DOCUMENTS = [f"Document {i} says " + " ".join(f"word{j * i % 97}" for j in range(30)) for i in range(60)]
@@ -18,9 +18,7 @@ run = CliRunner().invoke
 
 @pytest.fixture(scope="module")
 def good(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("shards")
-    prepare(Corpus(lambda: iter(DOCUMENTS), 0.2, 0), train_bpe(DOCUMENTS, 400), folder, 16, 90, {"source": "a test"})
-    return folder / "train"
+    return text_shards(tmp_path_factory.mktemp("data"), DOCUMENTS, 16, 90, validation_fraction=0.2) / "train"
 
 
 @pytest.fixture

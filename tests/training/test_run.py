@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from data_prep.text import Corpus, prepare, train_bpe
+from tests.builders import text_shards
 
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = [f"Document {i} says " + " ".join(f"word{j * i % 97}" for j in range(40)) for i in range(200)]
@@ -18,9 +18,7 @@ DOCUMENTS = [f"Document {i} says " + " ".join(f"word{j * i % 97}" for j in range
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("shards")
-    prepare(Corpus(lambda: iter(DOCUMENTS), 0.1, 0), train_bpe(DOCUMENTS, 400), folder, 16, 500, {"source": "a test"})
-    return folder
+    return text_shards(tmp_path_factory.mktemp("data"), DOCUMENTS, 16, 500)
 
 
 def command(data, output, *overrides, ranks=1):

@@ -1,0 +1,31 @@
+"""Options that every preparation has."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import typer
+from rich.console import Console
+
+OUTPUT: Path = typer.Option(..., help="Folder for train/ and validation/.")
+VALIDATION_FRACTION: float = typer.Option(0.02, min=0.0, max=0.5, help="Share held out; 0: no validation folder.")
+SEED: int = typer.Option(0, help="Of the split and of what is fitted.")
+WORKERS: int = typer.Option(1, min=1, help="Processes (under mpirun: of each rank).")
+RESUME: bool = typer.Option(False, help="Go on with an interrupted preparation of the same input and options.")
+OVERWRITE: bool = typer.Option(False, help="Replace what OUTPUT holds.")
+DRY_RUN: bool = typer.Option(False, help="Say what would be read and written, and stop.")
+
+
+def first_rank() -> bool:
+    """Whether this process is the one that speaks."""
+    return os.environ.get("OMPI_COMM_WORLD_RANK", os.environ.get("PMI_RANK", "0")) == "0"
+
+
+def announce(output: Path, source: str, splits: list[str], what: str, dry_run: bool) -> bool:
+    """Say what is read and written; whether to go on."""
+    console = Console(stderr=True, quiet=not first_rank(), soft_wrap=True, highlight=False)
+    console.print(f"reading {source}")
+    if dry_run:
+        console.print(f"would write {' and '.join(str(output / s) for s in splits)}, {what}")
+    return not dry_run
