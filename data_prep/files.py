@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import fsspec
 
-from ebt_megatron.data import DataError
+from ebt_megatron.data.shards import DataError
 
 
 class InputFile(NamedTuple):

@@ -33,7 +33,7 @@ from typing import Any, TypeVar
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from ebt_megatron.data import DataError
+from ebt_megatron.data.shards import DataError
 
 T = TypeVar("T")
 _MPI_VARIABLES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "PMIX_RANK")
@@ -54,9 +54,8 @@ def _communicator() -> Any:
     return MPI.COMM_WORLD
 
 
-def _follow_parent() -> None:
+def _follow(parent: int) -> None:
     """End this process when its parent is gone, so that a killed job leaves nothing running."""
-    parent = os.getppid()
 
     def watch() -> None:
         while os.getppid() == parent:
@@ -70,7 +69,7 @@ class Job:
     """One preparation, in this process, in `workers` processes, or in those of every MPI rank.
 
     Args:
-        output: folder to make; OUTPUT/.work holds intermediate files until the end.
+        output: folder to make; OUTPUT/.work holds intermediate files until the end, OUTPUT/job.json the settings.
         settings: everything the result depends on (options, input files and their sizes), as JSON; a job
             is only resumed with the same.
         workers: processes (of each MPI rank); 1: this one.
@@ -92,23 +91,29 @@ class Job:
         self._pool: ProcessPoolExecutor | None = None
         self.once(lambda: self._start(settings, resume, overwrite))
 
+    @property
+    def complete(self) -> bool:
+        """Whether this very job was finished before."""
+        return not self.work.exists()
+
     def _start(self, settings: dict[str, Any], resume: bool, overwrite: bool) -> None:
         digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
-        record = self.work / "job.json"
+        record = self.output / "job.json"
         if overwrite:
+            record.unlink(missing_ok=True)
             for folder in (self.output / "train", self.output / "validation", self.work):
                 shutil.rmtree(folder, ignore_errors=True)
-        elif record.exists():
+        if record.exists():
+            what = "an interrupted preparation" if self.work.exists() else "prepared data"
             if not resume:
-                raise DataError(f"{self.output} holds an interrupted preparation: pass --resume to go on with it, or "
-                                "--overwrite to start again")  # fmt: skip
+                raise DataError(f"{self.output} already holds {what}: choose another --output, or pass --resume to "
+                                "complete it or --overwrite to start again")  # fmt: skip
             if json.loads(record.read_text())["digest"] != digest:
-                raise DataError(f"{self.output} holds an interrupted preparation of other input or with other options: "
-                                "repeat those to resume it, or pass --overwrite to start again")  # fmt: skip
-        elif any(self.output.glob("*/manifest.json")):
-            raise DataError(f"{self.output} already holds prepared data: choose another --output, or pass --overwrite")
+                raise DataError(f"{self.output} holds {what} of other input or made with other options: repeat those "
+                                "to resume it, or pass --overwrite to start again")  # fmt: skip
+            return
         self.work.mkdir(parents=True, exist_ok=True)
-        partial = record.with_suffix(".partial")
+        partial = self.work / "job.json.partial"
         partial.write_text(json.dumps({"digest": digest, "settings": settings}, indent=1) + "\n")
         os.replace(partial, record)
 
@@ -119,7 +124,9 @@ class Job:
         if self._pool:
             self._pool.shutdown(cancel_futures=True)
         if isinstance(error, DataError) and not isinstance(error, WorkerKilled) and self.rank == 0:
-            self._remove_work()  # what was made from input or options that must change is of no use
+            # what was made from input or options that must change is of no use
+            (self.output / "job.json").unlink(missing_ok=True)
+            shutil.rmtree(self.work, ignore_errors=True)
 
     def _agree(self, error: Exception | None) -> None:
         """Raise on every rank what went wrong on any."""
@@ -169,7 +176,8 @@ class Job:
     def _in_processes(self, function: Callable[[T], None], items: list[T], advance: Callable[[], None]) -> None:
         if self._pool is None:
             # spawned: a fork would inherit the locks of MPI's and the libraries' threads
-            self._pool = ProcessPoolExecutor(self.workers, multiprocessing.get_context("spawn"), _follow_parent)
+            spawn = multiprocessing.get_context("spawn")
+            self._pool = ProcessPoolExecutor(self.workers, spawn, _follow, (os.getpid(),))
         pending = set()
         rest = iter(items)
         try:
@@ -189,8 +197,11 @@ class Job:
 
     def finish(self) -> None:
         """Remove the intermediate files, once the manifests are published."""
-        self.once(self._remove_work)
 
-    def _remove_work(self) -> None:
-        (self.work / "job.json").unlink(missing_ok=True)
-        shutil.rmtree(self.work, ignore_errors=True)
+        def remove() -> None:
+            for left in self.output.glob("*/*.partial"):  # of processes that were killed
+                left.unlink()
+            shutil.rmtree(self.work, ignore_errors=True)
+            self.console.print(f"complete: {self.output}", soft_wrap=True, highlight=False)
+
+        self.once(remove)

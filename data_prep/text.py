@@ -31,8 +31,16 @@ from data_prep.documents import SUFFIXES, Part, group, quickstart_parts, read_pa
 from data_prep.files import find_files
 from data_prep.job import Job
 from ebt_megatron.cli import guarded
-from ebt_megatron.data import DataError, Manifest
-from ebt_megatron.data.shards import index_name, sha256_of, shard_infos, shard_name, write_shard
+from ebt_megatron.data.shards import (
+    DataError,
+    Manifest,
+    index_name,
+    read_manifest,
+    sha256_of,
+    shard_infos,
+    shard_name,
+    write_shard,
+)
 
 END_OF_TEXT = "<|endoftext|>"
 _BATCH_CHARACTERS = 4 << 20  # encoded at once by tokenizers' own threads
@@ -319,6 +327,8 @@ def prepare_text(
     record = {"settings": {k: str(v) for k, v in vars(settings).items()}, "input": fingerprint,
               "tokenizer": settings.tokenizer and sha256_of(settings.tokenizer), "units": len(units)}  # fmt: skip
     with Job(output, record, workers, resume, overwrite) as job:
+        if job.complete:
+            return {name: read_manifest(str(output / name)) for name in settings.splits}
         count = 0
         for first in range(0, len(pieces), _WAVE):
             wave = pieces[first : first + _WAVE]

@@ -7,11 +7,10 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
-import torch.distributed as dist
 from rich.console import Console
 
 from ebt_megatron.config import RecipeError
-from ebt_megatron.data import DataError
+from ebt_megatron.data.shards import DataError
 
 
 def quiet_libraries() -> None:
@@ -25,6 +24,8 @@ def guarded(work: Callable[[], Any], quiet: bool = False) -> None:
     try:
         work()
     except (RecipeError, DataError) as error:
+        import torch.distributed as dist  # here: preparing data needs no torch
+
         if not quiet and (not dist.is_initialized() or dist.get_rank() == 0):
             Console(stderr=True, highlight=False, soft_wrap=True).print(f"[red]error:[/red] {error}")
         sys.exit(2)

@@ -28,7 +28,7 @@ def evaluate(recipe: Recipe, run_dir: Path, steps: int | None, example: bool) ->
     """
     from tokenizers import Tokenizer
 
-    from ebt_megatron.data import Loader
+    from ebt_megatron.data.loader import Loader
     from ebt_megatron.evaluation.example import worked_example
     from ebt_megatron.evaluation.perplexity import perplexity, validate
     from ebt_megatron.model.build import SampleShape, build_model

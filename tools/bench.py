@@ -82,7 +82,7 @@ def _child(case: str, variant: str, repeats: int) -> dict[str, Any]:
     cuda = state.device.type == "cuda"
 
     def micro_batch(seed: int) -> Any:
-        from ebt_megatron.data import MicroBatch
+        from ebt_megatron.data.loader import MicroBatch
 
         shape = recipe.training.micro_batch_size, recipe.data.sequence_length + 1
         tokens = torch.randint(vocab, shape, generator=torch.Generator().manual_seed(seed))

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from rich.console import Console
 
 from ebt_megatron.config import Recipe, check, to_yaml
-from ebt_megatron.data import Loader
+from ebt_megatron.data.loader import Loader
 from ebt_megatron.evaluation.perplexity import validate
 from ebt_megatron.model.build import SampleShape, build_model
 from ebt_megatron.model.flops import training_flops

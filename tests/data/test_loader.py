@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from ebt_megatron.config import load_recipe
-from ebt_megatron.data import Blend, DataError, Loader, ShardFolder
+from ebt_megatron.data.loader import Blend, Loader
+from ebt_megatron.data.shards import DataError, ShardFolder
 from tests.builders import text_shards
 
 DOCUMENTS = [f"Document {i} says " + " ".join(f"word{j * i % 97}" for j in range(40)) for i in range(120)]

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from data_prep import text
 from data_prep.documents import SUFFIXES, Part, read_part, split_files, strip_html
 from data_prep.files import find_files
-from ebt_megatron.data import DataError, ShardFolder, read_manifest
+from ebt_megatron.data.shards import DataError, ShardFolder, read_manifest
 from tests.builders import text_shards
 
 runner = CliRunner()
@@ -185,6 +185,9 @@ def test_prepared_data_is_not_overwritten_unasked(tmp_path):
     assert prepare(tmp_path, tmp_path / "out").exit_code == 0
     result = prepare(tmp_path, tmp_path / "out")
     assert result.exit_code == 2 and "already holds prepared data" in " ".join(result.output.split())
+    assert prepare(tmp_path, tmp_path / "out", "--resume").exit_code == 0  # this very job: nothing to do
+    result = prepare(tmp_path, tmp_path / "out", "--resume", "--seed", 3)
+    assert result.exit_code == 2 and "made with other options" in " ".join(result.output.split())
 
 
 def test_html_keeps_visible_text_only():

@@ -8,7 +8,7 @@ def events_of(stages):
     """(kind, step, micro-batch, stage, begin, end) of one optimizer step on this stage."""
     import torch
 
-    from ebt_megatron.data import MicroBatch
+    from ebt_megatron.data.loader import MicroBatch
     from ebt_megatron.model.build import SampleShape
     from ebt_megatron.training.loop import Trainer
 

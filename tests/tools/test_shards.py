@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from ebt_megatron.data import DataError, ShardFolder
+from ebt_megatron.data.shards import DataError, ShardFolder
 from tests.builders import text_shards
 from tools.shards import app
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from ebt_megatron.data import MicroBatch
+from ebt_megatron.data.loader import MicroBatch
 from tests import builders
 from tests.distributed_utils import run_ranks
 

@@ -1,0 +1,109 @@
+"""Preparation killed again and again gives the bytes of an undisturbed run, whatever the number of processes."""
+
+import hashlib
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+ROOT = Path(__file__).parents[2]
+KILLS = 10
+MPIRUN = ["mpirun", "--oversubscribe", "--allow-run-as-root", "-n", "2"]
+LAYOUTS = {"1 worker": ([], 1), "2 workers": ([], 2), "4 workers": ([], 4), "mpirun -n 2": (MPIRUN, 1)}
+
+
+def launch(launcher, workers, source, output):
+    command = [
+        *launcher, sys.executable, "-m", "data_prep.text", "--input", source, "--output", output, "--train-bpe", 400,
+        "--sequence-length", 32, "--samples-per-shard", 128, "--unit-megabytes", 0.02, "--validation-fraction", 0.1,
+        "--workers", workers, "--resume",
+    ]  # fmt: skip
+    paths = {"PYTHONPATH": str(ROOT), "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.Popen([str(c) for c in command], env=os.environ | paths, cwd=ROOT, **pipes)
+
+
+def kill(process):
+    """SIGKILL to the process and everything it started."""
+    family = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
+    for member in family:
+        member.kill()
+    process.communicate()
+    psutil.wait_procs(family)
+
+
+def digests(folder):
+    files = sorted(p for p in folder.rglob("*") if p.is_file())
+    return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("raw")
+    words = random.Random(1)
+    for f in range(8):
+        lines = [" ".join(f"word{words.randrange(3000)}" for _ in range(words.randrange(200))) for _ in range(100)]
+        (folder / f"{f}.jsonl").write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def undisturbed(source, tmp_path_factory):
+    output = tmp_path_factory.mktemp("undisturbed") / "out"
+    begin = time.perf_counter()
+    process = launch([], 1, source, output)
+    said = process.communicate()[0]
+    assert process.returncode == 0, said
+    return digests(output), time.perf_counter() - begin
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_killed_ten_times(layout, source, undisturbed, tmp_path):
+    launcher, workers = LAYOUTS[layout]
+    if launcher and not (shutil.which("mpirun") or (Path(sys.executable).parent / "mpirun").exists()):
+        pytest.skip("no mpirun")
+    expected, seconds = undisturbed
+    generator, kills, finished = random.Random(layout), 0, 0
+    while kills < KILLS:
+        process = launch(launcher, workers, source, tmp_path / "out")
+        try:
+            # at least the start of the interpreter, so that some runs get further than the one before
+            process.wait(generator.uniform(0.4, 0.4 + 0.7 * seconds))
+            finished += 1
+            assert process.returncode == 0, process.communicate()[0]
+            shutil.rmtree(tmp_path / "out")  # it was too quick for us: from the start, until killed often enough
+            assert finished < 3 * KILLS
+        except subprocess.TimeoutExpired:
+            kill(process)
+            kills += 1
+    process = launch(launcher, workers, source, tmp_path / "out")
+    said = process.communicate(timeout=120)[0]
+    assert process.returncode == 0, said
+    assert digests(tmp_path / "out") == expected
+
+
+def test_an_interrupted_preparation_is_not_mixed_with_another(source, tmp_path):
+    process = launch([], 1, source, tmp_path / "out")
+    while not list((tmp_path / "out/.work").glob("documents-*.npy")):
+        time.sleep(0.01)
+    kill(process)
+    process = launch([], 1, source / "0.jsonl", tmp_path / "out")
+    said = " ".join(process.communicate()[0].split())
+    assert process.returncode == 2 and "of other input or made with other options" in said
+
+
+def test_the_workers_of_a_killed_preparation_end(source, tmp_path):
+    process = launch([], 2, source, tmp_path / "out")
+    while not list((tmp_path / "out/.work").glob("documents-*.npy")):
+        time.sleep(0.01)
+    workers = psutil.Process(process.pid).children(recursive=True)
+    process.kill()
+    process.communicate()
+    assert not psutil.wait_procs(workers, timeout=10)[1]
