@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import ast
-import glob
 import gzip
 import html.parser
 import io
 import json
 import os
-import sysconfig
 import zlib
 from collections.abc import Iterator
-from pathlib import Path
 from typing import NamedTuple
 
 import zstandard
@@ -67,34 +63,26 @@ def _open(path: str) -> tuple[str, io.BufferedIOBase]:
 
 
 class Part(NamedTuple):
-    """Something that holds documents: a file, a range of a file's bytes, or a program's docstrings."""
+    """A file that holds documents, or a range of its bytes."""
 
     path: str
     begin: int = 0
     end: int = 0  # 0: to the end
-    docstrings: bool = False
 
 
 def split_files(files: list[InputFile], unit_bytes: int) -> list[list[Part]]:
     """Files in order, in pieces of work of about unit_bytes; big plain JSONL files are cut at line ends."""
-    parts = []
-    for file in files:
-        cut = unit_bytes if file.path.endswith(".jsonl") else file.bytes
-        begins = range(0, max(file.bytes, 1), max(cut, 1))
-        parts += [(Part(file.path, b, min(b + cut, file.bytes)), min(cut, file.bytes - b)) for b in begins]
-    return group(parts, unit_bytes)
-
-
-def group(parts: list[tuple[Part, int]], unit_bytes: int) -> list[list[Part]]:
-    """Consecutive parts, given with their bytes, in groups that reach unit_bytes."""
     units: list[list[Part]] = []
     size = unit_bytes
-    for part, count in parts:
-        if size >= unit_bytes:
-            units.append([])
-            size = 0
-        units[-1].append(part)
-        size += count
+    for file in files:
+        cut = unit_bytes if file.path.endswith(".jsonl") else file.bytes
+        for begin in range(0, max(file.bytes, 1), max(cut, 1)):
+            if size >= unit_bytes:
+                units.append([])
+                size = 0
+            end = min(begin + cut, file.bytes)
+            units[-1].append(Part(file.path, begin, end))
+            size += end - begin
     return units
 
 
@@ -129,9 +117,7 @@ def read_part(part: Part, text_key: str = "text") -> Iterator[str]:
     suffix, stream = _open(part.path)
     with stream:
         try:
-            if part.docstrings:
-                yield _docstrings(stream.read().decode("utf-8", errors="replace"))
-            elif suffix == ".jsonl":
+            if suffix == ".jsonl":
                 yield from _json_lines(stream, part, text_key)
             elif suffix == ".parquet":
                 import pyarrow
@@ -148,45 +134,3 @@ def read_part(part: Part, text_key: str = "text") -> Iterator[str]:
                 yield strip_html(text) if suffix in (".html", ".htm") else text
         except (EOFError, OSError, zlib.error, zstandard.ZstdError) as error:
             raise DataError(f"{part.path} cannot be read ({error}): copy it again") from None
-
-
-# Prose that Debian packages bring, used when it is there: (name, files).
-_DEBIAN = (
-    ("An Anarchist FAQ (package anarchism, GPL-2)", "/usr/share/doc/anarchism/**/*.html"),
-    ("Python documentation (package python3.11-doc, PSF)", "/usr/share/doc/python3.11/html/**/*.rst.txt"),
-)
-
-
-def _docstrings(source: str) -> str:
-    """The prose of a Python file: its docstrings."""
-    try:
-        tree = ast.parse(source)
-    except (SyntaxError, ValueError):
-        return ""
-    nodes = (
-        n for n in ast.walk(tree) if isinstance(n, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)
-    )
-    return "\n\n".join(filter(None, (ast.get_docstring(n) for n in nodes)))
-
-
-def quickstart_parts() -> tuple[str, list[tuple[Part, int]]]:
-    """English text that this machine already has: (what it is, parts and their bytes).
-
-    Debian's prose packages where installed; else docstrings of the Python standard library and
-    of the installed packages, and the standard library's source.
-    """
-    names = [(name, sorted(glob.glob(pattern, recursive=True))) for name, pattern in _DEBIAN]
-    present = [(name, paths) for name, paths in names if paths]
-    if present:
-        prose = [(Part(p), os.path.getsize(p)) for _, paths in present for p in paths]
-        return "; ".join(name for name, _ in present), prose
-    stdlib, site = (Path(sysconfig.get_path(key)) for key in ("stdlib", "purelib"))
-    own = sorted(p for p in stdlib.rglob("*.py") if "site-packages" not in p.parts)
-    programs = [(str(p), p.stat().st_size) for p in [*own, *sorted(site.rglob("*.py"))]]
-    docstrings = [(Part(p, docstrings=True), size) for p, size in programs]
-    source = [(Part(p), size) for p, size in programs[: len(own)]]  # reached only when the prose was too little
-    what = (
-        "docstrings of the Python standard library and of the installed packages, then the standard library's "
-        "source (PSF and the packages' licences)"
-    )
-    return what, docstrings + source

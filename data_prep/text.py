@@ -27,7 +27,7 @@ import typer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from data_prep import options
-from data_prep.documents import SUFFIXES, Part, group, quickstart_parts, read_part, split_files
+from data_prep.documents import SUFFIXES, Part, read_part, split_files
 from data_prep.files import find_files
 from data_prep.job import Job
 from ebt_megatron.cli import guarded
@@ -356,8 +356,7 @@ def prepare_text(
 
 def main(
     output: Path = options.OUTPUT,
-    input: list[str] = typer.Option([], help=f"Globs, folders or URLs of {', '.join(SUFFIXES)}; also .gz and .zst."),
-    quickstart: bool = typer.Option(False, help="Use English text this machine already has instead of --input."),
+    input: list[str] = typer.Option(..., help=f"Globs, folders or URLs of {', '.join(SUFFIXES)}; also .gz and .zst."),
     tokenizer: Path | None = typer.Option(None, help="A tokenizer.json (e.g. GPT-NeoX-20B's)."),
     train_bpe_size: int = typer.Option(0, "--train-bpe", help="Train a byte-level BPE of this many entries instead."),
     sequence_length: int = typer.Option(256, min=1, help="Tokens predicted per sample."),
@@ -377,20 +376,13 @@ def main(
     def work() -> None:
         if bool(tokenizer) == bool(train_bpe_size):
             raise DataError("give either --tokenizer FILE or --train-bpe SIZE")
-        if bool(input) == quickstart:
-            raise DataError("give either --input or --quickstart")
         settings = TextSettings(tokenizer, train_bpe_size, sequence_length, samples_per_shard, validation_fraction,
                                 text_key, max_bytes, seed)  # fmt: skip
-        unit_bytes = max(1, int(unit_megabytes * 1e6))
-        if quickstart:
-            source, parts = quickstart_parts()
-            units, fingerprint = group(parts, unit_bytes), [(p.path, size) for p, size in parts]
-        else:
-            files = find_files(input, SUFFIXES)
-            source = f"{len(files)} files, {sum(f.bytes for f in files) / 1e6:,.1f} MB"
-            units, fingerprint = split_files(files, unit_bytes), [list(f) for f in files]
+        files = find_files(input, SUFFIXES)
+        source = f"{len(files)} files, {sum(f.bytes for f in files) / 1e6:,.1f} MB"
+        units = split_files(files, max(1, int(unit_megabytes * 1e6)))
         if options.announce(output, source, settings.splits, f"sequences of {sequence_length} tokens", dry_run):
-            prepare_text(output, units, settings, source, fingerprint=fingerprint, workers=workers, resume=resume,
+            prepare_text(output, units, settings, source, fingerprint=files, workers=workers, resume=resume,
                          overwrite=overwrite)  # fmt: skip
 
     guarded(work, quiet=not options.first_rank())

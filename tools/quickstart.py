@@ -51,9 +51,15 @@ def main(
     python = sys.executable
     seconds: dict[str, float] = {}
     if not (DATA / "train" / "manifest.json").exists():
+        raw = DATA / "raw.jsonl"
+        if not raw.exists():
+            seconds["collect"] = _run(console, "1. text this machine already has", [
+                python, "-m", "data_prep.local_text", "--output", str(raw), "--max-bytes",
+                str(megabytes * 1_000_000), "--workers", str(processes),
+            ])  # fmt: skip
         seconds["prepare"] = _run(console, "1. real text to shards", [
-            python, "-m", "data_prep.text", "--quickstart", "--train-bpe", "1024", "--sequence-length", "128",
-            "--max-bytes", str(megabytes * 1_000_000), "--output", str(DATA), "--workers", str(processes), "--resume",
+            python, "-m", "data_prep.text", "--input", str(raw), "--train-bpe", "1024", "--sequence-length", "128",
+            "--unit-megabytes", "4", "--output", str(DATA), "--workers", str(processes), "--resume",
         ])  # fmt: skip
     for i, (name, recipe) in enumerate(RECIPES.items()):
         seconds[f"train {name}"] = _run(console, f"{i + 2}. pretrain: {name}", [

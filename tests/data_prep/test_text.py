@@ -155,7 +155,6 @@ def test_a_given_tokenizer_is_kept_beside_the_shards(tmp_path):
         (["--input", "{here}/nothing-*", "--train-bpe", 300], "matches no file"),
         (["--input", "{here}", "--train-bpe", 300], "every document is empty"),
         (["--input", "{here}"], "either --tokenizer FILE or --train-bpe"),
-        (["--train-bpe", 300], "either --input or --quickstart"),
         (["--input", "{here}", "--tokenizer", "{here}/empty.txt"], "not a tokenizer.json"),
     ],
 )
