@@ -16,14 +16,18 @@ import platform
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from datetime import date
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
+
+if TYPE_CHECKING:
+    from ebt_megatron.config import Recipe
 
 CASES: dict[str, dict[str, Any]] = {
     "xxs": {
@@ -59,44 +63,67 @@ def _peak_rss() -> int:
         return next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM"))
 
 
+def training_step(recipe: Recipe, vocab: int) -> Callable[[int], float]:
+    """A function of a seed that does forward and backward of one micro-batch of random tokens; it returns the loss."""
+    import torch
+
+    from ebt_megatron.data.loader import MicroBatch
+    from ebt_megatron.model.build import SampleShape, build_model
+    from ebt_megatron.parallel.setup import initialize
+    from ebt_megatron.training.metrics import Timers
+    from ebt_megatron.training.objective import build_objective
+
+    state = initialize(recipe.parallel, recipe.training.seed)
+    model = build_model(recipe, SampleShape(vocab_size=vocab)).to(state.device)
+    objective = build_objective(model, recipe, state, Timers())
+    shape = recipe.training.micro_batch_size, recipe.data.sequence_length + 1
+
+    def step(seed: int) -> float:
+        for p in model.parameters():
+            p.grad = None
+        tokens = torch.randint(vocab, shape, generator=torch.Generator().manual_seed(seed))
+        ids = torch.arange(shape[0]) + seed * shape[0]
+        return float(objective.train_batch([MicroBatch(ids, tokens)], seed).loss)  # float: the device is done
+
+    return step
+
+
+def minimum_flops(recipe: Recipe, vocab: int) -> float:
+    """Of one micro-batch: the least a first-order method needs."""
+    from ebt_megatron.model.flops import cost
+
+    per_sample, batch = cost(recipe, vocab), recipe.training.micro_batch_size
+    if recipe.model.architecture == "transformer":
+        return batch * per_sample.transformer()
+    return batch * per_sample.minimum(recipe.thinking.max_steps, recipe.thinking.max_steps)
+
+
+def median_seconds(step: Callable[[int], float], repeats: int) -> float:
+    """Of a step, after those that were run before."""
+    seconds = []
+    for i in range(repeats):
+        begin = time.perf_counter()
+        step(i + 1)
+        seconds.append(time.perf_counter() - begin)
+    return sorted(seconds)[len(seconds) // 2]
+
+
 def _child(case: str, variant: str, repeats: int) -> dict[str, Any]:
-    """Measure one variant in this process: memory of the first step, then time of `repeats` more."""
+    """Measure one variant in this process: memory of the first step, or time of `repeats` after it."""
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
     from ebt_megatron.config import load_recipe
-    from ebt_megatron.model.build import SampleShape, build_model
-    from ebt_megatron.model.flops import cost
-    from ebt_megatron.parallel.setup import initialize
-    from ebt_megatron.training.metrics import Timers
-    from ebt_megatron.training.objective import build_objective
 
     chosen = VARIANTS[variant]
     recipe = load_recipe(None, CASES[case]["overrides"] + chosen["overrides"])
     if chosen.get("double_length"):
         recipe.data.sequence_length *= 2
     vocab = CASES[case]["vocab"]
-    state = initialize(recipe.parallel, recipe.training.seed)
-    model = build_model(recipe, SampleShape(vocab_size=vocab)).to(state.device)
-    objective = build_objective(model, recipe, state, Timers())
-    cuda = state.device.type == "cuda"
-
-    def micro_batch(seed: int) -> Any:
-        from ebt_megatron.data.loader import MicroBatch
-
-        shape = recipe.training.micro_batch_size, recipe.data.sequence_length + 1
-        tokens = torch.randint(vocab, shape, generator=torch.Generator().manual_seed(seed))
-        return MicroBatch(sample_ids=torch.arange(shape[0]) + seed * shape[0], tokens=tokens)
-
-    def step(seed: int) -> float:
-        for p in model.parameters():
-            p.grad = None
-        return float(objective.train_batch([micro_batch(seed)], seed).loss)
-
-    tokens = recipe.training.micro_batch_size * recipe.data.sequence_length
-    out: dict[str, Any] = {"tokens": tokens}
+    step = training_step(recipe, vocab)
+    out: dict[str, Any] = {"tokens": recipe.training.micro_batch_size * recipe.data.sequence_length}
     if not repeats:
-        if cuda:
+        if torch.cuda.is_available():
             base = torch.cuda.memory_allocated()
             torch.cuda.reset_peak_memory_stats()
             step(0)
@@ -116,23 +143,8 @@ def _child(case: str, variant: str, repeats: int) -> dict[str, Any]:
     with FlopCounterMode(display=False, custom_mapping=in_place) as counter:
         step(0)
     out["flops"] = counter.get_total_flops()
-    seconds = []
-    for i in range(repeats):
-        if cuda:
-            torch.cuda.synchronize()
-        begin = time.perf_counter()
-        step(i + 1)
-        if cuda:
-            torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - begin)
-    out["seconds"] = sorted(seconds)[len(seconds) // 2]
-    per_sample = cost(recipe, vocab)
-    batch = recipe.training.micro_batch_size
-    if recipe.model.architecture == "transformer":
-        out["minimum_flops"] = batch * per_sample.transformer()
-    else:
-        steps = recipe.thinking.max_steps
-        out["minimum_flops"] = batch * per_sample.minimum(steps, steps)
+    out["seconds"] = median_seconds(step, repeats)
+    out["minimum_flops"] = minimum_flops(recipe, vocab)
     return out
 
 

@@ -1,7 +1,6 @@
 """Validate the kernels on one GPU against float64, then time them against plain torch and the roofline.
 
-Needs only torch, triton and this repository; on a CPU machine it checks a tiny case in
-Triton's interpreter, and the tables say "not measured".
+On a CPU machine it checks a tiny case in Triton's interpreter, and the tables say "not measured".
 
     python -m tools.gpu_validate            # writes benchmarks/results/kernels-<device>-<date>.{json,md}
 """
@@ -9,6 +8,7 @@ Triton's interpreter, and the tables say "not measured".
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import platform
@@ -29,6 +29,7 @@ from ebt_megatron.kernels import check
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
+VOCABULARY_SIZE = (1024, 50304, 768)  # tokens, columns, width of the timed calls
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 1e-2}
 
 
@@ -138,26 +139,154 @@ def attention_speed(rates: dict[str, float]) -> list[dict[str, Any]]:
 
 
 def elementwise_speed(rates: dict[str, float]) -> list[dict[str, Any]]:
-    """RMSNorm and SwiGLU of value and tangent, forward, against the time to copy input and output."""
+    """RMSNorm and SwiGLU of value and tangent against the time to copy what they must read and write."""
     rows, backend = [], kernels.select("triton")
-    x = torch.randn(4096, 8, 2048, device=DEVICE, dtype=torch.bfloat16)
-    weight = torch.ones(2048, device=DEVICE, dtype=torch.bfloat16)
-    calls: dict[str, tuple[Callable[[], Any], float]] = {
-        "rms_norm": (lambda: backend.rms_norm(x, weight, 1e-5, tangent=True), 2.0),
-        "swiglu": (lambda: backend.swiglu(x, 128, tangent=True), 1.5),
-    }
-    for name, (call, copies) in calls.items():
-        time_taken = seconds(call)
-        moved = copies * x.numel() * 2
-        rows.append({"operation": name, "milliseconds": time_taken * 1e3,
-                     "share of copy rate": moved / time_taken / rates["copy_bytes"]})  # fmt: skip
+    x = torch.randn(4096, 8, 2048, device=DEVICE, dtype=torch.bfloat16).requires_grad_()
+    weight = torch.ones(2048, device=DEVICE, dtype=torch.bfloat16).requires_grad_()
+    norm = functools.partial(backend.rms_norm, x, weight, 1e-5, tangent=True)
+    gate = functools.partial(backend.swiglu, x, 128, tangent=True)
+    # Bytes moved, in sizes of x: forward reads x and writes y; backward reads x and dy and writes dx.
+    for name, call, y in (("rms_norm", norm, 1.0), ("swiglu", gate, 0.5)):
+        out = call()
+        backward = functools.partial(torch.autograd.grad, out, [x], torch.ones_like(out), retain_graph=True)
+        for part, timed, moved in (("forward", call, 1 + y), ("backward", backward, 2 + y)):
+            time_taken = seconds(timed)
+            rows.append({"operation": f"{name}, {part}", "milliseconds": time_taken * 1e3,
+                         "share of copy rate": moved * x.numel() * 2 / time_taken / rates["copy_bytes"]})  # fmt: skip
     return rows
 
 
-# Every benchmark takes the measured rates and returns rows of a table; add whole training steps here.
+# --- the whole model -----------------------------------------------------------------------------
+
+
+def _recipe(*overrides: str) -> Any:
+    from ebt_megatron.config import load_recipe
+
+    return load_recipe(None, list(overrides))
+
+
+def whole_model_error(precision: str, *overrides: str) -> float:
+    """|gradient - reference| / |reference| over all parameters of a small EBT.
+
+    The reference is double backward in float64, plain torch, on the same weights.
+
+    Args:
+        precision: "fp32" or "bf16", of the model under test.
+        overrides: of the recipe.
+    """
+    from ebt_megatron.data.loader import MicroBatch
+    from ebt_megatron.model.build import SampleShape, build_model
+    from ebt_megatron.parallel.setup import initialize
+    from ebt_megatron.training.metrics import Timers
+    from ebt_megatron.training.objective import build_objective
+
+    size = ["model.num_layers=3", "model.num_attention_heads=4", "model.num_query_groups=2", "optimizer.lr=1e-3",
+            "model.hidden_size=128", "data.sequence_length=65", "training.micro_batch_size=2",
+            "training.global_batch_size=2", "thinking.step_size=5"] if GPU else [
+            "model.num_layers=1", "model.num_attention_heads=2", "optimizer.lr=1e-3", "model.hidden_size=16",
+            "data.sequence_length=9", "training.micro_batch_size=1", "training.global_batch_size=1",
+            "thinking.step_size=5"]  # fmt: skip
+    vocab = 1013 if GPU else 37
+    tested = _recipe(*size, *overrides, f"training.precision={precision}", "model.kernels=triton")
+    judge = _recipe(*size, *overrides, "thinking.engine=double_backward", "model.kernels=reference")
+    shape = tested.training.micro_batch_size, tested.data.sequence_length + 1
+    tokens = torch.randint(vocab, shape, generator=torch.Generator().manual_seed(1))
+    state = initialize(tested.parallel, tested.training.seed)
+    models = [build_model(r, SampleShape(vocab_size=vocab)).to(state.device) for r in (tested, judge)]
+    models[1].double()
+    with torch.no_grad():
+        for ours, exact in zip(models[0].parameters(), models[1].parameters(), strict=True):
+            exact.copy_(ours)
+    gradients = []
+    for model, recipe in zip(models, (tested, judge), strict=True):
+        batch = MicroBatch(torch.arange(shape[0]), tokens)
+        build_objective(model, recipe, state, Timers()).train_batch([batch], 0)
+        gradients.append(torch.cat([p.grad.double().flatten() for p in model.parameters()]))
+    return ((gradients[0] - gradients[1]).norm() / gradients[1].norm()).item()
+
+
+def whole_model() -> list[dict[str, Any]]:
+    """Gradients of a whole training step, for each way of learning."""
+    limits = {"fp32": 1e-4, "bf16": 0.1}  # bf16: activations are rounded in every layer and step
+    rows = []
+    ways = {"S1": [], "S1, reuse": ["thinking.reuse=true"], "through every step": ["thinking.gradient=full"]}
+    for name, overrides in ways.items():
+        for precision in ("fp32", "bf16") if GPU else ("fp32",):
+            error = whole_model_error(precision, *overrides)
+            rows.append({"operation": f"whole model, {name}", "dtype": precision, "error": error,
+                         "passed": error <= limits[precision]})  # fmt: skip
+    return rows
+
+
+def training_speed(rates: dict[str, float]) -> list[dict[str, Any]]:
+    """Whole training steps in bf16 against double backward and Transformer++, as far as minutes and memory go."""
+    import gc
+
+    from ebt_megatron.model.flops import cost
+    from tools.bench import median_seconds, training_step
+
+    vocab, rows, begin = 50304, [], time.monotonic()
+    engines = {"dual stream": [], "dual stream, reuse": ["thinking.reuse=true"],
+               "double backward": ["thinking.engine=double_backward"],
+               "Transformer++": ["model.architecture=transformer"]}  # fmt: skip
+    for size in ("xxs", "small", "medium"):
+        for length in (256, 1024, 4096):
+            batch = max(1, 4096 // length)
+            for name, overrides in engines.items():
+                row: dict[str, Any] = {"size": size, "S": length, "batch": batch, "engine": name}
+                rows.append(row)
+                if time.monotonic() - begin > 240:
+                    row["note"] = "not measured: out of time"
+                    continue
+                recipe = _recipe(f"model.size={size}", f"data.sequence_length={length}", "training.precision=bf16",
+                                 f"training.micro_batch_size={batch}", f"training.global_batch_size={batch}",
+                                 *overrides)  # fmt: skip
+                try:
+                    step = training_step(recipe, vocab)
+                    base = torch.cuda.memory_allocated()
+                    step(0)  # kernels are compiled
+                    torch.cuda.reset_peak_memory_stats()
+                    row["milliseconds"] = median_seconds(step, 5) * 1e3
+                    row["step GB"] = (torch.cuda.max_memory_allocated() - base) / 1e9
+                    if recipe.model.architecture == "ebt":
+                        flops = batch * cost(recipe, vocab).minimum(2, 2)
+                        row["minimum FLOPs, share of matrix rate"] = (
+                            flops / row["milliseconds"] * 1e3 / rates["matrix_flops"]
+                        )
+                except torch.cuda.OutOfMemoryError:
+                    row["note"] = "out of memory"
+                step = None
+                gc.collect()
+                torch.cuda.empty_cache()
+    for row in rows:
+        judge = next((r for r in rows if r["engine"] == "double backward" and "milliseconds" in r
+                      and (r["size"], r["S"]) == (row["size"], row["S"])), None)  # fmt: skip
+        if judge and "milliseconds" in row:
+            row["faster than double backward"] = judge["milliseconds"] / row["milliseconds"]
+            row["its memory"] = row["step GB"] / judge["step GB"]
+    return rows
+
+
+def vocabulary_speed(rates: dict[str, float]) -> list[dict[str, Any]]:
+    """The vocabulary's passes (bf16 table), against their matrix products at the measured rate."""
+    backend, rows = kernels.select("triton"), []
+    tokens, columns, width = VOCABULARY_SIZE
+    for op, products in (("vocab_embed", 1), ("vocab_refine", 2), ("vocab_backward", 3), ("vocab_backward, kept", 2)):
+        case = check.vocab_case(op, tokens, columns, columns, width)
+        args = check.arguments(case, torch.bfloat16, DEVICE)
+        time_taken = seconds(functools.partial(getattr(backend, case.op), *args), 5)
+        flops = products * 2 * tokens * columns * width
+        rows.append({"operation": op, "milliseconds": time_taken * 1e3,
+                     "share of matrix rate": flops / time_taken / rates["matrix_flops"]})  # fmt: skip
+    return rows
+
+
+# Every benchmark takes the measured rates and returns rows of a table.
 BENCHMARKS: dict[str, Callable[[dict[str, float]], list[dict[str, Any]]]] = {
     "Prediction attention: forward, backward, and both with tangent (bf16, 2048 columns)": attention_speed,
     "Elementwise, value and tangent, forward (bf16)": elementwise_speed,
+    f"Vocabulary: {VOCABULARY_SIZE[0]} tokens, {VOCABULARY_SIZE[1]} columns (bf16 table)": vocabulary_speed,
+    "Training steps (bf16, V = 50,304, 2 thinking steps)": training_speed,
 }
 
 
@@ -185,7 +314,7 @@ def main() -> int:
     result: dict[str, Any] = {
         "device": device, "date": date.today().isoformat(), "torch": torch.__version__,
         "triton": triton.__version__, "cuda": torch.version.cuda, "python": platform.python_version(),
-        "correctness": correctness(),
+        "correctness": correctness() + whole_model(),
     }  # fmt: skip
     failed = [r for r in result["correctness"] if not r["passed"]]
     result["rates"] = device_rates() if GPU else {}

@@ -1,7 +1,7 @@
 """How the hot parts run. `select` is the one dispatch table; `interface` says what is offered.
 
 Backends: `reference` (plain formulas, the judge), `torch` (tiled, for CPU, and wherever
-there is no Triton), `triton` (GPU; the vocabulary's products stay with cuBLAS, through `torch`).
+there is no Triton), `triton` (GPU; the vocabulary's products stay with cuBLAS).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ __all__ = ["Kernels", "RefineStats", "select"]
 _MODULES = {
     "reference": ("reference", "noise"),
     "torch": ("tiled", "noise", "reference"),
-    "triton": ("triton_attention", "triton_elementwise", "tiled", "noise", "reference"),
+    "triton": ("triton_attention", "triton_elementwise", "triton_vocabulary", "tiled", "noise", "reference"),
 }
 
 

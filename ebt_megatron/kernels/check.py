@@ -77,8 +77,9 @@ def elementwise_case(op: str, length: int, batch: int, width: int, tangent: bool
 
 
 def vocab_case(op: str, tokens: int, columns: int, valid: int, width: int, seed: int = 0) -> Case:
-    """A consistent state of thinking, with some targets on another rank, for a vocabulary operation."""
+    """A consistent state of thinking, with some targets on another rank, for one of VOCAB_OPERATIONS."""
     randn = _randn(seed)
+    op, _, keep = op.partition(", ")
     y, table = 2 * randn(tokens, columns), randn(columns, width) / math.sqrt(width)
     x, lse = reference.vocab_embed(y, table, valid)
     energy_grad, alpha = randn(tokens, width), 1 + randn(tokens).abs()
@@ -94,10 +95,12 @@ def vocab_case(op: str, tokens: int, columns: int, valid: int, width: int, seed:
     if op == "vocab_update":
         return Case(op, step, {}, (2,))
     if op == "vocab_refine":
-        return Case(op, [*step, target], {}, (2,))
+        return Case(op, [*step, target, torch.zeros_like(y) if keep else None], {}, (2,))
     if op == "vocab_backward":
-        lse_next = reference.vocab_refine(*step, target).lse_next  # type: ignore[call-arg]
-        return Case(op, [*step, target, lse_next, scale, mean, x_grad, xt_grad, table_grad], {}, (2,))
+        y_next = torch.zeros_like(y)
+        lse_next = reference.vocab_refine(*step, target, y_next).lse_next  # type: ignore[call-arg]
+        args = [*step, target, lse_next, scale, mean, x_grad, xt_grad, table_grad, y_next if keep else None]
+        return Case(op, args, {}, (2,))
     if op == "vocab_adjoint":
         return Case(op, [y, lse, target, scale, valid, adjoint], {}, ())
     if op == "vocab_dot_step":
@@ -114,8 +117,8 @@ def vocab_case(op: str, tokens: int, columns: int, valid: int, width: int, seed:
 
 
 VOCAB_OPERATIONS = (
-    "vocab_embed", "vocab_update", "vocab_refine", "vocab_backward", "vocab_adjoint", "vocab_dot_step",
-    "vocab_tangent", "vocab_dense_backward",
+    "vocab_embed", "vocab_update", "vocab_refine", "vocab_refine, keeping", "vocab_backward", "vocab_backward, kept",
+    "vocab_adjoint", "vocab_dot_step", "vocab_tangent", "vocab_dense_backward",
 )  # fmt: skip
 
 
@@ -147,12 +150,8 @@ def _call(operation: Callable[..., Any], case: Case, args: list[Any]) -> dict[st
     return left
 
 
-def errors(kernels: Kernels, case: Case, dtype: torch.dtype, device: str | torch.device = "cpu") -> dict[str, float]:
-    """Relative errors |result - reference| / |reference| of all that a call leaves behind.
-
-    The reference sees the same rounded arguments, in float64. A NaN or infinity in a result
-    gives an infinite error.
-    """
+def arguments(case: Case, dtype: torch.dtype, device: str | torch.device = "cpu") -> list[Any]:
+    """A case's arguments on a device: those the model holds in low precision in `dtype`, others in at least fp32."""
     wide = torch.promote_types(dtype, torch.float32)
 
     def given(i: int, a: Any) -> Any:
@@ -162,7 +161,16 @@ def errors(kernels: Kernels, case: Case, dtype: torch.dtype, device: str | torch
             return a.to(device)
         return a.to(dtype if i in case.low else wide).to(device)
 
-    args = [given(i, a) for i, a in enumerate(case.args)]
+    return [given(i, a) for i, a in enumerate(case.args)]
+
+
+def errors(kernels: Kernels, case: Case, dtype: torch.dtype, device: str | torch.device = "cpu") -> dict[str, float]:
+    """Relative errors |result - reference| / |reference| of all that a call leaves behind.
+
+    The reference sees the same rounded arguments, in float64. A NaN or infinity in a result
+    gives an infinite error.
+    """
+    args = arguments(case, dtype, device)
     exact = [a.double() if isinstance(a, Tensor) and a.is_floating_point() else a for a in args]
     exact = [a.clone() if isinstance(a, Tensor) else a for a in exact]
     expected = _call(getattr(reference, case.op), case, exact)

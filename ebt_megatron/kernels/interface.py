@@ -59,10 +59,11 @@ class Kernels:
         swiglu: (x, block, *, tangent); [..., 2F] -> [..., F], gate and up alternate in blocks of columns.
         gelu: (x, *, tangent); tanh form.
         vocab_embed: (y, table, valid) -> (p table [T, D], lse [T]) over the local columns alone.
-        vocab_refine: (y, lse, table, valid, energy_grad, centre, alpha, target) -> RefineStats.
+        vocab_refine: (y, lse, table, valid, energy_grad, centre, alpha, target, y_next=None) -> RefineStats;
+            writes y' to y_next [T, V] if given.
         vocab_backward: (y, lse, table, valid, energy_grad, centre, alpha, target, lse_next, scale, mean,
-            x_grad, xt_grad, table_grad): table_grad += p^T x_grad + (p * (scale lambda - mean))^T xt_grad,
-            and y becomes y', both in place.
+            x_grad, xt_grad, table_grad, y_next=None): table_grad += p^T x_grad +
+            (p * (scale lambda - mean))^T xt_grad, in place; y becomes y' in place, unless y' is given.
         vocab_update: (y, lse, table, valid, energy_grad, centre, alpha): y becomes y' in place.
         vocab_adjoint: (y', lse', target, weight, valid, adjoint): adjoint += weight lambda, in place.
         vocab_dot_step: (y, lse, table, valid, energy_grad, centre, adjoint) -> <adjoint, g> [T].

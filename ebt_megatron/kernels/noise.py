@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 _TILE = 1 << 18  # elements worked on at once: they stay in cache
-_GOLDEN = -1640531535  # 0x9E3779B1, odd: consecutive columns spread over all 32 bits
+GOLDEN = -1640531535  # 0x9E3779B1, odd: consecutive columns spread over all 32 bits
 
 
 @functools.cache
@@ -53,12 +53,17 @@ def row_keys(sample_ids: Tensor, positions: Tensor, stream: int) -> Tensor:
     return _mix64(per_sample[None, :] + (positions.long()[:, None] + 1) * golden).flatten()
 
 
+def seeded_halves(keys: Tensor, seed: int) -> tuple[Tensor, Tensor]:
+    """The two 32-bit numbers that a row's hash starts from; int64 keys [R] -> int32 [R] each."""
+    mixed = _mix64(keys + _wrap(seed * 0x9E3779B97F4A7C15))
+    return (mixed & 0xFFFFFFFF).int(), (mixed >> 32).int()
+
+
 def hash_normal(keys: Tensor, seed: int, column_offset: int, count: int) -> Tensor:
     """Noise of `count` columns from `column_offset` on; int64 keys [R] -> float32 [R, count]."""
-    mixed = _mix64(keys + _wrap(seed * 0x9E3779B97F4A7C15))
-    first, second = (mixed & 0xFFFFFFFF).int()[:, None], (mixed >> 32).int()[:, None]
+    first, second = (half[:, None] for half in seeded_halves(keys, seed))
     columns = torch.arange(column_offset, column_offset + count, dtype=torch.int32, device=keys.device)
-    h = columns * _GOLDEN + first
+    h = columns * GOLDEN + first
     h ^= (h >> 16) & 0xFFFF
     h *= -2048144789
     h ^= second

@@ -165,16 +165,18 @@ def vocab_embed(y: Tensor, table: Tensor, valid: int) -> tuple[Tensor, Tensor]:
 
 def vocab_refine(
     y: Tensor, lse: Tensor, table: Tensor, valid: int, energy_grad: Tensor, centre: Tensor, alpha: Tensor,
-    target: Tensor,
+    target: Tensor, y_next: Tensor | None = None,
 ) -> RefineStats:  # fmt: skip
     """See `Kernels.vocab_refine`."""
-    p, g, y_next = _step(y, lse, table, valid, energy_grad, centre, alpha)
-    lse_next = _log_sum_exp(y_next, valid)
-    p_next = _probabilities(y_next, lse_next, valid)
+    p, g, moved = _step(y, lse, table, valid, energy_grad, centre, alpha)
+    lse_next = _log_sum_exp(moved, valid)
+    p_next = _probabilities(moved, lse_next, valid)
+    if y_next is not None:
+        y_next[:, :valid] = moved[:, :valid]
     hot = _one_hot(target, y)
     return RefineStats(
         lse_next=lse_next,
-        target_logit=(hot * y_next).sum(-1),
+        target_logit=(hot * moved).sum(-1),
         p_target=(hot * p).sum(-1),
         g_target=(hot * g).sum(-1),
         s1=(p * p_next).sum(-1),
@@ -187,13 +189,14 @@ def vocab_refine(
 def vocab_backward(
     y: Tensor, lse: Tensor, table: Tensor, valid: int, energy_grad: Tensor, centre: Tensor, alpha: Tensor,
     target: Tensor, lse_next: Tensor, scale: Tensor, mean: Tensor, x_grad: Tensor, xt_grad: Tensor,
-    table_grad: Tensor,
+    table_grad: Tensor, y_next: Tensor | None = None,
 ) -> None:  # fmt: skip
     """See `Kernels.vocab_backward`."""
-    p, _, y_next = _step(y, lse, table, valid, energy_grad, centre, alpha)
-    direction = scale[:, None] * (_probabilities(y_next, lse_next, valid) - _one_hot(target, y)) - mean[:, None]
+    p, _, moved = _step(y, lse, table, valid, energy_grad, centre, alpha)
+    direction = scale[:, None] * (_probabilities(moved, lse_next, valid) - _one_hot(target, y)) - mean[:, None]
     table_grad += p.mT @ x_grad + (p * direction).mT @ xt_grad
-    y.copy_(y_next)
+    if y_next is None:
+        y.copy_(moved)
 
 
 def vocab_update(

@@ -1,8 +1,7 @@
 """The `torch` backend: tiled torch code, with backward passes written by hand.
 
-Memory is linear in the sequence length and holds no vocabulary-wide temporary. Attention
-goes through blocks of queries and, causally, only the keys before each block's end; the
-vocabulary through tiles of tokens and columns with an online softmax.
+Memory is linear in the sequence length. Attention goes through blocks of queries and,
+causally, only the keys before each block's end.
 
 Attention with tangents. With scores s, their tangents s', p = softmax(s), mu = <p, s'>:
 
@@ -25,12 +24,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ebt_megatron.kernels.interface import RefineStats
+from ebt_megatron.kernels.vocabulary import Tiles, Vocabulary
 
 _QUERY_BLOCK = 128
 _SCORES = 1 << 18  # scores of one block of queries and heads held at once, so that they stay in cache
-_TOKEN_TILE = 512
-_COLUMN_TILE = 1024
 
 
 # --- attention --------------------------------------------------------------------------------
@@ -405,186 +402,10 @@ def swiglu(x: Tensor, block: int, *, tangent: bool) -> Tensor:
     return _SwiGLU.apply(x, block, tangent)
 
 
-# --- the vocabulary ---------------------------------------------------------------------------
+# --- the vocabulary: see `ebt_megatron.kernels.vocabulary` ---------------------------------------
 
-
-def _token_tiles(tokens: int) -> list[slice]:
-    return [slice(i, min(i + _TOKEN_TILE, tokens)) for i in range(0, tokens, _TOKEN_TILE)]
-
-
-def _column_tiles(valid: int) -> list[slice]:
-    return [slice(i, min(i + _COLUMN_TILE, valid)) for i in range(0, valid, _COLUMN_TILE)]
-
-
-def _wide_rows(table: Tensor, columns: slice, like: Tensor) -> Tensor:
-    """The table's rows of a tile, in the precision of the logits: a copy only for a low-precision table."""
-    return table[columns].to(like.dtype)
-
-
-def _probability(y: Tensor, lse: Tensor) -> Tensor:
-    return (y - lse[:, None]).exp_()
-
-
-class _Online:
-    """A softmax over columns that come tile by tile; `rescale` brings sums to the new maximum."""
-
-    def __init__(self, like: Tensor):
-        self.top = like.new_full((len(like),), -math.inf)
-        self.total = like.new_zeros(len(like))
-
-    def add(self, y: Tensor) -> tuple[Tensor, Tensor]:
-        """Take a tile [T, v]; returns exp(y - top) and the factor for everything summed so far."""
-        top = torch.maximum(self.top, y.amax(1))
-        factor = (self.top - top).exp()
-        e = (y - top[:, None]).exp_()
-        self.total = self.total * factor + e.sum(1)
-        self.top = top
-        return e, factor
-
-    @property
-    def lse(self) -> Tensor:
-        """Log-sum-exp of all tiles so far."""
-        return self.top + self.total.log()
-
-
-def vocab_embed(y: Tensor, table: Tensor, valid: int) -> tuple[Tensor, Tensor]:
-    """See `Kernels.vocab_embed`."""
-    x = y.new_empty(len(y), table.shape[1])
-    lse = y.new_empty(len(y))
-    for t in _token_tiles(len(y)):
-        online, sums = _Online(y[t]), y.new_zeros(t.stop - t.start, table.shape[1])
-        for c in _column_tiles(valid):
-            e, factor = online.add(y[t, c])
-            sums.mul_(factor[:, None]).addmm_(e, _wide_rows(table, c, y))
-        x[t] = sums / online.total[:, None]
-        lse[t] = online.lse
-    return x, lse
-
-
-def _energy_slope(p: Tensor, energy_grad: Tensor, table: Tensor, centre: Tensor) -> Tensor:
-    """g = p (energy_grad table^T - centre) on a tile."""
-    return torch.mm(energy_grad, table.mT).sub_(centre[:, None]).mul_(p)
-
-
-def _local(target: Tensor, columns: slice) -> tuple[Tensor, Tensor]:
-    """Rows whose target lies in these columns, and where in them."""
-    rows = ((target >= columns.start) & (target < columns.stop)).nonzero()[:, 0]
-    return rows, target[rows] - columns.start
-
-
-def vocab_refine(
-    y: Tensor, lse: Tensor, table: Tensor, valid: int, energy_grad: Tensor, centre: Tensor, alpha: Tensor,
-    target: Tensor,
-) -> RefineStats:  # fmt: skip
-    """See `Kernels.vocab_refine`."""
-    tokens, width = len(y), table.shape[1]
-    at_target = y.new_zeros(3, tokens)
-    sums = y.new_empty(3, tokens)
-    lse_next, px = y.new_empty(tokens), y.new_empty(tokens, width)
-    for t in _token_tiles(tokens):
-        size = t.stop - t.start
-        online = _Online(y[t])
-        s1, s2, sg = y.new_zeros(size), y.new_zeros(size), y.new_zeros(size)
-        weighted = y.new_zeros(size, width)
-        for c in _column_tiles(valid):
-            p = _probability(y[t, c], lse[t])
-            g = _energy_slope(p, energy_grad[t], _wide_rows(table, c, y), centre[t])
-            y_next = torch.addcmul(y[t, c], g, alpha[t, None], value=-1)
-            rows, columns = _local(target[t], c)
-            if len(rows):
-                for i, source in enumerate((y_next, p, g)):
-                    at_target[i, t.start + rows] = source[rows, columns]
-            e, factor = online.add(y_next)
-            sg.mul_(factor).add_((g.mul_(e)).sum(1))
-            s2.mul_(factor**2).add_(torch.linalg.vecdot(e, e))
-            weight = p.mul_(e)
-            s1.mul_(factor).add_(weight.sum(1))
-            weighted.mul_(factor[:, None]).addmm_(weight, _wide_rows(table, c, y))
-        total = online.total
-        lse_next[t] = online.lse
-        sums[0, t], sums[1, t], sums[2, t] = s1 / total, s2 / total**2, sg / total
-        px[t] = weighted / total[:, None]
-    return RefineStats(lse_next, at_target[0], at_target[1], at_target[2], sums[0], sums[1], sums[2], px)
-
-
-def vocab_backward(
-    y: Tensor, lse: Tensor, table: Tensor, valid: int, energy_grad: Tensor, centre: Tensor, alpha: Tensor,
-    target: Tensor, lse_next: Tensor, scale: Tensor, mean: Tensor, x_grad: Tensor, xt_grad: Tensor,
-    table_grad: Tensor,
-) -> None:  # fmt: skip
-    """See `Kernels.vocab_backward`."""
-    both = torch.cat([x_grad, xt_grad], 1)
-    width = x_grad.shape[1]
-    for c in _column_tiles(valid):
-        for t in _token_tiles(len(y)):
-            p = _probability(y[t, c], lse[t])
-            g = _energy_slope(p, energy_grad[t], _wide_rows(table, c, y), centre[t])
-            y_next = y[t, c].addcmul_(g, alpha[t, None], value=-1)
-            direction = _probability(y_next, lse_next[t])
-            rows, columns = _local(target[t], c)
-            direction[rows, columns] -= 1
-            direction.mul_(scale[t, None]).sub_(mean[t, None]).mul_(p)
-            table_grad[c].addmm_(p.mT, both[t, :width]).addmm_(direction.mT, both[t, width:])
-
-
-def vocab_update(
-    y: Tensor, lse: Tensor, table: Tensor, valid: int, energy_grad: Tensor, centre: Tensor, alpha: Tensor
-) -> None:
-    """See `Kernels.vocab_update`."""
-    for t in _token_tiles(len(y)):
-        for c in _column_tiles(valid):
-            g = _energy_slope(_probability(y[t, c], lse[t]), energy_grad[t], _wide_rows(table, c, y), centre[t])
-            y[t, c].addcmul_(g, alpha[t, None], value=-1)
-
-
-def vocab_adjoint(
-    y_next: Tensor, lse_next: Tensor, target: Tensor, weight: Tensor, valid: int, adjoint: Tensor
-) -> None:
-    """See `Kernels.vocab_adjoint`."""
-    for t in _token_tiles(len(y_next)):
-        for c in _column_tiles(valid):
-            adjoint[t, c].addcmul_(_probability(y_next[t, c], lse_next[t]), weight[t, None])
-    rows = (target >= 0).nonzero()[:, 0]
-    adjoint[rows, target[rows]] -= weight[rows]
-
-
-def vocab_dot_step(
-    y: Tensor, lse: Tensor, table: Tensor, valid: int, energy_grad: Tensor, centre: Tensor, adjoint: Tensor
-) -> Tensor:
-    """See `Kernels.vocab_dot_step`."""
-    out = y.new_zeros(len(y))
-    for t in _token_tiles(len(y)):
-        for c in _column_tiles(valid):
-            g = _energy_slope(_probability(y[t, c], lse[t]), energy_grad[t], _wide_rows(table, c, y), centre[t])
-            out[t] += torch.linalg.vecdot(g, adjoint[t, c])
-    return out
-
-
-def vocab_tangent(y: Tensor, lse: Tensor, table: Tensor, valid: int, adjoint: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """See `Kernels.vocab_tangent`."""
-    mean, norm2, plx = y.new_zeros(len(y)), y.new_zeros(len(y)), y.new_zeros(len(y), table.shape[1])
-    for t in _token_tiles(len(y)):
-        for c in _column_tiles(valid):
-            part = adjoint[t, c]
-            norm2[t] += torch.linalg.vecdot(part, part)
-            weighted = _probability(y[t, c], lse[t]).mul_(part)
-            mean[t] += weighted.sum(1)
-            plx[t] += weighted @ _wide_rows(table, c, y)
-    return mean, norm2, plx
-
-
-def vocab_dense_backward(
-    y: Tensor, lse: Tensor, table: Tensor, valid: int, adjoint: Tensor, scale: Tensor, mean: Tensor, x: Tensor,
-    xt: Tensor, x_grad: Tensor, xt_grad: Tensor, table_grad: Tensor,
-) -> None:  # fmt: skip
-    """See `Kernels.vocab_dense_backward`; the derivation is beside `reference.vocab_dense_backward`."""
-    along_value = (x * x_grad).sum(-1) + (xt * xt_grad).sum(-1)
-    along_tangent = (x * xt_grad).sum(-1)
-    for c in _column_tiles(valid):
-        for t in _token_tiles(len(y)):
-            p = _probability(y[t, c], lse[t])
-            direction = adjoint[t, c].mul(scale[t, None]).sub_(mean[t, None])
-            through = torch.mm(xt_grad[t], _wide_rows(table, c, y).mT).sub_(along_tangent[t, None]).mul_(direction)
-            through.addmm_(x_grad[t], _wide_rows(table, c, y).mT).sub_(along_value[t, None])
-            adjoint[t, c].addcmul_(p, through)
-            table_grad[c].addmm_(p.mT, x_grad[t]).addmm_(direction.mul_(p).mT, xt_grad[t])
+_vocabulary = Vocabulary(Tiles())
+vocab_embed, vocab_refine = _vocabulary.embed, _vocabulary.refine
+vocab_backward, vocab_update = _vocabulary.backward, _vocabulary.update
+vocab_adjoint, vocab_dot_step = _vocabulary.adjoint, _vocabulary.dot_step
+vocab_tangent, vocab_dense_backward = _vocabulary.tangent, _vocabulary.dense_backward

@@ -169,8 +169,8 @@ class TransformerLayer(MegatronModule):
     def _heads(self, mixed: Tensor, rotations: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Output of qkv -> rotated q [S, B, N, H] and k, and v [S, B, G, H] of this rank."""
         grouped = mixed.view(*mixed.shape[:2], self.local_groups, -1, self.head_size)
-        q, k, v = grouped[..., :-2, :].flatten(2, 3), grouped[..., -2, :], grouped[..., -1, :]
-        return rotate(q, rotations), rotate(k, rotations), v
+        q, k, v = grouped.split([grouped.shape[3] - 2, 1, 1], 3)  # one split: its backward is one copy
+        return rotate(q.flatten(2, 3), rotations), rotate(k.flatten(2, 3), rotations), v.flatten(2, 3)
 
     def context(self, h: Tensor, rotations: Tensor, segments: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """The context stream.

@@ -148,6 +148,8 @@ class TextPrediction:
         self.target = torch.where((target >= 0) & (target < self.valid), target, -1)
         self.start = start
         self.y = self._initial()
+        # Reuse trades memory for arithmetic: y' is kept until it becomes y, not computed twice.
+        self._next = torch.zeros_like(self.y) if thinking.reuse else None
         self.history: list[tuple[_Step, Tensor]] = []
         self._kept: Tensor | None = None
 
@@ -222,7 +224,7 @@ class TextPrediction:
         self.step = _Step(self.lse, self._flat(energy_grad), centre, alpha.flatten().to(self.y.dtype))
         s, kernels = self.step, self.kernels
         stats = kernels.vocab_refine(self.y, s.lse, self.table.detach(), self.valid, s.energy_grad,
-                                     s.centre, s.alpha, self.target)  # fmt: skip
+                                     s.centre, s.alpha, self.target, self._next)  # fmt: skip
         self.lse_next = self.group.log_sum_exp(stats.lse_next)
         part = (stats.lse_next - self.lse_next).exp()
         sums = torch.stack([stats.target_logit, stats.p_target, stats.g_target,
@@ -269,11 +271,16 @@ class TextPrediction:
         self.kernels.vocab_backward(
             self.y, s.lse, self.table.detach(), self.valid, s.energy_grad, s.centre, s.alpha, self.target,
             self.lse_next, self._scale, self._scaled_mean, self._flat(x_grad), self._flat(xt_grad),
-            gradient_buffer(self.table),
+            gradient_buffer(self.table), self._next,
         )  # fmt: skip
+        if self._next is not None:
+            self.advance()
 
     def advance(self) -> None:
         """Replace the prediction by the next one."""
+        if self._next is not None:
+            self.y, self._next = self._next, self.y
+            return
         s = self.step
         self.kernels.vocab_update(self.y, s.lse, self.table.detach(), self.valid, s.energy_grad, s.centre, s.alpha)
 
@@ -343,7 +350,7 @@ class TextPrediction:
 
     def plain_embed(self, y: Tensor) -> Tensor:
         """As `embed`, of logits y [T, V], differentiable twice."""
-        return self._hidden(y[:, : self.valid].softmax(-1) @ self.table[: self.valid])
+        return self._hidden(y[:, : self.valid].softmax(-1).to(self.table.dtype) @ self.table[: self.valid])
 
     def plain_loss(self, y: Tensor) -> Tensor:
         """Cross-entropy of logits y [T, V], [S, B]."""

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from ebt_megatron import kernels
-from ebt_megatron.kernels import check
+from ebt_megatron.kernels import check, noise, triton_vocabulary
 from tests.kernels.test_backends import assert_close, poisoned_memory  # noqa: F401  (a fixture)
 
 backend = kernels.select("triton")
@@ -42,6 +42,28 @@ def test_context_attention(documents):
 @pytest.mark.parametrize("op", ["rms_norm", "swiglu"])
 def test_elementwise(op, tangent, dtype):
     assert_close(check.elementwise_case(op, 5, 3, 33, tangent), dtype, backend)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("op", check.VOCAB_OPERATIONS)
+def test_vocabulary(op, dtype, small_tiles):
+    assert_close(check.vocab_case(op, 7, 53, 50, 8), dtype, backend)
+
+
+@pytest.fixture
+def small_tiles(monkeypatch):
+    """Several tiles of tokens and columns, several blocks in a tile."""
+    monkeypatch.setattr(triton_vocabulary.TritonTiles, "token_tile", 4)
+    monkeypatch.setattr(triton_vocabulary.TritonTiles, "column_tile", 20)
+    monkeypatch.setattr(triton_vocabulary, "_BLOCK", 16)
+
+
+def test_noise_is_that_of_every_backend():
+    keys = noise.row_keys(torch.arange(3) + 10**12, torch.arange(4), stream=2)
+    ours, theirs = (torch.ones(12, 3001) for _ in range(2))
+    triton_vocabulary.add_noise_(ours, keys, 40_000, 0.3, 2**40 + 7)
+    noise.add_noise_(theirs, keys, 40_000, 0.3, 2**40 + 7)
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6)
 
 
 def test_keys_need_no_gradient_while_proposing():

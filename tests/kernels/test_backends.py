@@ -6,9 +6,11 @@ import hypothesis.strategies as st
 import pytest
 import torch
 from hypothesis import given, settings
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ebt_megatron import kernels
 from ebt_megatron.kernels import check
+from ebt_megatron.kernels.vocabulary import Tiles
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 1e-2}
 ATTENTION = ["prediction_attention", "context_attention", "full_attention"]
@@ -130,6 +132,31 @@ def test_attention_memory_is_linear_in_the_sequence():
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.numel()) or t, lambda t: t):
         torch_backend.prediction_attention(*args, tangent=True)
     assert saved and max(saved) <= length * 8 * 4
+
+
+class Allocations(TorchDispatchMode):
+    """The largest storage that operations made, of those that were not there before."""
+
+    def __init__(self, known):
+        super().__init__()
+        self.known, self.largest = {t.untyped_storage().data_ptr() for t in known}, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for t in out if isinstance(out, (tuple, list)) else [out]:
+            if isinstance(t, torch.Tensor) and t.untyped_storage().data_ptr() not in self.known:
+                self.largest = max(self.largest, t.untyped_storage().nbytes() // t.element_size())
+        return out
+
+
+@pytest.mark.parametrize("op", check.VOCAB_OPERATIONS)
+def test_the_vocabulary_makes_no_temporary_of_its_width(op):
+    tokens, columns = 40, 6000
+    case = check.vocab_case(op, tokens, columns, columns, 8)
+    args = check.arguments(case, torch.float32)
+    with Allocations([a for a in args if isinstance(a, torch.Tensor)]) as seen:
+        getattr(torch_backend, case.op)(*args)
+    assert 0 < seen.largest <= tokens * Tiles.column_tile < tokens * columns
 
 
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="auto depends on the device only")

@@ -17,3 +17,14 @@ def test_kernels_in_the_interpreter():
         capture_output=True, text=True, timeout=280,
     )  # fmt: skip
     assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-2000:]
+
+
+@pytest.mark.parametrize("family", ["attention", "elementwise", "vocabulary"])
+def test_kernels_compile_for_a_gpu(family):
+    """Without one: the compiler sees what the interpreter lets pass."""
+    run = subprocess.run(
+        [sys.executable, "-m", "tests.kernels.compiled", family],
+        env={**os.environ, "TRITON_INTERPRET": "0", "OMP_NUM_THREADS": "1"},
+        capture_output=True, text=True, timeout=280,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr[-4000:]

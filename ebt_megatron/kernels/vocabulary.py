@@ -1,0 +1,294 @@
+"""The vocabulary's operations, over tiles of tokens and columns: no temporary as wide as the vocabulary.
+
+`Vocabulary` goes through the tiles and does the matrix products (by BLAS); `Tiles` does the
+elementwise work on a tile, here in torch. `ebt_megatron.kernels.triton_vocabulary` has the
+tiles of the `triton` backend, each one kernel. The notation is that of
+`ebt_megatron.kernels.interface`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ebt_megatron.kernels.interface import RefineStats
+
+
+@dataclass
+class RowStats:
+    """Sums over the columns so far, relative to the largest logit so far; each [T]."""
+
+    top: Tensor
+    total: Tensor
+    s1: Tensor
+    s2: Tensor
+    sg: Tensor
+
+    @classmethod
+    def empty(cls, like: Tensor) -> RowStats:
+        """Of no columns."""
+        zeros = like.new_zeros(5, len(like))
+        zeros[0] = -math.inf
+        return cls(*zeros)
+
+    @property
+    def lse(self) -> Tensor:
+        """Log-sum-exp of the columns so far."""
+        return self.top + self.total.log()
+
+
+class Tiles:
+    """Elementwise work on tiles [t, c] of the logits; row vectors are [t]. Results go into given buffers."""
+
+    token_tile, column_tile = 512, 1024  # three tiles in fp32 stay in a core's cache
+
+    def operand_dtype(self, y: Tensor, table: Tensor) -> torch.dtype:
+        """Precision of the matrix products' operands; they accumulate in that of y."""
+        return y.dtype
+
+    def embed(self, y: Tensor, stats: RowStats, e: Tensor) -> Tensor:
+        """e = exp(y - top), with the new top; returns the factor [t] for what was summed before."""
+        top = torch.maximum(stats.top, y.amax(1))
+        factor = (stats.top - top).exp()
+        torch.sub(y, top[:, None], out=e).exp_()
+        stats.total.mul_(factor).add_(e.sum(1))
+        stats.top.copy_(top)
+        return factor
+
+    def refine(
+        self, y: Tensor, q: Tensor, lse: Tensor, centre: Tensor, alpha: Tensor, stats: RowStats, weight: Tensor,
+        spare: Tensor, y_next: Tensor | None,
+    ) -> Tensor:  # fmt: skip
+        """weight = p exp(y' - top) and the sums of `RefineStats`; y' goes to y_next if given. Overwrites q.
+
+        Returns:
+            The factor [t] for what was summed before.
+        """
+        p = torch.sub(y, lse[:, None], out=weight).exp_()
+        g = q.sub_(centre[:, None]).mul_(p)
+        moved = torch.addcmul(y, g, alpha[:, None], value=-1, out=spare if y_next is None else y_next)
+        top = torch.maximum(stats.top, moved.amax(1))
+        factor = (stats.top - top).exp()
+        e = torch.sub(moved, top[:, None], out=spare).exp_()
+        stats.total.mul_(factor).add_(e.sum(1))
+        stats.sg.mul_(factor).add_(g.mul_(e).sum(1))
+        stats.s2.mul_(factor**2).add_(torch.linalg.vecdot(e, e))
+        stats.s1.mul_(factor).add_(p.mul_(e).sum(1))
+        stats.top.copy_(top)
+        return factor
+
+    def update(self, y: Tensor, q: Tensor, lse: Tensor, centre: Tensor, alpha: Tensor, p: Tensor) -> None:
+        """p = exp(y - lse), then y becomes y'. Overwrites q."""
+        torch.sub(y, lse[:, None], out=p).exp_()
+        y.addcmul_(q.sub_(centre[:, None]).mul_(p), alpha[:, None], value=-1)
+
+    def probability(self, y: Tensor, lse: Tensor, p: Tensor) -> None:
+        """p = exp(y - lse)."""
+        torch.sub(y, lse[:, None], out=p).exp_()
+
+    def direction(
+        self, y_next: Tensor, lse_next: Tensor, column: Tensor, scale: Tensor, mean: Tensor, p: Tensor, out: Tensor
+    ) -> None:
+        """out = p (scale (p' - 1[target]) - mean); column [t]: the target's, if it is in this tile."""
+        torch.sub(y_next, lse_next[:, None], out=out).exp_()
+        rows = ((column >= 0) & (column < out.shape[1])).nonzero()[:, 0]
+        out[rows, column[rows]] -= 1
+        out.mul_(scale[:, None]).sub_(mean[:, None]).mul_(p)
+
+
+def _multiply(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
+    """out = a b; narrow operands (on a GPU) accumulate in the precision of out."""
+    return torch.mm(a, b, out=out) if a.dtype == out.dtype else torch.mm(a, b, out_dtype=out.dtype, out=out)
+
+
+def _accumulate(out: Tensor, a: Tensor, b: Tensor) -> None:
+    """out += a b; narrow operands accumulate in the precision of out."""
+    if a.dtype == out.dtype:
+        out.addmm_(a, b)
+    elif a.itemsize < out.itemsize:
+        out.add_(torch.mm(a, b, out_dtype=out.dtype))
+    else:  # gradients kept in the table's low precision
+        out.add_(torch.mm(a, b))
+
+
+class Vocabulary:
+    """The operations `vocab_*` of `ebt_megatron.kernels.interface`, on given tiles."""
+
+    def __init__(self, tiles: Tiles):
+        self.tiles = tiles
+
+    def _tokens(self, y: Tensor) -> Iterator[slice]:
+        size = self.tiles.token_tile
+        return (slice(i, min(i + size, len(y))) for i in range(0, len(y), size))
+
+    def _columns(self, valid: int) -> Iterator[slice]:
+        size = self.tiles.column_tile
+        return (slice(i, min(i + size, valid)) for i in range(0, valid, size))
+
+    def _buffers(self, y: Tensor, valid: int, *dtypes: torch.dtype) -> list[Tensor]:
+        # Allocated once a call: on a CPU, touching fresh memory costs more than the arithmetic on it.
+        size = min(self.tiles.token_tile, len(y)) * min(self.tiles.column_tile, valid)
+        return [torch.empty(size, dtype=dtype, device=y.device) for dtype in dtypes]
+
+    @staticmethod
+    def _tile(buffer: Tensor, t: slice, c: slice) -> Tensor:
+        rows, columns = t.stop - t.start, c.stop - c.start
+        return buffer[: rows * columns].view(rows, columns)
+
+    def embed(self, y: Tensor, table: Tensor, valid: int) -> tuple[Tensor, Tensor]:
+        """See `Kernels.vocab_embed`."""
+        dtype = self.tiles.operand_dtype(y, table)
+        (buffer,) = self._buffers(y, valid, dtype)
+        x, lse = y.new_empty(len(y), table.shape[1]), y.new_empty(len(y))
+        for t in self._tokens(y):
+            stats, sums = RowStats.empty(y[t]), y.new_zeros(t.stop - t.start, table.shape[1])
+            for c in self._columns(valid):
+                e = self._tile(buffer, t, c)
+                sums.mul_(self.tiles.embed(y[t, c], stats, e)[:, None])
+                _accumulate(sums, e, table[c].to(dtype))
+            torch.div(sums, stats.total[:, None], out=x[t])
+            lse[t] = stats.lse
+        return x, lse
+
+    def refine(
+        self, y: Tensor, lse: Tensor, table: Tensor, valid: int, energy_grad: Tensor, centre: Tensor, alpha: Tensor,
+        target: Tensor, y_next: Tensor | None = None,
+    ) -> RefineStats:  # fmt: skip
+        """See `Kernels.vocab_refine`."""
+        dtype, width = self.tiles.operand_dtype(y, table), table.shape[1]
+        slope, weights, spares = self._buffers(y, valid, y.dtype, dtype, y.dtype)
+        lse_next, px, sums = y.new_empty(len(y)), y.new_empty(len(y), width), y.new_empty(3, len(y))
+        narrow = energy_grad.to(dtype)
+        for t in self._tokens(y):
+            stats, weighted = RowStats.empty(y[t]), y.new_zeros(t.stop - t.start, width)
+            for c in self._columns(valid):
+                rows, weight = table[c].to(dtype), self._tile(weights, t, c)
+                q = _multiply(narrow[t], rows.mT, self._tile(slope, t, c))
+                spare, kept = self._tile(spares, t, c), None if y_next is None else y_next[t, c]
+                factor = self.tiles.refine(y[t, c], q, lse[t], centre[t], alpha[t], stats, weight, spare, kept)
+                weighted.mul_(factor[:, None])
+                _accumulate(weighted, weight, rows)
+            lse_next[t] = stats.lse
+            sums[0, t], sums[1, t] = stats.s1 / stats.total, stats.s2 / stats.total**2
+            sums[2, t] = stats.sg / stats.total
+            torch.div(weighted, stats.total[:, None], out=px[t])
+        # At the targets, one product of rows each: cheaper than looking for them in the tiles.
+        here = target >= 0
+        row = target.clamp_min(0)[:, None]
+        logit = y.gather(1, row)[:, 0]
+        p_target = (logit - lse).exp()
+        slopes = torch.linalg.vecdot(energy_grad, table[row[:, 0]].to(y.dtype)) - centre
+        g_target = p_target * slopes
+        logit_next, p_target, g_target = torch.stack([logit - alpha * g_target, p_target, g_target]).mul_(here)
+        return RefineStats(lse_next, logit_next, p_target, g_target, sums[0], sums[1], sums[2], px)
+
+    def backward(
+        self, y: Tensor, lse: Tensor, table: Tensor, valid: int, energy_grad: Tensor, centre: Tensor, alpha: Tensor,
+        target: Tensor, lse_next: Tensor, scale: Tensor, mean: Tensor, x_grad: Tensor, xt_grad: Tensor,
+        table_grad: Tensor, y_next: Tensor | None = None,
+    ) -> None:  # fmt: skip
+        """See `Kernels.vocab_backward`."""
+        dtype = self.tiles.operand_dtype(y, table)
+        slope, values, tangents = self._buffers(y, valid, y.dtype, dtype, dtype)
+        narrow, x_grad, xt_grad = energy_grad.to(dtype), x_grad.to(dtype), xt_grad.to(dtype)
+        for c in self._columns(valid):
+            rows = table[c].to(dtype)
+            for t in self._tokens(y):
+                p, direction = self._tile(values, t, c), self._tile(tangents, t, c)
+                if y_next is None:
+                    q = _multiply(narrow[t], rows.mT, self._tile(slope, t, c))
+                    self.tiles.update(y[t, c], q, lse[t], centre[t], alpha[t], p)
+                    moved = y[t, c]
+                else:
+                    self.tiles.probability(y[t, c], lse[t], p)
+                    moved = y_next[t, c]
+                self.tiles.direction(moved, lse_next[t], target[t] - c.start, scale[t], mean[t], p, direction)
+                _accumulate(table_grad[c], p.mT, x_grad[t])
+                _accumulate(table_grad[c], direction.mT, xt_grad[t])
+
+    def update(
+        self, y: Tensor, lse: Tensor, table: Tensor, valid: int, energy_grad: Tensor, centre: Tensor, alpha: Tensor
+    ) -> None:
+        """See `Kernels.vocab_update`."""
+        dtype = self.tiles.operand_dtype(y, table)
+        slope, values = self._buffers(y, valid, y.dtype, dtype)
+        narrow = energy_grad.to(dtype)
+        for c in self._columns(valid):
+            rows = table[c].to(dtype)
+            for t in self._tokens(y):
+                q = _multiply(narrow[t], rows.mT, self._tile(slope, t, c))
+                self.tiles.update(y[t, c], q, lse[t], centre[t], alpha[t], self._tile(values, t, c))
+
+    # --- along an adjoint as wide as the vocabulary (training through several steps) -----------------
+
+    def adjoint(
+        self, y_next: Tensor, lse_next: Tensor, target: Tensor, weight: Tensor, valid: int, adjoint: Tensor
+    ) -> None:
+        """See `Kernels.vocab_adjoint`."""
+        (buffer,) = self._buffers(y_next, valid, y_next.dtype)
+        for t in self._tokens(y_next):
+            for c in self._columns(valid):
+                p = self._tile(buffer, t, c)
+                self.tiles.probability(y_next[t, c], lse_next[t], p)
+                adjoint[t, c].addcmul_(p, weight[t, None])
+        at_target = torch.where(target >= 0, weight, 0)[:, None]
+        adjoint.scatter_add_(1, target.clamp_min(0)[:, None], -at_target)  # one entry a row: no order to it
+
+    def dot_step(
+        self, y: Tensor, lse: Tensor, table: Tensor, valid: int, energy_grad: Tensor, centre: Tensor, adjoint: Tensor
+    ) -> Tensor:
+        """See `Kernels.vocab_dot_step`."""
+        dtype, out = self.tiles.operand_dtype(y, table), y.new_zeros(len(y))
+        slope, values = self._buffers(y, valid, y.dtype, y.dtype)
+        narrow = energy_grad.to(dtype)
+        for c in self._columns(valid):
+            rows = table[c].to(dtype)
+            for t in self._tokens(y):
+                q, p = _multiply(narrow[t], rows.mT, self._tile(slope, t, c)), self._tile(values, t, c)
+                self.tiles.probability(y[t, c], lse[t], p)
+                out[t] += torch.linalg.vecdot(q.sub_(centre[t, None]).mul_(p), adjoint[t, c])
+        return out
+
+    def tangent(
+        self, y: Tensor, lse: Tensor, table: Tensor, valid: int, adjoint: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """See `Kernels.vocab_tangent`."""
+        dtype = self.tiles.operand_dtype(y, table)
+        (buffer,) = self._buffers(y, valid, y.dtype)
+        mean, norm2, plx = y.new_zeros(len(y)), y.new_zeros(len(y)), y.new_zeros(len(y), table.shape[1])
+        for c in self._columns(valid):
+            rows = table[c].to(dtype)
+            for t in self._tokens(y):
+                part, weighted = adjoint[t, c], self._tile(buffer, t, c)
+                norm2[t] += torch.linalg.vecdot(part, part)
+                self.tiles.probability(y[t, c], lse[t], weighted)
+                mean[t] += weighted.mul_(part).sum(1)
+                _accumulate(plx[t], weighted.to(dtype), rows)
+        return mean, norm2, plx
+
+    def dense_backward(
+        self, y: Tensor, lse: Tensor, table: Tensor, valid: int, adjoint: Tensor, scale: Tensor, mean: Tensor,
+        x: Tensor, xt: Tensor, x_grad: Tensor, xt_grad: Tensor, table_grad: Tensor,
+    ) -> None:  # fmt: skip
+        """See `Kernels.vocab_dense_backward`; the derivation is beside `reference.vocab_dense_backward`."""
+        dtype = self.tiles.operand_dtype(y, table)
+        values, tangents, firsts, seconds = self._buffers(y, valid, *[y.dtype] * 4)
+        along_value = torch.linalg.vecdot(x, x_grad) + torch.linalg.vecdot(xt, xt_grad)
+        along_tangent = torch.linalg.vecdot(x, xt_grad)
+        x_narrow, xt_narrow = x_grad.to(dtype), xt_grad.to(dtype)
+        for c in self._columns(valid):
+            rows = table[c].to(dtype)
+            for t in self._tokens(y):
+                p, direction = self._tile(values, t, c), self._tile(tangents, t, c)
+                self.tiles.probability(y[t, c], lse[t], p)
+                torch.mul(adjoint[t, c], scale[t, None], out=direction).sub_(mean[t, None])
+                through = _multiply(xt_narrow[t], rows.mT, self._tile(firsts, t, c))
+                through.sub_(along_tangent[t, None]).mul_(direction)
+                through.add_(_multiply(x_narrow[t], rows.mT, self._tile(seconds, t, c))).sub_(along_value[t, None])
+                adjoint[t, c].addcmul_(p, through)
+                _accumulate(table_grad[c], p.to(dtype).mT, x_narrow[t])
+                _accumulate(table_grad[c], direction.mul_(p).to(dtype).mT, xt_narrow[t])

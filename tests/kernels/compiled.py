@@ -1,0 +1,71 @@
+"""Compile every Triton kernel for an H100 without having one; `test_triton.py` runs this in a process of its own.
+
+The interpreter does not see what the compiler refuses: types that change in a loop, shapes
+that are no constants. Prints one line a kernel.
+"""
+
+import sys
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from ebt_megatron.kernels import triton_attention, triton_elementwise, triton_vocabulary
+
+POINTERS = {"LSE", "MU", "DELTA", "BETA", "GW", "TOP", "TOTAL", "FACTOR", "CENTRE", "ALPHA", "S1", "S2", "SG", "SCALE",
+            "MEAN", "QUANTILES", "NEXT"}  # always fp32  # fmt: skip
+INTEGERS = {"SEG": "*i32", "FIRST": "*i32", "SECOND": "*i32", "COLUMN": "*i64"}
+FLOATS = ("scale", "epsilon", "std")
+
+
+def compile_kernel(function, wide=(), **constants):
+    """Compile with bf16 data, fp32 for the pointers named in `wide`; arguments are as the launchers pass them."""
+    signature = {}
+    for name in function.arg_names:
+        if name in constants:
+            signature[name] = "constexpr"
+        elif name in INTEGERS:
+            signature[name] = INTEGERS[name]
+        elif name in POINTERS or name in wide:
+            signature[name] = "*fp32"
+        elif (name.isupper() and len(name) > 1) or name in ("Q", "K", "V", "A", "X", "W", "Y", "E", "P"):
+            signature[name] = "*bf16"
+        else:
+            signature[name] = "fp32" if name in FLOATS else "i32"
+    source = ASTSource(function, signature, constexprs=constants)
+    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32))
+    print(f"{function.__name__} {constants}: {len(compiled.asm['ptx'])} bytes of PTX")
+
+
+def main(names):
+    at, el, vo = triton_attention, triton_elementwise, triton_vocabulary
+    if "attention" in names:
+        tiles = {"BM": 64, "BN": 64, "BH": 64}
+        for tangent, own, causal in (
+            (True, True, True),
+            (False, True, True),
+            (True, False, False),
+            (False, False, True),
+        ):
+            kind = {"TANGENT": tangent, "CAUSAL": causal, "SEGMENTS": causal, **tiles}
+            compile_kernel(at._forward, OWN=own, **kind)
+            compile_kernel(at._queries_backward, OWN=own, **kind)
+            compile_kernel(at._keys_backward, KT=tangent and not own, **kind)
+    if "elementwise" in names:
+        for tangent in (True, False):
+            compile_kernel(el._rms_forward, TANGENT=tangent, BD=512)
+            compile_kernel(el._rms_backward, TANGENT=tangent, WEIGHT=tangent, BD=512)
+            compile_kernel(el._swiglu_forward, TANGENT=tangent, BF=1024)
+            compile_kernel(el._swiglu_backward, TANGENT=tangent, BF=1024)
+    if "vocabulary" in names:
+        compile_kernel(vo._embed, wide=("Y",), BLOCK=1024)
+        for keep in (True, False):
+            compile_kernel(vo._refine, wide=("Y", "Q"), KEEP=keep, BLOCK=1024)
+        for step in (True, False):
+            compile_kernel(vo._update, wide=("Y", "Q"), STEP=step, BLOCK=1024)
+        compile_kernel(vo._direction, BLOCK=1024)
+        compile_kernel(vo._noise, wide=("Y",), GOLDEN=vo.GOLDEN, BLOCK=1024)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,25 @@
+"""The validation's tiny case passes without a GPU, and says what it has not measured."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+pytest.importorskip("triton")
+
+
+def test_without_a_gpu(tmp_path):
+    run = subprocess.run(
+        [sys.executable, "-W", "ignore", "-m", "tools.gpu_validate", "--output", str(tmp_path)],
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
+        timeout=280,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-2000:]
+    result = json.loads(next(tmp_path.glob("*.json")).read_text())
+    errors = {r["operation"]: r["error"] for r in result["correctness"]}
+    assert all(e <= 1e-5 for name, e in errors.items() if "whole model" not in name)
+    assert all(errors[f"whole model, {way}"] <= 1e-4 for way in ("S1", "S1, reuse", "through every step"))
+    assert result["benchmarks"] and not any(result["benchmarks"].values())
+    assert "not measured" in next(tmp_path.glob("*.md")).read_text()
