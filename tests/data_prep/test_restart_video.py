@@ -6,23 +6,26 @@ import shutil
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
 from tests.data_prep.media import contents, write_videos
-from tests.data_prep.test_restart import ROOT, kill
+from tests.data_prep.test_restart import MPIRUN, ROOT, kill
 
 pytest.importorskip("av")
 KILLS = 3
 
 
-def launch(workers, source, output):
+def launch(workers, source, output, launcher=()):
     command = [
-        sys.executable, "-m", "data_prep.video", "--input", source, "--output", output, "--height", 48, "--width", 64,
-        "--frames", 4, "--clips-per-shard", 16, "--validation-fraction", 0.3, "--workers", workers, "--resume",
+        *launcher, sys.executable, "-m", "data_prep.video", "--input", source, "--output", output, "--height", 48,
+        "--width", 64, "--frames", 4, "--clips-per-shard", 16, "--validation-fraction", 0.3, "--workers", workers,
+        "--resume",
     ]  # fmt: skip
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    return subprocess.Popen([str(c) for c in command], env=os.environ | {"PYTHONPATH": str(ROOT)}, cwd=ROOT, **pipes)
+    paths = {"PYTHONPATH": str(ROOT), "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    return subprocess.Popen([str(c) for c in command], env=os.environ | paths, cwd=ROOT, **pipes)
 
 
 @pytest.fixture(scope="module")
@@ -59,3 +62,12 @@ def test_killed_three_times(workers, source, undisturbed, tmp_path):
     said = process.communicate(timeout=60)[0]
     assert process.returncode == 0, said
     assert contents(tmp_path / "out") == expected
+
+
+def test_two_mpi_ranks_give_the_same_bytes(source, undisturbed, tmp_path):
+    if not (shutil.which("mpirun") or (Path(sys.executable).parent / "mpirun").exists()):
+        pytest.skip("no mpirun")
+    process = launch(1, source, tmp_path / "out", MPIRUN)
+    said = process.communicate(timeout=60)[0]
+    assert process.returncode == 0, said
+    assert contents(tmp_path / "out") == undisturbed[0]
