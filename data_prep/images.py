@@ -1,0 +1,250 @@
+"""Pictures to shards of latents.
+
+    python -m data_prep.images --input photos/ --output data/photos --classes folders
+    python -m data_prep.images --input 'landscapes/*.jpg' --output data/tiles --tile --encoder vae --model sd-vae
+    python -m data_prep.images --input train-images-idx3-ubyte.gz --output data/mnist --height 28 --width 28 --patch 4
+
+Reads picture files; arrays uint8 [N, H, W] or [N, H, W, 3] of .npy and .npz (labels under a key of the
+.npz); and idx files, with their labels file beside them. A picture's split is a hash of its content, so all
+tiles of a picture are in the same.
+"""
+
+from __future__ import annotations
+
+import gzip
+import io
+import itertools
+import math
+import zipfile
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+import fsspec
+import numpy as np
+import typer
+
+from data_prep import options
+from data_prep.files import InputFile, find_files, open_file
+from data_prep.latents import NO_LABEL, LatentSettings, Piece, prepare_latents
+from ebt_megatron.cli import guarded
+from ebt_megatron.data.shards import DataError
+
+_PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
+_ARRAYS = (".npy", ".npz", "idx3-ubyte")
+SUFFIXES = (*_PICTURES, *_ARRAYS)
+_UNIT = 256  # picture files in a piece of work; an array is one by itself
+
+
+def _pillow() -> Any:
+    try:
+        import PIL.Image
+        import PIL.ImageOps
+    except ImportError as error:
+        raise DataError(f"reading pictures needs Pillow ({error}): pip install pillow") from None
+    return PIL
+
+
+def _is_array(path: str) -> bool:
+    return path.removesuffix(".gz").lower().endswith(_ARRAYS)
+
+
+def _bytes_of(path: str) -> bytes:
+    try:
+        with open_file(path) as stream:
+            data = stream.read()
+        return gzip.decompress(data) if path.endswith(".gz") else data
+    except (OSError, EOFError, zlib.error) as error:
+        raise DataError(f"{path} cannot be read ({error})") from None
+
+
+def _idx(path: str) -> np.ndarray:
+    """uint8 [N, ...] of an idx file: two zeros, 8 for bytes, the number of dimensions, each as 32 bits, the bytes."""
+    data = _bytes_of(path)
+    shape = np.frombuffer(data[4 : 4 + 4 * data[3]], ">u4").tolist() if data[:3] == b"\0\0\x08" else []
+    values = np.frombuffer(data, np.uint8)[4 + 4 * len(shape) :]
+    if not shape or len(values) != math.prod(shape):
+        raise ValueError("it is truncated, or no idx file of bytes")
+    return values.reshape(shape)
+
+
+def _npz_or_npy(path: str, array_key: str, labels_key: str) -> tuple[np.ndarray, np.ndarray | None]:
+    if path.endswith(".npy") and "://" not in path:
+        return np.load(path, mmap_mode="r"), None
+    loaded = np.load(io.BytesIO(_bytes_of(path)))
+    if isinstance(loaded, np.ndarray):
+        return loaded, None
+    if array_key not in loaded:
+        raise ValueError(f"it holds {', '.join(loaded)}, not {array_key}: name the pictures with --array-key")
+    return loaded[array_key], loaded.get(labels_key)
+
+
+def _idx_and_labels(path: str) -> tuple[np.ndarray, np.ndarray | None]:
+    folder, slash, name = path.rpartition("/")
+    beside = folder + slash + name.replace("images", "labels").replace("idx3", "idx1")
+    system, there = fsspec.core.url_to_fs(beside)
+    return _idx(path), _idx(beside) if beside != path and system.exists(there) else None
+
+
+def read_array(
+    path: str, array_key: str = "images", labels_key: str = "labels"
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """Pictures uint8 [N, H, W] or [N, H, W, 3], and their labels, integers [N], if there are any.
+
+    Args:
+        path: of a .npy, .npz or idx file; labels of an idx file are in the idx1 file beside it.
+        array_key, labels_key: of an .npz.
+
+    Raises:
+        DataError: if it cannot be read, or is not of that shape.
+    """
+    try:
+        if path.removesuffix(".gz").lower().endswith("idx3-ubyte"):
+            pictures, labels = _idx_and_labels(path)
+        else:
+            pictures, labels = _npz_or_npy(path, array_key, labels_key)
+    except DataError:
+        raise
+    except (OSError, ValueError, EOFError, zlib.error, zipfile.BadZipFile) as error:
+        raise DataError(f"{path} cannot be read ({' '.join(str(error).split())})") from None
+    if pictures.dtype != np.uint8 or pictures.ndim not in (3, 4) or pictures.shape[3:] not in ((), (3,)):
+        raise DataError(f"{path} holds {pictures.dtype} {list(pictures.shape)}; pictures are uint8 [N, H, W] or "
+                        "[N, H, W, 3]")  # fmt: skip
+    if labels is not None and (labels.dtype.kind not in "iu" or labels.shape != pictures.shape[:1] or
+                               labels.min(initial=0) < 0):  # fmt: skip
+        raise DataError(f"the labels of {path} are {labels.dtype} {list(labels.shape)}, not {len(pictures)} integers "
+                        "from 0 on")  # fmt: skip
+    return pictures, labels
+
+
+def _class_of(path: str) -> str:
+    return path.rpartition("/")[0].rpartition("/")[2]
+
+
+@dataclass(frozen=True)
+class PictureSource:
+    """Pictures of files and arrays.
+
+    Attributes:
+        height, width: of a sample.
+        tile: cut a picture into samples; else make it smaller and take its centre.
+        classes: names of the folders that pictures are in; empty: labels are those of arrays.
+        array_key, labels_key: of an .npz.
+    """
+
+    height: int = 128
+    width: int = 128
+    tile: bool = False
+    classes: list[str] = field(default_factory=list)
+    array_key: str = "images"
+    labels_key: str = "labels"
+    kind: ClassVar[str] = "images"
+    frames: ClassVar[None] = None
+
+    def read(self, files: list[InputFile]) -> Iterator[Piece]:
+        """A piece for each picture."""
+        for path in (file.path for file in files):
+            if _is_array(path):
+                pictures, labels = read_array(path, self.array_key, self.labels_key)
+                for i, picture in enumerate(pictures):
+                    where = f"picture {i} of {path}"
+                    yield Piece(picture.tobytes(), self._of_array(picture, where),
+                                NO_LABEL if labels is None else int(labels[i]))  # fmt: skip
+            else:
+                data = _bytes_of(path)
+                label = self.classes.index(_class_of(path)) if self.classes else NO_LABEL
+                yield Piece(data, self._of_file(data, path), label)
+
+    def _of_array(self, picture: np.ndarray, where: str) -> Iterator[tuple[np.ndarray, float]]:
+        if picture.shape[:2] == (self.height, self.width):
+            channels = picture if picture.ndim == 3 else picture[..., None]
+            yield np.broadcast_to(channels, (1, self.height, self.width, 3)), 0.0
+        else:
+            yield from self._samples(_pillow().Image.fromarray(np.ascontiguousarray(picture)).convert("RGB"), where)
+
+    def _of_file(self, data: bytes, path: str) -> Iterator[tuple[np.ndarray, float]]:
+        """Raises DataError if the picture is broken."""
+        pillow = _pillow()
+        try:
+            with pillow.Image.open(io.BytesIO(data)) as opened:
+                picture = pillow.ImageOps.exif_transpose(opened).convert("RGB")
+        except (OSError, ValueError, SyntaxError, EOFError, pillow.Image.DecompressionBombError) as error:
+            said = str(error) if "BytesIO" not in str(error) else "no format of pictures that Pillow knows"
+            raise DataError(f"{path} cannot be decoded ({said})") from None
+        yield from self._samples(picture, path)
+
+    def _samples(self, picture: Any, where: str) -> Iterator[tuple[np.ndarray, float]]:
+        """uint8 [1, height, width, 3], tile by tile or once."""
+        if not self.tile:
+            scale = max(self.height / picture.height, self.width / picture.width)
+            size = max(self.width, round(picture.width * scale)), max(self.height, round(picture.height * scale))
+            picture = picture.resize(size, _pillow().Image.Resampling.BICUBIC)
+        array = np.asarray(picture)
+        rows, columns = array.shape[0] // self.height, array.shape[1] // self.width
+        if not rows or not columns:
+            raise DataError(f"{where} is {array.shape[0]} x {array.shape[1]}, smaller than a tile of {self.height} x "
+                            f"{self.width}")  # fmt: skip
+        if not self.tile:
+            rows, columns = 1, 1
+        top, left = (array.shape[0] - rows * self.height) // 2, (array.shape[1] - columns * self.width) // 2
+        for row, column in itertools.product(range(rows), range(columns)):
+            y, x = top + row * self.height, left + column * self.width
+            yield array[None, y : y + self.height, x : x + self.width], 0.0
+
+
+def split_files(files: list[InputFile]) -> list[list[InputFile]]:
+    """Pieces of work: an array each, some pictures together."""
+    arrays = [[file] for file in files if _is_array(file.path)]
+    pictures = [file for file in files if not _is_array(file.path)]
+    return [*arrays, *(pictures[i : i + _UNIT] for i in range(0, len(pictures), _UNIT))]
+
+
+def main(
+    output: Path = options.OUTPUT,
+    input: list[str] = typer.Option(..., help=f"Globs, folders or URLs of {', '.join(SUFFIXES)} (.gz)."),
+    height: int = typer.Option(128, min=1, help="Of a sample: a picture made smaller and cropped to its centre."),
+    width: int = typer.Option(128, min=1, help="Of a sample."),
+    tile: bool = typer.Option(False, help="Cut pictures into samples instead of making them smaller."),
+    classes: str = typer.Option("arrays", help="Where labels come from: arrays, or the folders that pictures are in."),
+    array_key: str = typer.Option("images", help="Of the pictures in an .npz."),
+    labels_key: str = typer.Option("labels", help="Of the labels in an .npz."),
+    encoder: str = options.ENCODER,
+    model: str | None = options.MODEL,
+    patch: int | None = options.PATCH,
+    channels: int | None = options.CHANNELS,
+    pictures_per_shard: int = typer.Option(8192, min=1, help="Samples in each tar."),
+    validation_fraction: float = options.VALIDATION_FRACTION,
+    skip_broken: bool = options.SKIP_BROKEN,
+    seed: int = options.SEED,
+    workers: int = options.WORKERS,
+    resume: bool = options.RESUME,
+    overwrite: bool = options.OVERWRITE,
+    dry_run: bool = options.DRY_RUN,
+) -> None:
+    """Turn pictures into shards of latents for training."""
+
+    def work() -> None:
+        if classes not in ("arrays", "folders"):
+            raise DataError(f"--classes {classes}: choose arrays or folders")
+        _pillow()
+        files = find_files(input, SUFFIXES)
+        names: list[str] = []
+        if classes == "folders":
+            if arrays := [f.path for f in files if _is_array(f.path)]:
+                raise DataError(f"--classes folders is for picture files; {arrays[0]} is an array")
+            names = sorted({_class_of(f.path) for f in files})
+        source = PictureSource(height, width, tile, names, array_key, labels_key)
+        settings = LatentSettings(encoder, patch, channels, model, pictures_per_shard, validation_fraction, seed,
+                                  skip_broken)  # fmt: skip
+        described = f"{len(files)} files, {sum(f.bytes for f in files) / 1e6:,.1f} MB"
+        if options.announce(output, described, settings.splits, f"pictures of {height} x {width}", dry_run):
+            prepare_latents(output, split_files(files), source, settings, described, workers=workers, resume=resume,
+                            overwrite=overwrite)  # fmt: skip
+
+    guarded(work, quiet=not options.first_rank())
+
+
+if __name__ == "__main__":
+    typer.run(main)

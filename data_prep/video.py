@@ -1,0 +1,176 @@
+"""Video to shards of latents, a clip a sample.
+
+    python -m data_prep.video --input 'movies/**/*.mp4' --output data/video --frames 16 --frame-rate 8
+    mpirun -n 64 python -m data_prep.video --input s3://bucket/movies/ --output data/video --encoder vae --model sd-vae
+
+Each file is decoded frame by frame, made smaller, cropped to its centre and cut into clips that do not
+overlap; what is left at its end is dropped. All clips of a file are in the same split, whatever its path.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from fractions import Fraction
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import typer
+
+from data_prep import options
+from data_prep.files import InputFile, find_files, open_file
+from data_prep.latents import LatentSettings, Piece, fingerprint, prepare_latents
+from ebt_megatron.cli import guarded
+from ebt_megatron.data.shards import DataError
+
+SUFFIXES = (".mp4", ".mkv", ".webm", ".avi", ".mov", ".m4v", ".mpg", ".mpeg", ".ts", ".ogv", ".gif")
+
+
+def _av() -> Any:
+    try:
+        import av
+    except ImportError as error:
+        raise DataError(f"reading video needs PyAV ({error}): pip install av") from None
+    av.logging.set_level(av.logging.PANIC)  # what matters is raised
+    return av
+
+
+def at_rate(frames: Iterator[Any], rate: Fraction) -> Iterator[Any]:
+    """Of frames in order those shown at 0, 1 / rate, 2 / rate ... seconds after the first.
+
+    A frame is repeated where the video is slower.
+    """
+    shown = next(frames, None)
+    if shown is None:
+        return
+    start, count = shown.pts * shown.time_base, 0
+    for frame in itertools.chain(frames, [None]):
+        end = frame.pts * frame.time_base if frame else shown.pts * shown.time_base + Fraction(1, 10**9)
+        while start + count / rate < end:
+            yield shown
+            count += 1
+        shown = frame
+
+
+@dataclass(frozen=True)
+class VideoSource:
+    """Clips of video files.
+
+    Attributes:
+        frames: of a clip.
+        height, width: of a frame.
+        stride: take every so-many-th frame.
+        frame_rate: take so many frames a second instead, if not 0.
+    """
+
+    frames: int = 16
+    height: int = 128
+    width: int = 128
+    stride: int = 1
+    frame_rate: float = 0.0
+    classes: list[str] = field(default_factory=list)
+    kind: ClassVar[str] = "video"
+
+    def read(self, files: list[InputFile]) -> Iterator[Piece]:
+        """A piece for each file."""
+        for file in files:
+            yield Piece(fingerprint(file), self._clips(file))
+
+    def _clips(self, file: InputFile) -> Iterator[tuple[np.ndarray, float]]:
+        """uint8 [frames, height, width, 3] and its seconds, again and again.
+
+        Raises:
+            DataError: if the file cannot be decoded to its end, or has no clip.
+        """
+        av = _av()
+        found, clip = False, []
+        try:
+            with av.open(open_file(file.path) if "://" in file.path else file.path) as container:
+                if not container.streams.video:
+                    raise DataError(f"{file.path} has no video in it")
+                stream = container.streams.video[0]
+                stream.codec_context.thread_count = 1  # --workers use the cores
+                frames = _checked(container, stream, file.path)
+                rate = Fraction(self.frame_rate).limit_denominator(1001) or (stream.average_rate or 0) / self.stride
+                taken = at_rate(frames, rate) if self.frame_rate else itertools.islice(frames, 0, None, self.stride)
+                scaler = av.video.reformatter.VideoReformatter()
+                for frame in taken:
+                    clip.append(self._picture(frame, scaler))
+                    if len(clip) == self.frames:
+                        yield np.stack(clip), float(self.frames / rate) if rate else 0.0
+                        found, clip = True, []
+        except (av.error.FFmpegError, OSError) as error:
+            raise DataError(f"{file.path} cannot be decoded ({error})") from None
+        if not found:
+            raise DataError(f"{file.path} has {len(clip)} frames, fewer than a clip of {self.frames}")
+
+    def _picture(self, frame: Any, scaler: Any) -> np.ndarray:
+        """uint8 [height, width, 3]: the shorter side made to fit, the centre of the longer."""
+        scale = max(self.height / frame.height, self.width / frame.width)
+        height, width = max(self.height, round(frame.height * scale)), max(self.width, round(frame.width * scale))
+        rgb = scaler.reformat(frame, width, height, "rgb24", interpolation="BICUBIC", threads=1).to_ndarray()
+        top, left = (height - self.height) // 2, (width - self.width) // 2
+        return rgb[top : top + self.height, left : left + self.width]
+
+
+def _checked(container: Any, stream: Any, path: str) -> Iterator[Any]:
+    """The frames of a stream.
+
+    Raises:
+        DataError: a frame that is damaged or has no time, or an end before the one that the file announces.
+    """
+    announced, seen = container.duration, Fraction(0)
+    announced = stream.duration * stream.time_base if stream.duration else Fraction(announced or 0, 10**6)
+    for frame in container.decode(stream):
+        if frame.is_corrupt or frame.pts is None:
+            raise DataError(f"{path} cannot be decoded (a frame after {float(seen):.2f} s is damaged or has no time)")
+        seen = frame.pts * frame.time_base
+        yield frame
+    if seen < announced * 9 / 10 - 1:  # sound may last a little longer
+        raise DataError(f"{path} ends after {float(seen):.2f} of {float(announced):.2f} s: copy it again")
+
+
+def main(
+    output: Path = options.OUTPUT,
+    input: list[str] = typer.Option(..., help=f"Globs, folders or URLs of {', '.join(SUFFIXES)}."),
+    frames: int = typer.Option(16, min=2, help="Frames of a clip."),
+    height: int = typer.Option(128, min=1, help="Of a frame, after making it smaller and cropping to the centre."),
+    width: int = typer.Option(128, min=1, help="Of a frame."),
+    stride: int = typer.Option(1, min=1, help="Take every so-many-th frame."),
+    frame_rate: float = typer.Option(0.0, min=0.0, help="Take so many frames a second instead (0: by --stride)."),
+    encoder: str = options.ENCODER,
+    model: str | None = options.MODEL,
+    patch: int | None = options.PATCH,
+    channels: int | None = options.CHANNELS,
+    clips_per_shard: int = typer.Option(512, min=1, help="Clips in each tar."),
+    validation_fraction: float = options.VALIDATION_FRACTION,
+    skip_broken: bool = options.SKIP_BROKEN,
+    seed: int = options.SEED,
+    workers: int = options.WORKERS,
+    resume: bool = options.RESUME,
+    overwrite: bool = options.OVERWRITE,
+    dry_run: bool = options.DRY_RUN,
+) -> None:
+    """Turn video into shards of latents for training."""
+
+    def work() -> None:
+        if frame_rate and stride > 1:
+            raise DataError("give either --stride or --frame-rate")
+        _av()
+        source = VideoSource(frames, height, width, stride, frame_rate)
+        settings = LatentSettings(encoder, patch, channels, model, clips_per_shard, validation_fraction, seed,
+                                  skip_broken)  # fmt: skip
+        files = find_files(input, SUFFIXES)
+        described = f"{len(files)} files, {sum(f.bytes for f in files) / 1e6:,.1f} MB"
+        what = f"clips of {frames} frames of {height} x {width}"
+        if options.announce(output, described, settings.splits, what, dry_run):
+            prepare_latents(output, [[file] for file in files], source, settings, described, workers=workers,
+                            resume=resume, overwrite=overwrite)  # fmt: skip
+
+    guarded(work, quiet=not options.first_rank())
+
+
+if __name__ == "__main__":
+    typer.run(main)
