@@ -74,7 +74,7 @@ class ThinkingConfig:
 class DataConfig:
     """Where samples come from."""
 
-    modality: str = "text"
+    modality: str = "text"  # text | video | images (shards of these are loaded; models are for text so far)
     train: list[str] = field(default_factory=list)  # shard folders (with manifest.json) or URLs
     train_weights: list[float] = field(default_factory=list)  # blend; default: by sample count
     validation: list[str] = field(default_factory=list)
@@ -170,7 +170,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "thinking.gradient": ("detached", "full", "truncated"),
     "thinking.initial": ("noise", "zeros"),
     "thinking.engine": ("dual_stream", "double_backward"),
-    "data.modality": ("text",),
+    "data.modality": ("text", "video", "images"),
     "training.precision": ("fp32", "bf16"),
 }
 

@@ -98,6 +98,21 @@ def minimum_flops(recipe: Recipe, vocab: int) -> float:
     return batch * per_sample.minimum(recipe.thinking.max_steps, recipe.thinking.max_steps)
 
 
+def counted_flops(step: Callable[[int], float]) -> int:
+    """FLOPs of the matrix products of a step, as torch counts them while it runs."""
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+
+    def product(_: Any, a: Any, b: Any, **kwargs: Any) -> int:  # shapes of a product added in place
+        return 2 * math.prod(a) * b[-1]
+
+    aten = torch.ops.aten
+    in_place = {aten.addmm_: product, aten.baddbmm_: product}  # torch counts their other forms only
+    with FlopCounterMode(display=False, custom_mapping=in_place) as counter:
+        step(0)
+    return counter.get_total_flops()
+
+
 def median_seconds(step: Callable[[int], float], repeats: int) -> float:
     """Of a step, after those that were run before."""
     seconds = []
@@ -111,7 +126,6 @@ def median_seconds(step: Callable[[int], float], repeats: int) -> float:
 def _child(case: str, variant: str, repeats: int) -> dict[str, Any]:
     """Measure one variant in this process: memory of the first step, or time of `repeats` after it."""
     import torch
-    from torch.utils.flop_counter import FlopCounterMode
 
     from ebt_megatron.config import load_recipe
 
@@ -134,15 +148,7 @@ def _child(case: str, variant: str, repeats: int) -> dict[str, Any]:
             step(0)
             out["memory"] = _peak_rss() - base
         return out
-    aten = torch.ops.aten
-
-    def product(_: Any, a: Any, b: Any, **kwargs: Any) -> int:  # shapes of a product added in place
-        return 2 * math.prod(a) * b[-1]
-
-    in_place = {aten.addmm_: product, aten.baddbmm_: product}  # torch counts their other forms only
-    with FlopCounterMode(display=False, custom_mapping=in_place) as counter:
-        step(0)
-    out["flops"] = counter.get_total_flops()
+    out["flops"] = counted_flops(step)
     out["seconds"] = median_seconds(step, repeats)
     out["minimum_flops"] = minimum_flops(recipe, vocab)
     return out

@@ -108,9 +108,8 @@ def open_sources(recipe: Recipe, split: str) -> list[ShardFolder]:
     sidecar = "tokenizer" if first.kind == "text" else "encoder"
     for source in sources:
         m = source.manifest
-        if m.kind != first.kind:
-            raise DataError(f"{source.folder} holds {m.kind} and {sources[0].folder} holds {first.kind}: a run reads "
-                            "one kind")  # fmt: skip
+        if m.kind != recipe.data.modality:
+            raise DataError(f"{source.folder} holds {m.kind}, data.modality is {recipe.data.modality}: change one")
         if m.kind != "images" and m.sequence_length != recipe.data.sequence_length:
             unit = "tokens" if m.kind == "text" else "frames"
             raise DataError(f"{source.folder} has sequences of {m.sequence_length} {unit}, data.sequence_length is "

@@ -8,7 +8,7 @@ from megatron.core import parallel_state
 from megatron.core.transformer import MegatronModule
 
 from ebt_megatron import kernels
-from ebt_megatron.config import Recipe
+from ebt_megatron.config import Recipe, RecipeError
 from ebt_megatron.model.energy import EnergyTransformer
 from ebt_megatron.model.initialization import initialize_weights
 from ebt_megatron.model.text import TextModality, TextOutput, TokenEmbedding
@@ -38,7 +38,12 @@ def build_model(recipe: Recipe, shape: SampleShape) -> MegatronModule:
     Args:
         recipe: the run; Megatron's process groups must exist.
         shape: facts of the data.
+
+    Raises:
+        RecipeError: for a modality that has no model.
     """
+    if recipe.data.modality != "text":
+        raise RecipeError(f"data.modality={recipe.data.modality}: there is no model for it yet, only for text")
     config = transformer_config(recipe)
     config.has_cond_embedder = recipe.model.conditioning.startswith("adaln")
     first = parallel_state.is_pipeline_first_stage()

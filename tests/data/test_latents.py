@@ -16,7 +16,7 @@ from tests.data_prep.media import moving_square, write_videos
 
 
 def recipe(folder, *overrides):
-    return recipe_for(folder, "data.sequence_length=5", *overrides)
+    return recipe_for(folder, "data.modality=video", "data.sequence_length=5", *overrides)
 
 
 def prepare(raw, output, source, **settings):
@@ -84,7 +84,7 @@ def test_video_has_latents_and_no_tokens(videos):
 def test_pictures_have_the_labels_of_their_rows(tmp_path, labels):
     folder = pictures(tmp_path / "raw", labels)
     shards = ShardFolder(f"{folder}/train")
-    batch = next(iter(Loader(recipe_for(folder, "data.shuffle=false"), "train", 0, 1)))
+    batch = next(iter(Loader(recipe_for(folder, "data.modality=images", "data.shuffle=false"), "train", 0, 1)))
     assert batch.latents.shape == (2, 4, 16) and batch.tokens is None
     assert (batch.latents.numpy() == np.stack([shards.row(0), shards.row(1)]).astype(np.float32)).all()
     if labels:
@@ -109,8 +109,9 @@ def test_sources_that_do_not_fit_are_refused(raw, videos, tmp_path):
     assert "has sequences of 5 frames, data.sequence_length is 4" in refusal(videos, **{"data.sequence_length": 4})
     assert "another encoder than" in refusal(videos, other_encoder)
     assert "has sequences of 7 frames" in refusal(videos, longer)
-    assert f"{few}/train holds images and {videos}/train holds video" in refusal(videos, few)
-    assert "5 classes" in refusal(few, many) and "of [4, 16] and 3" in refusal(few, many)
+    assert f"{few}/train holds images, data.modality is video" in refusal(videos, few)
+    images = {"data.modality": "images"}
+    assert "5 classes" in refusal(few, many, **images) and "of [4, 16] and 3" in refusal(few, many, **images)
 
 
 def test_video_of_the_same_encoder_is_blended(raw, videos, tmp_path):
