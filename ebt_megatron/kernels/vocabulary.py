@@ -76,7 +76,7 @@ class Tiles:
         e = torch.sub(moved, top[:, None], out=spare).exp_()
         stats.total.mul_(factor).add_(e.sum(1))
         stats.sg.mul_(factor).add_(g.mul_(e).sum(1))
-        stats.s2.mul_(factor**2).add_(torch.linalg.vecdot(e, e))
+        stats.s2.mul_(factor**2).add_(torch.linalg.vector_norm(e, dim=1).square_())  # vecdot would make a tile
         stats.s1.mul_(factor).add_(p.mul_(e).sum(1))
         stats.top.copy_(top)
         return factor
