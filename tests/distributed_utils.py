@@ -53,58 +53,82 @@ def _rank_main(
         os._exit(0)
 
 
-def run_ranks(
-    fn: Callable[..., Any], world_size: int, *args: Any, timeout: float = 120.0, env: dict | None = None
-) -> list[Any]:
-    """Call `fn(*args)` on `world_size` ranks; returns their results in rank order.
+class Ranks:
+    """`fn(*args)` on `world_size` ranks of this machine, started at once.
 
     Each rank sees the variables torchrun would set, so `fn` starts with `setup.initialize`.
 
     Args:
         fn: a top-level function of an importable module; its results must pickle.
-        timeout: seconds for all ranks together; then they are killed.
+        timeout: seconds a rank waits for the others to come up.
         env: more environment variables for the ranks.
-
-    Raises:
-        RankError: with the traceback of the first rank that failed.
     """
-    import torch.distributed as dist
 
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=timeout))
-    pipes, processes = [], []
-    for rank in range(world_size):
-        receiver, sender = _context.Pipe(duplex=False)
-        process = _context.Process(
-            target=_rank_main,
-            args=(sender, fn, rank, world_size, store.port, env or {}, args),
-            name=f"rank {rank}",
-            daemon=True,
-        )
-        process.start()
-        sender.close()
-        pipes.append(receiver)
-        processes.append(process)
-    results: dict[int, Any] = {}
-    deadline = time.monotonic() + timeout
-    try:
-        while len(results) < world_size:
-            waiting = [p for r, p in enumerate(pipes) if r not in results]
-            ready = wait(waiting, timeout=max(0.0, deadline - time.monotonic()))
-            if not ready:
-                missing = [r for r in range(world_size) if r not in results]
-                raise RankError(f"ranks {missing} gave no answer within {timeout:g} s")
-            for pipe in ready:
-                rank = pipes.index(pipe)
-                try:
-                    ok, value = pipe.recv()
-                except EOFError:
-                    raise RankError(f"rank {rank} died without an answer") from None
-                if not ok:
-                    raise RankError(f"rank {rank} failed:\n{value}")
-                results[rank] = value
-    finally:
-        for process in processes:
-            if len(results) < world_size:
-                process.kill()
-            process.join()
-    return [results[rank] for rank in range(world_size)]
+    def __init__(
+        self, fn: Callable[..., Any], world_size: int, *args: Any, timeout: float = 120.0, env: dict | None = None
+    ):
+        import torch.distributed as dist
+
+        wait = timedelta(seconds=timeout)
+        self.store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=wait)
+        self.pipes: list[Connection] = []
+        self.processes: list[Any] = []
+        for rank in range(world_size):
+            receiver, sender = _context.Pipe(duplex=False)
+            process = _context.Process(
+                target=_rank_main, args=(sender, fn, rank, world_size, self.store.port, env or {}, args),
+                name=f"rank {rank}", daemon=True,
+            )  # fmt: skip
+            process.start()
+            sender.close()
+            self.pipes.append(receiver)
+            self.processes.append(process)
+
+    @property
+    def alive(self) -> bool:
+        """Whether any rank is still at work."""
+        return any(p.is_alive() for p in self.processes)
+
+    def kill(self, *ranks: int) -> None:
+        """SIGKILL some ranks (none named: all) and wait for their end."""
+        for rank in ranks or range(len(self.processes)):
+            self.processes[rank].kill()
+            self.processes[rank].join()
+
+    def results(self, timeout: float) -> list[Any]:
+        """What each rank returned, in rank order; ranks are killed when one fails or time is up.
+
+        Raises:
+            RankError: with the traceback of the first rank that failed.
+        """
+        results: dict[int, Any] = {}
+        deadline = time.monotonic() + timeout
+        try:
+            while len(results) < len(self.pipes):
+                waiting = [p for r, p in enumerate(self.pipes) if r not in results]
+                ready = wait(waiting, timeout=max(0.0, deadline - time.monotonic()))
+                if not ready:
+                    missing = [r for r in range(len(self.pipes)) if r not in results]
+                    raise RankError(f"ranks {missing} gave no answer within {timeout:g} s")
+                for pipe in ready:
+                    rank = self.pipes.index(pipe)  # type: ignore[arg-type]
+                    try:
+                        ok, value = pipe.recv()  # type: ignore[union-attr]
+                    except EOFError:
+                        raise RankError(f"rank {rank} died without an answer") from None
+                    if not ok:
+                        raise RankError(f"rank {rank} failed:\n{value}")
+                    results[rank] = value
+        finally:
+            if len(results) < len(self.pipes):
+                self.kill()
+            for process in self.processes:
+                process.join()
+        return [results[rank] for rank in range(len(self.pipes))]
+
+
+def run_ranks(
+    fn: Callable[..., Any], world_size: int, *args: Any, timeout: float = 120.0, env: dict | None = None
+) -> list[Any]:
+    """Call `fn(*args)` on `world_size` ranks; returns their results in rank order (see `Ranks`)."""
+    return Ranks(fn, world_size, *args, timeout=timeout, env=env).results(timeout)

@@ -216,6 +216,7 @@ class Run:
                     profiler.step()
                 seconds = clock.tick(self.step)
                 if bad.record(result.applied):
+                    self._report_unsaved(self.checkpoints.wait())
                     raise StoppedRun(
                         f"{bad.in_a_row} steps in a row were not finite (the last is step {self.step}); the last good "
                         f"checkpoint is {self.checkpoints.newest_good(self.say)}"

@@ -1,0 +1,156 @@
+"""Whole training runs on a few ranks in one process tree, with something going wrong in them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+import torch
+
+from ebt_megatron.config import Recipe
+from tests import builders
+
+DOCUMENTS = [f"Document {i} says " + " ".join(f"word{j * i % 97}" for j in range(40)) for i in range(200)]
+S2 = ("thinking.loss=last", "thinking.gradient=truncated", "thinking.langevin_noise=0.5",
+      "thinking.replay.enabled=true", "thinking.replay.capacity=2")  # fmt: skip
+
+
+def recipe_of(data: Path, output: Path, *overrides: str) -> Recipe:
+    """A tiny EBT that logs every step."""
+    return builders.small_recipe(
+        f"data.train=[{data}/train]", f"data.validation=[{data}/validation]", f"training.output_dir={output}",
+        "training.global_batch_size=4", "training.micro_batch_size=1", "training.steps=12", "training.log_interval=1",
+        "training.validation_interval=0", "training.validation_samples=4", "training.save_interval=3",
+        "training.async_save=true", "optimizer.warmup_steps=2", "thinking.max_steps=2", *overrides,
+    )  # fmt: skip
+
+
+def rows(output: Path) -> list[dict]:
+    """What metrics.jsonl says."""
+    lines = (output / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def digest(run) -> str:
+    """Of this rank's weights, optimizer state and replay buffer."""
+    hashed = hashlib.sha256()
+
+    def add(value) -> None:
+        if isinstance(value, torch.Tensor):
+            hashed.update(value.detach().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+        elif isinstance(value, dict):
+            for key in sorted(value, key=str):
+                hashed.update(str(key).encode())
+                add(value[key])
+        elif isinstance(value, list | tuple):
+            for item in value:
+                add(item)
+        else:
+            hashed.update(repr(value).encode())
+
+    add(dict(run.trainer.model.named_parameters()))
+    for optimizer in getattr(run.trainer.optimizer, "chained_optimizers", [run.trainer.optimizer]):
+        add([optimizer.optimizer.state[p] for group in optimizer.optimizer.param_groups for p in group["params"]])
+    add(run.trainer.objective.rank_state() or {})
+    return hashed.hexdigest()
+
+
+def train(data: Path, output: Path, overrides: tuple[str, ...] = (), trouble: str = "") -> dict:
+    """Train to the end on this rank.
+
+    Args:
+        trouble: a function below that prepares what goes wrong.
+
+    Returns:
+        The final digest; the digest after each step; the samples of each step; what was said; why it stopped.
+    """
+    from ebt_megatron.training.loop import Run, StoppedRun
+
+    run = Run(recipe_of(data, output, *overrides))
+    out: dict = {"after": [], "samples": [], "said": [], "stopped": ""}
+    run.say = out["said"].append
+    if trouble:
+        globals()[trouble](run)
+    step = run.trainer.train_step
+
+    def watched(micro_batches, iteration):
+        out["samples"].append([i for b in micro_batches for i in b.sample_ids.tolist()])
+        result = step(micro_batches, iteration)
+        out["after"].append(digest(run))
+        return result
+
+    run.trainer.train_step = watched
+    try:
+        run.run()
+    except StoppedRun as reason:
+        out["stopped"] = str(reason)
+    return out | {"digest": digest(run)}
+
+
+# --- trouble ---------------------------------------------------------------------------------------
+
+BAD_STEP = 4
+
+
+def _on_rank_1(run, change, iterations) -> None:
+    original = run.trainer.objective.train_batch
+
+    def broken(micro_batches, iteration):
+        totals = original(micro_batches, iteration)
+        if run.state.rank == 1 and iteration in iterations:
+            change(totals)
+        return totals
+
+    run.trainer.objective.train_batch = broken
+
+
+def nan_loss(run) -> None:
+    """The loss of rank 1 is NaN, once."""
+    _on_rank_1(run, lambda totals: totals.loss.fill_(float("nan")), [BAD_STEP])
+
+
+def infinite_energy(run) -> None:
+    """An energy of rank 1 is infinite, once."""
+    _on_rank_1(run, lambda totals: totals.energies[:1].fill_(float("inf")), [BAD_STEP])
+
+
+def nan_gradient(run) -> None:
+    """One entry of a gradient of rank 1 is NaN, once."""
+    parameter = next(p for n, p in run.trainer.model.named_parameters() if "fc2" in n)
+    _on_rank_1(run, lambda totals: parameter.main_grad.view(-1)[3].fill_(float("nan")), [BAD_STEP])
+
+
+def nan_for_good(run) -> None:
+    """Every loss of rank 1 is NaN from a step on."""
+    _on_rank_1(run, lambda totals: totals.loss.fill_(float("nan")), range(BAD_STEP, 1000))
+
+
+def spike(run) -> None:
+    """The loss of step 8 is a hundred times what it was, once."""
+    original, seen = run.trainer.train_step, []
+
+    def jumping(micro_batches, iteration):
+        result = original(micro_batches, iteration)
+        if iteration == 7 and not seen:
+            seen.append(iteration)
+            result.loss *= 100
+        return result
+
+    run.trainer.train_step = jumping
+
+
+def full_disk(run) -> None:
+    """No space is left on rank 1 from step 4 to step 8."""
+    import errno
+
+    from ebt_megatron.training import checkpoint
+
+    original = checkpoint._write
+
+    def failing(path, data):
+        if run.state.rank == 1 and 4 <= run.step <= 8:
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        original(path, data)
+
+    checkpoint._write = failing
