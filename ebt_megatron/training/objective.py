@@ -83,6 +83,7 @@ class EnergyObjective:
         self.model, self.recipe, self.state, self.timers = model, recipe, state, timers
         options = recipe.thinking
         self.replay = ReplayBuffer(options.replay.capacity, recipe.training.seed) if options.replay.enabled else None
+        self.replaying = False  # whether any rank's buffer holds something: ranks without slots must know too
 
     def rank_state(self) -> dict[str, Any] | None:
         """What a checkpoint must keep of this rank besides weights."""
@@ -101,6 +102,7 @@ class EnergyObjective:
         first_stage = [s for s in states if s["pipeline_rank"] == 0]
         content = reshard(first_stage, self.state.tensor_rank, self.state.tensor_size, own)
         self.replay.load_state_dict(content)
+        self.replaying = any(s["replay"] for s in states)
 
     def _slots(self, index: int, count: int) -> list[int]:
         """The global batch's slots that micro-batch `index` of this rank holds (Megatron's order)."""
@@ -141,7 +143,7 @@ class EnergyObjective:
 
     def _replayed_in_batch(self) -> int:
         """Replayed samples in the global batch: none until the buffer holds something."""
-        if self.replay is None or not self.replay.slots:
+        if not self.replaying:
             return 0
         return (self.recipe.training.global_batch_size + 1) // 2
 
@@ -167,6 +169,7 @@ class EnergyObjective:
         ]
         train = self._train_pipeline if self.state.pipeline_size > 1 else self._train_whole
         thoughts = train(samples, plan, positions)
+        self.replaying = self.replay is not None
         losses = torch.stack([t.losses.double().sum((1, 2)) for t in thoughts]).sum(0) / positions
         energies = torch.stack([t.energies.double().sum((1, 2)) for t in thoughts]).sum(0) / positions
         loss = (losses * losses.new_tensor(plan.step_weights)).sum()

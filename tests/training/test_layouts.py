@@ -38,6 +38,17 @@ LAYOUTS = {  # name: (ranks, overrides)
 }
 
 
+def micro_batches_of(trainer, step: int) -> list[MicroBatch]:
+    """This rank's share of a global batch of eight random samples."""
+    size, rank, micro = trainer.state.data_size, trainer.state.data_rank, trainer.recipe.training.micro_batch_size
+    whole = torch.randint(builders.VOCAB, (8, 9), generator=torch.Generator().manual_seed(step % 3))
+    micro_batches = []
+    for m in range(8 // (size * micro)):
+        slots = torch.arange(micro) + (m * size + rank) * micro
+        micro_batches.append(MicroBatch(sample_ids=slots + 8 * step, tokens=whole[slots]))
+    return micro_batches
+
+
 def losses_of(overrides: tuple[str, ...], steps: int = 10) -> list[float]:
     """Losses of `steps` optimizer steps on this rank's share of random tokens."""
     from ebt_megatron.model.build import SampleShape
@@ -48,18 +59,7 @@ def losses_of(overrides: tuple[str, ...], steps: int = 10) -> list[float]:
         "training.global_batch_size=8", "optimizer.epsilon=1e-4", "data.sequence_length=8", *overrides,
     )  # fmt: skip
     trainer = Trainer(recipe, SampleShape(vocab_size=builders.VOCAB))
-    size, rank = trainer.state.data_size, trainer.state.data_rank
-    count = recipe.training.global_batch_size // (size * recipe.training.micro_batch_size)
-    losses = []
-    for step in range(steps):
-        whole = torch.randint(builders.VOCAB, (8, 9), generator=torch.Generator().manual_seed(step % 3))
-        micro_batches = []
-        for m in range(count):
-            first = (m * size + rank) * recipe.training.micro_batch_size
-            slots = torch.arange(first, first + recipe.training.micro_batch_size)
-            micro_batches.append(MicroBatch(sample_ids=slots + 8 * step, tokens=whole[slots]))
-        losses.append(trainer.train_step(micro_batches, step).loss)
-    return losses
+    return [trainer.train_step(micro_batches_of(trainer, step), step).loss for step in range(steps)]
 
 
 def several(recipes: dict[str, tuple[str, ...]], layout: tuple[str, ...]) -> dict[str, list[float]]:
