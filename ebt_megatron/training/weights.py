@@ -1,0 +1,107 @@
+"""Weights alone, as plain safetensors: whole tensors under layout-free names, and what they belong to.
+
+A file holds each weight of the model once, uncut, under its name in a single-process model
+(`layers.3.qkv.weight`), in the order of rows that the layers use (`docs/reproducing.md`). Its
+metadata says which model it is, so that weights of the right shapes and the wrong meaning are refused:
+
+    recipe       the resolved recipe, YAML
+    fingerprint  JSON of what a run must have in common to use the weights (`training.loop.fingerprint`,
+                 and vocab_size where it is known)
+    step         optimizer steps the weights have had, where it is known
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core import dist_checkpointing
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from ebt_megatron.config import RecipeError
+
+_MODEL, _MAIN = "model.", "optimizer.state.fp32_param."
+
+
+def checkpoint_weights(folder: Path) -> dict[str, Tensor]:
+    """The whole weights in a checkpoint of any layout; Megatron's process groups must exist.
+
+    Where the run trained in bf16, these are the optimizer's fp32 weights, of which the model's are roundings.
+    """
+    stored = dist_checkpointing.load_tensors_metadata(str(folder))
+    wanted = {}
+    for key in stored:
+        if key.startswith(_MODEL):
+            wanted[key.removeprefix(_MODEL)] = stored.get(_MAIN + key, stored[key])
+    loaded = dist_checkpointing.load(dict(wanted), str(folder))  # with the common state
+    return {name: loaded[name] for name in wanted}
+
+
+def write_weights(path: Path, weights: dict[str, Tensor], recipe: str, fingerprint: dict[str, Any],
+                  step: int | None = None) -> None:  # fmt: skip
+    """Write a file of weights.
+
+    Args:
+        path: where to.
+        weights: whole tensors by name.
+        recipe: YAML.
+        fingerprint, step: see the module's text.
+    """
+    metadata = {"format": "pt", "recipe": recipe, "fingerprint": json.dumps(fingerprint)}
+    if step is not None:
+        metadata["step"] = str(step)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file({name: w.detach().cpu().contiguous() for name, w in weights.items()}, path, metadata)
+
+
+def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """A file's weights and metadata.
+
+    Raises:
+        RecipeError: if it is not a safetensors file.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise RecipeError(f"{path}: not a readable safetensors file ({error})") from None
+
+
+def check_fingerprint(path: Path, metadata: dict[str, str], fingerprint: dict[str, Any]) -> None:
+    """Compare what a file was written for with a run; a file without a fingerprint passes.
+
+    Raises:
+        RecipeError: naming the first key that differs.
+    """
+    for key, saved in json.loads(metadata.get("fingerprint", "{}")).items():
+        if key in fingerprint and fingerprint[key] != saved:
+            raise RecipeError(f"{path} was written for {key}={saved}, this run has {key}={fingerprint[key]}: use the "
+                              "recipe in the file's metadata, and its tokenizer")  # fmt: skip
+
+
+@torch.no_grad()
+def set_weights(path: Path, model: nn.Module, weights: dict[str, Tensor]) -> None:
+    """Copy whole weights into a single-process model, and into the fp32 weights of its optimizer.
+
+    Raises:
+        RecipeError: naming the first weight that is missing, unknown or of another shape; nothing is changed then.
+    """
+    parameters = dict(model.named_parameters())
+    for name, parameter in parameters.items():
+        if name not in weights:
+            raise RecipeError(f"{path}: {name} is missing, which the recipe's model has")
+        if weights[name].shape != parameter.shape:
+            raise RecipeError(f"{path}: {name} is {list(weights[name].shape)}, the recipe's model has "
+                              f"{list(parameter.shape)}")  # fmt: skip
+    for name in weights:
+        if name not in parameters:
+            raise RecipeError(f"{path}: {name} is not in the recipe's model")
+    for name, parameter in parameters.items():
+        parameter.copy_(weights[name])
+        main = getattr(parameter, "main_param", None)  # megatron-core's fp32 copy of a bf16 weight
+        if main is not None:
+            main.copy_(weights[name])

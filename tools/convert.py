@@ -1,0 +1,138 @@
+"""Weights out of and into runs: `python -m tools.convert export RUN OUT.safetensors`, `... import IN.safetensors`.
+
+What is written is plain: every weight whole, whatever layout the run has, with its recipe as metadata.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import typer
+from rich.console import Console
+
+from ebt_megatron.cli import guarded, quiet_libraries
+from ebt_megatron.config import ParallelConfig, RecipeError, load_recipe, to_yaml
+
+app = typer.Typer(add_completion=False, help=__doc__, no_args_is_help=True)
+
+_ONE_PROCESS = ["parallel.tensor=1", "parallel.pipeline=1", "parallel.sequence_parallel=false",
+                "parallel.distributed_optimizer=false"]  # fmt: skip
+
+
+def export_weights(source: Path, output: Path) -> tuple[Path, int]:
+    """Write a checkpoint's weights as safetensors.
+
+    Args:
+        source: a run's folder (its newest good checkpoint is taken), or a checkpoint's.
+        output: the file to write.
+
+    Returns:
+        The checkpoint's folder, and how many weights (numbers) were written.
+
+    Raises:
+        RecipeError: if there is no good checkpoint, or no recipe beside it.
+    """
+    from megatron.core import dist_checkpointing
+
+    from ebt_megatron.parallel.setup import initialize
+    from ebt_megatron.training.checkpoint import CheckpointError, Checkpoints, verify
+    from ebt_megatron.training.weights import checkpoint_weights, write_weights
+
+    source = source.resolve()
+    is_checkpoint = (source / "checksums.json").exists()
+    run = source.parents[1] if is_checkpoint else source
+    if not (run / "checkpoints").is_dir() or not (run / "recipe.yaml").exists():
+        raise RecipeError(f"{source} is neither a run (recipe.yaml, checkpoints/) nor a checkpoint inside one")
+    initialize(ParallelConfig(), seed=0)
+    if is_checkpoint:
+        try:
+            verify(source)
+        except CheckpointError as error:
+            raise RecipeError(f"damaged checkpoint: {error}") from None
+        folder = source
+    else:
+        newest = Checkpoints(run / "checkpoints", 1, {}).newest_good()
+        if newest is None:
+            raise RecipeError(f"{run} holds no good checkpoint: train it first")
+        folder = newest
+    common = dist_checkpointing.load_common_state_dict(str(folder))
+    weights = checkpoint_weights(folder)
+    recipe = to_yaml(load_recipe(run / "recipe.yaml"))
+    write_weights(output, weights, recipe, common["fingerprint"], common["step"])
+    return folder, sum(w.numel() for w in weights.values())
+
+
+def import_weights(source: Path, recipe: Path, output: Path, overrides: list[str]) -> None:
+    """Make a run that starts, at step 0 with a fresh optimizer, from a file's weights.
+
+    Args:
+        source: a file from `export_weights` or `tools.import_ebt_checkpoint`.
+        recipe: of the new run; its data says which tokenizer is used.
+        output: the new run's folder, whatever the recipe says.
+        overrides: key=value pairs.
+
+    Raises:
+        RecipeError: if the weights are not of the recipe's model, or the folder has checkpoints already.
+    """
+    if list((output / "checkpoints").glob("step-????????")):
+        raise RecipeError(f"{output} holds checkpoints already: choose another --output")
+    overrides = [*overrides, f"training.output_dir={output}"]
+    resolved = load_recipe(recipe, overrides)
+    from ebt_megatron.training.loop import Run, fingerprint
+    from ebt_megatron.training.weights import check_fingerprint, read_weights, set_weights
+
+    weights, metadata = read_weights(source)
+    # A checkpoint fits every layout, so one process writes it; the run keeps the recipe's layout.
+    run = Run(load_recipe(recipe, [*overrides, *_ONE_PROCESS]))
+    manifest = run.train_data.sources[0].manifest
+    needed = fingerprint(resolved, manifest.tokenizer["sha256"]) | {"vocab_size": manifest.vocab_size}
+    check_fingerprint(source, metadata, needed)
+    set_weights(source, run.trainer.model, weights)
+    run.save()
+    if not run.checkpoints.published():
+        raise RecipeError(f"{output}: no checkpoint could be written")
+    (output / "recipe.yaml").write_text(to_yaml(resolved))
+
+
+@app.command("export")
+def export_command(
+    source: Path = typer.Argument(..., help="A training.output_dir, or one of its checkpoints/step-NNNNNNNN."),
+    output: Path = typer.Argument(..., help="The safetensors file to write."),
+) -> None:
+    """Write a run's weights as one safetensors file."""
+
+    def work() -> None:
+        quiet_libraries()
+        from ebt_megatron.parallel.setup import shutdown
+
+        folder, count = export_weights(source, output)
+        Console(soft_wrap=True, highlight=False).print(f"{folder}: {count:,} weights written to {output}")
+        shutdown()
+
+    guarded(work)
+
+
+@app.command("import")
+def import_command(
+    source: Path = typer.Argument(..., help="A safetensors file."),
+    overrides: list[str] = typer.Argument(None, help="key=value pairs, e.g. data.train=[data/text/train]."),
+    recipe: Path = typer.Option(..., help="The recipe of the new run."),
+    output: Path = typer.Option(..., help="The new run's folder."),
+) -> None:
+    """Make a run that starts from a file's weights, at step 0 with a fresh optimizer."""
+
+    def work() -> None:
+        quiet_libraries()
+        from ebt_megatron.parallel.setup import shutdown
+
+        import_weights(source, recipe, output, overrides or [])
+        Console(soft_wrap=True, highlight=False).print(
+            f"{output} starts from {source}: train {recipe} with training.output_dir={output}, or evaluate {output}"
+        )
+        shutdown()
+
+    guarded(work)
+
+
+if __name__ == "__main__":
+    app()
