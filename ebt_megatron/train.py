@@ -19,6 +19,7 @@ def main(
     overrides: list[str] = typer.Argument(None, help="key=value pairs, e.g. model.hidden_size=256."),
     print_config: bool = typer.Option(False, "--print-config", help="Print the resolved recipe and stop."),
     dry_run: bool = typer.Option(False, "--dry-run", help="Build everything, check data and layout, take no step."),
+    profile: int = typer.Option(0, help="Trace this many steps (torch profiler) into OUTPUT_DIR/trace."),
 ) -> None:
     """Pretrain an EBT or its baseline.
 
@@ -26,7 +27,8 @@ def main(
     """
 
     def work() -> None:
-        resolved = load_recipe(recipe, overrides or [])
+        asked = [f"training.profile_steps={profile}"] if profile else []
+        resolved = load_recipe(recipe, [*(overrides or []), *asked])
         if print_config:
             print(to_yaml(resolved), end="")
             return

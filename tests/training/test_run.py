@@ -67,8 +67,10 @@ def test_the_metrics_a_run_must_have(undisturbed):
 
 
 def test_the_same_recipe_and_seed_give_the_same_losses(data, undisturbed, tmp_path):
-    assert train(data, tmp_path).returncode == 0
+    done = train(data, tmp_path, "--profile=2")  # which changes nothing but writes a trace
+    assert done.returncode == 0, done.stderr
     assert losses(tmp_path) == losses(undisturbed)
+    assert list((tmp_path / "trace").glob("*.json*"))
 
 
 def wait_for_step(output, step, process):
