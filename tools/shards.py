@@ -1,4 +1,9 @@
-"""Look at prepared data: `python -m tools.shards inspect|verify|stats|sample FOLDER`."""
+"""Look at prepared data and change its shape.
+
+python -m tools.shards inspect|verify|stats|sample FOLDER
+python -m tools.shards reshard FOLDER --output OUT --samples-per-shard 4096
+python -m tools.shards merge FOLDER FOLDER --output OUT
+"""
 
 from __future__ import annotations
 
@@ -26,6 +31,7 @@ from ebt_megatron.data.shards import (
     read_manifest,
     sha256_of,
 )
+from tools.rewrite import rewrite
 
 app = typer.Typer(add_completion=False, help=__doc__, no_args_is_help=True)
 FOLDER = typer.Argument(..., help="A folder with manifest.json, e.g. data/text/train.")
@@ -123,38 +129,120 @@ def verify(folder: Path = FOLDER) -> None:
     guarded(work)
 
 
+def _token_stats(data: ShardFolder, top: int, console: Console) -> None:
+    counts = np.zeros(data.manifest.vocab_size, dtype=np.int64)
+    for i in track(range(len(data)), description="counting", console=Console(stderr=True)):
+        counts += np.bincount(data.row(i)[1:], minlength=len(counts))
+    p = counts[counts > 0] / counts.sum()
+    tokenizer = Tokenizer.from_file(str(data.sidecar()))
+    console.print(f"tokens {counts.sum():,}; unigram entropy {-(p * np.log(p)).sum():.4f} nats; "
+                  f"{len(p):,} of {len(counts):,} entries used")  # fmt: skip
+    for token in np.argsort(-counts)[:top]:
+        console.print(f"{counts[token]:>12,}  {tokenizer.decode([int(token)], skip_special_tokens=False)!r}")
+
+
+def _latent_stats(data: ShardFolder, top: int, console: Console) -> None:
+    classes = data.manifest.classes
+    channels = data.manifest.shape[-1]
+    total, square, labels = np.zeros(channels), np.zeros(channels), np.zeros(len(classes), np.int64)
+    for i in track(range(len(data)), description="counting", console=Console(stderr=True)):
+        values = data.row(i).reshape(-1, channels).astype(np.float64)
+        total, square = total + values.mean(0), square + (values**2).mean(0)
+        if classes:
+            labels[data.label(i)] += 1
+    mean = total / len(data)
+    std = np.sqrt(np.maximum(square / len(data) - mean**2, 0))
+    console.print(f"{len(data):,} samples of {data.manifest.shape}; over channels: means {mean.min():.3f} to "
+                  f"{mean.max():.3f}, standard deviations {std.min():.3f} to {std.max():.3f}")  # fmt: skip
+    for c in range(min(top, channels)):
+        console.print(f"channel {c:>4}: mean {mean[c]:>8.4f}, standard deviation {std[c]:.4f}")
+    for name, count in zip(classes, labels, strict=True):
+        console.print(f"{count:>12,}  {name}")
+
+
 @app.command()
-def stats(folder: Path = FOLDER, top: int = typer.Option(10, help="Most frequent tokens to show.")) -> None:
-    """Token statistics: unigram entropy, vocabulary used, the most frequent tokens."""
+def stats(folder: Path = FOLDER, top: int = typer.Option(10, help="Tokens or channels to show.")) -> None:
+    """Text: unigram entropy and the most frequent tokens. Video, images: means by channel, and classes."""
 
     def work() -> None:
-        data = ShardFolder(str(folder))
-        counts = np.zeros(data.manifest.vocab_size, dtype=np.int64)
-        for i in track(range(len(data)), description="counting", console=Console(stderr=True)):
-            counts += np.bincount(data.row(i)[1:], minlength=len(counts))
-        p = counts[counts > 0] / counts.sum()
-        tokenizer = Tokenizer.from_file(str(data.sidecar()))
-        console = Console(highlight=False)
-        console.print(f"tokens {counts.sum():,}; unigram entropy {-(p * np.log(p)).sum():.4f} nats; "
-                      f"{len(p):,} of {len(counts):,} entries used")  # fmt: skip
-        for token in np.argsort(-counts)[:top]:
-            console.print(f"{counts[token]:>12,}  {tokenizer.decode([int(token)], skip_special_tokens=False)!r}")
+        data, console = ShardFolder(str(folder)), Console(highlight=False, soft_wrap=True)
+        (_token_stats if data.manifest.kind == "text" else _latent_stats)(data, top, console)
 
     guarded(work)
 
 
 @app.command()
-def sample(folder: Path = FOLDER, index: int = typer.Option(0, help="Which sample.")) -> None:
-    """Print a sample as text."""
+def sample(
+    folder: Path = FOLDER,
+    index: int = typer.Option(0, help="Which sample (the first of those on a contact sheet)."),
+    count: int = typer.Option(8, min=1, help="Video, images: samples on the contact sheet."),
+    output: Path = typer.Option(Path("sheet.png"), help="Video, images: the contact sheet to write."),
+) -> None:
+    """Print a sample as text, or draw clips (a row each) or pictures as the encoder's decoder sees them."""
 
     def work() -> None:
         data = ShardFolder(str(folder))
         if not 0 <= index < len(data):
             raise DataError(f"--index {index}: {folder} has samples 0 to {len(data) - 1}")
-        tokenizer = Tokenizer.from_file(str(data.sidecar()))
-        print(tokenizer.decode(data.row(index).tolist(), skip_special_tokens=False))
+        if data.manifest.kind == "text":
+            tokenizer = Tokenizer.from_file(str(data.sidecar()))
+            print(tokenizer.decode(data.row(index).tolist(), skip_special_tokens=False))
+            return
+        from data_prep.encoders import load_encoder
+
+        rows = np.stack([data.row(i) for i in range(index, min(index + count, len(data)))])
+        if rows.ndim == 3:  # pictures: in a square of their own
+            side = int(np.ceil(np.sqrt(len(rows))))
+            rows = np.concatenate([rows, np.zeros((side * side - len(rows), *rows.shape[1:]), rows.dtype)])
+            rows = rows.reshape(-1, side, *rows.shape[1:])
+        frames = load_encoder(data.sidecar()).to_frames(rows.reshape(-1, *rows.shape[2:]))
+        grid = frames.reshape(*rows.shape[:2], *frames.shape[1:])
+        from PIL import Image
+
+        output.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.concatenate(np.concatenate(grid, 1), 1)).save(output)
+        Console(stderr=True, highlight=False, soft_wrap=True).print(f"{len(grid)} x {grid.shape[1]} frames: {output}")
 
     guarded(work)
+
+
+OUTPUT = typer.Option(..., help="Folder to make.")
+OVERWRITE = typer.Option(False, help="Replace what OUTPUT holds.")
+DRY_RUN = typer.Option(False, help="Say what would be written, and stop.")
+
+
+def _rewrite(folders: list[Path], output: Path, samples_per_shard: int, overwrite: bool, dry_run: bool) -> None:
+    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    if dry_run:
+        total = sum(read_manifest(str(f)).samples for f in folders)
+        console.print(f"would write {total:,} samples to {output}, {samples_per_shard:,} in each shard")
+        return
+    manifest = rewrite([str(f) for f in folders], output, samples_per_shard, overwrite)
+    console.print(f"{output}: {manifest.samples:,} samples in {len(manifest.shards)} shards")
+
+
+@app.command()
+def reshard(
+    folder: Path = FOLDER,
+    output: Path = OUTPUT,
+    samples_per_shard: int = typer.Option(..., min=1, help="Samples in each tar but the last."),
+    overwrite: bool = OVERWRITE,
+    dry_run: bool = DRY_RUN,
+) -> None:
+    """The same samples in the same order, in larger or smaller shards; repeat the command after a kill."""
+    guarded(lambda: _rewrite([folder], output, samples_per_shard, overwrite, dry_run))
+
+
+@app.command()
+def merge(
+    folders: list[Path] = typer.Argument(..., help="Prepared folders of one kind and tokenizer or encoder."),
+    output: Path = OUTPUT,
+    samples_per_shard: int = typer.Option(8192, min=1, help="Samples in each tar but the last."),
+    overwrite: bool = OVERWRITE,
+    dry_run: bool = DRY_RUN,
+) -> None:
+    """Several folders as one, one after the other; repeat the command after a kill."""
+    guarded(lambda: _rewrite(folders, output, samples_per_shard, overwrite, dry_run))
 
 
 if __name__ == "__main__":

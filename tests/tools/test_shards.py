@@ -3,12 +3,13 @@
 import json
 import random
 import shutil
+import tarfile
 
 import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from ebt_megatron.data.shards import DataError, ShardFolder
+from ebt_megatron.data.shards import DataError, ShardFolder, read_manifest
 from tests.builders import text_shards
 from tools.shards import app
 
@@ -57,6 +58,30 @@ def test_verify_finds_a_truncated_and_a_missing_shard(folder):
     (folder / "shard-000001.tar").unlink()
     said = " ".join(run(app, ["verify", str(folder)]).output.split())
     assert "shard-000000.tar: 2000 bytes" in said and "shard-000001.tar: missing" in said
+
+
+def test_verify_finds_a_member_that_is_there_twice(folder):
+    path = folder / "shard-000000.tar"
+    with tarfile.open(path, "a") as tar:
+        tar.add(folder / "tokenizer.json", tarfile.open(path).getnames()[0])
+    said = " ".join(run(app, ["verify", str(folder)]).output.split())
+    assert "shard-000000.tar: member 000000-000000.tokens.npy is there twice" in said
+
+
+def test_verify_finds_counts_that_do_not_add_up(folder):
+    manifest = read_manifest(str(folder))
+    manifest.samples += 5
+    manifest.write(folder)
+    result = run(app, ["verify", str(folder)])
+    assert result.exit_code == 1 and "manifest.json: " in result.output and "samples, its shards have" in result.output
+
+
+def test_verify_finds_a_missing_and_a_damaged_index(folder):
+    (folder / "shard-000000.index.json").unlink()
+    path = folder / "shard-000001.index.json"
+    path.write_text(path.read_text().replace("tokens", "takens"))
+    said = " ".join(run(app, ["verify", str(folder)]).output.split())
+    assert "shard-000000.index.json: missing" in said and "shard-000001.index.json: checksum differs" in said
 
 
 def corrupt(folder, generator):

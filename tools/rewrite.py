@@ -1,0 +1,113 @@
+"""Prepared folders into one of another shard size: what `tools.shards reshard` and `merge` do."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.progress import track
+
+from ebt_megatron.data.shards import (
+    DataError,
+    Manifest,
+    ShardFolder,
+    index_name,
+    shard_infos,
+    shard_name,
+    write_shard,
+)
+
+
+def _common(sources: list[ShardFolder]) -> Manifest:
+    """The first manifest, which the others must fit.
+
+    Raises:
+        DataError: naming the folder that does not, and in what.
+    """
+    first = sources[0].manifest
+    for source in sources[1:]:
+        m = source.manifest
+        for what, ours, theirs in (("kind", m.kind, first.kind), ("sample shape", m.shape, first.shape),
+                                   ("dtype", m.dtype, first.dtype), ("classes", m.classes, first.classes),
+                                   ("tokenizer or encoder", m.sidecar["sha256"], first.sidecar["sha256"])):  # fmt: skip
+            if ours != theirs:
+                raise DataError(f"{source.folder} has another {what} than {sources[0].folder}: they cannot be one")
+    return first
+
+
+def _pieces(sources: list[ShardFolder], begin: int, end: int) -> Iterator[tuple[ShardFolder, range]]:
+    """Samples begin .. end - 1 of all sources one after the other, as ranges of each."""
+    first = 0
+    for source in sources:
+        inside = range(max(begin - first, 0), min(end - first, len(source)))
+        if inside:
+            yield source, inside
+        first += len(source)
+
+
+def _provenance(sources: list[ShardFolder]) -> dict[str, Any]:
+    """Counts added up, what is the same kept, and where it all came from."""
+    parts = [s.manifest.provenance for s in sources]
+    out: dict[str, Any] = {}
+    for key in parts[0]:
+        values = [p.get(key) for p in parts]
+        if key != "seed" and all(isinstance(v, int | float) for v in values):
+            out[key] = sum(values)
+        elif all(v == values[0] for v in values):
+            out[key] = values[0]
+    return {**out, "rewritten_from": [s.folder for s in sources]}
+
+
+def rewrite(folders: list[str], output: Path, samples_per_shard: int, overwrite: bool) -> Manifest:
+    """Write the samples of folders, in order, as one folder; repeated after a kill it goes on.
+
+    Args:
+        folders: prepared, of one kind, shape and tokenizer or encoder.
+        output: folder to make.
+        samples_per_shard: in every tar but the last.
+        overwrite: replace what output holds.
+
+    Raises:
+        DataError: folders that cannot be one, or an output that holds other data.
+    """
+    sources = [ShardFolder(folder) for folder in folders]
+    first, total = _common(sources), sum(len(s) for s in sources)
+    made_from = [[s.folder, hashlib.sha256(Path(s.folder, "manifest.json").read_bytes()).hexdigest()] for s in sources]
+    record, wanted = output / "rewrite.json", json.dumps([made_from, samples_per_shard])
+    if overwrite:
+        shutil.rmtree(output, ignore_errors=True)
+    if (output / "manifest.json").exists() or (record.exists() and record.read_text() != wanted):
+        raise DataError(f"{output} already holds data: choose another --output, or pass --overwrite")
+    output.mkdir(parents=True, exist_ok=True)
+    record.write_text(wanted)
+    count = -(-total // samples_per_shard)
+    for number in track(range(count), description="writing shards", console=Console(stderr=True)):
+        if (output / index_name(shard_name(number))).exists():
+            continue
+        begin = number * samples_per_shard
+        pieces = list(_pieces(sources, begin, min(begin + samples_per_shard, total)))
+        samples = np.stack([source.row(i) for source, rows in pieces for i in rows])
+        labels = np.array([s.label(i) for s, rows in pieces for i in rows], np.int64) if first.classes else None
+        write_shard(output, number, first.kind, samples, labels)
+    sidecar = sources[0].sidecar()
+    shutil.copyfile(sidecar, output / sidecar.name)
+    tokenizer = dict(first.tokenizer)
+    if tokenizer:  # by tokens; every sample has as many
+        shares = [s.manifest.tokenizer["bytes_per_token"] * len(s) / total for s in sources]
+        tokenizer["bytes_per_token"] = sum(shares)
+    manifest = Manifest(
+        kind=first.kind, shape=first.shape, dtype=first.dtype, samples=total, shards=shard_infos(output, count),
+        provenance=_provenance(sources), tokenizer=tokenizer, encoder=first.encoder, classes=first.classes,
+    )  # fmt: skip
+    for left in output.glob("*.partial"):
+        os.remove(left)
+    manifest.write(output)
+    record.unlink()
+    return manifest
