@@ -83,15 +83,25 @@ class Blend:
             begin, count = begin + len(part), count - len(part)
         return np.concatenate(parts) if parts else np.zeros(0, dtype=np.int64)
 
-    def locate(self, position: int) -> tuple[int, int]:
-        """Global position in the run -> (source, sample of that source)."""
-        epoch, within = divmod(position, len(self))
+    def _order(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """Source, and sample of that source, of every position of an epoch."""
         if self._epoch is None or self._epoch[0] != epoch:
             sources = np.repeat(np.arange(len(self.sizes)), self.share)
             samples = [self._of_source(i, epoch * int(n), int(n)) for i, n in enumerate(self.share)]
             order = self._permutation(len(self), "epoch", epoch)
             self._epoch = epoch, sources[order], np.concatenate(samples)[order]
-        return int(self._epoch[1][within]), int(self._epoch[2][within])
+        return self._epoch[1:]
+
+    def locate_all(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Global positions in the run [N], in order -> sources [N], and samples of those sources [N]."""
+        epochs, within = np.divmod(positions, len(self))
+        parts = [[array[within[epochs == e]] for array in self._order(int(e))] for e in np.unique(epochs)]
+        return np.concatenate([p[0] for p in parts]), np.concatenate([p[1] for p in parts])
+
+    def locate(self, position: int) -> tuple[int, int]:
+        """Global position in the run -> (source, sample of that source)."""
+        sources, samples = self.locate_all(np.array([position]))
+        return int(sources[0]), int(samples[0])
 
 
 def open_sources(recipe: Recipe, split: str) -> list[ShardFolder]:
@@ -167,23 +177,30 @@ class Loader:
                                 "resume with the same seed and shards, or start a new output_dir")  # fmt: skip
         self.consumed = state["consumed"]
 
-    def _micro_batch(self, positions: list[int]) -> MicroBatch:
-        located = [self.blend.locate(position) for position in positions]
-        rows = np.stack([self.sources[source].row(sample) for source, sample in located])
+    def read(self, positions: list[int]) -> MicroBatch:
+        """The micro-batch of the samples at these places of the run's order."""
+        sources, samples = self.blend.locate_all(np.array(positions))
+        manifest, text = self.sources[0].manifest, self.kind == "text"
+        rows = np.empty((len(positions), *manifest.shape), np.int64 if text else np.float32)
+        labels = np.empty(len(positions), np.int64)
+        for source in np.unique(sources).tolist():
+            at = np.flatnonzero(sources == source)
+            mine = rows if len(at) == len(rows) else np.empty((len(at), *manifest.shape), rows.dtype)
+            self.sources[source].gather(samples[at], mine)
+            if mine is not rows:
+                rows[at] = mine
+            if manifest.classes:
+                labels[at] = self.sources[source].gather_labels(samples[at])
         offset = 0 if self.split == "train" else VALIDATION_IDS
-        sample_ids = torch.tensor(positions, dtype=torch.int64) + offset
-        if self.kind != "text":
-            labels = None
-            if self.sources[0].manifest.classes:
-                labels = torch.tensor([self.sources[source].label(sample) for source, sample in located])
-            return MicroBatch(sample_ids, latents=torch.from_numpy(rows.astype(np.float32)), labels=labels)
-        tokens = torch.from_numpy(rows.astype(np.int64))
+        sample_ids, data = torch.tensor(positions, dtype=torch.int64) + offset, torch.from_numpy(rows)
+        if not text:
+            return MicroBatch(sample_ids, latents=data, labels=torch.from_numpy(labels) if manifest.classes else None)
         documents = None
         if self.recipe.data.document_mask:
             # A document ends with its end-of-text token; the next token begins another.
-            ends = (tokens == self.end_of_text).int()
+            ends = (data == self.end_of_text).int()
             documents = (ends.cumsum(1) - ends).int()
-        return MicroBatch(sample_ids, tokens, documents)
+        return MicroBatch(sample_ids, data, documents)
 
     def _plan(self) -> Iterator[tuple[list[int], int]]:
         """(positions of a micro-batch, samples consumed once it is taken), in order."""
@@ -220,7 +237,7 @@ class Loader:
         def work() -> None:
             try:
                 for positions, consumed in self._plan():
-                    if not put((self._micro_batch(positions), consumed)):
+                    if not put((self.read(positions), consumed)):
                         return
                 put(None)
             except BaseException as error:  # handed to the loop, which raises it

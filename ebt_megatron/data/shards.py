@@ -234,24 +234,28 @@ class _OpenShard:
             LABELS: [m for m in members if m.name.endswith(suffix)],
         }
         self.bytes = np.memmap(path, mode="r", dtype=np.uint8)
-        self.arrays: dict[Member, np.ndarray] = {}
+        self.arrays: dict[str, list[np.ndarray | None]] = {k: [None] * len(v) for k, v in self.members.items()}
 
-    def block(self, member: Member, shape: list[int]) -> np.ndarray:
-        """The array of a member, each of its samples having `shape`."""
-        if member not in self.arrays:
-            try:
-                array = _npy(self.bytes[member.offset : member.offset + member.bytes])
-            except ValueError as error:
-                raise DataError(
-                    f"member {member.name} of {self.path} is not an array ({error}); run tools/shards.py verify"
-                ) from None
-            if list(array.shape) != [member.samples, *shape]:
-                raise DataError(
-                    f"member {member.name} of {self.path} has shape {list(array.shape)}, expected "
-                    f"{[member.samples, *shape]}; prepare the data again"
-                )
-            self.arrays[member] = array
-        return self.arrays[member]
+    def block(self, what: str, index: int, shape: list[int]) -> np.ndarray:
+        """The array of member `index` of "samples" or LABELS, each of its samples having `shape`."""
+        array = self.arrays[what][index]
+        if array is None:
+            array = self.arrays[what][index] = self._read(self.members[what][index], shape)
+        return array
+
+    def _read(self, member: Member, shape: list[int]) -> np.ndarray:
+        try:
+            array = _npy(self.bytes[member.offset : member.offset + member.bytes])
+        except ValueError as error:
+            raise DataError(
+                f"member {member.name} of {self.path} is not an array ({error}); run tools/shards.py verify"
+            ) from None
+        if list(array.shape) != [member.samples, *shape]:
+            raise DataError(
+                f"member {member.name} of {self.path} has shape {list(array.shape)}, expected "
+                f"{[member.samples, *shape]}; prepare the data again"
+            )
+        return array
 
 
 class ShardFolder:
@@ -364,19 +368,31 @@ class ShardFolder:
             self._open.popitem(last=False)
         return self._open[number]
 
-    def _locate(self, index: int) -> tuple[_OpenShard, int, int]:
-        number = int(np.searchsorted(self.first, index, side="right")) - 1
-        return self._shard(number), *divmod(index - int(self.first[number]), self._rows)
+    def _take(self, what: str, shape: list[int], indices: np.ndarray, out: np.ndarray) -> None:
+        numbers = np.searchsorted(self.first, indices, side="right") - 1
+        members, rows = np.divmod(indices - self.first[numbers], self._rows)
+        for i, (number, member, row) in enumerate(zip(numbers.tolist(), members.tolist(), rows.tolist(), strict=True)):
+            out[i] = self._shard(number).block(what, member, shape)[row]
+
+    def gather(self, indices: np.ndarray, out: np.ndarray) -> None:
+        """Copy samples `indices` [N] to out [N, *manifest.shape], of any dtype that holds them."""
+        self._take("samples", self.manifest.shape, indices, out)
+
+    def gather_labels(self, indices: np.ndarray) -> np.ndarray:
+        """The labels int64 [N] of samples `indices`, of pictures that have classes."""
+        out = np.empty(len(indices), np.int64)
+        self._take(LABELS, [], indices, out)
+        return out
 
     def row(self, index: int) -> np.ndarray:
         """Sample `index`, 0 <= index < len(self): an array of manifest.shape, not copied."""
-        shard, member, row = self._locate(index)
-        return shard.block(shard.members["samples"][member], self.manifest.shape)[row]
+        number = int(np.searchsorted(self.first, index, side="right")) - 1
+        member, row = divmod(index - int(self.first[number]), self._rows)
+        return self._shard(number).block("samples", member, self.manifest.shape)[row]
 
     def label(self, index: int) -> int:
-        """The label of sample `index`, of pictures that have classes."""
-        shard, member, row = self._locate(index)
-        return int(shard.block(shard.members[LABELS][member], [])[row])
+        """The label of sample `index`."""
+        return int(self.gather_labels(np.array([index]))[0])
 
     def rows(self) -> Iterable[np.ndarray]:
         """Every sample, in order."""

@@ -206,6 +206,6 @@ def test_a_position_of_other_data(shards):
 
 def test_an_error_in_the_reading_thread_reaches_the_loop(shards):
     loader = Loader(recipe_for(shards), "train", 0, 1)
-    loader.sources[0].row = lambda index: (_ for _ in ()).throw(DataError("gone"))
+    loader.sources[0].gather = lambda indices, out: (_ for _ in ()).throw(DataError("gone"))
     with pytest.raises(DataError, match="gone"):
         next(iter(loader))
