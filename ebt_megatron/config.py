@@ -81,7 +81,7 @@ class DataConfig:
     sequence_length: int = 256  # tokens predicted per sample
     document_mask: bool = False  # attention stays inside a document of a packed sequence
     shuffle: bool = True
-    prefetch: int = 4  # micro-batches a background thread keeps ready
+    prefetch: int = 32  # micro-batches a background thread keeps ready, at least
     cache_dir: str | None = None  # where shards of remote URLs are kept
 
 

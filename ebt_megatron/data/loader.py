@@ -7,6 +7,7 @@ number of ranks, and the global sequence is the same.
 
 from __future__ import annotations
 
+import itertools
 import queue
 import threading
 import time
@@ -42,6 +43,11 @@ class MicroBatch:
     documents: Tensor | None = None
     latents: Tensor | None = None
     labels: Tensor | None = None
+
+    def part(self, begin: int, end: int) -> MicroBatch:
+        """Its samples begin .. end - 1."""
+        fields = (self.sample_ids, self.tokens, self.documents, self.latents, self.labels)
+        return MicroBatch(*(None if f is None else f[begin:end] for f in fields))  # type: ignore[arg-type]
 
 
 class Blend:
@@ -222,7 +228,9 @@ class Loader:
 
     def __iter__(self) -> Iterator[MicroBatch]:
         """Read ahead in a thread; `consumed` moves when a global batch has been taken whole."""
-        ready: queue.Queue[Any] = queue.Queue(maxsize=max(1, self.recipe.data.prefetch))
+        # Several micro-batches at a time: handing one over costs more than reading it.
+        together = max(1, self.recipe.data.prefetch // 2)
+        ready: queue.Queue[Any] = queue.Queue(maxsize=2)
         stop = threading.Event()
 
         def put(item: Any) -> bool:
@@ -236,8 +244,12 @@ class Loader:
 
         def work() -> None:
             try:
-                for positions, consumed in self._plan():
-                    if not put((self.read(positions), consumed)):
+                plan = self._plan()
+                while planned := list(itertools.islice(plan, together)):
+                    whole = self.read([p for positions, _ in planned for p in positions])
+                    ends = list(itertools.accumulate(len(positions) for positions, _ in planned))
+                    parts = [whole.part(b, e) for b, e in zip([0, *ends], ends, strict=False)]
+                    if not put([(part, consumed) for part, (_, consumed) in zip(parts, planned, strict=True)]):
                         return
                 put(None)
             except BaseException as error:  # handed to the loop, which raises it
@@ -254,8 +266,8 @@ class Loader:
                     return
                 if isinstance(item, BaseException):
                     raise item
-                micro_batch, consumed = item
-                self.consumed = max(self.consumed, consumed)
-                yield micro_batch
+                for micro_batch, consumed in item:
+                    self.consumed = max(self.consumed, consumed)
+                    yield micro_batch
         finally:
             stop.set()
