@@ -1,0 +1,329 @@
+"""Imported weights give the energies of the model they were trained in.
+
+`Original` is a model as the public code has it, written from its description: the whole sequence at once, 2S
+queries (one more with a step token), one mask, autograd through everything, Lightning's names of weights.
+"""
+
+import argparse
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from ebt_megatron.config import RecipeError, load_recipe, to_yaml
+from ebt_megatron.data.shards import ShardFolder
+from ebt_megatron.model.build import SampleShape, build_model
+from ebt_megatron.parallel.setup import initialize
+from ebt_megatron.thinking.dual_stream import Context, Descent, Plan, Thinker, step_sizes
+from ebt_megatron.training.weights import read_weights, set_weights
+from tests.builders import position_weight, relative_error, text_batch, text_shards
+from tools.import_ebt_checkpoint import NOTE, app, convert, convert_weights, make_recipe, read_checkpoint
+
+VOCAB, WIDTH, HEADS, LAYERS, STEPS = 61, 32, 4, 2, 3
+HYPER = {
+    "modality": "NLP", "model_name": "ebt", "embedding_dim": WIDTH, "num_transformer_blocks": LAYERS,
+    "multiheaded_attention_heads": HEADS, "ffn_dim_multiplier": 1.5, "mcmc_num_steps": STEPS, "mcmc_step_size": 5.0,
+    "mcmc_step_size_learnable": True, "normalize_initial_condition": True, "context_length": 10,
+    "denoising_initial_condition": "random_noise", "peak_learning_rate": 0.0012, "tokenizer": "EleutherAI/gpt-neox-20b",
+}  # fmt: skip
+
+
+def linear(inputs, outputs):
+    return nn.Linear(inputs, outputs, bias=False)
+
+
+class Norm(nn.Module):
+    def __init__(self, epsilon):
+        super().__init__()
+        self.weight, self.epsilon = nn.Parameter(torch.ones(WIDTH)), epsilon
+
+    def forward(self, x):
+        return self.weight * x / (x.pow(2).mean(-1, keepdim=True) + self.epsilon).sqrt()
+
+
+def rotated(x, positions):
+    """x [B, T, N, H]: the pair (2i, 2i + 1) turned by position / 10000^(2i / H)."""
+    size = x.shape[-1]
+    angle = positions[:, None] / 10000 ** (torch.arange(0, size, 2, dtype=torch.float64) / size)
+    cos, sin = angle.cos().to(x)[:, None], angle.sin().to(x)[:, None]
+    even, odd = x[..., ::2], x[..., 1::2]
+    return torch.stack([even * cos - odd * sin, even * sin + odd * cos], -1).flatten(-2)
+
+
+class Attention(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.wq, self.wk, self.wv, self.wo = (linear(WIDTH, WIDTH) for _ in range(4))
+
+    def forward(self, x, positions, mask):
+        q, k, v = (w(x).unflatten(-1, (HEADS, -1)) for w in (self.wq, self.wk, self.wv))
+        scores = torch.einsum("bqnh,bknh->bnqk", rotated(q, positions), rotated(k, positions))
+        p = (scores / math.sqrt(q.shape[-1])).masked_fill(~mask, -math.inf).softmax(-1)
+        return self.wo(torch.einsum("bnqk,bknh->bqnh", p, v).flatten(2))
+
+
+class FeedForward(nn.Module):
+    def __init__(self):
+        super().__init__()
+        hidden = int(WIDTH * HYPER["ffn_dim_multiplier"])
+        self.w1, self.w2, self.w3 = linear(WIDTH, hidden), linear(hidden, WIDTH), linear(WIDTH, hidden)
+
+    def forward(self, x):
+        return self.w2(F.silu(self.w1(x)) * self.w3(x))
+
+
+class Block(nn.Module):
+    def __init__(self, epsilon):
+        super().__init__()
+        self.attention, self.feed_forward = Attention(), FeedForward()
+        self.attention_norm, self.ffn_norm = Norm(epsilon), Norm(epsilon)
+
+    def forward(self, x, positions, mask):
+        x = x + self.attention(self.attention_norm(x), positions, mask)
+        return x + self.feed_forward(self.ffn_norm(x))
+
+
+class Trunk(nn.Module):
+    def __init__(self, steps, epsilon):
+        super().__init__()
+        self.layers = nn.ModuleList(Block(epsilon) for _ in range(LAYERS))
+        self.norm, self.final_layer = Norm(epsilon), linear(WIDTH, 1)
+        if steps:
+            self.time_embeddings = nn.Embedding(steps, WIDTH)
+
+    def forward(self, context, predictions, step):
+        """Energies [B, S] of predictions [B, S, D]."""
+        if hasattr(self, "time_embeddings"):
+            token = self.time_embeddings(torch.full((len(context), 1), step))
+            context = torch.cat([token, context], 1)
+        originals, count = context.shape[1], predictions.shape[1]
+        extra = originals - count  # 1 with a step token
+        mask = torch.zeros(originals + count, originals + count, dtype=torch.bool)
+        mask[:originals, :originals] = torch.ones(originals, originals).tril().bool()
+        mask[originals:, :originals] = torch.ones(count, originals).tril(extra).bool()
+        mask[originals:, originals:] = torch.eye(count).bool()
+        positions = torch.cat([torch.arange(originals), torch.arange(count) + 1 + extra]).double()
+        x = torch.cat([context, predictions], 1)
+        for layer in self.layers:
+            x = layer(x, positions, mask)
+        return self.final_layer(self.norm(x))[:, originals:, 0]
+
+
+class Inner(nn.Module):
+    def __init__(self, steps, vocab, epsilon):
+        super().__init__()
+        self.alpha = nn.Parameter(torch.tensor(4.0))
+        self.langevin_dynamics_noise_std = nn.Parameter(torch.tensor(0.0), requires_grad=False)
+        self.embeddings, self.vocab_to_embed = nn.Embedding(vocab, WIDTH), linear(vocab, WIDTH)
+        self.transformer = Trunk(steps, epsilon)
+
+
+class Original(nn.Module):
+    """What Lightning saves: the model under `model.`."""
+
+    def __init__(self, kind="default", vocab=VOCAB, epsilon=1e-5):
+        super().__init__()
+        self.model = Inner(STEPS if kind == "time_embed" else 0, vocab, epsilon)
+        generator = torch.Generator().manual_seed(2)
+        with torch.no_grad():
+            for name, p in self.named_parameters():
+                if p.dim():
+                    p.add_(0.2 * torch.randn(p.shape, generator=generator))
+                    if "norm" not in name:
+                        p.mul_(2 / p.shape[-1] ** 0.5)
+
+    def think(self, tokens, targets, y, from_probabilities):
+        """Yield (y before the step, energies [B, S], y after it, losses [B, S]), detached between the steps.
+
+        Args:
+            from_probabilities: as the public code steps, y' = p - alpha dE/dp; else y' = y - alpha dE/dy.
+        """
+        model = self.model
+        for step in range(STEPS):
+            before = y = y.detach().requires_grad_()
+            p = y.softmax(-1)
+            energies = model.transformer(model.embeddings(tokens), model.vocab_to_embed(p), step)
+            start = p if from_probabilities else y
+            (gradient,) = torch.autograd.grad(energies.sum(), start, create_graph=True)
+            y = start - model.alpha.clamp(min=1e-4) * gradient
+            losses = F.cross_entropy(y.transpose(1, 2), targets, reduction="none")
+            yield before.detach(), energies, y, losses
+
+
+def save(original, path, hyper=HYPER, **changes):
+    state = original.state_dict() | changes
+    torch.save({"state_dict": {k: v for k, v in state.items() if v is not None}, "hyper_parameters": hyper,
+                "epoch": 0, "global_step": 7, "pytorch-lightning_version": "2.4.0"}, path)  # fmt: skip
+    return path
+
+
+def imported(original, folder, kind, dtype, **hyper):
+    """The original's weights in our model, through a .ckpt file."""
+    checkpoint = save(original, folder / "last.ckpt", {**HYPER, "ebt_type": kind, **hyper})
+    convert(checkpoint, folder / "weights.safetensors")
+    recipe = load_recipe(folder / "weights.yaml", ["model.kernels=reference"])
+    initialize(recipe.parallel, 0)
+    model = build_model(recipe, SampleShape(vocab_size=VOCAB)).to(dtype)
+    set_weights(folder / "weights.safetensors", model, read_weights(folder / "weights.safetensors")[0])
+    return model, recipe
+
+
+def thinker(model, recipe, batch, logits, plan=None):
+    """Our side, starting from logits [B, S, V]."""
+    start = F.pad(logits.transpose(0, 1), (0, model.modality.prediction_embedding.weight.shape[0] - VOCAB))
+    prediction = model.modality.prediction(batch.targets, batch.sample_ids, recipe.thinking, 0, start)
+    sizes = step_sizes(model.step_size, recipe.thinking, batch.sample_ids, prediction.length, 0, random=False)
+    weight = None if plan is None else position_weight(batch, model.head.dtype)
+    descent = Descent(prediction, model.step_size, *sizes, plan, weight)
+    context = Context(model, lambda: model.modality.context(batch.observed), prediction.length, None, plan is not None)
+    return Thinker(model, context, descent)
+
+
+TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}
+KINDS = pytest.mark.parametrize("kind", ["default", "time_embed"])
+PRECISIONS = pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
+
+
+def close(ours, theirs, dtype):
+    return torch.testing.assert_close(ours, theirs, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
+
+
+def noise(batch, dtype):
+    return torch.randn(*batch.targets.shape, VOCAB, generator=torch.Generator().manual_seed(5)).to(dtype)
+
+
+@KINDS
+@PRECISIONS
+def test_energies_and_steps_of_the_public_code(kind, dtype, tmp_path):
+    """At each prediction the original passes through: its energy, and from our gradient its step and loss."""
+    original, batch = Original(kind).to(dtype), text_batch()
+    model, recipe = imported(original, tmp_path, kind, dtype)
+    steps = list(original.think(batch.observed, batch.targets, noise(batch, dtype), from_probabilities=True))
+    for i, (before, energies, after, losses) in enumerate(steps):
+        ours = thinker(model, recipe, batch, before)
+        x = ours.descent.propose_input(0).detach().requires_grad_()
+        energy = ours._energy(x, i, tangent=False)
+        (gradient,) = torch.autograd.grad(energy.sum(), x)
+        close(energy.t(), energies, dtype)
+        table = model.modality.prediction_embedding.weight[:VOCAB]
+        moved = before.softmax(-1) - model.step_size * (gradient @ table.t()).transpose(0, 1)
+        close(moved, after, dtype)
+        close(F.cross_entropy(moved.transpose(1, 2), batch.targets, reduction="none"), losses, dtype)
+    assert (steps[0][2] - steps[0][0]).abs().max() > 0.1, "the prediction moves"
+
+
+@KINDS
+@PRECISIONS
+def test_thinking_and_training(kind, dtype, tmp_path):
+    """Stepping as here, from logits: energies and losses of every step, and the gradient of every weight."""
+    original, batch = Original(kind).to(dtype), text_batch()
+    model, recipe = imported(original, tmp_path, kind, dtype)
+    weight = position_weight(batch, dtype)
+    steps = list(original.think(batch.observed, batch.targets, noise(batch, dtype), from_probabilities=False))
+    sum((weight.t() * losses).sum() / STEPS for *_, losses in steps).backward()
+
+    plan = Plan.of(recipe.thinking, STEPS)
+    thought = thinker(model, recipe, batch, noise(batch, dtype), plan).train()
+    for i, (_, energies, _, losses) in enumerate(steps):
+        close(thought.energies[i].t(), energies.detach(), dtype)
+        close(thought.losses[i].t(), losses.detach(), dtype)
+    gradients = {k: p.grad for k, p in original.named_parameters() if p.grad is not None}
+    expected = convert_weights(gradients, recipe)
+    for name, parameter in model.named_parameters():
+        error = relative_error(parameter.grad, expected[name])
+        assert error < 20 * TOLERANCE[dtype], (name, error)
+
+
+def test_settings_become_a_recipe(tmp_path):
+    hyper = {**HYPER, "norm_eps": 1e-3, "ebt_type": "time_embed", "truncate_mcmc": True, "mcmc_replay_buffer": True,
+             "langevin_dynamics_noise": 3.0, "randomize_mcmc_step_size_scale": 2.0, "max_steps": 77}  # fmt: skip
+    original = Original("time_embed")
+    original.model.langevin_dynamics_noise_std.data.fill_(2.5)
+    checkpoint = save(original, tmp_path / "last.ckpt", argparse.Namespace(**hyper))
+    recipe = convert(checkpoint, tmp_path / "w.safetensors")
+    m, t = recipe.model, recipe.thinking
+    assert (m.num_layers, m.num_attention_heads, m.hidden_size, m.ffn_hidden_size) == (LAYERS, HEADS, WIDTH, 48)
+    assert (m.conditioning, m.norm_epsilon, recipe.data.sequence_length) == ("time_embed_sequence", 1e-3, 10)
+    assert (t.max_steps, t.loss, t.gradient, t.step_size, t.step_size_scale) == (3, "last", "truncated", 5.0, 2.0)
+    assert (t.langevin_noise, t.replay.enabled, recipe.training.steps, recipe.optimizer.lr) == (2.5, True, 77, 0.0012)
+    assert to_yaml(load_recipe(tmp_path / "w.yaml")) == to_yaml(recipe)
+
+
+def test_the_epsilon_reaches_the_norms(tmp_path):
+    batch, dtype = text_batch(), torch.float64
+    original = Original(epsilon=0.1).to(dtype)
+    model, recipe = imported(original, tmp_path, "default", dtype, norm_eps=0.1)
+    _, energies, *_ = next(original.think(batch.observed, batch.targets, noise(batch, dtype), True))
+    close(thinker(model, recipe, batch, noise(batch, dtype)).think(1).energies[0].t(), energies.detach(), dtype)
+
+
+def test_compiled_models_have_a_prefix(tmp_path):
+    state = Original().state_dict()
+    renamed = {f"model._orig_mod.{k.removeprefix('model.')}": v for k, v in state.items()}
+    path = save(Original(), tmp_path / "last.ckpt", **dict.fromkeys(state), **renamed)
+    assert read_checkpoint(path, trust=False)[0].keys() == state.keys()
+
+
+W1 = "model.transformer.layers.1.feed_forward.w1.weight"
+
+
+@pytest.mark.parametrize(
+    ("changes", "hyper", "message"),
+    [
+        ({"model.vocab_to_embed.weight": None}, {}, "model.vocab_to_embed.weight is missing"),
+        ({"model.embeddings.weight": None}, {}, "model.embeddings.weight is missing"),
+        ({W1: torch.zeros(5, 5)}, {}, rf"{W1} is \[5, 5\], expected \[48, 32\]"),
+        ({"model.image_encoder.weight": torch.zeros(1)}, {}, "model.image_encoder.weight is not a weight of"),
+        ({"model.transformer.time_embeddings.weight": torch.zeros(3, WIDTH)}, {}, "time_embeddings.weight is not a"),
+        ({}, {"ebt_type": "time_embed"}, "model.transformer.time_embeddings.weight is missing"),
+        ({}, {"ebt_type": "adaln"}, "hyper-parameter ebt_type=adaln is not supported, only default and time_embed"),
+        ({}, {"model_name": "dit"}, "hyper-parameter model_name=dit"),
+        ({}, {"normalize_initial_condition": False}, "hyper-parameter normalize_initial_condition=False"),
+        ({}, {"sharpen_predicted_distribution": 0.5}, "hyper-parameter sharpen_predicted_distribution=0.5"),
+    ],
+)
+def test_what_is_not_supported_is_named(changes, hyper, message, tmp_path):
+    path = save(Original(), tmp_path / "last.ckpt", {**HYPER, **hyper}, **changes)
+    with pytest.raises(RecipeError, match=message) as error:
+        convert(path, tmp_path / "w.safetensors")
+    assert "\n" not in str(error.value) and not list(tmp_path.glob("w.*"))
+
+
+class Logger:
+    """Something a checkpoint may hold that is not data."""
+
+
+def test_files_that_are_not_such_checkpoints(tmp_path):
+    path = save(Original(), tmp_path / "objects.ckpt", {**HYPER, "logger": Logger()})
+    with pytest.raises(RecipeError, match="--trust"):
+        convert(path, tmp_path / "w.safetensors")
+    convert(path, tmp_path / "w.safetensors", trust=True)
+    (tmp_path / "text.ckpt").write_text("nothing")
+    torch.save({"weights": 1}, tmp_path / "other.ckpt")
+    for name, message in (("text", "cannot be read"), ("none", "No such file"), ("other", "state_dict is missing")):
+        with pytest.raises(RecipeError, match=message):
+            convert(tmp_path / f"{name}.ckpt", tmp_path / "w.safetensors")
+
+
+def test_from_the_command_line_to_an_evaluation(tmp_path):
+    from typer.testing import CliRunner
+
+    from ebt_megatron.evaluate import evaluate
+    from tools.convert import app as convert_app
+
+    shards = text_shards(tmp_path, [f"Document {i} says {i % 7} words" * 9 for i in range(60)], 10, 500)
+    vocab = ShardFolder(f"{shards}/train").manifest.tokenizer["vocab_size"]
+    checkpoint = save(Original("time_embed", vocab=vocab), tmp_path / "last.ckpt", {**HYPER, "ebt_type": "time_embed"})
+    weights, run = tmp_path / "w.safetensors", tmp_path / "run"
+    done = CliRunner().invoke(app, [str(checkpoint), "--output", str(weights)])
+    assert done.exit_code == 0 and NOTE in done.output, done.output
+    done = CliRunner().invoke(convert_app, [
+        "import", str(weights), "--recipe", str(tmp_path / "w.yaml"), "--output", str(run),
+        f"data.train=[{shards}/train]", f"data.validation=[{shards}/validation]",
+        "training.global_batch_size=4", "training.micro_batch_size=2", "training.validation_samples=4",
+    ])  # fmt: skip
+    assert done.exit_code == 0, done.output
+    result = evaluate(load_recipe(run / "recipe.yaml"), run, steps=2, example=False)
+    assert result["step"] == 0 and all(math.isfinite(row["loss"]) for row in result["thinking"])

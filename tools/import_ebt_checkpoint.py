@@ -1,0 +1,252 @@
+"""A checkpoint of the paper's public code, as weights of this project: `python -m tools.import_ebt_checkpoint CKPT`.
+
+The public code (github.com/alexiglad/EBT) saves with PyTorch Lightning. Its text EBTs of type `default` and
+`time_embed` are here `model.conditioning=none` and `time_embed_sequence`; others are refused. Written are
+FILE.safetensors and FILE.yaml, a recipe, from which `python -m tools.convert import` makes a run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import pickle
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+import typer
+from rich.console import Console
+from torch import Tensor
+
+from ebt_megatron.cli import guarded, quiet_libraries
+from ebt_megatron.config import Recipe, RecipeError, resolve, to_yaml
+
+app = typer.Typer(add_completion=False)
+
+_CONDITIONING = {"default": "none", "time_embed": "time_embed_sequence"}
+
+# What the energy or the thinking depends on and is not built here: hyper-parameter, the values that are.
+_SUPPORTED: dict[str, tuple[Any, ...]] = {
+    "modality": ("NLP",),
+    "model_name": ("ebt",),
+    "ebt_type": tuple(_CONDITIONING),
+    "ebt_norm": ("rms",),
+    "ebt_act_func": ("silu",),
+    "denoising_initial_condition": ("random_noise", "zeros"),
+    "normalize_initial_condition": (True,),
+    "normalize_initial_condition_only_first_step": (False,),
+    "vocab_to_embed_uses_prob_dist": (False,),
+    "clamp_futures_grad": (False,),
+    "absolute_clamp": (0,),
+    "sharpen_predicted_distribution": (0,),
+}
+
+NOTE = (
+    "The energies are the public code's. Its thinking is not: there y' = softmax(y) - alpha dE/dp with p = softmax(y), "
+    "here y' = y - alpha dE/dy (docs/reproducing.md)."
+)
+
+
+def read_checkpoint(path: Path, trust: bool) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The weights, without torch.compile's prefix, and the hyper-parameters of a Lightning checkpoint.
+
+    Args:
+        path: a .ckpt file.
+        trust: unpickle whatever it holds, which may run code of whoever made it.
+
+    Raises:
+        RecipeError: if it cannot be read, or is not such a checkpoint.
+    """
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            stored = torch.load(path, map_location="cpu", weights_only=not trust)
+    except OSError as error:
+        raise RecipeError(f"{path}: {error.strerror or error}") from None
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ImportError, AttributeError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        hint = "" if trust else "; if you trust its maker, --trust reads objects other than tensors"
+        raise RecipeError(f"{path} cannot be read: {reason}{hint}") from None
+    for key in ("state_dict", "hyper_parameters"):
+        if not isinstance(stored, dict) or key not in stored:
+            raise RecipeError(f"{path}: {key} is missing: not a Lightning checkpoint of the public code")
+    given = stored["hyper_parameters"]
+    hyper = dict(vars(given) if isinstance(given, argparse.Namespace) else given)
+    return {key.replace("_orig_mod.", ""): weight for key, weight in stored["state_dict"].items()}, hyper
+
+
+def make_recipe(hyper: dict[str, Any], weights: dict[str, Tensor]) -> Recipe:
+    """The recipe that the hyper-parameters describe; sizes are those of the weights.
+
+    Raises:
+        RecipeError: naming the hyper-parameter that is missing or not supported.
+    """
+    for key, values in _SUPPORTED.items():
+        if key in hyper and hyper[key] not in values:
+            raise RecipeError(f"hyper-parameter {key}={hyper[key]} is not supported, only "
+                              f"{' and '.join(map(str, values))}")  # fmt: skip
+    if "multiheaded_attention_heads" not in hyper:
+        raise RecipeError("hyper-parameter multiheaded_attention_heads is missing")
+
+    def shape(key: str) -> torch.Size:
+        if key not in weights:
+            raise RecipeError(f"{key} is missing")
+        return weights[key].shape
+
+    def take(target: Any, **names: str) -> None:
+        """Set fields from hyper-parameters that are there."""
+        for field, name in names.items():
+            if hyper.get(name) is not None:
+                setattr(target, field, type(getattr(target, field) or 0.0)(hyper[name]))
+
+    recipe = Recipe(name="imported")
+    m, t, o = recipe.model, recipe.thinking, recipe.optimizer
+    layers = [int(found[1]) for key in weights if (found := re.match(r"model\.transformer\.layers\.(\d+)\.", key))]
+    m.num_layers = max(layers, default=-1) + 1
+    m.num_attention_heads = int(hyper["multiheaded_attention_heads"])
+    m.hidden_size = shape("model.embeddings.weight")[1]
+    m.ffn_hidden_size = shape("model.transformer.layers.0.feed_forward.w1.weight")[0]
+    m.conditioning = _CONDITIONING[hyper.get("ebt_type", "default")]
+    take(m, norm_epsilon="norm_eps")
+    t.min_steps = t.max_steps = int(hyper.get("mcmc_num_steps", 2))
+    if m.conditioning != "none":  # one row for each step
+        t.min_steps = t.max_steps = shape("model.transformer.time_embeddings.weight")[0]
+    if hyper.get("truncate_mcmc"):
+        t.loss, t.gradient = "last", "truncated"
+    elif hyper.get("no_mcmc_detach"):
+        t.gradient = "full"
+    t.initial = "zeros" if hyper.get("denoising_initial_condition") == "zeros" else "noise"
+    take(t, step_size="mcmc_step_size", learn_step_size="mcmc_step_size_learnable",
+         step_size_lr_multiplier="mcmc_step_size_lr_multiplier", step_size_scale="randomize_mcmc_step_size_scale",
+         initial_std="gaussian_random_noise_scaling")  # fmt: skip
+    if hyper.get("langevin_dynamics_noise"):  # 0 switches it off, whatever the weight says; it may have been learned
+        shape("model.langevin_dynamics_noise_std")
+        t.langevin_noise = float(weights["model.langevin_dynamics_noise_std"])
+    t.replay.enabled = bool(hyper.get("mcmc_replay_buffer"))
+    o.lr = 1e-3
+    take(o, lr="peak_learning_rate", weight_decay="weight_decay", beta1="beta1", beta2="beta2",
+         clip_grad="gradient_clip_val", warmup_steps="warm_up_steps")  # fmt: skip
+    take(recipe.data, sequence_length="context_length")
+    take(recipe.training, steps="max_steps")
+    resolve(recipe)
+    return recipe
+
+
+class _Source:
+    """Weights of the public code, each to be taken once and in the expected shape."""
+
+    def __init__(self, weights: dict[str, Tensor]):
+        self.left = dict(weights)
+
+    def take(self, key: str, *shape: int) -> Tensor:
+        """The weight `key`; raises RecipeError if it is missing or of another shape."""
+        if key not in self.left:
+            raise RecipeError(f"{key} is missing")
+        weight = self.left.pop(key)
+        if tuple(weight.shape) != shape:
+            raise RecipeError(f"{key} is {list(weight.shape)}, expected {list(shape)}")
+        return weight
+
+
+def _interleaved(parts: Iterable[Tensor], blocks: int) -> Tensor:
+    """Cut the rows of each part into `blocks`, and alternate: block 0 of each part, block 1 of each part, ..."""
+    return torch.stack([part.unflatten(0, (blocks, -1)) for part in parts], 1).flatten(0, 2)
+
+
+def convert_weights(weights: dict[str, Tensor], recipe: Recipe) -> dict[str, Tensor]:
+    """The public code's weights under this project's names and in its order of rows.
+
+    Both rotate interleaved pairs, so rows keep their order inside a head.
+
+    Args:
+        weights: from `read_checkpoint`.
+        recipe: from `make_recipe`.
+
+    Raises:
+        RecipeError: naming the first weight that is missing, unknown or of another shape.
+    """
+    m, source = recipe.model, _Source(weights)
+    assert m.num_layers and m.hidden_size and m.ffn_hidden_size and m.num_attention_heads
+    width, ffn, heads = m.hidden_size, m.ffn_hidden_size, m.num_attention_heads
+    vocab = len(weights["model.embeddings.weight"])
+    padding = -vocab % m.vocab_multiple
+
+    def table(rows: Tensor) -> Tensor:
+        return torch.cat([rows, rows.new_zeros(padding, width)])
+
+    source.left.pop("model.langevin_dynamics_noise_std", None)  # a setting here: see `make_recipe`
+    out = {
+        "step_size": source.take("model.alpha"),
+        "modality.context.table.weight": table(source.take("model.embeddings.weight", vocab, width)),
+        "modality.prediction_embedding.weight": table(source.take("model.vocab_to_embed.weight", width, vocab).t()),
+        "final_norm.weight": source.take("model.transformer.norm.weight", width),
+        "head": source.take("model.transformer.final_layer.weight", 1, width)[0],
+    }
+    if m.conditioning == "time_embed_sequence":
+        steps = recipe.thinking.max_steps
+        out["step_embedding"] = source.take("model.transformer.time_embeddings.weight", steps, width)
+    for i in range(m.num_layers):
+        theirs, ours = f"model.transformer.layers.{i}", f"layers.{i}"
+        attention = [source.take(f"{theirs}.attention.{w}.weight", width, width) for w in ("wq", "wk", "wv")]
+        gate_up = [source.take(f"{theirs}.feed_forward.{w}.weight", ffn, width) for w in ("w1", "w3")]
+        out |= {
+            f"{ours}.norm1.weight": source.take(f"{theirs}.attention_norm.weight", width),
+            f"{ours}.qkv.weight": _interleaved(attention, heads),
+            f"{ours}.proj.weight": source.take(f"{theirs}.attention.wo.weight", width, width),
+            f"{ours}.norm2.weight": source.take(f"{theirs}.ffn_norm.weight", width),
+            f"{ours}.fc1.weight": _interleaved(gate_up, heads),
+            f"{ours}.fc2.weight": source.take(f"{theirs}.feed_forward.w2.weight", width, ffn),
+        }
+    if source.left:
+        raise RecipeError(f"{next(iter(source.left))} is not a weight of the models that are supported")
+    return out
+
+
+def convert(checkpoint: Path, output: Path, trust: bool = False) -> Recipe:
+    """Write OUTPUT (safetensors) and the recipe beside it, OUTPUT with .yaml; returns the recipe.
+
+    Raises:
+        RecipeError: see `read_checkpoint`, `make_recipe` and `convert_weights`.
+    """
+    from ebt_megatron.training.loop import fingerprint
+    from ebt_megatron.training.weights import write_weights
+
+    stored, hyper = read_checkpoint(checkpoint, trust)
+    try:
+        recipe = make_recipe(hyper, stored)
+        weights = convert_weights(stored, recipe)
+    except RecipeError as error:
+        raise RecipeError(f"{checkpoint}: {error}") from None
+    identity = fingerprint(recipe, "") | {"vocab_size": len(stored["model.embeddings.weight"])}
+    for key in ("tokenizer", "thinking.max_steps"):  # not known; free, where there is no step embedding to say it
+        del identity[key]
+    write_weights(output, weights, to_yaml(recipe), identity)
+    output.with_suffix(".yaml").write_text(to_yaml(recipe))
+    return recipe
+
+
+@app.command()
+def main(
+    checkpoint: Path = typer.Argument(..., help="A .ckpt file of the public code."),
+    output: Path = typer.Option(..., help="FILE.safetensors to write, with the recipe FILE.yaml beside it."),
+    trust: bool = typer.Option(False, "--trust", help="Unpickle any object: only for files of makers you trust."),
+) -> None:
+    """Turn a checkpoint of the paper's public code into weights and a recipe of this project."""
+
+    def work() -> None:
+        if output.suffix != ".safetensors":
+            raise RecipeError(f"--output {output}: give a name that ends in .safetensors")
+        quiet_libraries()
+        recipe = convert(checkpoint, output, trust)
+        console, m = Console(soft_wrap=True, highlight=False), recipe.model
+        console.print(f"{output}: {m.num_layers} layers, {m.num_attention_heads} heads, width {m.hidden_size}, "
+                      f"conditioning {m.conditioning}, thinking steps {recipe.thinking.max_steps}")  # fmt: skip
+        console.print(NOTE)
+        console.print(f"Next: python -m tools.convert import {output} --recipe {output.with_suffix('.yaml')} "
+                      "--output RUN_DIR 'data.train=[...]' 'data.validation=[...]'")  # fmt: skip
+
+    guarded(work)
+
+
+if __name__ == "__main__":
+    app()
