@@ -55,7 +55,7 @@ def gathered(folder: Path, micro_batch: int) -> Iterator[Any]:
 
     rows = np.stack(list(ShardFolder(str(folder)).rows()))
     order = np.random.default_rng(0).permutation(len(rows))
-    for i in range(0, len(order) - micro_batch + 1, micro_batch):
+    for i in itertools.cycle(range(0, len(order) - micro_batch + 1, micro_batch)):
         yield torch.from_numpy(rows[order[i : i + micro_batch]].astype(np.int64))
 
 
@@ -65,7 +65,7 @@ def converted(folder: Path, micro_batch: int) -> Iterator[Any]:
 
     rows = torch.from_numpy(np.stack(list(ShardFolder(str(folder)).rows())))
     out = torch.empty(micro_batch, rows.shape[1], dtype=torch.int64)
-    for i in range(0, len(rows) - micro_batch + 1, micro_batch):
+    for i in itertools.cycle(range(0, len(rows) - micro_batch + 1, micro_batch)):
         yield out.copy_(rows[i : i + micro_batch])
 
 

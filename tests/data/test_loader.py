@@ -133,6 +133,21 @@ def test_stock_webdataset_reads_the_shards(shards):
     assert all((rows[i] == folder.row(i)).all() for i in range(len(rows)))
 
 
+def test_stock_energon_reads_the_shards(shards):
+    pytest.importorskip("megatron.energon", reason="pip install megatron-energon")
+    from tools.bench_data import energon_members
+
+    folder = ShardFolder(f"{shards}/train")
+    rows: dict[str, np.ndarray] = {}
+    for member in energon_members(shards / "train"):  # which begins anew at the end
+        if member["__key__"] in rows:
+            break
+        rows[member["__key__"]] = np.asarray(member["tokens.npy"])
+    found = np.concatenate([rows[key] for key in sorted(rows)])
+    assert len(found) == len(folder)
+    assert all((found[i] == folder.row(i)).all() for i in range(len(found)))
+
+
 def test_remote_shards_are_fetched_verified_and_cached(shards, tmp_path):
     import fsspec
 

@@ -1,0 +1,42 @@
+"""Loaders that are compared deliver the same samples in the same form."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from ebt_megatron.data.shards import ShardFolder
+from tools import bench_data
+
+LOADERS = {
+    "gathered": bench_data.gathered,
+    "converted": bench_data.converted,
+    "ours": lambda folder, size: bench_data.ours(folder, size, thread=True),
+    "ours, no thread": lambda folder, size: bench_data.ours(folder, size, thread=False),
+    "webdataset": lambda folder, size: bench_data.plain_webdataset(folder, size, 0),
+}
+
+
+@pytest.mark.parametrize("loader", LOADERS.values(), ids=LOADERS)
+def test_every_loader_delivers_the_samples_of_the_shards(loader, tmp_path):
+    bench_data.make_shards(tmp_path, 1200, 15)
+    known = {row.tobytes() for row in ShardFolder(str(tmp_path)).rows()}
+    seen = set()
+    for _, batch in zip(range(50), loader(tmp_path, 8), strict=False):
+        assert batch.shape == (8, 16) and batch.dtype == torch.int64
+        seen |= {row.astype(np.uint16).tobytes() for row in batch.numpy()}
+    assert len(seen) == 400 and seen <= known
+
+
+def test_the_command_writes_its_numbers(tmp_path):
+    import typer
+
+    app = typer.Typer()
+    app.command()(bench_data.main)
+    options = ["--samples", "1200", "--sequence-length", "31", "--seconds", "0.05", "--megabytes", "0.1"]
+    done = CliRunner().invoke(app, [*options, "--output", str(tmp_path / "n.json")])
+    assert done.exit_code == 0, done.output
+    found = json.loads((tmp_path / "n.json").read_text())
+    assert found["samples"] == 1200 and all(value > 0 for value in found["samples_per_second"].values())
