@@ -24,7 +24,7 @@ quickstart: install  ## prepare real text, pretrain an EBT and a Transformer++, 
 	$(BIN)/python -m tools.quickstart
 
 test: install    ## the test suite (CPU, under 12 minutes on 2 cores)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -n 2 --dist loadfile
 
 test-slow: install  ## the tests that take minutes
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -m slow

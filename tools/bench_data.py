@@ -133,7 +133,7 @@ def energon_members(folder: Path, shuffle: int | None = None, workers: int = 0) 
     from megatron.energon.flavors import BaseWebdatasetFactory
 
     class Members(DefaultTaskEncoder):
-        cookers = [Cooker(stateless(lambda member: member))]
+        cookers = (Cooker(stateless(lambda member: member)),)
 
     with tempfile.TemporaryDirectory(prefix="energon-") as scratch:
         for tar in folder.resolve().glob("*.tar"):

@@ -35,7 +35,7 @@ def test_the_command_writes_its_numbers(tmp_path):
 
     app = typer.Typer()
     app.command()(bench_data.main)
-    options = ["--samples", "1200", "--sequence-length", "31", "--seconds", "0.05", "--megabytes", "0.1"]
+    options = ["--samples", "1200", "--sequence-length", "31", "--seconds", "0.05", "--megabytes", "2"]
     done = CliRunner().invoke(app, [*options, "--output", str(tmp_path / "n.json")])
     assert done.exit_code == 0, done.output
     found = json.loads((tmp_path / "n.json").read_text())

@@ -19,7 +19,7 @@ from ebt_megatron.parallel.setup import initialize
 from ebt_megatron.thinking.dual_stream import Context, Descent, Plan, Thinker, step_sizes
 from ebt_megatron.training.weights import read_weights, set_weights
 from tests.builders import position_weight, relative_error, text_batch, text_shards
-from tools.import_ebt_checkpoint import NOTE, app, convert, convert_weights, make_recipe, read_checkpoint
+from tools.import_ebt_checkpoint import NOTE, app, convert, convert_weights, read_checkpoint
 
 VOCAB, WIDTH, HEADS, LAYERS, STEPS = 61, 32, 4, 2, 3
 HYPER = {

@@ -63,7 +63,7 @@ def test_verify_finds_a_truncated_and_a_missing_shard(folder):
 def test_verify_finds_a_member_that_is_there_twice(folder):
     path = folder / "shard-000000.tar"
     with tarfile.open(path, "a") as tar:
-        tar.add(folder / "tokenizer.json", tarfile.open(path).getnames()[0])
+        tar.add(folder / "tokenizer.json", tar.getnames()[0])
     said = " ".join(run(app, ["verify", str(folder)]).output.split())
     assert "shard-000000.tar: member 000000-000000.tokens.npy is there twice" in said
 

@@ -109,13 +109,13 @@ def killed(data: Path, output: Path, overrides: tuple[str, ...], kills: int, see
     return run_ranks(runs.train, 2, data, output, overrides), when
 
 
-@pytest.mark.parametrize("kills", [20])
+@pytest.mark.parametrize("kills", [4, pytest.param(20, marks=pytest.mark.slow)])
 def test_killed_again_and_again_the_weights_are_those_of_an_undisturbed_run(kills, data, tmp_path):
-    overrides = (DISTRIBUTED, *runs.S2, "training.steps=130")
+    overrides = (DISTRIBUTED, *runs.S2, f"training.steps={30 + 5 * kills}")
     results, when = killed(data, tmp_path / "killed", overrides, kills, seed=1)
     expected = run_ranks(runs.train, 2, data, tmp_path / "plain", overrides)
     assert [r["digest"] for r in results] == [r["digest"] for r in expected]
-    assert when["while saving"] >= 3, when
+    assert when["while saving"] >= min(3, kills // 4), when
 
     def losses(output):
         return [(r["step"], r["loss"], r["grad_norm"]) for r in runs.rows(output)]
