@@ -56,6 +56,7 @@ class ThinkingConfig:
     min_steps: int = 2
     max_steps: int = 2  # evaluation thinks this many steps; training draws from [min, max]
     loss: str = "every"  # every (mean over the steps' losses) | last
+    descend_on: str = "logits"  # logits | probabilities (y' = softmax(y) - alpha dE/dp, as the public code)
     gradient: str = "detached"  # detached | full | truncated; see docs/design.md
     step_size: float = 500.0
     learn_step_size: bool = True
@@ -167,6 +168,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "model.conditioning": ("none", "time_embed", "time_embed_sequence", "adaln", "adaln_zero"),
     "model.kernels": ("auto", "reference", "torch", "triton"),
     "thinking.loss": ("every", "last"),
+    "thinking.descend_on": ("logits", "probabilities"),
     "thinking.gradient": ("detached", "full", "truncated"),
     "thinking.initial": ("noise", "zeros"),
     "thinking.engine": ("dual_stream", "double_backward"),
@@ -331,6 +333,9 @@ def check(recipe: Recipe, world_size: int | None = None) -> None:
         raise RecipeError(f"thinking.step_size_scale={t.step_size_scale}: must be at least 1")
     if t.gradient == "truncated" and t.loss != "last":
         raise RecipeError("thinking.gradient=truncated trains on the last step only: set thinking.loss=last")
+    if t.descend_on == "probabilities" and t.gradient == "full" and t.engine == "dual_stream":
+        raise RecipeError("thinking.descend_on=probabilities trains no further back than one step: set "
+                          "thinking.gradient=detached or truncated, or thinking.engine=double_backward")  # fmt: skip
     if t.engine == "double_backward" and tensor * p.pipeline > 1:
         raise RecipeError("thinking.engine=double_backward is a single-process reference: "
                           "set parallel.tensor=1 and parallel.pipeline=1")  # fmt: skip

@@ -42,11 +42,6 @@ _SUPPORTED: dict[str, tuple[Any, ...]] = {
     "sharpen_predicted_distribution": (0,),
 }
 
-NOTE = (
-    "The energies are the public code's. Its thinking is not: there y' = softmax(y) - alpha dE/dp with p = softmax(y), "
-    "here y' = y - alpha dE/dy (docs/reproducing.md)."
-)
-
 
 def read_checkpoint(path: Path, trust: bool) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The weights, without torch.compile's prefix, and the hyper-parameters of a Lightning checkpoint.
@@ -114,7 +109,8 @@ def make_recipe(hyper: dict[str, Any], weights: dict[str, Tensor]) -> Recipe:
     if hyper.get("truncate_mcmc"):
         t.loss, t.gradient = "last", "truncated"
     elif hyper.get("no_mcmc_detach"):
-        t.gradient = "full"
+        t.gradient, t.engine = "full", "double_backward"  # through steps from probabilities: by the slow engine only
+    t.descend_on = "probabilities"  # what normalize_initial_condition does
     t.initial = "zeros" if hyper.get("denoising_initial_condition") == "zeros" else "noise"
     take(t, step_size="mcmc_step_size", learn_step_size="mcmc_step_size_learnable",
          step_size_lr_multiplier="mcmc_step_size_lr_multiplier", step_size_scale="randomize_mcmc_step_size_scale",
@@ -241,7 +237,6 @@ def main(
         console, m = Console(soft_wrap=True, highlight=False), recipe.model
         console.print(f"{output}: {m.num_layers} layers, {m.num_attention_heads} heads, width {m.hidden_size}, "
                       f"conditioning {m.conditioning}, thinking steps {recipe.thinking.max_steps}")  # fmt: skip
-        console.print(NOTE)
         console.print(f"Next: python -m tools.convert import {output} --recipe {output.with_suffix('.yaml')} "
                       "--output RUN_DIR 'data.train=[...]' 'data.validation=[...]'")  # fmt: skip
 

@@ -79,7 +79,8 @@ def elementwise_case(op: str, length: int, batch: int, width: int, tangent: bool
 def vocab_case(op: str, tokens: int, columns: int, valid: int, width: int, seed: int = 0) -> Case:
     """A consistent state of thinking, with some targets on another rank, for one of VOCAB_OPERATIONS."""
     randn = _randn(seed)
-    op, _, keep = op.partition(", ")
+    op, *options = op.split(", ")
+    keep, along = "keeping" in options or "kept" in options, {"probabilities": "probabilities" in options}
     y, table = 2 * randn(tokens, columns), randn(columns, width) / math.sqrt(width)
     x, lse = reference.vocab_embed(y, table, valid)
     energy_grad, alpha = randn(tokens, width), 1 + randn(tokens).abs()
@@ -93,14 +94,14 @@ def vocab_case(op: str, tokens: int, columns: int, valid: int, width: int, seed:
     if op == "vocab_embed":
         return Case(op, [y, table, valid], {}, (1,))
     if op == "vocab_update":
-        return Case(op, step, {}, (2,))
+        return Case(op, step, along, (2,))
     if op == "vocab_refine":
-        return Case(op, [*step, target, torch.zeros_like(y) if keep else None], {}, (2,))
+        return Case(op, [*step, target, torch.zeros_like(y) if keep else None], along, (2,))
     if op == "vocab_backward":
         y_next = torch.zeros_like(y)
-        lse_next = reference.vocab_refine(*step, target, y_next).lse_next  # type: ignore[call-arg]
+        lse_next = reference.vocab_refine(*step, target, y_next, **along).lse_next  # type: ignore[arg-type, call-arg]
         args = [*step, target, lse_next, scale, mean, x_grad, xt_grad, table_grad, y_next if keep else None]
-        return Case(op, args, {}, (2,))
+        return Case(op, args, along, (2,))
     if op == "vocab_adjoint":
         return Case(op, [y, lse, target, scale, valid, adjoint], {}, ())
     if op == "vocab_dot_step":
@@ -118,7 +119,9 @@ def vocab_case(op: str, tokens: int, columns: int, valid: int, width: int, seed:
 
 VOCAB_OPERATIONS = (
     "vocab_embed", "vocab_update", "vocab_refine", "vocab_refine, keeping", "vocab_backward", "vocab_backward, kept",
-    "vocab_adjoint", "vocab_dot_step", "vocab_tangent", "vocab_dense_backward",
+    "vocab_adjoint", "vocab_dot_step", "vocab_tangent", "vocab_dense_backward", "vocab_update, probabilities",
+    "vocab_refine, probabilities", "vocab_refine, keeping, probabilities", "vocab_backward, probabilities",
+    "vocab_backward, kept, probabilities",
 )  # fmt: skip
 
 

@@ -11,6 +11,12 @@ over the first `valid` columns (the rest is padding: probability 0, never touche
     g  = p * (energy_grad table^T - centre)      gradient of the energy; centre = <p, energy_grad table^T>
     y' = y - alpha g,   p' = exp(y' - lse'),   lambda = p' - 1[target]
 
+With `probabilities` the step is that of the paper's public code, from p and along dE/dp:
+
+    g  = energy_grad table^T,   y' = p - alpha g
+
+and the factor p before p', lambda or (scale lambda - mean) below is 1.
+
 `lse` is that of the whole vocabulary. `target` is a local column, or -1 on another rank.
 """
 
@@ -59,12 +65,13 @@ class Kernels:
         swiglu: (x, block, *, tangent); [..., 2F] -> [..., F], gate and up alternate in blocks of columns.
         gelu: (x, *, tangent); tanh form.
         vocab_embed: (y, table, valid) -> (p table [T, D], lse [T]) over the local columns alone.
-        vocab_refine: (y, lse, table, valid, energy_grad, centre, alpha, target, y_next=None) -> RefineStats;
+        vocab_refine: (y, lse, table, valid, energy_grad, centre, alpha, target, y_next=None,
+            probabilities=False) -> RefineStats;
             writes y' to y_next [T, V] if given.
         vocab_backward: (y, lse, table, valid, energy_grad, centre, alpha, target, lse_next, scale, mean,
-            x_grad, xt_grad, table_grad, y_next=None): table_grad += p^T x_grad +
+            x_grad, xt_grad, table_grad, y_next=None, probabilities=False): table_grad += p^T x_grad +
             (p * (scale lambda - mean))^T xt_grad, in place; y becomes y' in place, unless y' is given.
-        vocab_update: (y, lse, table, valid, energy_grad, centre, alpha): y becomes y' in place.
+        vocab_update: (y, lse, table, valid, energy_grad, centre, alpha, probabilities=False): y becomes y' in place.
         vocab_adjoint: (y', lse', target, weight, valid, adjoint): adjoint += weight lambda, in place.
         vocab_dot_step: (y, lse, table, valid, energy_grad, centre, adjoint) -> <adjoint, g> [T].
         vocab_tangent: (y, lse, table, valid, adjoint) -> <p, adjoint> [T], |adjoint|^2 [T],

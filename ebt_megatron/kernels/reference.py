@@ -149,11 +149,15 @@ def _one_hot(target: Tensor, like: Tensor) -> Tensor:
 
 
 def _step(
-    y: Tensor, lse: Tensor, table: Tensor, valid: int, energy_grad: Tensor, centre: Tensor, alpha: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+    y: Tensor, lse: Tensor, table: Tensor, valid: int, energy_grad: Tensor, centre: Tensor, alpha: Tensor,
+    probabilities: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """p, g and y'."""
     p = _probabilities(y, lse, valid)
-    g = p * (energy_grad @ table.to(y.dtype).mT - centre[:, None])
+    slope = energy_grad @ table.to(y.dtype).mT
+    if probabilities:
+        return p, slope, torch.cat([(p - alpha[:, None] * slope)[:, :valid], y[:, valid:]], 1)
+    g = p * (slope - centre[:, None])
     return p, g, y - alpha[:, None] * g
 
 
@@ -165,10 +169,11 @@ def vocab_embed(y: Tensor, table: Tensor, valid: int) -> tuple[Tensor, Tensor]:
 
 def vocab_refine(
     y: Tensor, lse: Tensor, table: Tensor, valid: int, energy_grad: Tensor, centre: Tensor, alpha: Tensor,
-    target: Tensor, y_next: Tensor | None = None,
+    target: Tensor, y_next: Tensor | None = None, probabilities: bool = False,
 ) -> RefineStats:  # fmt: skip
     """See `Kernels.vocab_refine`."""
-    p, g, moved = _step(y, lse, table, valid, energy_grad, centre, alpha)
+    p, g, moved = _step(y, lse, table, valid, energy_grad, centre, alpha, probabilities)
+    factor = torch.ones_like(p) if probabilities else p
     lse_next = _log_sum_exp(moved, valid)
     p_next = _probabilities(moved, lse_next, valid)
     if y_next is not None:
@@ -179,31 +184,34 @@ def vocab_refine(
         target_logit=(hot * moved).sum(-1),
         p_target=(hot * p).sum(-1),
         g_target=(hot * g).sum(-1),
-        s1=(p * p_next).sum(-1),
+        s1=(factor * p_next).sum(-1),
         s2=p_next.square().sum(-1),
         sg=(p_next * g).sum(-1),
-        px=(p * p_next) @ table.to(y.dtype),
+        px=(factor * p_next) @ table.to(y.dtype),
     )
 
 
 def vocab_backward(
     y: Tensor, lse: Tensor, table: Tensor, valid: int, energy_grad: Tensor, centre: Tensor, alpha: Tensor,
     target: Tensor, lse_next: Tensor, scale: Tensor, mean: Tensor, x_grad: Tensor, xt_grad: Tensor,
-    table_grad: Tensor, y_next: Tensor | None = None,
+    table_grad: Tensor, y_next: Tensor | None = None, probabilities: bool = False,
 ) -> None:  # fmt: skip
     """See `Kernels.vocab_backward`."""
-    p, _, moved = _step(y, lse, table, valid, energy_grad, centre, alpha)
+    p, _, moved = _step(y, lse, table, valid, energy_grad, centre, alpha, probabilities)
     direction = scale[:, None] * (_probabilities(moved, lse_next, valid) - _one_hot(target, y)) - mean[:, None]
-    table_grad += p.mT @ x_grad + (p * direction).mT @ xt_grad
+    if not probabilities:
+        direction = p * direction
+    table_grad[:valid] += (p.mT @ x_grad + direction.mT @ xt_grad)[:valid]
     if y_next is None:
         y.copy_(moved)
 
 
 def vocab_update(
-    y: Tensor, lse: Tensor, table: Tensor, valid: int, energy_grad: Tensor, centre: Tensor, alpha: Tensor
-) -> None:
+    y: Tensor, lse: Tensor, table: Tensor, valid: int, energy_grad: Tensor, centre: Tensor, alpha: Tensor,
+    probabilities: bool = False,
+) -> None:  # fmt: skip
     """See `Kernels.vocab_update`."""
-    y.copy_(_step(y, lse, table, valid, energy_grad, centre, alpha)[2])
+    y.copy_(_step(y, lse, table, valid, energy_grad, centre, alpha, probabilities)[2])
 
 
 def vocab_adjoint(

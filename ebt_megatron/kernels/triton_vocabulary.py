@@ -40,18 +40,24 @@ def _embed(Y, E, TOP, TOTAL, FACTOR, y_stride, C, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _moved(Y, Q, c, C, lse, centre, alpha):
+def _moved(Y, Q, c, C, lse, centre, alpha, PROBABILITIES: tl.constexpr):
     """p, g and y' of columns c; outside the tile p = 0 and y' = -inf."""
     y = tl.load(Y + c, mask=c < C, other=float("-inf"))
     p = tl.exp(y - lse)
-    g = p * (tl.load(Q + c, mask=c < C, other=0.0) - centre)
-    return p, g, y - alpha * g
+    q = tl.load(Q + c, mask=c < C, other=0.0)
+    if PROBABILITIES:
+        g = q
+        moved = tl.where(c < C, p - alpha * q, float("-inf"))
+    else:
+        g = p * (q - centre)
+        moved = y - alpha * g
+    return p, g, moved
 
 
 @triton.jit
 def _refine(
     Y, Q, NEXT, WEIGHT, LSE, CENTRE, ALPHA, TOP, TOTAL, S1, S2, SG, FACTOR, y_stride, next_stride, C,
-    KEEP: tl.constexpr, BLOCK: tl.constexpr,
+    KEEP: tl.constexpr, PROBABILITIES: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     Y += row * y_stride
@@ -60,7 +66,7 @@ def _refine(
     largest = tl.full([BLOCK], float("-inf"), tl.float32)
     for start in range(0, C, BLOCK):
         c = start + tl.arange(0, BLOCK)
-        p, g, moved = _moved(Y, Q, c, C, lse, centre, alpha)
+        p, g, moved = _moved(Y, Q, c, C, lse, centre, alpha, PROBABILITIES)
         if KEEP:
             tl.store(NEXT + row * next_stride + c, moved, mask=c < C)
         largest = tl.maximum(largest, moved)
@@ -72,9 +78,9 @@ def _refine(
     sg = tl.zeros([BLOCK], tl.float32)
     for start in range(0, C, BLOCK):
         c = start + tl.arange(0, BLOCK)
-        p, g, moved = _moved(Y, Q, c, C, lse, centre, alpha)
+        p, g, moved = _moved(Y, Q, c, C, lse, centre, alpha, PROBABILITIES)
         e = tl.exp(moved - top)
-        weight = p * e
+        weight = e if PROBABILITIES else p * e
         tl.store(WEIGHT + row * C + c, weight.to(WEIGHT.dtype.element_ty), mask=c < C)
         total += e
         s1 += weight
@@ -90,14 +96,17 @@ def _refine(
 
 
 @triton.jit
-def _update(Y, Q, P, LSE, CENTRE, ALPHA, y_stride, C, STEP: tl.constexpr, BLOCK: tl.constexpr):
+def _update(
+    Y, Q, P, LSE, CENTRE, ALPHA, y_stride, C, STEP: tl.constexpr, PROBABILITIES: tl.constexpr, BLOCK: tl.constexpr
+):
     """P = p; with STEP, Y becomes y'."""
     row = tl.program_id(0).to(tl.int64)
     c = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     Y += row * y_stride
     lse = tl.load(LSE + row)
     if STEP:
-        p, _, moved = _moved(Y, Q + row * C, c, C, lse, tl.load(CENTRE + row), tl.load(ALPHA + row))
+        centre, alpha = tl.load(CENTRE + row), tl.load(ALPHA + row)
+        p, _, moved = _moved(Y, Q + row * C, c, C, lse, centre, alpha, PROBABILITIES)
         tl.store(Y + c, moved, mask=c < C)
     else:
         p = tl.exp(tl.load(Y + c, mask=c < C, other=float("-inf")) - lse)
@@ -105,13 +114,16 @@ def _update(Y, Q, P, LSE, CENTRE, ALPHA, y_stride, C, STEP: tl.constexpr, BLOCK:
 
 
 @triton.jit
-def _direction(NEXT, P, OUT, LSE, COLUMN, SCALE, MEAN, next_stride, C, BLOCK: tl.constexpr):
+def _direction(
+    NEXT, P, OUT, LSE, COLUMN, SCALE, MEAN, next_stride, C, PROBABILITIES: tl.constexpr, BLOCK: tl.constexpr
+):
     row = tl.program_id(0).to(tl.int64)
     c = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     p_next = tl.exp(tl.load(NEXT + row * next_stride + c, mask=c < C, other=float("-inf")) - tl.load(LSE + row))
     hot = (c == tl.load(COLUMN + row)).to(tl.float32)
-    p = tl.load(P + row * C + c, mask=c < C, other=0.0).to(tl.float32)
-    out = p * (tl.load(SCALE + row) * (p_next - hot) - tl.load(MEAN + row))
+    out = tl.load(SCALE + row) * (p_next - hot) - tl.load(MEAN + row)
+    if not PROBABILITIES:
+        out *= tl.load(P + row * C + c, mask=c < C, other=0.0).to(tl.float32)
     tl.store(OUT + row * C + c, out.to(OUT.dtype.element_ty), mask=c < C)
 
 
@@ -150,32 +162,39 @@ class TritonTiles(Tiles):
 
     def refine(
         self, y: Tensor, q: Tensor, lse: Tensor, centre: Tensor, alpha: Tensor, stats: RowStats, weight: Tensor,
-        spare: Tensor, y_next: Tensor | None,
+        spare: Tensor, y_next: Tensor | None, probabilities: bool,
     ) -> Tensor:  # fmt: skip
         """See `Tiles.refine`."""
         factor, kept = torch.empty_like(stats.top), y if y_next is None else y_next
         _refine[(len(y),)](
             y, q, kept, weight, lse, centre, alpha, stats.top, stats.total, stats.s1, stats.s2, stats.sg, factor,
-            y.stride(0), kept.stride(0), y.shape[1], KEEP=y_next is not None, BLOCK=_BLOCK,
+            y.stride(0), kept.stride(0), y.shape[1], KEEP=y_next is not None,
+            PROBABILITIES=probabilities, BLOCK=_BLOCK,
         )  # fmt: skip
         return factor
 
-    def update(self, y: Tensor, q: Tensor, lse: Tensor, centre: Tensor, alpha: Tensor, p: Tensor) -> None:
+    def update(
+        self, y: Tensor, q: Tensor, lse: Tensor, centre: Tensor, alpha: Tensor, p: Tensor, probabilities: bool
+    ) -> None:
         """See `Tiles.update`."""
         grid = (len(y), triton.cdiv(y.shape[1], _BLOCK))
-        _update[grid](y, q, p, lse, centre, alpha, y.stride(0), y.shape[1], STEP=True, BLOCK=_BLOCK)
+        _update[grid](y, q, p, lse, centre, alpha, y.stride(0), y.shape[1], STEP=True, PROBABILITIES=probabilities,
+                      BLOCK=_BLOCK)  # fmt: skip
 
     def probability(self, y: Tensor, lse: Tensor, p: Tensor) -> None:
         """See `Tiles.probability`."""
         grid = (len(y), triton.cdiv(y.shape[1], _BLOCK))
-        _update[grid](y, y, p, lse, lse, lse, y.stride(0), y.shape[1], STEP=False, BLOCK=_BLOCK)
+        _update[grid](y, y, p, lse, lse, lse, y.stride(0), y.shape[1], STEP=False, PROBABILITIES=False,
+                      BLOCK=_BLOCK)  # fmt: skip
 
     def direction(
-        self, y_next: Tensor, lse_next: Tensor, column: Tensor, scale: Tensor, mean: Tensor, p: Tensor, out: Tensor
-    ) -> None:
+        self, y_next: Tensor, lse_next: Tensor, column: Tensor, scale: Tensor, mean: Tensor, p: Tensor, out: Tensor,
+        probabilities: bool,
+    ) -> None:  # fmt: skip
         """See `Tiles.direction`."""
         grid = (len(out), triton.cdiv(out.shape[1], _BLOCK))
-        _direction[grid](y_next, p, out, lse_next, column, scale, mean, y_next.stride(0), out.shape[1], BLOCK=_BLOCK)
+        _direction[grid](y_next, p, out, lse_next, column, scale, mean, y_next.stride(0), out.shape[1],
+                         PROBABILITIES=probabilities, BLOCK=_BLOCK)  # fmt: skip
 
 
 _vocabulary = Vocabulary(TritonTiles())

@@ -61,43 +61,58 @@ class Tiles:
 
     def refine(
         self, y: Tensor, q: Tensor, lse: Tensor, centre: Tensor, alpha: Tensor, stats: RowStats, weight: Tensor,
-        spare: Tensor, y_next: Tensor | None,
+        spare: Tensor, y_next: Tensor | None, probabilities: bool,
     ) -> Tensor:  # fmt: skip
-        """weight = p exp(y' - top) and the sums of `RefineStats`; y' goes to y_next if given. Overwrites q.
+        """weight = p exp(y' - top), without p with `probabilities`, and the sums of `RefineStats`.
+
+        y' goes to y_next if given. Overwrites q.
 
         Returns:
             The factor [t] for what was summed before.
         """
         p = torch.sub(y, lse[:, None], out=weight).exp_()
-        g = q.sub_(centre[:, None]).mul_(p)
-        moved = torch.addcmul(y, g, alpha[:, None], value=-1, out=spare if y_next is None else y_next)
+        g = q if probabilities else q.sub_(centre[:, None]).mul_(p)
+        moved = torch.addcmul(
+            p if probabilities else y, g, alpha[:, None], value=-1, out=spare if y_next is None else y_next
+        )
         top = torch.maximum(stats.top, moved.amax(1))
         factor = (stats.top - top).exp()
         e = torch.sub(moved, top[:, None], out=spare).exp_()
         stats.total.mul_(factor).add_(e.sum(1))
         stats.sg.mul_(factor).add_(g.mul_(e).sum(1))
         stats.s2.mul_(factor**2).add_(torch.linalg.vector_norm(e, dim=1).square_())  # vecdot would make a tile
-        stats.s1.mul_(factor).add_(p.mul_(e).sum(1))
+        stats.s1.mul_(factor).add_((p.copy_(e) if probabilities else p.mul_(e)).sum(1))
         stats.top.copy_(top)
         return factor
 
-    def update(self, y: Tensor, q: Tensor, lse: Tensor, centre: Tensor, alpha: Tensor, p: Tensor) -> None:
+    def update(
+        self, y: Tensor, q: Tensor, lse: Tensor, centre: Tensor, alpha: Tensor, p: Tensor, probabilities: bool
+    ) -> None:
         """p = exp(y - lse), then y becomes y'. Overwrites q."""
         torch.sub(y, lse[:, None], out=p).exp_()
-        y.addcmul_(q.sub_(centre[:, None]).mul_(p), alpha[:, None], value=-1)
+        if probabilities:
+            torch.addcmul(p, q, alpha[:, None], value=-1, out=y)
+        else:
+            y.addcmul_(q.sub_(centre[:, None]).mul_(p), alpha[:, None], value=-1)
 
     def probability(self, y: Tensor, lse: Tensor, p: Tensor) -> None:
         """p = exp(y - lse)."""
         torch.sub(y, lse[:, None], out=p).exp_()
 
     def direction(
-        self, y_next: Tensor, lse_next: Tensor, column: Tensor, scale: Tensor, mean: Tensor, p: Tensor, out: Tensor
-    ) -> None:
-        """out = p (scale (p' - 1[target]) - mean); column [t]: the target's, if it is in this tile."""
+        self, y_next: Tensor, lse_next: Tensor, column: Tensor, scale: Tensor, mean: Tensor, p: Tensor, out: Tensor,
+        probabilities: bool,
+    ) -> None:  # fmt: skip
+        """out = p (scale (p' - 1[target]) - mean), without p with `probabilities`.
+
+        column [t]: the target's, if it is in this tile.
+        """
         torch.sub(y_next, lse_next[:, None], out=out).exp_()
         rows = ((column >= 0) & (column < out.shape[1])).nonzero()[:, 0]
         out[rows, column[rows]] -= 1
-        out.mul_(scale[:, None]).sub_(mean[:, None]).mul_(p)
+        out.mul_(scale[:, None]).sub_(mean[:, None])
+        if not probabilities:
+            out.mul_(p)
 
 
 def _multiply(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
@@ -156,7 +171,7 @@ class Vocabulary:
 
     def refine(
         self, y: Tensor, lse: Tensor, table: Tensor, valid: int, energy_grad: Tensor, centre: Tensor, alpha: Tensor,
-        target: Tensor, y_next: Tensor | None = None,
+        target: Tensor, y_next: Tensor | None = None, probabilities: bool = False,
     ) -> RefineStats:  # fmt: skip
         """See `Kernels.vocab_refine`."""
         dtype, width = self.tiles.operand_dtype(y, table), table.shape[1]
@@ -169,7 +184,8 @@ class Vocabulary:
                 rows, weight = table[c].to(dtype), self._tile(weights, t, c)
                 q = _multiply(narrow[t], rows.mT, self._tile(slope, t, c))
                 spare, kept = self._tile(spares, t, c), None if y_next is None else y_next[t, c]
-                factor = self.tiles.refine(y[t, c], q, lse[t], centre[t], alpha[t], stats, weight, spare, kept)
+                factor = self.tiles.refine(y[t, c], q, lse[t], centre[t], alpha[t], stats, weight, spare, kept,
+                                           probabilities)  # fmt: skip
                 weighted.mul_(factor[:, None])
                 _accumulate(weighted, weight, rows)
             lse_next[t] = stats.lse
@@ -181,15 +197,17 @@ class Vocabulary:
         row = target.clamp_min(0)[:, None]
         logit = y.gather(1, row)[:, 0]
         p_target = (logit - lse).exp()
-        slopes = torch.linalg.vecdot(energy_grad, table[row[:, 0]].to(y.dtype)) - centre
-        g_target = p_target * slopes
+        slopes = torch.linalg.vecdot(energy_grad, table[row[:, 0]].to(y.dtype))
+        g_target = slopes if probabilities else p_target * (slopes - centre)
+        if probabilities:
+            logit = p_target
         logit_next, p_target, g_target = torch.stack([logit - alpha * g_target, p_target, g_target]).mul_(here)
         return RefineStats(lse_next, logit_next, p_target, g_target, sums[0], sums[1], sums[2], px)
 
     def backward(
         self, y: Tensor, lse: Tensor, table: Tensor, valid: int, energy_grad: Tensor, centre: Tensor, alpha: Tensor,
         target: Tensor, lse_next: Tensor, scale: Tensor, mean: Tensor, x_grad: Tensor, xt_grad: Tensor,
-        table_grad: Tensor, y_next: Tensor | None = None,
+        table_grad: Tensor, y_next: Tensor | None = None, probabilities: bool = False,
     ) -> None:  # fmt: skip
         """See `Kernels.vocab_backward`."""
         dtype = self.tiles.operand_dtype(y, table)
@@ -201,18 +219,20 @@ class Vocabulary:
                 p, direction = self._tile(values, t, c), self._tile(tangents, t, c)
                 if y_next is None:
                     q = _multiply(narrow[t], rows.mT, self._tile(slope, t, c))
-                    self.tiles.update(y[t, c], q, lse[t], centre[t], alpha[t], p)
+                    self.tiles.update(y[t, c], q, lse[t], centre[t], alpha[t], p, probabilities)
                     moved = y[t, c]
                 else:
                     self.tiles.probability(y[t, c], lse[t], p)
                     moved = y_next[t, c]
-                self.tiles.direction(moved, lse_next[t], target[t] - c.start, scale[t], mean[t], p, direction)
+                self.tiles.direction(moved, lse_next[t], target[t] - c.start, scale[t], mean[t], p, direction,
+                                     probabilities)  # fmt: skip
                 _accumulate(table_grad[c], p.mT, x_grad[t])
                 _accumulate(table_grad[c], direction.mT, xt_grad[t])
 
     def update(
-        self, y: Tensor, lse: Tensor, table: Tensor, valid: int, energy_grad: Tensor, centre: Tensor, alpha: Tensor
-    ) -> None:
+        self, y: Tensor, lse: Tensor, table: Tensor, valid: int, energy_grad: Tensor, centre: Tensor, alpha: Tensor,
+        probabilities: bool = False,
+    ) -> None:  # fmt: skip
         """See `Kernels.vocab_update`."""
         dtype = self.tiles.operand_dtype(y, table)
         slope, values = self._buffers(y, valid, y.dtype, dtype)
@@ -221,7 +241,8 @@ class Vocabulary:
             rows = table[c].to(dtype)
             for t in self._tokens(y):
                 q = _multiply(narrow[t], rows.mT, self._tile(slope, t, c))
-                self.tiles.update(y[t, c], q, lse[t], centre[t], alpha[t], self._tile(values, t, c))
+                p = self._tile(values, t, c)
+                self.tiles.update(y[t, c], q, lse[t], centre[t], alpha[t], p, probabilities)
 
     # --- along an adjoint as wide as the vocabulary (training through several steps) -----------------
 

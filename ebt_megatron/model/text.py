@@ -10,6 +10,8 @@ embedded prediction x = p W, and
     g  = dE/dy = p * (G W^T - <p, G W^T>),     <p, G W^T> = <x, G>
     y' = y - alpha g,    p' = softmax(y'),    loss = -log p'[target]
     lambda = dloss/dy' = p' - 1[target]
+
+With `thinking.descend_on=probabilities`, as in the paper's public code, y' = p - alpha G W^T instead.
 """
 
 from __future__ import annotations
@@ -150,6 +152,7 @@ class TextPrediction:
         self.y = self._initial()
         # Reuse trades memory for arithmetic: y' is kept until it becomes y, not computed twice.
         self._next = torch.zeros_like(self.y) if thinking.reuse else None
+        self._probabilities = thinking.descend_on == "probabilities"
         self.history: list[tuple[_Step, Tensor]] = []
         self._kept: Tensor | None = None
 
@@ -224,20 +227,21 @@ class TextPrediction:
         self.step = _Step(self.lse, self._flat(energy_grad), centre, alpha.flatten().to(self.y.dtype))
         s, kernels = self.step, self.kernels
         stats = kernels.vocab_refine(self.y, s.lse, self.table.detach(), self.valid, s.energy_grad,
-                                     s.centre, s.alpha, self.target, self._next)  # fmt: skip
+                                     s.centre, s.alpha, self.target, self._next, self._probabilities)  # fmt: skip
         self.lse_next = self.group.log_sum_exp(stats.lse_next)
         part = (stats.lse_next - self.lse_next).exp()
         sums = torch.stack([stats.target_logit, stats.p_target, stats.g_target,
                             stats.s1 * part, stats.s2 * part**2, stats.sg * part])  # fmt: skip
         target_logit, p_target, g_target, s1, s2, sg = self.group.sum(sums)
         present = self.target >= 0
-        at_target = torch.where(present, stats.p_target, 0)[:, None] * self.table.detach()[self.target.clamp_min(0)]
+        factor = torch.ones_like(p_target) if self._probabilities else stats.p_target  # dp/dy, but for its mean
+        at_target = torch.where(present, factor, 0)[:, None] * self.table.detach()[self.target.clamp_min(0)]
         self._px = stats.px * part[:, None] - at_target
         loss = self.lse_next - target_logit
         p_next = (-loss).exp()
         # |p' - 1[target]|^2 cancels as p' sharpens; any positive stand-in is exact (see `tangent`).
         self._norm = (s2 - 2 * p_next + 1).clamp_min((1 - p_next).square().clamp_min(1e-12)).sqrt()
-        self._mean = s1 - p_target  # <p, lambda>
+        self._mean = torch.zeros_like(s1) if self._probabilities else s1 - p_target  # <p, lambda>
         self._slope = sg - g_target  # <lambda, g>
         return loss.view(self.length, self.batch)
 
@@ -271,7 +275,7 @@ class TextPrediction:
         self.kernels.vocab_backward(
             self.y, s.lse, self.table.detach(), self.valid, s.energy_grad, s.centre, s.alpha, self.target,
             self.lse_next, self._scale, self._scaled_mean, self._flat(x_grad), self._flat(xt_grad),
-            gradient_buffer(self.table), self._next,
+            gradient_buffer(self.table), self._next, self._probabilities,
         )  # fmt: skip
         if self._next is not None:
             self.advance()
@@ -282,7 +286,11 @@ class TextPrediction:
             self.y, self._next = self._next, self.y
             return
         s = self.step
-        self.kernels.vocab_update(self.y, s.lse, self.table.detach(), self.valid, s.energy_grad, s.centre, s.alpha)
+        self._update(s)
+
+    def _update(self, s: _Step) -> None:
+        self.kernels.vocab_update(self.y, s.lse, self.table.detach(), self.valid, s.energy_grad, s.centre, s.alpha,
+                                  self._probabilities)  # fmt: skip
 
     # --- training through several steps -----------------------------------------------------
     # The adjoint lambda_i = dL/dy_i is then a full tensor. The predictions themselves are
@@ -309,8 +317,7 @@ class TextPrediction:
         self.y = self._initial()
         for i, (s, _) in enumerate(self.history[:step]):
             self.add_langevin(self.y, i)
-            self.kernels.vocab_update(self.y, s.lse, self.table.detach(), self.valid, s.energy_grad,
-                                      s.centre, s.alpha)  # fmt: skip
+            self._update(s)
         self.add_langevin(self.y, step)
         self.step = self.history[step][0]
 
@@ -348,9 +355,17 @@ class TextPrediction:
 
     # --- plain torch, for the double-backward reference (one process) ------------------------
 
-    def plain_embed(self, y: Tensor) -> Tensor:
-        """As `embed`, of logits y [T, V], differentiable twice."""
-        return self._hidden(y[:, : self.valid].softmax(-1).to(self.table.dtype) @ self.table[: self.valid])
+    def plain_start(self, y: Tensor) -> Tensor:
+        """What a step from logits y [T, V] descends on: y, or its probabilities."""
+        if not self._probabilities:
+            return y
+        return torch.nn.functional.pad(y[:, : self.valid].softmax(-1), (0, y.shape[1] - self.valid))
+
+    def plain_embed(self, start: Tensor) -> Tensor:
+        """As `embed`, of a `plain_start` [T, V], differentiable twice."""
+        p = start[:, : self.valid]
+        p = p if self._probabilities else p.softmax(-1)
+        return self._hidden(p.to(self.table.dtype) @ self.table[: self.valid])
 
     def plain_loss(self, y: Tensor) -> Tensor:
         """Cross-entropy of logits y [T, V], [S, B]."""

@@ -106,6 +106,7 @@ def train(model: Any, context: Tensor, segments: Tensor | None, descent: Descent
         noise = torch.zeros_like(y)
         prediction.add_langevin(noise, step)
         y = (y + noise) if y.requires_grad else (y + noise).requires_grad_()
+        y = prediction.plain_start(y)
         energy = joint_energy(model, context, prediction.plain_embed(y), segments, step)
         create = plan.gradient != "truncated" or step == plan.steps - 1
         (grad,) = torch.autograd.grad(energy.sum(), y, create_graph=create, retain_graph=True)

@@ -20,6 +20,7 @@ RECIPES = {
     "full": FULL,
     "time_embed_sequence": SEQUENCE,
     "reuse": REUSE,
+    "probabilities": ("thinking.descend_on=probabilities",),
     "Transformer++": TRANSFORMER,
 }
 
