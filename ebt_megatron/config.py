@@ -333,9 +333,9 @@ def check(recipe: Recipe, world_size: int | None = None) -> None:
         raise RecipeError(f"thinking.step_size_scale={t.step_size_scale}: must be at least 1")
     if t.gradient == "truncated" and t.loss != "last":
         raise RecipeError("thinking.gradient=truncated trains on the last step only: set thinking.loss=last")
-    if t.descend_on == "probabilities" and t.gradient == "full" and t.engine == "dual_stream":
+    if t.descend_on == "probabilities" and t.gradient != "detached" and t.engine == "dual_stream":
         raise RecipeError("thinking.descend_on=probabilities trains no further back than one step: set "
-                          "thinking.gradient=detached or truncated, or thinking.engine=double_backward")  # fmt: skip
+                          "thinking.gradient=detached or thinking.engine=double_backward")  # fmt: skip
     if t.engine == "double_backward" and tensor * p.pipeline > 1:
         raise RecipeError("thinking.engine=double_backward is a single-process reference: "
                           "set parallel.tensor=1 and parallel.pipeline=1")  # fmt: skip

@@ -107,9 +107,10 @@ def make_recipe(hyper: dict[str, Any], weights: dict[str, Tensor]) -> Recipe:
     if m.conditioning != "none":  # one row for each step
         t.min_steps = t.max_steps = shape("model.transformer.time_embeddings.weight")[0]
     if hyper.get("truncate_mcmc"):
-        t.loss, t.gradient = "last", "truncated"
-    elif hyper.get("no_mcmc_detach"):
-        t.gradient, t.engine = "full", "double_backward"  # through steps from probabilities: by the slow engine only
+        t.loss = "last"
+    if hyper.get("no_mcmc_detach"):
+        t.gradient = "truncated" if hyper.get("truncate_mcmc") else "full"
+        t.engine = "double_backward"  # through steps from probabilities: by the slow engine only
     t.descend_on = "probabilities"  # what normalize_initial_condition does
     t.initial = "zeros" if hyper.get("denoising_initial_condition") == "zeros" else "noise"
     take(t, step_size="mcmc_step_size", learn_step_size="mcmc_step_size_learnable",

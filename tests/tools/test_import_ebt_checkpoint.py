@@ -249,7 +249,7 @@ def test_settings_become_a_recipe(tmp_path):
     m, t = recipe.model, recipe.thinking
     assert (m.num_layers, m.num_attention_heads, m.hidden_size, m.ffn_hidden_size) == (LAYERS, HEADS, WIDTH, 48)
     assert (m.conditioning, m.norm_epsilon, recipe.data.sequence_length) == ("time_embed_sequence", 1e-3, 10)
-    assert (t.max_steps, t.loss, t.gradient, t.step_size, t.step_size_scale) == (3, "last", "truncated", 5.0, 2.0)
+    assert (t.max_steps, t.loss, t.gradient, t.step_size, t.step_size_scale) == (3, "last", "detached", 5.0, 2.0)
     assert (t.langevin_noise, t.replay.enabled, recipe.training.steps, recipe.optimizer.lr) == (2.5, True, 77, 0.0012)
     assert to_yaml(load_recipe(tmp_path / "w.yaml")) == to_yaml(recipe)
 
