@@ -48,6 +48,7 @@ def test_the_resolved_recipe_loads_again(tmp_path):
          "set parallel.sequence_parallel=false"),
         (["thinking.min_steps=4"], "below thinking.min_steps=4"),
         (["thinking.gradient=truncated"], "set thinking.loss=last"),
+        (["thinking.descend_on=probabilities", "thinking.gradient=full"], "set thinking.gradient=detached"),
         (["thinking.engine=double_backward", "parallel.tensor=2"], "single-process"),
         (["data.train=[a,b]", "data.train_weights=[1.0]"], "1 entries for 2"),
         (["training.steps=0"], "training.steps=0: must be greater than 0"),

@@ -203,12 +203,12 @@ class Run:
         stream = iter(self.train_data)
         profiler = self._profiler()
         clock = Clock(options.steps, self.step)
+        waited, told = self.train_data.wait_seconds, self.step
         try:
             while self.step < options.steps:
                 watchdog.step = self.step
                 logged = (self.step + 1) % options.log_interval == 0 or self.step + 1 == options.steps
                 self.timers.synchronize = logged
-                waited = self.train_data.wait_seconds
                 result = self.trainer.train_step(self._micro_batches(stream), self.step)
                 self.step += 1
                 self.tokens += result.positions
@@ -226,12 +226,15 @@ class Run:
                 if spikes.is_spike(result.loss):
                     self._rewind(result.loss)
                     stream = iter(self.train_data)
+                    waited, told = self.train_data.wait_seconds, self.step
                     continue
                 validates = options.validation_interval and self.step % options.validation_interval == 0
                 ends = self.step == options.steps
                 row: dict[str, Any] | None = None
                 if logged or validates or ends:
-                    wait = self.train_data.wait_seconds - waited
+                    # Data comes for several steps at once: its wait is the mean of all since the last row.
+                    wait = (self.train_data.wait_seconds - waited) / (self.step - told)
+                    waited, told = self.train_data.wait_seconds, self.step
                     row = self._row(result, seconds, wait, bad.total)
                 if row is not None and (validates or ends):
                     row["validation_loss"], row["validation_loss_one_step"] = self.validation_loss()
