@@ -82,7 +82,7 @@ def ours(folder: Path, micro_batch: int, thread: bool) -> Iterator[Any]:
     loader = Loader(recipe, "train", 0, 1)
     if thread:
         return (batch.tokens for batch in loader)
-    together = 16 * micro_batch
+    together = recipe.data.prefetch // 2 * micro_batch  # as much at once as the thread reads
     chunks = (loader.read(list(range(i, i + together))).tokens for i in itertools.count(0, together))
     return (part for chunk in chunks for part in chunk.split(micro_batch))
 

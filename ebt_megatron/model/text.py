@@ -285,8 +285,7 @@ class TextPrediction:
         if self._next is not None:
             self.y, self._next = self._next, self.y
             return
-        s = self.step
-        self._update(s)
+        self._update(self.step)
 
     def _update(self, s: _Step) -> None:
         self.kernels.vocab_update(self.y, s.lse, self.table.detach(), self.valid, s.energy_grad, s.centre, s.alpha,
