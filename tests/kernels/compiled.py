@@ -20,6 +20,9 @@ FLOATS = ("scale", "epsilon", "std")
 
 def compile_kernel(function, wide=(), **constants):
     """Compile with bf16 data, fp32 for the pointers named in `wide`; arguments are as the launchers pass them."""
+    switches = {p.name for p in function.params if p.is_constexpr}
+    if switches != set(constants):
+        raise TypeError(f"{function.__name__} has the constants {switches}, not {set(constants)}")
     signature = {}
     for name in function.arg_names:
         if name in constants:
@@ -59,11 +62,12 @@ def main(names):
             compile_kernel(el._swiglu_backward, TANGENT=tangent, BF=1024)
     if "vocabulary" in names:
         compile_kernel(vo._embed, wide=("Y",), BLOCK=1024)
-        for keep in (True, False):
-            compile_kernel(vo._refine, wide=("Y", "Q"), KEEP=keep, BLOCK=1024)
-        for step in (True, False):
-            compile_kernel(vo._update, wide=("Y", "Q"), STEP=step, BLOCK=1024)
-        compile_kernel(vo._direction, BLOCK=1024)
+        for probabilities in (True, False):
+            on = {"PROBABILITIES": probabilities, "BLOCK": 1024}
+            for flag in (True, False):
+                compile_kernel(vo._refine, wide=("Y", "Q"), KEEP=flag, **on)
+                compile_kernel(vo._update, wide=("Y", "Q"), STEP=flag, **on)
+            compile_kernel(vo._direction, **on)
         compile_kernel(vo._noise, wide=("Y",), GOLDEN=vo.GOLDEN, BLOCK=1024)
 
 
