@@ -18,6 +18,7 @@ setup(
         "rich>=13",
         "webdataset>=1.0",
         "fsspec",
+        "filelock",
         "tensorboard>=2.18",
         "tokenizers>=0.21",
         "safetensors>=0.5",

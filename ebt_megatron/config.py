@@ -82,8 +82,11 @@ class DataConfig:
     sequence_length: int = 256  # tokens predicted per sample
     document_mask: bool = False  # attention stays inside a document of a packed sequence
     shuffle: bool = True
+    shuffle_shards: int = 0  # samples are mixed within random groups of so many shards; 0: with all others
     prefetch: int = 32  # micro-batches a background thread keeps ready, at least
-    cache_dir: str | None = None  # where shards of remote URLs are kept
+    remote_readers: int = 4  # shards of a URL that are read at a time
+    cache_dir: str | None = None  # where shards of URLs are kept; default: two groups of shuffle_shards in memory
+    cache_gb: float | None = None  # shards used longest ago are removed from cache_dir to stay below; default: kept
 
 
 @dataclass
@@ -298,8 +301,8 @@ def check(recipe: Recipe, world_size: int | None = None) -> None:
         "model.num_layers", "model.hidden_size", "model.num_attention_heads",
         "model.num_query_groups", "model.ffn_hidden_size", "model.vocab_multiple",
         "thinking.min_steps", "thinking.step_size", "thinking.step_size_scale",
-        "thinking.step_size_min", "data.sequence_length", "optimizer.lr", "parallel.tensor",
-        "parallel.pipeline", "training.steps", "training.global_batch_size",
+        "thinking.step_size_min", "data.sequence_length", "data.prefetch", "data.remote_readers",
+        "optimizer.lr", "parallel.tensor", "parallel.pipeline", "training.steps", "training.global_batch_size",
         "training.micro_batch_size", "training.log_interval",
     )  # fmt: skip
     assert m.hidden_size and m.num_attention_heads and m.num_query_groups and m.ffn_hidden_size
@@ -345,6 +348,12 @@ def check(recipe: Recipe, world_size: int | None = None) -> None:
         raise RecipeError("thinking.reuse keeps activations, model.recompute_layers drops them: set one to false")
     if m.conditioning == "time_embed_sequence" and recipe.data.document_mask:
         raise RecipeError("model.conditioning=time_embed_sequence has no document masks: set data.document_mask=false")
+    d = recipe.data
+    if d.shuffle_shards < 0:
+        raise RecipeError(f"data.shuffle_shards={d.shuffle_shards}: a number of shards, or 0 for all")
+    if d.cache_gb is not None and (d.cache_gb <= 0 or d.cache_dir is None):
+        raise RecipeError(f"data.cache_gb={d.cache_gb:g} bounds data.cache_dir={d.cache_dir}: give a folder and more "
+                          "than 0")  # fmt: skip
     weights = recipe.data.train_weights
     if weights and len(weights) != len(recipe.data.train):
         raise RecipeError(f"data.train_weights has {len(weights)} entries for {len(recipe.data.train)} "

@@ -14,6 +14,8 @@ import itertools
 import json
 import random
 import shutil
+import socket
+import subprocess
 import sys
 import tempfile
 import time
@@ -27,10 +29,12 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from ebt_megatron.data.shards import Manifest, ShardFolder, sha256_of, shard_infos, write_shard
+from ebt_megatron.data.folder import ShardFolder
+from ebt_megatron.data.shards import Manifest, sha256_of, shard_infos, write_shard
 from tools.bench import machine
 
 _PER_SHARD = 1000
+_GROUP = 4
 
 
 def make_shards(folder: Path, samples: int, length: int) -> None:
@@ -69,8 +73,15 @@ def converted(folder: Path, micro_batch: int) -> Iterator[Any]:
         yield out.copy_(rows[i : i + micro_batch])
 
 
-def ours(folder: Path, micro_batch: int, thread: bool) -> Iterator[Any]:
-    """This project's loader: a global permutation over all shards; read ahead in a thread, or by the caller."""
+def ours(folder: Path | str, micro_batch: int, thread: bool, together: int = 0) -> Iterator[Any]:
+    """This project's loader, read ahead in a thread or by the caller: a permutation of all samples, or by groups.
+
+    Args:
+        folder: path or URL.
+        micro_batch: samples in one.
+        thread: whether a thread reads ahead.
+        together: shards in a group; 0: all.
+    """
     from ebt_megatron.config import load_recipe
     from ebt_megatron.data.loader import Loader
 
@@ -78,6 +89,7 @@ def ours(folder: Path, micro_batch: int, thread: bool) -> Iterator[Any]:
     recipe = load_recipe(None, [
         "model.size=tiny", f"data.train=[{folder}]", f"data.sequence_length={length}",
         f"training.micro_batch_size={micro_batch}", f"training.global_batch_size={micro_batch}",
+        f"data.shuffle_shards={together}",
     ])  # fmt: skip
     loader = Loader(recipe, "train", 0, 1)
     if thread:
@@ -98,12 +110,11 @@ def _stack(rows: list[np.ndarray]) -> Any:
     return torch.from_numpy(np.stack(rows).astype(np.int64))
 
 
-def plain_webdataset(folder: Path, micro_batch: int, workers: int) -> Iterator[Any]:
+def plain_webdataset(urls: list[str], micro_batch: int, workers: int) -> Iterator[Any]:
     """Stock webdataset: shards shuffled, members unpacked to samples, a shuffle buffer of 1,000 samples."""
     import torch
     import webdataset
 
-    urls = [str(p) for p in sorted(folder.glob("*.tar"))]
     dataset = webdataset.WebDataset(urls, shardshuffle=100, resampled=False, empty_check=False)
     samples = dataset.decode().compose(_rows).shuffle(1000).batched(micro_batch, collation_fn=_stack, partial=False)
     return iter(torch.utils.data.DataLoader(samples, batch_size=None, num_workers=workers))
@@ -148,6 +159,27 @@ def energon_members(folder: Path, shuffle: int | None = None, workers: int = 0) 
         dataset = get_train_dataset(scratch, worker_config=config, batch_size=None, shuffle_buffer_size=shuffle,
                                     max_samples_per_sequence=None, task_encoder=Members())  # fmt: skip
         yield from get_loader(dataset)
+
+
+@contextlib.contextmanager
+def served(folder: Path) -> Iterator[str]:
+    """The folder behind a URL, by Python's own server in a process of its own."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    server = subprocess.Popen(
+        [sys.executable, "-m", "http.server", str(port), "--bind", "127.0.0.1", "--directory", str(folder)],
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    try:
+        for _ in range(100):
+            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port)):
+                break
+            time.sleep(0.1)
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        server.terminate()
+        server.wait()
 
 
 def rate(make: Callable[[], Iterator[Any]], micro_batch: int, seconds: float) -> float:
@@ -202,17 +234,25 @@ def main(
     if quick:
         samples, seconds, megabytes = samples // 10, seconds / 10, megabytes / 10
     scratch = Path(tempfile.mkdtemp(prefix="bench-data-"))
-    try:
+    with contextlib.ExitStack() as stack:
+        stack.callback(shutil.rmtree, scratch, ignore_errors=True)
         folder = data or scratch / "shards"
         if not data:
             make_shards(folder, samples, sequence_length)
+        names = [shard.name for shard in ShardFolder(str(folder)).manifest.shards]
+        local = [str(folder / name) for name in names]
+        url = stack.enter_context(served(folder))
+        remote = [f"{url}/{name}" for name in names]
         loaders: dict[str, Callable[[], Iterator[Any]]] = {
             "limit: converted in order": lambda: converted(folder, micro_batch),
             "numpy gather from memory": lambda: gathered(folder, micro_batch),
             "ours": lambda: ours(folder, micro_batch, thread=True),
             "ours, no thread": lambda: ours(folder, micro_batch, thread=False),
-            "webdataset": lambda: plain_webdataset(folder, micro_batch, 0),
-            "webdataset, 2 workers": lambda: plain_webdataset(folder, micro_batch, 2),
+            f"ours, groups of {_GROUP} shards": lambda: ours(folder, micro_batch, thread=True, together=_GROUP),
+            "webdataset": lambda: plain_webdataset(local, micro_batch, 0),
+            "webdataset, 2 workers": lambda: plain_webdataset(local, micro_batch, 2),
+            f"ours, http, groups of {_GROUP} shards": lambda: ours(url, micro_batch, thread=True, together=_GROUP),
+            "webdataset, http": lambda: plain_webdataset(remote, micro_batch, 0),
         }
         if importlib.util.find_spec("megatron.energon"):
             loaders["energon"] = lambda: energon(folder, micro_batch, 0)
@@ -222,8 +262,6 @@ def main(
         found = {name: rate(make, micro_batch, seconds) for name, make in
                  track(loaders.items(), description="loading", console=Console(stderr=True))}  # fmt: skip
         prepared = {str(w): preparation(scratch / "text", megabytes, w) for w in (1, 2)}
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
     facts = machine()
     console = Console(width=120)
     table = Table(title=f"{manifest.samples:,} samples of {manifest.shape[0]:,} tokens in {len(manifest.shards)} tars; "

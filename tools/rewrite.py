@@ -14,15 +14,8 @@ import numpy as np
 from rich.console import Console
 from rich.progress import track
 
-from ebt_megatron.data.shards import (
-    DataError,
-    Manifest,
-    ShardFolder,
-    index_name,
-    shard_infos,
-    shard_name,
-    write_shard,
-)
+from ebt_megatron.data.folder import ShardFolder
+from ebt_megatron.data.shards import DataError, Manifest, index_name, shard_infos, shard_name, write_shard
 
 
 def _common(sources: list[ShardFolder]) -> Manifest:

@@ -21,16 +21,8 @@ from rich.table import Table
 from tokenizers import Tokenizer
 
 from ebt_megatron.cli import guarded
-from ebt_megatron.data.shards import (
-    LABELS,
-    DataError,
-    Manifest,
-    Member,
-    ShardFolder,
-    ShardInfo,
-    read_manifest,
-    sha256_of,
-)
+from ebt_megatron.data.folder import ShardFolder
+from ebt_megatron.data.shards import LABELS, DataError, Manifest, Member, ShardInfo, read_manifest, sha256_of
 from tools.rewrite import rewrite
 
 app = typer.Typer(add_completion=False, help=__doc__, no_args_is_help=True)

@@ -1,8 +1,8 @@
 """The loader: a global order of samples that no layout changes, read ahead by a thread.
 
-The order of an epoch is a pure function of (seed, epoch); a position in the run is one
-number, the count of samples consumed. So a run stops at any sample and goes on with any
-number of ranks, and the global sequence is the same.
+The order is order.py's; a position in the run is one number, the count of samples consumed.
+So a run stops at any sample and goes on with any number of ranks, and the global sequence is
+the same.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,8 +21,10 @@ import torch
 from torch import Tensor
 
 from ebt_megatron.config import Recipe
-from ebt_megatron.data.shards import DataError, ShardFolder
-from ebt_megatron.parallel.randomness import stable_seed
+from ebt_megatron.data.folder import ShardFolder
+from ebt_megatron.data.order import Blend
+from ebt_megatron.data.remote import Cache
+from ebt_megatron.data.shards import DataError
 
 VALIDATION_IDS = 1 << 50  # sample ids of validation samples start here, apart from training's
 
@@ -50,66 +53,6 @@ class MicroBatch:
         return MicroBatch(*(None if f is None else f[begin:end] for f in fields))  # type: ignore[arg-type]
 
 
-class Blend:
-    """Several sources as one endless sequence of epochs.
-
-    An epoch has as many samples as all sources together; a source with weight w gives the
-    share w of them, going through its own samples in an order of its own, again and again.
-
-    Args:
-        sizes: samples of each source.
-        weights: relative; empty: by size.
-        seed: of every order.
-        shuffle: False: sources one after the other, in their own order.
-    """
-
-    def __init__(self, sizes: list[int], weights: list[float], seed: int, shuffle: bool):
-        self.sizes, self.seed, self.shuffle = sizes, seed, shuffle
-        share = np.array(weights or sizes, dtype=np.float64)
-        share = np.floor(share / share.sum() * sum(sizes)).astype(np.int64)
-        share[np.argmax(share)] += sum(sizes) - share.sum()
-        self.share = share
-        self._epoch: tuple[int, np.ndarray, np.ndarray] | None = None
-
-    def __len__(self) -> int:
-        return int(self.share.sum())
-
-    def _permutation(self, count: int, *key: Any) -> np.ndarray:
-        if not self.shuffle:
-            return np.arange(count)
-        return np.random.Generator(np.random.Philox(stable_seed(self.seed, *key))).permutation(count)
-
-    def _of_source(self, source: int, begin: int, count: int) -> np.ndarray:
-        """Samples begin .. begin + count - 1 of a source's endless sequence."""
-        size, parts = self.sizes[source], []
-        while count:
-            turn, offset = divmod(begin, size)
-            part = self._permutation(size, "source", source, turn)[offset : offset + count]
-            parts.append(part)
-            begin, count = begin + len(part), count - len(part)
-        return np.concatenate(parts) if parts else np.zeros(0, dtype=np.int64)
-
-    def _order(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """Source, and sample of that source, of every position of an epoch."""
-        if self._epoch is None or self._epoch[0] != epoch:
-            sources = np.repeat(np.arange(len(self.sizes)), self.share)
-            samples = [self._of_source(i, epoch * int(n), int(n)) for i, n in enumerate(self.share)]
-            order = self._permutation(len(self), "epoch", epoch)
-            self._epoch = epoch, sources[order], np.concatenate(samples)[order]
-        return self._epoch[1:]
-
-    def locate_all(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Global positions in the run [N], in order -> sources [N], and samples of those sources [N]."""
-        epochs, within = np.divmod(positions, len(self))
-        parts = [[array[within[epochs == e]] for array in self._order(int(e))] for e in np.unique(epochs)]
-        return np.concatenate([p[0] for p in parts]), np.concatenate([p[1] for p in parts])
-
-    def locate(self, position: int) -> tuple[int, int]:
-        """Global position in the run -> (source, sample of that source)."""
-        sources, samples = self.locate_all(np.array([position]))
-        return int(sources[0]), int(samples[0])
-
-
 def open_sources(recipe: Recipe, split: str) -> list[ShardFolder]:
     """The shard folders of a split, checked against each other and the recipe.
 
@@ -119,7 +62,12 @@ def open_sources(recipe: Recipe, split: str) -> list[ShardFolder]:
     folders = recipe.data.train if split == "train" else recipe.data.validation
     if not folders:
         raise DataError(f"data.{split} names no shards: give folders made by data_prep/")
-    sources = [ShardFolder(folder, recipe.data.cache_dir) for folder in folders]
+    data = recipe.data
+    cache = None
+    if data.cache_dir is not None:
+        cache = Cache(Path(data.cache_dir), None if data.cache_gb is None else data.cache_gb * 1e9)
+    sources = [ShardFolder(folder, cache, data.remote_readers) for folder in folders]
+    _check_room(recipe, [s for s in sources if s.remote])
     first = sources[0].manifest
     sidecar = "tokenizer" if first.kind == "text" else "encoder"
     for source in sources:
@@ -141,6 +89,26 @@ def open_sources(recipe: Recipe, split: str) -> list[ShardFolder]:
     return sources
 
 
+def _check_room(recipe: Recipe, remote: list[ShardFolder]) -> None:
+    """Refuse remote sources whose shards in use find no room."""
+    data = recipe.data
+    if not remote:
+        return
+    if data.cache_dir is None and not data.shuffle_shards:
+        raise DataError(f"{remote[0].folder} is remote: set data.shuffle_shards, to stream it that many shards at a "
+                        "time, or data.cache_dir, to keep its shards there")  # fmt: skip
+    sizes = [sorted((s.bytes for s in source.manifest.shards), reverse=True) for source in remote]
+    most = sum(sum(s[: 2 * data.shuffle_shards] if data.shuffle_shards else s) for s in sizes) / 1e9
+    if data.cache_gb is not None and most > data.cache_gb:
+        if data.shuffle_shards:
+            need, mend = f"two groups of data.shuffle_shards={data.shuffle_shards} shards", "lower data.shuffle_shards"
+        else:
+            need, mend = "all shards", "set data.shuffle_shards"
+        raise DataError(
+            f"data.cache_gb={data.cache_gb:g} is less than the {most:.4g} GB of {need}: raise it, or {mend}"
+        )
+
+
 class Loader:
     """Micro-batches of one data-parallel rank.
 
@@ -157,35 +125,42 @@ class Loader:
         self.rank, self.size = data_parallel_rank, data_parallel_size
         self.sources = open_sources(recipe, split)
         train = split == "train"
-        self.blend = Blend(
-            [len(s) for s in self.sources], recipe.data.train_weights if train else [], recipe.training.seed,
-            recipe.data.shuffle and train,
-        )  # fmt: skip
+        weights = recipe.data.train_weights if train else []
+        shuffle = recipe.data.shuffle and train
+        sizes = [s.sizes for s in self.sources]
+        self.blend = Blend(sizes, weights, recipe.training.seed, shuffle, recipe.data.shuffle_shards)
         self.kind = self.sources[0].manifest.kind
         self.end_of_text = self.sources[0].manifest.tokenizer.get("end_of_text", -1)
         self.consumed = 0
         self.wait_seconds = 0.0
 
-    def state_dict(self) -> dict[str, int]:
-        """The position in the run: the same for every rank and layout."""
-        return {"seed": self.recipe.training.seed, "consumed": self.consumed, "epoch_size": len(self.blend)}
+    def state_dict(self) -> dict[str, Any]:
+        """The position in the run, and what its order depends on: the same for every rank and layout."""
+        return {
+            "consumed": self.consumed, "seed": self.recipe.training.seed, "shuffle": self.blend.shuffle,
+            "shuffle_shards": self.recipe.data.shuffle_shards, "samples_per_epoch": self.blend.share.tolist(),
+        }  # fmt: skip
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a position.
 
         Raises:
-            DataError: when it belongs to another seed or other data, so that samples would repeat or be lost.
+            DataError: when it belongs to another order or other data, so that samples would repeat or be lost.
         """
-        mine = self.state_dict()
-        for key in ("seed", "epoch_size"):
-            if state[key] != mine[key]:
-                raise DataError(f"the checkpoint's data position has {key}={state[key]}, this run has {mine[key]}: "
-                                "resume with the same seed and shards, or start a new output_dir")  # fmt: skip
+        for key, mine in self.state_dict().items():
+            if key != "consumed" and state.get(key) != mine:
+                raise DataError(f"the checkpoint's data position has {key}={state.get(key)}, this run has {mine}: "
+                                "resume with the same seed, shards and data.* keys, or start a new "
+                                "output_dir")  # fmt: skip
         self.consumed = state["consumed"]
 
     def read(self, positions: list[int]) -> MicroBatch:
         """The micro-batch of the samples at these places of the run's order."""
         sources, samples = self.blend.locate_all(np.array(positions))
+        if self.recipe.data.shuffle_shards and any(s.remote for s in self.sources):
+            for source, shards in self.blend.shards(np.array(positions)).items():
+                if self.sources[source].remote:
+                    self.sources[source].expect(shards)
         manifest, text = self.sources[0].manifest, self.kind == "text"
         rows = np.empty((len(positions), *manifest.shape), np.int64 if text else np.float32)
         labels = np.empty(len(positions), np.int64)

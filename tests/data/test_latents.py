@@ -9,8 +9,10 @@ import torch
 from data_prep.images import PictureSource
 from data_prep.latents import LatentSettings, prepare_latents
 from data_prep.video import VideoSource
-from ebt_megatron.data.loader import VALIDATION_IDS, Blend, Loader
-from ebt_megatron.data.shards import DataError, ShardFolder
+from ebt_megatron.data.folder import ShardFolder
+from ebt_megatron.data.loader import VALIDATION_IDS, Loader
+from ebt_megatron.data.order import Blend
+from ebt_megatron.data.shards import DataError
 from tests.data.test_loader import recipe_for
 from tests.data_prep.media import moving_square, write_videos
 
@@ -60,7 +62,7 @@ def global_batches(folder, size, batches, start=0):
 @pytest.mark.parametrize("size", [1, 2, 4])
 def test_every_rank_count_sees_the_same_clips_in_the_same_order(videos, size):
     shards = ShardFolder(f"{videos}/train")
-    blend = Blend([len(shards)], [], recipe(videos).training.seed, True)
+    blend = Blend([shards.sizes], [], recipe(videos).training.seed, True)
     ids, latents = global_batches(videos, size, 9)  # more than an epoch
     expected = np.stack([shards.row(blend.locate(g)[1]) for g in range(72)]).astype(np.float32)
     assert ids == list(range(72)) and len(shards) < 72

@@ -8,7 +8,8 @@ import pytest
 
 from data_prep import images
 from data_prep.encoders import load_encoder
-from ebt_megatron.data.shards import ShardFolder, read_manifest
+from ebt_megatron.data.folder import ShardFolder
+from ebt_megatron.data.shards import read_manifest
 from tests.data_prep.media import contents, invoke, psnr, said
 
 PIL = pytest.importorskip("PIL.Image")

@@ -9,7 +9,8 @@ import pytest
 
 from data_prep import video
 from data_prep.encoders import load_encoder
-from ebt_megatron.data.shards import ShardFolder, read_manifest
+from ebt_megatron.data.folder import ShardFolder
+from ebt_megatron.data.shards import read_manifest
 from tests.data_prep.media import contents, invoke, moving_square, psnr, said, write_video, write_videos
 
 pytest.importorskip("av")

@@ -1,13 +1,14 @@
 """Loaders that are compared deliver the same samples in the same form."""
 
 import json
+import urllib.request
 
 import numpy as np
 import pytest
 import torch
 from typer.testing import CliRunner
 
-from ebt_megatron.data.shards import ShardFolder
+from ebt_megatron.data.folder import ShardFolder
 from tools import bench_data
 
 LOADERS = {
@@ -15,7 +16,8 @@ LOADERS = {
     "converted": bench_data.converted,
     "ours": lambda folder, size: bench_data.ours(folder, size, thread=True),
     "ours, no thread": lambda folder, size: bench_data.ours(folder, size, thread=False),
-    "webdataset": lambda folder, size: bench_data.plain_webdataset(folder, size, 0),
+    "ours, groups": lambda folder, size: bench_data.ours(folder, size, thread=True, together=1),
+    "webdataset": lambda folder, size: bench_data.plain_webdataset([str(p) for p in folder.glob("*.tar")], size, 0),
 }
 
 
@@ -28,6 +30,12 @@ def test_every_loader_delivers_the_samples_of_the_shards(loader, tmp_path):
         assert batch.shape == (8, 16) and batch.dtype == torch.int64
         seen |= {row.astype(np.uint16).tobytes() for row in batch.numpy()}
     assert len(seen) == 400 and seen <= known
+
+
+def test_a_folder_is_served(tmp_path):
+    (tmp_path / "file").write_bytes(b"content")
+    with bench_data.served(tmp_path) as url, urllib.request.urlopen(f"{url}/file") as stream:
+        assert stream.read() == b"content"
 
 
 def test_the_command_writes_its_numbers(tmp_path):

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ebt_megatron.config import RecipeError, load_recipe, to_yaml
-from ebt_megatron.data.shards import ShardFolder
+from ebt_megatron.data.folder import ShardFolder
 from ebt_megatron.model.build import SampleShape, build_model
 from ebt_megatron.parallel.setup import initialize
 from ebt_megatron.thinking.dual_stream import Context, Descent, Plan, Thinker, step_sizes

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from ebt_megatron.data.shards import DataError, ShardFolder, read_manifest
+from ebt_megatron.data.folder import ShardFolder
+from ebt_megatron.data.shards import DataError, read_manifest
 from tests.builders import text_shards
 from tools.shards import app
 

@@ -1,0 +1,162 @@
+"""The order of samples: a pure function of (seed, epoch), blended from several sources.
+
+Nothing here reads data. A position in the run is one number, so a run stops at any sample and
+goes on with any number of ranks, and the global sequence is the same.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+
+from ebt_megatron.parallel.randomness import stable_seed
+
+_BLOCK = 1 << 16  # positions between two running counts of a blend's sources
+
+
+class SourceOrder:
+    """One source's samples, turn after turn without end.
+
+    A turn deals the shards into groups at random and mixes the samples within each group, so only
+    one group's shards are needed at a time.
+
+    Args:
+        shards: samples of each shard.
+        together: shards of a group; 0: all.
+        shuffle: False: shards and samples in their own order.
+        key: of the random order.
+    """
+
+    def __init__(self, shards: list[int], together: int, shuffle: bool, *key: Any):
+        self.first = np.concatenate([[0], np.cumsum(shards, dtype=np.int64)])
+        self.size = int(self.first[-1])
+        self.together, self.shuffle, self.key = together or len(shards), shuffle, key
+        self._groups = -(-len(shards) // self.together)
+        # A turn's deal is asked for by its neighbour, too; of the samples only one group's are held.
+        self._deal = lru_cache(maxsize=2)(self._new_deal)
+        self._samples = lru_cache(maxsize=1)(self._new_samples)
+
+    def _mix(self, array: np.ndarray, *key: Any) -> np.ndarray:
+        if self.shuffle:
+            np.random.Generator(np.random.Philox(stable_seed(*self.key, *key))).shuffle(array)
+        return array
+
+    def _new_deal(self, turn: int) -> tuple[list[np.ndarray], np.ndarray]:
+        """The shards of each group, and where in the turn each group ends."""
+        shards = self._mix(np.arange(len(self.first) - 1), "shards", turn)
+        groups = [shards[i : i + self.together] for i in range(0, len(shards), self.together)]
+        sizes = self.first[1:] - self.first[:-1]
+        return groups, np.cumsum([sizes[g].sum() for g in groups])
+
+    def _new_samples(self, turn: int, group: int) -> np.ndarray:
+        shards = self._deal(turn)[0][group]
+        ranges = [np.arange(self.first[s], self.first[s + 1]) for s in shards]
+        return self._mix(np.concatenate(ranges), "samples", turn, group)
+
+    def samples(self, places: np.ndarray) -> np.ndarray:
+        """The samples at these places of the endless sequence."""
+        out = np.empty(len(places), np.int64)
+        turns, offsets = np.divmod(places, self.size)
+        for turn in np.unique(turns).tolist():
+            ends = self._deal(turn)[1]
+            groups = np.where(turns == turn, np.searchsorted(ends, offsets, side="right"), -1)
+            for group in np.unique(groups[turns == turn]).tolist():
+                at, begin = groups == group, ends[group - 1] if group else 0
+                out[at] = self._samples(turn, group)[offsets[at] - begin]
+        return out
+
+    def shards(self, first: int, last: int) -> list[int]:
+        """The shards that places first .. last need, then those of the group after them."""
+        begin, end = self._group(first), self._group(last) + 1
+        numbers: dict[int, None] = {}
+        for number in range(begin, end + 1):
+            turn, group = divmod(number, self._groups)
+            numbers.update(dict.fromkeys(self._deal(turn)[0][group].tolist()))
+        return list(numbers)
+
+    def _group(self, place: int) -> int:
+        """The group a place belongs to, counted over all turns."""
+        turn, offset = divmod(place, self.size)
+        return turn * self._groups + int(np.searchsorted(self._deal(turn)[1], offset, side="right"))
+
+
+class Blend:
+    """Several sources as one endless sequence of epochs.
+
+    An epoch has as many samples as all sources together; a source with weight w gives the
+    share w of them, going through its own samples in an order of its own, again and again.
+
+    Args:
+        shards: of each source, samples of each of its shards.
+        weights: relative; empty: by size.
+        seed: of every order.
+        shuffle: False: sources one after the other, in their own order.
+        together: shards whose samples are mixed with each other; 0: all of a source.
+    """
+
+    def __init__(self, shards: list[list[int]], weights: list[float], seed: int, shuffle: bool, together: int = 0):
+        self.sources = [SourceOrder(s, together, shuffle, seed, "source", i) for i, s in enumerate(shards)]
+        self.seed, self.shuffle = seed, shuffle
+        sizes = [s.size for s in self.sources]
+        share = np.array(weights or sizes, dtype=np.float64)
+        share = np.floor(share / share.sum() * sum(sizes)).astype(np.int64)
+        share[np.argmax(share)] += sum(sizes) - share.sum()
+        self.share = share
+        self._turns = lru_cache(maxsize=2)(self._new_turns)
+
+    def __len__(self) -> int:
+        return int(self.share.sum())
+
+    def _new_turns(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """Whose turn it is at every position of an epoch [N], and how often it was each one's before every block."""
+        whose = np.repeat(np.arange(len(self.sources), dtype=np.uint16), self.share)
+        if self.shuffle:
+            np.random.Generator(np.random.Philox(stable_seed(self.seed, "epoch", epoch))).shuffle(whose)
+        blocks = range(0, len(whose), _BLOCK)
+        counts = [np.bincount(whose[b : b + _BLOCK], minlength=len(self.sources)) for b in blocks]
+        return whose, np.cumsum([np.zeros_like(self.share), *counts], axis=0)
+
+    def _places(self, epoch: int, within: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Sources at these positions of an epoch, and places in the sources' own sequences."""
+        if len(self.sources) == 1:
+            return np.zeros(len(within), np.int64), within + epoch * len(self)
+        whose, counts = self._turns(epoch)
+        block = int(within.min()) // _BLOCK
+        begin = block * _BLOCK
+        span = whose[begin : int(within.max()) + 1]
+        sources = span[within - begin].astype(np.int64)
+        places = np.empty(len(within), np.int64)
+        for i in np.unique(sources).tolist():
+            before = np.cumsum(span == i) - 1
+            at = sources == i
+            places[at] = before[within[at] - begin] + counts[block, i] + epoch * self.share[i]
+        return sources, places
+
+    def _by_epoch(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        epochs, within = np.divmod(positions, len(self))
+        parts = [self._places(int(e), within[epochs == e]) for e in np.unique(epochs)]
+        return np.concatenate([p[0] for p in parts]), np.concatenate([p[1] for p in parts])
+
+    def locate_all(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Global positions in the run [N], in order -> sources [N], and samples of those sources [N]."""
+        sources, places = self._by_epoch(positions)
+        samples = np.empty(len(positions), np.int64)
+        for i in np.unique(sources).tolist():
+            samples[sources == i] = self.sources[i].samples(places[sources == i])
+        return sources, samples
+
+    def locate(self, position: int) -> tuple[int, int]:
+        """Global position in the run -> (source, sample of that source)."""
+        sources, samples = self.locate_all(np.array([position]))
+        return int(sources[0]), int(samples[0])
+
+    def shards(self, positions: np.ndarray) -> dict[int, list[int]]:
+        """Of each source that these positions (in order) need: its shards for them, then those that come next."""
+        sources, places = self._by_epoch(positions)
+        found = {}
+        for i in np.unique(sources).tolist():
+            mine = places[sources == i]
+            found[i] = self.sources[i].shards(int(mine[0]), int(mine[-1]))
+        return found
