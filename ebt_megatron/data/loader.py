@@ -156,22 +156,24 @@ class Loader:
 
     def read(self, positions: list[int]) -> MicroBatch:
         """The micro-batch of the samples at these places of the run's order."""
-        sources, samples = self.blend.locate_all(np.array(positions))
+        order = np.array(positions)
         if self.recipe.data.shuffle_shards and any(s.remote for s in self.sources):
-            for source, shards in self.blend.shards(np.array(positions)).items():
-                if self.sources[source].remote:
-                    self.sources[source].expect(shards)
+            for number, shards in self.blend.shards(order).items():
+                if self.sources[number].remote:
+                    self.sources[number].expect(shards)
         manifest, text = self.sources[0].manifest, self.kind == "text"
         rows = np.empty((len(positions), *manifest.shape), np.int64 if text else np.float32)
         labels = np.empty(len(positions), np.int64)
-        for source in np.unique(sources).tolist():
-            at = np.flatnonzero(sources == source)
-            mine = rows if len(at) == len(rows) else np.empty((len(at), *manifest.shape), rows.dtype)
-            self.sources[source].gather(samples[at], mine)
-            if mine is not rows:
+        for number, at, samples in self.blend.locate_all(order):
+            source = self.sources[number]
+            if len(at) == len(rows):
+                source.gather(samples, rows)
+            else:
+                mine = np.empty((len(at), *manifest.shape), rows.dtype)
+                source.gather(samples, mine)
                 rows[at] = mine
             if manifest.classes:
-                labels[at] = self.sources[source].gather_labels(samples[at])
+                labels[at] = source.gather_labels(samples)
         offset = 0 if self.split == "train" else VALIDATION_IDS
         sample_ids, data = torch.tensor(positions, dtype=torch.int64) + offset, torch.from_numpy(rows)
         if not text:

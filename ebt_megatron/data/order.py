@@ -6,6 +6,7 @@ goes on with any number of ranks, and the global sequence is the same.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import lru_cache
 from typing import Any
 
@@ -56,16 +57,17 @@ class SourceOrder:
         return self._mix(np.concatenate(ranges), "samples", turn, group)
 
     def samples(self, places: np.ndarray) -> np.ndarray:
-        """The samples at these places of the endless sequence."""
-        out = np.empty(len(places), np.int64)
-        turns, offsets = np.divmod(places, self.size)
-        for turn in np.unique(turns).tolist():
+        """The samples at these places (ascending) of the endless sequence."""
+        parts = []
+        while len(places):
+            turn, offset = divmod(int(places[0]), self.size)
             ends = self._deal(turn)[1]
-            groups = np.where(turns == turn, np.searchsorted(ends, offsets, side="right"), -1)
-            for group in np.unique(groups[turns == turn]).tolist():
-                at, begin = groups == group, ends[group - 1] if group else 0
-                out[at] = self._samples(turn, group)[offsets[at] - begin]
-        return out
+            group = int(np.searchsorted(ends, offset, side="right"))
+            begin = turn * self.size + (int(ends[group - 1]) if group else 0)
+            count = int(np.searchsorted(places, turn * self.size + int(ends[group])))
+            parts.append(self._samples(turn, group)[places[:count] - begin])
+            places = places[count:]
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
     def shards(self, first: int, last: int) -> list[int]:
         """The shards that places first .. last need, then those of the group after them."""
@@ -134,29 +136,30 @@ class Blend:
             places[at] = before[within[at] - begin] + counts[block, i] + epoch * self.share[i]
         return sources, places
 
-    def _by_epoch(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        epochs, within = np.divmod(positions, len(self))
-        parts = [self._places(int(e), within[epochs == e]) for e in np.unique(epochs)]
-        return np.concatenate([p[0] for p in parts]), np.concatenate([p[1] for p in parts])
-
-    def locate_all(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Global positions in the run [N], in order -> sources [N], and samples of those sources [N]."""
-        sources, places = self._by_epoch(positions)
-        samples = np.empty(len(positions), np.int64)
+    def _by_source(self, positions: np.ndarray) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+        """Of positions in order, source by source: (source, where its positions are, places in its sequence)."""
+        size, parts, rest = len(self), [], positions
+        while len(rest):
+            epoch = int(rest[0]) // size
+            count = int(np.searchsorted(rest, (epoch + 1) * size))
+            parts.append(self._places(epoch, rest[:count] - epoch * size))
+            rest = rest[count:]
+        sources, places = parts[0] if len(parts) == 1 else map(np.concatenate, zip(*parts, strict=True))
         for i in np.unique(sources).tolist():
-            samples[sources == i] = self.sources[i].samples(places[sources == i])
-        return sources, samples
+            at = np.flatnonzero(sources == i)
+            yield i, at, places[at]
+
+    def locate_all(self, positions: np.ndarray) -> list[tuple[int, np.ndarray, np.ndarray]]:
+        """Global positions in the run [N], in order -> of each source that has some: (source, where, its samples)."""
+        return [(i, at, self.sources[i].samples(places)) for i, at, places in self._by_source(positions)]
 
     def locate(self, position: int) -> tuple[int, int]:
         """Global position in the run -> (source, sample of that source)."""
-        sources, samples = self.locate_all(np.array([position]))
-        return int(sources[0]), int(samples[0])
+        ((source, _, samples),) = self.locate_all(np.array([position]))
+        return source, int(samples[0])
 
     def shards(self, positions: np.ndarray) -> dict[int, list[int]]:
         """Of each source that these positions (in order) need: its shards for them, then those that come next."""
-        sources, places = self._by_epoch(positions)
-        found = {}
-        for i in np.unique(sources).tolist():
-            mine = places[sources == i]
-            found[i] = self.sources[i].shards(int(mine[0]), int(mine[-1]))
-        return found
+        return {
+            i: self.sources[i].shards(int(places[0]), int(places[-1])) for i, _, places in self._by_source(positions)
+        }

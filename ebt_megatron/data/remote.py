@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import io
 import os
 import threading
 import time
@@ -19,6 +20,7 @@ from webdataset.tariterators import tar_file_iterator
 
 T = TypeVar("T")
 ATTEMPTS = 6
+_CHUNK = 1 << 20  # bytes read at a time
 PAUSE_SECONDS = 0.5  # before the second attempt; each later pause is twice as long
 
 
@@ -67,17 +69,21 @@ def retry(url: str, work: Callable[[], T]) -> T:
     raise AssertionError("unreachable")
 
 
-class _Verified:
+class _Verified(io.RawIOBase):
     """A stream that counts and hashes what is read from it."""
 
     def __init__(self, stream: Any):
         self.stream, self.bytes, self.hash = stream, 0, hashlib.sha256()
 
-    def read(self, size: int) -> bytes:
-        data: bytes = self.stream.read(size)
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        data = self.stream.read(len(buffer))
+        buffer[: len(data)] = data
         self.bytes += len(data)
         self.hash.update(data)
-        return data
+        return len(data)
 
     def expect(self, size: int, sha256: str) -> None:
         """Read what is left, and compare.
@@ -85,7 +91,7 @@ class _Verified:
         Raises:
             RemoteError: if size or checksum differ.
         """
-        while self.read(1 << 20):
+        while self.read(_CHUNK):
             pass
         if self.bytes != size:
             state = "truncated" if self.bytes < size else "too long"
@@ -105,7 +111,7 @@ def stream_tar(url: str, size: int, sha256: str) -> list[tuple[str, bytes]]:
         with open_url(url) as raw:
             stream = _Verified(raw)
             try:
-                members = [(m["fname"], m["data"]) for m in tar_file_iterator(stream)]
+                members = [(m["fname"], m["data"]) for m in tar_file_iterator(io.BufferedReader(stream, _CHUNK))]
             except OSError:
                 raise
             except Exception as error:  # bytes that are no tar: size and checksum say more
@@ -159,7 +165,7 @@ class Cache:
             def work() -> None:
                 with open_url(url) as raw, partial.open("wb") as target:
                     stream = _Verified(raw)
-                    while chunk := stream.read(1 << 20):
+                    while chunk := stream.read(_CHUNK):
                         target.write(chunk)
                     stream.expect(stream.bytes if size is None else size, sha256)
 

@@ -61,9 +61,12 @@ def test_any_chunks_of_positions_give_the_order_of_one_by_one(block, data):
         blend = Blend(shards, weights, 3, True, together)
         begin, step = data.draw(st.integers(0, 3 * len(blend))), data.draw(st.integers(1, 4))
         positions = np.arange(begin, begin + 2 * len(blend), step)
-        sources, samples = blend.locate_all(positions)
-        assert list(zip(sources.tolist(), samples.tolist(), strict=True)) == [blend.locate(int(p)) for p in positions]
-        counts = np.bincount(blend.locate_all(np.arange(len(blend)))[0], minlength=len(shards))
+        found = [None] * len(positions)
+        for source, at, samples in blend.locate_all(positions):
+            for i, sample in zip(at, samples, strict=True):
+                found[i] = (source, sample)
+        assert found == [blend.locate(int(p)) for p in positions]
+        counts = np.bincount([blend.locate(p)[0] for p in range(len(blend))], minlength=len(shards))
         assert counts.tolist() == blend.share.tolist()
     finally:
         order._BLOCK = before
