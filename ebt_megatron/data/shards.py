@@ -163,13 +163,13 @@ def read_manifest(folder: str) -> Manifest:
         raise DataError(f"no shards at {folder}: {error}") from None
     except (ValueError, AttributeError, TypeError) as error:
         raise DataError(f"{path} is not a manifest ({' '.join(str(error).split())}); {again}") from None
+    version = raw.get("schema_version")
+    if version != SCHEMA_VERSION:
+        raise DataError(
+            f"{path} has schema version {version}, this program reads {SCHEMA_VERSION}; prepare the data again"
+        )
     if recorded != _checksum(raw):
         raise DataError(f"{path} does not match its own checksum: it was damaged or edited; {again}")
-    if raw["schema_version"] != SCHEMA_VERSION:
-        raise DataError(
-            f"{path} has schema version {raw['schema_version']}, this program reads {SCHEMA_VERSION}; prepare the "
-            "data again"
-        )
     shards = [ShardInfo(**s) for s in raw.pop("shards")]
     return Manifest(shards=shards, **raw)
 

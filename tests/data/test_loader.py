@@ -179,6 +179,12 @@ def test_a_manifest_whose_checksum_is_wrong(copied):
     refuse(copied, "manifest.json does not match its own checksum")
 
 
+def test_shards_of_an_older_version(copied):
+    path = copied / "train/manifest.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"schema_version": 1}))
+    refuse(copied, "schema version 1, this program reads 2; prepare the data again")
+
+
 def test_a_tokenizer_that_does_not_match_the_manifest(copied):
     path = copied / "train/tokenizer.json"
     path.write_text(path.read_text().replace("word", "ward", 1))
