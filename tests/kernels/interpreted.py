@@ -1,23 +1,43 @@
 """The Triton kernels in Triton's interpreter; `test_triton.py` runs this in a process of its own."""
 
+import numpy as np
 import pytest
 import torch
+import triton.language as tl
+from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
 from ebt_megatron import kernels
 from ebt_megatron.kernels import check, noise, triton_vocabulary
 from tests.kernels.test_backends import assert_close, poisoned_memory  # noqa: F401  (a fixture)
 
 backend = kernels.select("triton")
-# The interpreter multiplies bfloat16 matrices as their bits (triton 3.9), so attention takes float16 here.
-DTYPES = [torch.float32, torch.float16]
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 # length, batch, heads, groups, size: two blocks and grouped queries; odd sizes; one position
 LONG, ODD, SINGLE = (70, 1, 2, 1, 8), (33, 2, 2, 2, 20), (1, 1, 1, 1, 32)
 
 
+@pytest.fixture(autouse=True)
+def bfloat16_products(monkeypatch):
+    """The interpreter (triton 3.9) multiplies bfloat16 matrices as the integers of their bits; a GPU, as numbers."""
+    multiply = InterpreterBuilder.create_dot
+
+    def numbers(a):
+        if not a.dtype.scalar.is_bf16():
+            return a
+        wide = (a.data.astype(np.uint32) << 16).view(np.float32)  # exact: bfloat16 is the upper half of float32
+        return TensorHandle(wide, tl.float32)
+
+    def create_dot(self, a, b, *rest):
+        return multiply(self, numbers(a), numbers(b), *rest)
+
+    monkeypatch.setattr(InterpreterBuilder, "create_dot", create_dot)
+
+
 @pytest.mark.parametrize(("shape", "tangent", "documents", "dtype"), [
     (LONG, True, False, torch.float32), (LONG, True, True, torch.float32), (LONG, False, True, torch.float32),
     (ODD, True, False, torch.float32), (ODD, True, True, torch.float16), (ODD, False, False, torch.float16),
+    (LONG, True, True, torch.bfloat16), (ODD, True, False, torch.bfloat16), (ODD, False, True, torch.bfloat16),
     (SINGLE, True, False, torch.float32), (SINGLE, False, False, torch.float32),
 ])  # fmt: skip
 def test_prediction_attention(shape, tangent, documents, dtype):
@@ -25,19 +45,21 @@ def test_prediction_attention(shape, tangent, documents, dtype):
 
 
 @pytest.mark.parametrize(("shape", "tangent", "dtype"), [
-    (LONG, True, torch.float32), (ODD, True, torch.float16), (ODD, False, torch.float32),
+    (LONG, True, torch.float32), (ODD, True, torch.float16), (ODD, False, torch.float32), (ODD, True, torch.bfloat16),
 ])  # fmt: skip
 def test_full_attention(shape, tangent, dtype):
     assert_close(check.attention_case("full_attention", *shape, tangent), dtype, backend)
 
 
-@pytest.mark.parametrize("documents", [False, True])
-def test_context_attention(documents):
+@pytest.mark.parametrize(("documents", "dtype"), [
+    (False, torch.float32), (True, torch.float32), (True, torch.bfloat16),
+])  # fmt: skip
+def test_context_attention(documents, dtype):
     case = check.attention_case("context_attention", 70, 1, 2, 1, 8, False, documents)
-    assert_close(case, torch.float32, backend)
+    assert_close(case, dtype, backend)
 
 
-@pytest.mark.parametrize("dtype", [*DTYPES, torch.bfloat16])
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("tangent", [False, True])
 @pytest.mark.parametrize("op", ["rms_norm", "swiglu"])
 def test_elementwise(op, tangent, dtype):
