@@ -123,7 +123,7 @@ class TrainingConfig:
     steps: int = 1000
     global_batch_size: int = 64  # fresh samples per optimizer step, over all ranks
     micro_batch_size: int = 8  # samples per forward on one rank
-    precision: str = "fp32"  # fp32 | bf16
+    precision: str = "fp32"  # fp32 | bf16 | fp8 (bf16, with the layers' matrix products in 8 bits)
     seed: int = 1234
     output_dir: str = "runs/run"
     resume: bool = True  # go on from the newest good checkpoint in output_dir, if any
@@ -176,7 +176,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "thinking.initial": ("noise", "zeros"),
     "thinking.engine": ("dual_stream", "double_backward"),
     "data.modality": ("text", "video", "images"),
-    "training.precision": ("fp32", "bf16"),
+    "training.precision": ("fp32", "bf16", "fp8"),
 }
 
 
@@ -342,6 +342,12 @@ def check(recipe: Recipe, world_size: int | None = None) -> None:
     if t.engine == "double_backward" and tensor * p.pipeline > 1:
         raise RecipeError("thinking.engine=double_backward is a single-process reference: "
                           "set parallel.tensor=1 and parallel.pipeline=1")  # fmt: skip
+    if tr.precision == "fp8":
+        if t.engine == "double_backward":
+            raise RecipeError("training.precision=fp8 cannot be differentiated twice: set thinking.engine=dual_stream")
+        for what, total in (("model.hidden_size", m.hidden_size), ("model.ffn_hidden_size", m.ffn_hidden_size),
+                            ("the keys' width", m.hidden_size // heads * m.num_query_groups)):  # fmt: skip
+            divides(what, total, "16 x parallel.tensor", 16 * tensor, "training.precision=fp8 needs it")
     if t.reuse and p.pipeline > 1:
         raise RecipeError("thinking.reuse needs every layer on one pipeline stage: set parallel.pipeline=1")
     if t.reuse and m.recompute_layers:

@@ -92,7 +92,7 @@ def estimate(recipe: Recipe, vocab_size: int, gpus: int, hardware: Hardware) -> 
     vocabulary = {kind: u * product for kind, u in extra.items()} if ebt else {}
     schedule = simulate(p.pipeline, micro_batches, sweeps, durations, vocabulary, in_flight=p.micro_batches_in_flight)
 
-    width_bytes = 2 if t.precision == "bf16" else 4
+    width_bytes = 4 if t.precision == "fp32" else 2
     tokens = t.micro_batch_size * recipe.data.sequence_length
     hidden = tokens * m.hidden_size * width_bytes
     layers = m.num_layers / p.pipeline

@@ -17,9 +17,17 @@ __all__ = ["Kernels", "RefineStats", "select"]
 
 # Where each backend's operations come from: the first module that has them.
 _MODULES = {
-    "reference": ("reference", "noise"),
-    "torch": ("tiled", "noise", "reference"),
-    "triton": ("triton_attention", "triton_elementwise", "triton_vocabulary", "tiled", "noise", "reference"),
+    "reference": ("reference", "noise", "fp8"),
+    "torch": ("tiled", "noise", "fp8", "reference"),
+    "triton": (
+        "triton_attention",
+        "triton_elementwise",
+        "triton_vocabulary",
+        "triton_fp8",
+        "tiled",
+        "noise",
+        "reference",
+    ),
 }
 
 

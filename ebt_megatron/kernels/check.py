@@ -76,6 +76,15 @@ def elementwise_case(op: str, length: int, batch: int, width: int, tangent: bool
     return Case(op, [x], {"tangent": tangent}, (0,), (0,))
 
 
+def rounding_case(rows: int, columns: int, transposed: bool, seed: int = 0) -> Case:
+    """Rows of very different sizes, one of zeros, for `round_rows`; the transpose of a matrix, or a matrix."""
+    randn = _randn(seed)
+    x = randn(columns, rows).mT if transposed else randn(rows, columns)
+    x *= torch.logspace(-30, 30, rows, dtype=torch.float64)[:, None]
+    x[rows // 2] = 0
+    return Case("round_rows", [x], {}, (0,))
+
+
 def vocab_case(op: str, tokens: int, columns: int, valid: int, width: int, seed: int = 0) -> Case:
     """A consistent state of thinking, with some targets on another rank, for one of VOCAB_OPERATIONS."""
     randn = _randn(seed)

@@ -79,6 +79,8 @@ class Kernels:
         vocab_dense_backward: (y, lse, table, valid, adjoint, scale, mean, x, xt, x_grad, xt_grad,
             table_grad): as vocab_backward with lambda = adjoint and no step, and adjoint += the derivative
             of <x_grad, x> + <xt_grad, xt> by y, where x = p table, xt = (p * (scale adjoint - mean)) table.
+        round_rows: (x [M, K], of any strides) -> e4m3 [M, K'], fp32 [M, 1]: each row divided by a power of two
+            and rounded, with zeros up to the next multiple of 16; the power is NaN where a row is not finite.
         row_keys: (sample_ids [B], positions [S], stream) -> int64 [S * B] keys of noise rows.
         add_noise_: (y, keys, column_offset, std, seed): y += std * N(0, 1), a pure function of seed,
             key and global column, in place.
@@ -100,5 +102,6 @@ class Kernels:
     vocab_dot_step: Callable[..., Tensor]
     vocab_tangent: Callable[..., tuple[Tensor, Tensor, Tensor]]
     vocab_dense_backward: Callable[..., None]
+    round_rows: Callable[..., tuple[Tensor, Tensor]]
     row_keys: Callable[..., Tensor]
     add_noise_: Callable[..., None]

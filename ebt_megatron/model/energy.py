@@ -67,9 +67,8 @@ class EnergyTransformer(StageModule):
             self.step_size.no_weight_decay = True  # type: ignore[attr-defined]
         assert config.num_layers
         local_layers = config.num_layers // config.pipeline_model_parallel_size
-        self.layers = nn.ModuleList(
-            build_module(layer_spec(), config, model=model, kernels=kernels) for _ in range(local_layers)
-        )
+        spec = layer_spec(model, kernels, fp8=recipe.training.precision == "fp8")
+        self.layers = nn.ModuleList(build_module(spec, config) for _ in range(local_layers))
         if post_process:
             self.final_norm = RMSNorm(config, kernels)
             self.head = replicated(torch.empty(width, dtype=dtype), config)

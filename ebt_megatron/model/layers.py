@@ -20,20 +20,25 @@ from torch import Tensor, nn
 
 from ebt_megatron.config import ModelConfig
 from ebt_megatron.kernels import Kernels
+from ebt_megatron.model.fp8 import Fp8ColumnParallelLinear, Fp8RowParallelLinear
 from ebt_megatron.model.reuse import Tape
 
 
 @dataclass
 class LayerSubmodules:
-    """Which linear layers a TransformerLayer is built from (Megatron's, or Transformer Engine's)."""
+    """Which parallel linear layers a TransformerLayer is built from."""
 
-    column_linear: type = ColumnParallelLinear
-    row_linear: type = RowParallelLinear
+    column_linear: ModuleSpec
+    row_linear: ModuleSpec
 
 
-def layer_spec() -> ModuleSpec:
-    """The layer with megatron-core's own parallel linear layers."""
-    return ModuleSpec(module=TransformerLayer, submodules=LayerSubmodules())
+def layer_spec(model: ModelConfig, kernels: Kernels, fp8: bool) -> ModuleSpec:
+    """The layer with megatron-core's own parallel linear layers, or with theirs in fp8."""
+    if fp8:
+        linears = [ModuleSpec(m, params={"kernels": kernels}) for m in (Fp8ColumnParallelLinear, Fp8RowParallelLinear)]
+    else:
+        linears = [ModuleSpec(m) for m in (ColumnParallelLinear, RowParallelLinear)]
+    return ModuleSpec(TransformerLayer, {"model": model, "kernels": kernels}, LayerSubmodules(*linears))
 
 
 class Rotary:
@@ -139,15 +144,13 @@ class TransformerLayer(MegatronModule):
         self.ffn_block = ffn // heads  # gate and up rows alternate in blocks: whole blocks on each rank
 
         def column(rows: int, fan_out: int) -> nn.Module:
-            spec = ModuleSpec(module=submodules.column_linear)
-            linear = build_module(spec, width, rows, config=config, init_method=config.init_method,
+            linear = build_module(submodules.column_linear, width, rows, config=config, init_method=config.init_method,
                                   bias=False, gather_output=False)  # fmt: skip
             linear.weight.xavier_fans = (width, fan_out)
             return linear
 
         def row(columns: int) -> nn.Module:
-            spec = ModuleSpec(module=submodules.row_linear)
-            linear = build_module(spec, columns, width, config=config, init_method=config.init_method,
+            linear = build_module(submodules.row_linear, columns, width, config=config, init_method=config.init_method,
                                   bias=False, input_is_parallel=True, skip_bias_add=True)  # fmt: skip
             linear.weight.xavier_fans = (columns, width)
             return linear

@@ -40,6 +40,7 @@ class _Replay(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, layer: Any, out: Tensor, tangent_grad: Tensor, group: Any):
         ctx.save_for_backward(x, weight, tangent_grad)
         ctx.column, ctx.group = isinstance(layer, ColumnParallelLinear), group
+        ctx.product = getattr(layer, "product", torch.matmul)  # an fp8 layer has its own
         with torch.no_grad():
             tangent_out, _ = layer(x.chunk(2, 1)[1].contiguous())
         return torch.cat([out, tangent_out], 1)
@@ -51,10 +52,11 @@ class _Replay(torch.autograd.Function):
             whole_x, whole_grad = ctx.group.from_hidden(x), grad
         else:  # forward scattered the output
             whole_x, whole_grad = x, ctx.group.from_hidden(grad)
-        value_grad = whole_grad.chunk(2, 1)[0] @ weight
+        value_grad = ctx.product(whole_grad.chunk(2, 1)[0].flatten(0, 1), weight)
+        value_grad = value_grad.unflatten(0, (len(whole_grad), -1))
         if ctx.column:
             value_grad = ctx.group.to_hidden(value_grad)
-        weight_grad = whole_grad.flatten(0, 1).mT @ whole_x.flatten(0, 1)
+        weight_grad = ctx.product(whole_grad.flatten(0, 1).mT, whole_x.flatten(0, 1))
         return torch.cat([value_grad, tangent_grad], 1), weight_grad, None, None, None, None
 
 

@@ -45,9 +45,8 @@ class TransformerLM(StageModule):
         self.recompute_layers = recipe.model.recompute_layers
         assert config.num_layers and config.kv_channels
         local_layers = config.num_layers // config.pipeline_model_parallel_size
-        self.layers = nn.ModuleList(
-            build_module(layer_spec(), config, model=recipe.model, kernels=kernels) for _ in range(local_layers)
-        )
+        spec = layer_spec(recipe.model, kernels, fp8=recipe.training.precision == "fp8")
+        self.layers = nn.ModuleList(build_module(spec, config) for _ in range(local_layers))
         if post_process:
             self.final_norm = RMSNorm(config, kernels)
         self.rotary = Rotary(config.kv_channels, recipe.model.rotary_base)

@@ -279,7 +279,7 @@ def transformer_config(recipe: Recipe) -> TransformerConfig:
     (`calculate_per_token_loss`): the loss is already divided by the global number of tokens.
     """
     model, parallel = recipe.model, recipe.parallel
-    bf16 = recipe.training.precision == "bf16"
+    bf16 = recipe.training.precision != "fp32"
     dtype = torch.bfloat16 if bf16 else torch.float32
     assert model.num_layers and model.hidden_size and model.num_attention_heads
     return TransformerConfig(

@@ -131,7 +131,7 @@ def build_optimizer(model_chunks: Sequence[DistributedDataParallel], recipe: Rec
     """
     options = recipe.optimizer
     assert options.lr is not None
-    bf16 = recipe.training.precision == "bf16"
+    bf16 = recipe.training.precision != "fp32"
     multipliers = sorted(
         {p.lr_multiplier for c in model_chunks for p in c.module.parameters() if hasattr(p, "lr_multiplier")}
     )

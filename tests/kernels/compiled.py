@@ -10,11 +10,11 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from ebt_megatron.kernels import triton_attention, triton_elementwise, triton_vocabulary
+from ebt_megatron.kernels import triton_attention, triton_elementwise, triton_fp8, triton_vocabulary
 
 POINTERS = {"LSE", "MU", "DELTA", "BETA", "GW", "TOP", "TOTAL", "FACTOR", "CENTRE", "ALPHA", "S1", "S2", "SG", "SCALE",
             "MEAN", "QUANTILES", "NEXT"}  # always fp32  # fmt: skip
-INTEGERS = {"SEG": "*i32", "FIRST": "*i32", "SECOND": "*i32", "COLUMN": "*i64"}
+FIXED = {"OUT8": "*fp8e4nv", "SEG": "*i32", "FIRST": "*i32", "SECOND": "*i32", "COLUMN": "*i64"}
 FLOATS = ("scale", "epsilon", "std")
 
 
@@ -27,8 +27,8 @@ def compile_kernel(function, wide=(), **constants):
     for name in function.arg_names:
         if name in constants:
             signature[name] = "constexpr"
-        elif name in INTEGERS:
-            signature[name] = INTEGERS[name]
+        elif name in FIXED:
+            signature[name] = FIXED[name]
         elif name in POINTERS or name in wide:
             signature[name] = "*fp32"
         elif (name.isupper() and len(name) > 1) or name in ("Q", "K", "V", "A", "X", "W", "Y", "E", "P"):
@@ -60,6 +60,7 @@ def main(names):
             compile_kernel(el._rms_backward, TANGENT=tangent, WEIGHT=tangent, BD=512)
             compile_kernel(el._swiglu_forward, TANGENT=tangent, BF=1024)
             compile_kernel(el._swiglu_backward, TANGENT=tangent, BF=1024)
+        compile_kernel(triton_fp8._round_rows, BR=triton_fp8._ROWS, BK=triton_fp8._COLUMNS)
     if "vocabulary" in names:
         compile_kernel(vo._embed, wide=("Y",), BLOCK=1024)
         for probabilities in (True, False):
