@@ -210,8 +210,8 @@ def whole_model_error(precision: str, *overrides: str) -> float:
 
 def whole_model() -> list[dict[str, Any]]:
     """Gradients of a whole training step, for each way of learning."""
-    # Activations are rounded in every layer and step. In fp8 a CPU is 0.28 to 0.30 off with these sizes.
-    limits = {"fp32": 1e-4, "bf16": 0.1, "fp8": 0.4}
+    # Activations are rounded in every layer and step. In fp8 a CPU is 0.33 to 0.35 off.
+    limits = {"fp32": 1e-4, "bf16": 0.1, "fp8": 0.5}
     precisions = [p for p in limits if p == "fp32" or (GPU and (p != "fp8" or HOPPER))]
     rows = []
     ways = {"S1": [], "S1, reuse": ["thinking.reuse=true"], "through every step": ["thinking.gradient=full"]}

@@ -1,9 +1,11 @@
 """The Triton kernels in Triton's interpreter; `test_triton.py` runs this in a process of its own."""
 
+import hypothesis.strategies as st
 import numpy as np
 import pytest
 import torch
 import triton.language as tl
+from hypothesis import given, settings
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
 from ebt_megatron import kernels
@@ -70,6 +72,43 @@ def test_context_attention(documents, dtype):
     assert_close(case, dtype, backend)
 
 
+# Not the very smallest, where results cancel to nothing and float32 has no relative accuracy.
+ANY = settings(max_examples=12, deadline=None, derandomize=True)
+
+
+@ANY
+@given(
+    op=st.sampled_from(["prediction_attention", "context_attention", "full_attention"]), length=st.integers(1, 70),
+    batch=st.integers(1, 2), groups=st.integers(1, 2), repeat=st.integers(1, 2), half_size=st.integers(1, 20),
+    tangent=st.booleans(), documents=st.booleans(), dtype=st.sampled_from(DTYPES), seed=st.integers(0, 1000),
+)  # fmt: skip
+def test_attention_of_any_shape(op, length, batch, groups, repeat, half_size, tangent, documents, dtype, seed):
+    tangent &= op != "context_attention"
+    documents &= op != "full_attention"
+    shape = length, batch, groups * repeat, groups, 2 * half_size
+    assert_close(check.attention_case(op, *shape, tangent, documents, seed), dtype, backend)
+
+
+@ANY
+@given(
+    op=st.sampled_from(["rms_norm", "swiglu"]), length=st.integers(1, 9), batch=st.integers(1, 3),
+    width=st.integers(4, 70), tangent=st.booleans(), dtype=st.sampled_from(DTYPES), seed=st.integers(0, 1000),
+)  # fmt: skip
+def test_elementwise_of_any_shape(op, length, batch, width, tangent, dtype, seed):
+    assert_close(check.elementwise_case(op, length, batch, width, tangent, seed), dtype, backend)
+
+
+@ANY
+@given(
+    op=st.sampled_from(check.VOCAB_OPERATIONS), tokens=st.integers(3, 11), valid=st.integers(8, 70),
+    padding=st.integers(0, 20), width=st.integers(4, 12), seed=st.integers(0, 1000),
+)  # fmt: skip
+def test_vocabulary_of_any_shape(op, tokens, valid, padding, width, seed):
+    with pytest.MonkeyPatch.context() as patch:
+        several_tiles(patch)
+        assert_close(check.vocab_case(op, tokens, valid + padding, valid, width, seed), torch.float32, backend)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("tangent", [False, True])
 @pytest.mark.parametrize("op", ["rms_norm", "swiglu"])
@@ -99,10 +138,14 @@ def test_vocabulary(op, dtype, small_tiles):
 
 @pytest.fixture
 def small_tiles(monkeypatch):
+    several_tiles(monkeypatch)
+
+
+def several_tiles(patch: pytest.MonkeyPatch) -> None:
     """Several tiles of tokens and columns, several blocks in a tile."""
-    monkeypatch.setattr(triton_vocabulary.TritonTiles, "token_tile", 4)
-    monkeypatch.setattr(triton_vocabulary.TritonTiles, "column_tile", 20)
-    monkeypatch.setattr(triton_vocabulary, "_BLOCK", 16)
+    patch.setattr(triton_vocabulary.TritonTiles, "token_tile", 4)
+    patch.setattr(triton_vocabulary.TritonTiles, "column_tile", 20)
+    patch.setattr(triton_vocabulary, "_BLOCK", 16)
 
 
 def test_noise_is_that_of_every_backend():

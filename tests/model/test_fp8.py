@@ -131,3 +131,17 @@ def test_tensor_parallel_layers_communicate_as_megatrons(sequence_parallel):
 def test_what_fp8_cannot_do_is_said_at_once(overrides, reason):
     with pytest.raises(RecipeError, match=reason):
         builders.small_recipe("training.precision=fp8", *overrides)
+
+
+def trained(precision: str, *layout: str) -> list[float]:
+    from tests.training.test_layouts import losses_of
+
+    recipe = f"training.precision={precision}", "model.hidden_size=64", "thinking.max_steps=2"
+    return losses_of((*recipe, *layout), steps=4)
+
+
+def test_training_goes_as_in_fp32_on_every_layout():
+    (expected,) = run_ranks(trained, 1, "fp32")
+    for layout in (("parallel.tensor=2", "parallel.sequence_parallel=true"), ("parallel.pipeline=2",)):
+        for losses in run_ranks(trained, 2, "fp8", *layout):
+            assert losses == pytest.approx(expected, abs=0.03)  # rounding; a step changes the loss by 0.1 to 0.4
