@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from megatron.core import parallel_state
 from megatron.core.transformer import MegatronModule
 
 from ebt_megatron import kernels
 from ebt_megatron.config import Recipe, RecipeError
 from ebt_megatron.model.energy import EnergyTransformer
+from ebt_megatron.model.fp8 import require_products
 from ebt_megatron.model.initialization import initialize_weights
 from ebt_megatron.model.text import TextModality, TextOutput, TokenEmbedding
 from ebt_megatron.model.transformer import TransformerLM
@@ -40,7 +42,7 @@ def build_model(recipe: Recipe, shape: SampleShape) -> MegatronModule:
         shape: facts of the data.
 
     Raises:
-        RecipeError: for a modality that has no model.
+        RecipeError: for a modality that has no model, or fp8 where torch or the device has no products in it.
     """
     if recipe.data.modality != "text":
         raise RecipeError(f"data.modality={recipe.data.modality}: there is no model for it yet, only for text")
@@ -49,6 +51,8 @@ def build_model(recipe: Recipe, shape: SampleShape) -> MegatronModule:
     first = parallel_state.is_pipeline_first_stage()
     last = parallel_state.is_pipeline_last_stage()
     ops = kernels.select(recipe.model.kernels)
+    if recipe.training.precision == "fp8":
+        require_products(ops, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     vocab = shape.vocab_size, padded(shape.vocab_size, recipe.model.vocab_multiple)
     model: MegatronModule
     if recipe.model.architecture == "ebt":

@@ -4,7 +4,7 @@ Matrices are rounded to e4m3 (arXiv 2209.05433), gradients too: each row of the 
 each column of the second has a scale of its own, which leaves no need for e5m2's range, and lets
 a tangent be orders of magnitude smaller than the value it is stacked behind. Scales are taken
 from the matrix at hand, so there is no history of them to keep, save or resume. The products
-are torch's, on CPUs (for tests) and on GPUs since Hopper.
+are torch's, on GPUs since Hopper and, for tests, on CPUs (torch 2.13 has them, 2.11 does not).
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import ScalingType, scaled_mm
 
+from ebt_megatron.config import RecipeError
 from ebt_megatron.kernels import Kernels
 
 
@@ -36,6 +37,21 @@ def product(a: Tensor, b: Tensor, kernels: Kernels) -> Tensor:
     (rows, of_rows), (columns, of_columns) = kernels.round_rows(a), kernels.round_rows(b.mT)
     by_row = ScalingType.RowWise
     return scaled_mm(rows, columns.mT, of_rows, by_row, of_columns.mT, by_row, output_dtype=a.dtype)
+
+
+def require_products(kernels: Kernels, device: torch.device) -> None:
+    """Try one product on `device`.
+
+    Raises:
+        RecipeError: if this torch or this device has none.
+    """
+    square = torch.ones(16, 16, dtype=torch.bfloat16, device=device)
+    try:
+        product(square, square, kernels)
+    except (RuntimeError, ValueError) as error:
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else "this CPU"
+        raise RecipeError(f"training.precision=fp8: torch {torch.__version__} has no 8-bit products on {name} "
+                          f"({str(error).splitlines()[0][:80]}...): set bf16") from None  # fmt: skip
 
 
 class _Linear(torch.autograd.Function):

@@ -11,6 +11,11 @@ from ebt_megatron.thinking.dual_stream import Plan
 from tests import builders
 from tests.distributed_utils import run_ranks
 
+try:
+    fp8.require_products(kernels.select("torch"), torch.device("cpu"))
+except RecipeError as error:
+    pytest.skip(str(error), allow_module_level=True)
+
 KERNELS = kernels.select("torch")
 WAYS = [("thinking.gradient=detached",), ("thinking.gradient=detached", "thinking.reuse=true"),
         ("thinking.gradient=full",), ("model.conditioning=time_embed_sequence",)]  # fmt: skip
@@ -121,6 +126,15 @@ def layers_agree(sequence_parallel: bool) -> list[float]:
 def test_tensor_parallel_layers_communicate_as_megatrons(sequence_parallel):
     for errors in run_ranks(layers_agree, 2, sequence_parallel):
         assert max(errors) <= 1e-6
+
+
+def test_a_device_without_such_products_is_refused(monkeypatch):
+    def refuse(*_, **__):
+        raise NotImplementedError("Could not run 'aten::_scaled_mm_v2' on the 'CPU' backend.\nAnd so on")
+
+    monkeypatch.setattr(fp8, "scaled_mm", refuse)
+    with pytest.raises(RecipeError, match=r"has no 8-bit products on this CPU \(Could not run .*set bf16"):
+        builders.build(builders.small_recipe("training.precision=fp8", *SIZES))
 
 
 @pytest.mark.parametrize(("overrides", "reason"), [
