@@ -54,6 +54,7 @@ def test_small_rows_and_columns_are_as_exact_as_large_ones():
 def test_zeros_stay_zeros_and_what_is_not_finite_shows():
     a, b = matrices(4, 16, 16)
     a[0], a[1, 2], a[2, 3] = 0, torch.nan, torch.inf
+    assert round_rows(a)[1].isfinite().flatten().tolist() == [True, False, False, True]
     result = fp8.product(a, b, KERNELS)
     assert (result[0] == 0).all()
     assert not result[1].isfinite().any()
@@ -78,6 +79,17 @@ def test_with_exact_products_the_gradient_is_exact(way, monkeypatch):
     expected = gradient(way, "bf16", torch.float64)
     monkeypatch.setattr(fp8, "product", exact_product)
     assert builders.relative_error(gradient(way, "fp8", torch.float64), expected) <= 1e-12
+
+
+def test_reuse_leaves_no_product_in_bf16(monkeypatch):
+    """A learn pass has as many products with it as without: half as large."""
+    counts = []
+    for way in WAYS[:2]:
+        calls: list[int] = []
+        monkeypatch.setattr(fp8, "product", lambda a, b, _, calls=calls: calls.append(1) or a @ b)
+        gradient(way, "fp8", torch.float64)
+        counts.append(len(calls))
+    assert counts[0] == counts[1] > 0
 
 
 @pytest.mark.parametrize("way", WAYS, ids=str)
