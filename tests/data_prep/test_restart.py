@@ -7,6 +7,7 @@ import random
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -19,15 +20,23 @@ MPIRUN = ["mpirun", "--oversubscribe", "--allow-run-as-root", "-n", "2"]
 LAYOUTS = {"1 worker": ([], 1), "2 workers": ([], 2), "4 workers": ([], 4), "mpirun -n 2": (MPIRUN, 1)}
 
 
+def environment(folder):
+    """Of a process to launch; its temporary files go into a new folder of their own under `folder`.
+
+    mpirun names its session's files by its process number, and stumbles over those that a killed one left.
+    """
+    paths = {"PYTHONPATH": str(ROOT), "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    return os.environ | paths | {"TMPDIR": tempfile.mkdtemp(dir=folder)}
+
+
 def launch(launcher, workers, source, output):
     command = [
         *launcher, sys.executable, "-m", "data_prep.text", "--input", source, "--output", output, "--train-bpe", 400,
         "--sequence-length", 32, "--samples-per-shard", 128, "--unit-megabytes", 0.02, "--validation-fraction", 0.1,
         "--workers", workers, "--resume",
     ]  # fmt: skip
-    paths = {"PYTHONPATH": str(ROOT), "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    return subprocess.Popen([str(c) for c in command], env=os.environ | paths, cwd=ROOT, **pipes)
+    return subprocess.Popen([str(c) for c in command], env=environment(output.parent), cwd=ROOT, **pipes)
 
 
 def kill(process):

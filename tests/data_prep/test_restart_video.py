@@ -1,6 +1,5 @@
 """Video preparation killed three times gives the bytes of an undisturbed run, whatever the number of processes."""
 
-import os
 import random
 import shutil
 import subprocess
@@ -11,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.data_prep.media import contents, write_videos
-from tests.data_prep.test_restart import MPIRUN, ROOT, kill
+from tests.data_prep.test_restart import MPIRUN, ROOT, environment, kill
 
 pytest.importorskip("av")
 KILLS = 3
@@ -24,8 +23,7 @@ def launch(workers, source, output, launcher=()):
         "--resume",
     ]  # fmt: skip
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    paths = {"PYTHONPATH": str(ROOT), "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
-    return subprocess.Popen([str(c) for c in command], env=os.environ | paths, cwd=ROOT, **pipes)
+    return subprocess.Popen([str(c) for c in command], env=environment(output.parent), cwd=ROOT, **pipes)
 
 
 @pytest.fixture(scope="module")

