@@ -68,6 +68,7 @@ class ThinkingConfig:
     initial_std: float = 1.0
     engine: str = "dual_stream"  # dual_stream | double_backward (the slow reference)
     reuse: bool = False  # learn takes activations and input gradients from propose (more memory)
+    regenerate: int = 0  # > 0: logits are not stored, every pass makes them anew, so many rows at a time (less memory)
     replay: ReplayConfig = field(default_factory=ReplayConfig)
 
 
@@ -348,6 +349,11 @@ def check(recipe: Recipe, world_size: int | None = None) -> None:
         for what, total in (("model.hidden_size", m.hidden_size), ("model.ffn_hidden_size", m.ffn_hidden_size),
                             ("the keys' width", m.hidden_size // heads * m.num_query_groups)):  # fmt: skip
             divides(what, total, "16 x parallel.tensor", 16 * tensor, "training.precision=fp8 needs it")
+    if t.regenerate < 0:
+        raise RecipeError(f"thinking.regenerate={t.regenerate}: a number of rows, or 0 to store the logits")
+    if t.regenerate and (t.replay.enabled or t.engine == "double_backward"):
+        other = "replay.enabled=true" if t.replay.enabled else "engine=double_backward"
+        raise RecipeError(f"thinking.{other} keeps predictions: set thinking.regenerate=0")
     if t.reuse and p.pipeline > 1:
         raise RecipeError("thinking.reuse needs every layer on one pipeline stage: set parallel.pipeline=1")
     if t.reuse and m.recompute_layers:

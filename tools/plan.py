@@ -85,9 +85,11 @@ def estimate(recipe: Recipe, vocab_size: int, gpus: int, hardware: Hardware) -> 
     parts = cost(recipe, vocab_size)
     unit = t.micro_batch_size * parts.layers / (p.tensor * p.pipeline) / (hardware.tflops * 1e12)  # C on one stage
     product = t.micro_batch_size * parts.vocabulary / p.tensor / (hardware.tflops * 1e12)  # U
-    reuse, through = recipe.thinking.reuse, recipe.thinking.gradient != "detached"
+    reuse, through = options.reuse, options.gradient != "detached"
     extra = {"propose_forward": 1.0, "propose_backward": 2.0, "learn_forward": 0.0,
              "learn_backward": 2.0 if reuse else 3.0}  # fmt: skip
+    if options.regenerate:  # on average half of the other steps are taken again in every pass over the vocabulary
+        extra = {kind: u + (options.max_steps - 1) / 2 * (u > 0) for kind, u in extra.items()}
     durations = {kind: d * unit for kind, d in FLOP_DURATIONS.items()}
     vocabulary = {kind: u * product for kind, u in extra.items()} if ebt else {}
     schedule = simulate(p.pipeline, micro_batches, sweeps, durations, vocabulary, in_flight=p.micro_batches_in_flight)
@@ -113,8 +115,11 @@ def estimate(recipe: Recipe, vocab_size: int, gpus: int, hardware: Hardware) -> 
     kept = (2 if m.recompute_layers else 16) * hidden / p.tensor
     activations = live * layers * kept + layers * 2 * per_layer
     if ebt:
-        logits = tokens * padded(vocab_size, m.vocab_multiple) / p.tensor * 4
-        activations += live * logits * (1 + reuse + through)  # y; y' kept beside it; the adjoint
+        row = padded(vocab_size, m.vocab_multiple) / p.tensor * 4
+        if options.regenerate:
+            activations += min(options.regenerate, tokens) * row + live * tokens * row * through
+        else:
+            activations += live * tokens * row * (1 + reuse + through)  # y; y' kept beside it; the adjoint
         activations += layers * 11 * hidden / p.tensor * reuse  # each linear layer's output and input gradient
     seconds = (
         schedule.makespan

@@ -22,9 +22,10 @@ and the factor p before p', lambda or (scale lambda - mean) below is 1.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
 
+import torch
 from torch import Tensor
 
 
@@ -47,6 +48,13 @@ class RefineStats:
     s2: Tensor
     sg: Tensor
     px: Tensor
+
+    @classmethod
+    def join(cls, parts: Sequence[RefineStats]) -> RefineStats:
+        """Of neighbouring rows, one after another."""
+        if len(parts) == 1:
+            return parts[0]
+        return cls(*(torch.cat([getattr(part, f.name) for part in parts]) for f in fields(cls)))
 
 
 @dataclass(frozen=True)

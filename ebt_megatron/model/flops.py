@@ -35,14 +35,21 @@ class Cost:
         """One training step of Transformer++: the output projection forward and backward is 3 U."""
         return 3 * self.layers + 3 * self.vocabulary
 
-    def dual_stream(self, steps: int, learned_steps: int, reuse: bool = False) -> float:
-        """One training step of an EBT.
+    def dual_stream(self, steps: int, learned_steps: int, reuse: bool = False, regenerate: bool = False) -> float:
+        """One training step of an EBT whose predictions are detached between steps.
 
-        In units of U: embed the prediction 1, its gradient 1; learned: the tangent's
-        embedding 1, the embedding's gradients 2, and the gradient once more instead of storing it 1.
+        In units of U: embed the prediction 1, its gradient 1, and learned: the tangent's embedding 1, the
+        embedding's gradients 2; with `reuse`, y' is kept. Otherwise a step takes its gradient once more to move
+        on, 1; with `regenerate`, only if it is learned, but each of its passes over the vocabulary (embed,
+        refine and, if it is one of the last `learned_steps`, learn) takes the steps before it again, 1 each.
         """
         layers = 3 + 2 * steps + (4 if reuse else 6) * learned_steps
-        return layers * self.layers + (2 * steps + 4 * learned_steps) * self.vocabulary
+        vocabulary = 2 * steps + 3 * learned_steps
+        if regenerate:
+            vocabulary += learned_steps + 2 * sum(range(steps)) + sum(range(steps - learned_steps, steps))
+        elif not reuse:
+            vocabulary += steps
+        return layers * self.layers + vocabulary * self.vocabulary
 
     def minimum(self, steps: int, learned_steps: int) -> float:
         """The least a first-order method needs: reuse, and no vocabulary product computed twice."""
@@ -83,4 +90,4 @@ def training_flops(recipe: Recipe, vocab_size: int) -> float:
     learned = steps if options.loss == "every" or options.gradient == "full" else 1
     if options.engine == "double_backward":
         return samples * per_sample.double_backward(steps)
-    return samples * per_sample.dual_stream(steps, learned, options.reuse)
+    return samples * per_sample.dual_stream(steps, learned, options.reuse, options.regenerate > 0)

@@ -16,6 +16,7 @@ With `thinking.descend_on=probabilities`, as in the paper's public code, y' = p 
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -28,7 +29,7 @@ from megatron.core.transformer import MegatronModule, TransformerConfig
 from torch import Tensor
 
 from ebt_megatron.config import ThinkingConfig
-from ebt_megatron.kernels import Kernels
+from ebt_megatron.kernels import Kernels, RefineStats
 from ebt_megatron.parallel.collectives import TensorGroup, gradient_buffer
 
 
@@ -122,12 +123,23 @@ class _Step:
     centre: Tensor  # <x, G> [T]
     alpha: Tensor  # [T]
 
+    def rows(self, rows: slice) -> _Step:
+        """Of some rows."""
+        return _Step(self.lse[rows], self.energy_grad[rows], self.centre[rows], self.alpha[rows])
+
+
+def _join(parts: Sequence[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts))
+
 
 class TextPrediction:
     """A micro-batch of predicted distributions (see the module's text for the notation).
 
     The engine calls, for each step: `perturb`, `embed`, `refine`, then `tangent` and
     `backward` if the step is learned from, then `advance`.
+
+    With `thinking.regenerate`, y is never stored: noise is a pure function and a step is known by its
+    [T, D] gradient, so every pass makes y anew, some rows at a time.
     """
 
     def __init__(
@@ -145,47 +157,79 @@ class TextPrediction:
         local = self.table.shape[0]
         self.column_offset = local * self.group.rank
         self.valid = min(max(modality.vocab_size - self.column_offset, 0), local)
-        self.sample_ids, self.seed, self.thinking = sample_ids, seed, thinking
+        self.sample_ids, self.seed, self.thinking = sample_ids.to(self.table.device), seed, thinking
         target = targets.t().reshape(-1) - self.column_offset
         self.target = torch.where((target >= 0) & (target < self.valid), target, -1)
         self.start = start
-        self.y = self._initial()
-        # Reuse trades memory for arithmetic: y' is kept until it becomes y, not computed twice.
-        self._next = torch.zeros_like(self.y) if thinking.reuse else None
+        self.dtype = torch.promote_types(self.table.dtype, torch.float32)
         self._probabilities = thinking.descend_on == "probabilities"
+        self._all = slice(0, self.length * self.batch)
+        # What the current prediction is made of: the steps taken to it, and how many had Langevin noise before them.
+        self.taken: list[_Step] = []
+        self.noises = 0
+        self._regenerated = thinking.regenerate > 0
+        if not self._regenerated:
+            self.y = self._make(self._all)
+        # Reuse trades memory for arithmetic: y' is kept until it becomes y, not computed twice.
+        self._next = torch.zeros_like(self.y) if thinking.reuse and not self._regenerated else None
         self.history: list[tuple[_Step, Tensor]] = []
         self._kept: Tensor | None = None
 
     # --- the logits ---------------------------------------------------------------------
 
-    def _initial(self) -> Tensor:
-        dtype = torch.promote_types(self.table.dtype, torch.float32)
-        y = torch.zeros(self.length * self.batch, self.table.shape[0], dtype=dtype, device=self.table.device)
+    def _make(self, rows: slice, buffer: Tensor | None = None) -> Tensor:
+        """The prediction's logits, from its seed and the steps taken, [rows, V / TP]; into a buffer if given."""
+        shape = rows.stop - rows.start, self.table.shape[0]
+        if buffer is None:
+            y = torch.zeros(shape, dtype=self.dtype, device=self.table.device)
+        else:
+            y = buffer[: shape[0]].zero_()
         if self.thinking.initial == "noise":
-            self._add_noise(y, stream=0, std=self.thinking.initial_std)
+            self._add_noise(y, stream=0, std=self.thinking.initial_std, rows=rows)
         if self.start is not None:
-            start = self.start.reshape_as(y).to(y)
+            start = self.start.flatten(0, 1)[rows].to(y)
             y = torch.where(start.isnan(), y, start)
+        for i in range(max(self.noises, len(self.taken))):
+            if i < self.noises:
+                self.add_langevin(y, i, rows)
+            if i < len(self.taken):
+                self._update(y, self.taken[i].rows(rows))
         return y
 
-    def _add_noise(self, y: Tensor, stream: int, std: float) -> None:
+    def _parts(self) -> Iterator[tuple[slice, Tensor]]:
+        """Rows and their logits: all, where they are stored, else some at a time, each in the same memory."""
+        if not self._regenerated:
+            yield self._all, self.y
+            return
+        size = min(self.thinking.regenerate, self._all.stop)
+        buffer: Tensor | None = None
+        for begin in range(0, self._all.stop, size):
+            rows = slice(begin, min(begin + size, self._all.stop))
+            y = self._make(rows, buffer)
+            buffer = y if buffer is None else buffer
+            yield rows, y
+
+    def _add_noise(self, y: Tensor, stream: int, std: float, rows: slice) -> None:
         positions = torch.arange(self.length, device=y.device)
-        keys = self.kernels.row_keys(self.sample_ids.to(y.device), positions, stream)
+        keys = self.kernels.row_keys(self.sample_ids, positions, stream)[rows]
         self.kernels.add_noise_(y, keys, self.column_offset, std, self.seed)
 
-    def add_langevin(self, y: Tensor, step: int) -> None:
-        """Add the Langevin noise of step `step` to logits y, in place."""
+    def add_langevin(self, y: Tensor, step: int, rows: slice | None = None) -> None:
+        """Add the Langevin noise of step `step` to logits y of all rows, or of some, in place."""
         if self.thinking.langevin_noise > 0:
-            self._add_noise(y, stream=1 + step, std=self.thinking.langevin_noise)
+            self._add_noise(y, 1 + step, self.thinking.langevin_noise, rows or self._all)
 
     def perturb(self, step: int) -> None:
         """Langevin noise before step `step`."""
-        self.add_langevin(self.y, step)
+        self.noises = step + 1
+        if not self._regenerated:
+            self.add_langevin(self.y, step)
 
     @property
     def logits(self) -> Tensor:
         """The current logits [S, B, V / TP]."""
-        return self.y.view(self.length, self.batch, -1)
+        y = self._make(self._all) if self._regenerated else self.y
+        return y.view(self.length, self.batch, -1)
 
     @property
     def final(self) -> Tensor:
@@ -196,7 +240,8 @@ class TextPrediction:
 
     def embed(self) -> Tensor:
         """Embed the current prediction: x = softmax(y) W, [S(/TP), B, D]."""
-        x, lse = self.kernels.vocab_embed(self.y, self.table.detach(), self.valid)
+        parts = [self.kernels.vocab_embed(y, self.table.detach(), self.valid) for _, y in self._parts()]
+        x, lse = (_join(t) for t in zip(*parts, strict=True))
         self.lse = self.group.log_sum_exp(lse)
         x = x * (lse - self.lse).exp()[:, None]
         self.x = self.group.to_hidden(self._hidden(x))
@@ -211,7 +256,7 @@ class TextPrediction:
         return flat.view(self.length, self.batch, -1)
 
     def _flat(self, hidden: Tensor) -> Tensor:
-        return self.group.from_hidden(hidden).flatten(0, 1).to(self.y.dtype)
+        return self.group.from_hidden(hidden).flatten(0, 1).to(self.dtype)
 
     def refine(self, energy_grad: Tensor, alpha: Tensor) -> Tensor:
         """Form the next prediction, without storing it.
@@ -224,10 +269,12 @@ class TextPrediction:
             The cross-entropy of the next prediction per position, [S, B].
         """
         centre = self.group.from_hidden((self.x * energy_grad).sum(-1)).flatten()
-        self.step = _Step(self.lse, self._flat(energy_grad), centre, alpha.flatten().to(self.y.dtype))
-        s, kernels = self.step, self.kernels
-        stats = kernels.vocab_refine(self.y, s.lse, self.table.detach(), self.valid, s.energy_grad,
-                                     s.centre, s.alpha, self.target, self._next, self._probabilities)  # fmt: skip
+        self.step = _Step(self.lse, self._flat(energy_grad), centre, alpha.flatten().to(self.dtype))
+        stats = RefineStats.join([
+            self.kernels.vocab_refine(y, s.lse, self.table.detach(), self.valid, s.energy_grad, s.centre, s.alpha,
+                                      self.target[t], self._next, self._probabilities)
+            for t, y in self._parts() for s in [self.step.rows(t)]
+        ])  # fmt: skip
         self.lse_next = self.group.log_sum_exp(stats.lse_next)
         part = (stats.lse_next - self.lse_next).exp()
         sums = torch.stack([stats.target_logit, stats.p_target, stats.g_target,
@@ -271,29 +318,33 @@ class TextPrediction:
 
     def backward(self, x_grad: Tensor, xt_grad: Tensor) -> None:
         """Take gradients at the embedded value and tangent [S(/TP), B, D] to the embedding; then advance."""
-        s = self.step
-        self.kernels.vocab_backward(
-            self.y, s.lse, self.table.detach(), self.valid, s.energy_grad, s.centre, s.alpha, self.target,
-            self.lse_next, self._scale, self._scaled_mean, self._flat(x_grad), self._flat(xt_grad),
-            gradient_buffer(self.table), self._next, self._probabilities,
-        )  # fmt: skip
-        if self._next is not None:
+        x_grad, xt_grad = self._flat(x_grad), self._flat(xt_grad)
+        for t, y in self._parts():
+            s = self.step.rows(t)
+            self.kernels.vocab_backward(
+                y, s.lse, self.table.detach(), self.valid, s.energy_grad, s.centre, s.alpha, self.target[t],
+                self.lse_next[t], self._scale[t], self._scaled_mean[t], x_grad[t], xt_grad[t],
+                gradient_buffer(self.table), self._next, self._probabilities,
+            )  # fmt: skip
+        if self._next is not None or self._regenerated:
             self.advance()
 
     def advance(self) -> None:
         """Replace the prediction by the next one."""
-        if self._next is not None:
+        if self._regenerated:
+            self.taken.append(self.step)
+        elif self._next is not None:
             self.y, self._next = self._next, self.y
-            return
-        self._update(self.step)
+        else:
+            self._update(self.y, self.step)
 
-    def _update(self, s: _Step) -> None:
-        self.kernels.vocab_update(self.y, s.lse, self.table.detach(), self.valid, s.energy_grad, s.centre, s.alpha,
+    def _update(self, y: Tensor, s: _Step) -> None:
+        self.kernels.vocab_update(y, s.lse, self.table.detach(), self.valid, s.energy_grad, s.centre, s.alpha,
                                   self._probabilities)  # fmt: skip
 
     # --- training through several steps -----------------------------------------------------
     # The adjoint lambda_i = dL/dy_i is then a full tensor. The predictions themselves are
-    # recomputed from their seed and each step's [T, D] gradient, so memory does not grow
+    # made anew from their seed and each step's [T, D] gradient, so memory does not grow
     # with the number of steps.
 
     def remember(self) -> None:
@@ -304,37 +355,44 @@ class TextPrediction:
         """Start the way back, after the last `advance`."""
         if self.thinking.replay.enabled:
             self._kept = self.y.clone()
-        self.adjoint = torch.zeros_like(self.y)
+        shape = self._all.stop, self.table.shape[0]
+        self.adjoint = torch.zeros(shape, dtype=self.dtype, device=self.table.device)
 
     def add_loss_gradient(self, step: int, weight: Tensor) -> None:
         """adjoint += weight * dloss/dy at the prediction after step `step`; weight [S, B]."""
-        self.kernels.vocab_adjoint(self.y, self.history[step][1], self.target, weight.flatten().to(self.y.dtype),
-                                   self.valid, self.adjoint)  # fmt: skip
+        weight, lse_next = weight.flatten().to(self.dtype), self.history[step][1]
+        for t, y in self._parts():
+            self.kernels.vocab_adjoint(y, lse_next[t], self.target[t], weight[t], self.valid, self.adjoint[t])
 
     def rewind(self, step: int) -> None:
-        """Recompute the prediction as it was before step `step`, with that step's noise."""
-        self.y = self._initial()
-        for i, (s, _) in enumerate(self.history[:step]):
-            self.add_langevin(self.y, i)
-            self._update(s)
-        self.add_langevin(self.y, step)
+        """Return to the prediction as it was before step `step`, with that step's noise."""
+        self.taken, self.noises = [s for s, _ in self.history[:step]], step + 1
+        if not self._regenerated:
+            self.y = self._make(self._all)
         self.step = self.history[step][0]
 
     def unperturb(self, step: int) -> None:
         """Take the noise of `rewind(step)` away again."""
-        if self.thinking.langevin_noise > 0:
-            self._add_noise(self.y, stream=1 + step, std=-self.thinking.langevin_noise)
+        self.noises = step
+        if not self._regenerated and self.thinking.langevin_noise > 0:
+            self._add_noise(self.y, 1 + step, -self.thinking.langevin_noise, self._all)
 
     def adjoint_slope(self) -> Tensor:
         """<adjoint, g> of the rewound step, [S, B]."""
-        s = self.step
-        slope = self.kernels.vocab_dot_step(self.y, s.lse, self.table.detach(), self.valid, s.energy_grad,
-                                            s.centre, self.adjoint)  # fmt: skip
+        slope = _join([
+            self.kernels.vocab_dot_step(y, s.lse, self.table.detach(), self.valid, s.energy_grad, s.centre,
+                                        self.adjoint[t])
+            for t, y in self._parts() for s in [self.step.rows(t)]
+        ])  # fmt: skip
         return self.group.sum(slope).view(self.length, self.batch)
 
     def adjoint_tangent(self) -> tuple[Tensor, Tensor]:
         """As `tangent`, along the adjoint; call after `rewind` and `embed`."""
-        mean, norm2, plx = self.kernels.vocab_tangent(self.y, self.lse, self.table.detach(), self.valid, self.adjoint)
+        parts = [
+            self.kernels.vocab_tangent(y, self.lse[t], self.table.detach(), self.valid, self.adjoint[t])
+            for t, y in self._parts()
+        ]
+        mean, norm2, plx = (_join(x) for x in zip(*parts, strict=True))
         mean, norm2 = self.group.sum(torch.stack([mean, norm2]))
         norm = norm2.sqrt().clamp_min(1e-30)
         self._scale, self._scaled_mean = 1 / norm, mean / norm
@@ -346,11 +404,12 @@ class TextPrediction:
 
     def adjoint_backward(self, x_grad: Tensor, xt_grad: Tensor) -> None:
         """As `backward`, without advancing; and adjoint += the gradients at the prediction."""
-        self.kernels.vocab_dense_backward(
-            self.y, self.lse, self.table.detach(), self.valid, self.adjoint, self._scale, self._scaled_mean,
-            self._flat(self.x), self._flat(self.xt), self._flat(x_grad), self._flat(xt_grad),
-            gradient_buffer(self.table),
-        )  # fmt: skip
+        x, xt, x_grad, xt_grad = (self._flat(h) for h in (self.x, self.xt, x_grad, xt_grad))
+        for t, y in self._parts():
+            self.kernels.vocab_dense_backward(
+                y, self.lse[t], self.table.detach(), self.valid, self.adjoint[t], self._scale[t],
+                self._scaled_mean[t], x[t], xt[t], x_grad[t], xt_grad[t], gradient_buffer(self.table),
+            )  # fmt: skip
 
     # --- plain torch, for the double-backward reference (one process) ------------------------
 

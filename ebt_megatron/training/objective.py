@@ -129,11 +129,11 @@ class EnergyObjective:
             entries,
         )
 
-    def _keep(self, sample: Sample, index: int, prediction: Tensor | None) -> None:
-        """Give the replay buffer the predictions this micro-batch ended with, [S, B, ...] (first stage)."""
+    def _keep(self, sample: Sample, index: int, descent: Descent | None) -> None:
+        """Give the replay buffer the predictions this micro-batch ended with (on the first stage)."""
         if self.replay is None:
             return
-        ended = prediction.unbind(1) if prediction is not None else [None] * len(sample.observed)
+        ended = descent.prediction.final.unbind(1) if descent is not None else [None] * len(sample.observed)
         fresh = len(sample.observed) - len(sample.replayed)
         for entry, end in zip(sample.replayed, ended[fresh:], strict=True):
             self.replay.update(entry, end)
@@ -187,7 +187,7 @@ class EnergyObjective:
                 thoughts.append(
                     Thinker(self.model, stream, descent, self.timers.phase, self.recipe.thinking.reuse).train()
                 )
-            self._keep(sample, index, descent.prediction.final)
+            self._keep(sample, index, descent)
         return thoughts
 
     def _pipeline(self, samples: list[Sample], plan: Plan, positions: int, random: bool) -> Pipeline:
@@ -207,7 +207,7 @@ class EnergyObjective:
         self.pipeline = self._pipeline(samples, plan, positions, random=True)
         thoughts = self.pipeline.run()
         for index, (sample, m) in enumerate(zip(samples, self.pipeline.micro_batches, strict=True)):
-            self._keep(sample, index, m.descent.prediction.final if m.descent is not None else None)
+            self._keep(sample, index, m.descent)
         return thoughts
 
     @torch.no_grad()

@@ -29,6 +29,16 @@ def test_the_dual_stream_costs_what_is_said(steps):
     assert flops == pytest.approx(2 * cost(recipe, VOCAB).dual_stream(steps, steps), rel=0.15)
 
 
+@pytest.mark.parametrize(("loss", "learned"), [("every", 3), ("last", 1)])
+def test_logits_made_anew_cost_what_is_said(loss, learned):
+    steps = ("thinking.min_steps=3", "thinking.max_steps=3", f"thinking.loss={loss}")
+    recipe, stored = measured(*steps)
+    recipe, anew = measured(*steps, "thinking.regenerate=100")
+    per_sample = cost(recipe, VOCAB)
+    more = per_sample.dual_stream(3, learned, regenerate=True) - per_sample.dual_stream(3, learned)
+    assert anew - stored == pytest.approx(2 * more)
+
+
 def test_transformer_costs_what_is_said():
     recipe, flops = measured("model.architecture=transformer")
     # torch's flash attention on CPU is not counted, and nothing else is left out

@@ -18,7 +18,8 @@ MODES = [
 CONDITIONING = ["none", "time_embed", "time_embed_sequence", "adaln", "adaln_zero"]
 
 
-def compare(*overrides: str, documents: bool = False) -> None:
+def compare(*overrides: str, documents: bool = False, ours: tuple[str, ...] = ()) -> None:
+    """With `ours`: overrides that double backward has no use for."""
     recipe = builders.small_recipe(*overrides)
     batch = builders.text_batch(documents=documents)
     plan = Plan.of(recipe.thinking, 3)
@@ -27,6 +28,7 @@ def compare(*overrides: str, documents: bool = False) -> None:
     for engine in (builders.double_backward, builders.dual_stream):
         model.zero_grad(set_to_none=True)
         thoughts.append(engine(model, recipe, batch, plan))
+        recipe = builders.small_recipe(*overrides, *ours)
         grads.append(builders.gradients(model))
     assert builders.relative_error(thoughts[1].losses, thoughts[0].losses) < 1e-10
     assert builders.relative_error(thoughts[1].energies, thoughts[0].energies) < 1e-10
@@ -67,6 +69,31 @@ def test_reuse_gives_the_same_gradient(mode, conditioning):
 def test_descending_on_probabilities(mode, options):
     compare(f"thinking.loss={mode[0]}", f"thinking.gradient={mode[1]}", "thinking.descend_on=probabilities",
             "thinking.langevin_noise=0.7", *options)  # fmt: skip
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("rows", [1, 7, 1000])
+def test_regenerated_logits_give_the_same_gradient(mode, rows):
+    compare(f"thinking.loss={mode[0]}", f"thinking.gradient={mode[1]}", "model.kernels=torch",
+            "thinking.langevin_noise=0.7", ours=(f"thinking.regenerate={rows}",))  # fmt: skip
+
+
+def test_regenerated_logits_with_reuse_and_on_probabilities():
+    compare("thinking.loss=every", "model.kernels=torch", "thinking.reuse=true", "thinking.langevin_noise=0.7",
+            "thinking.descend_on=probabilities", ours=("thinking.regenerate=6",))  # fmt: skip
+
+
+@pytest.mark.parametrize("gradient", ["detached", "full"])
+def test_regenerated_logits_are_never_stored(gradient):
+    recipe = builders.small_recipe("thinking.regenerate=4", f"thinking.gradient={gradient}")
+    thinker = builders.new_thinker(builders.build(recipe), recipe, builders.text_batch(), Plan.of(recipe.thinking, 3))
+    thinker.train()
+    prediction = thinker.descent.prediction
+    held = [t for t in vars(prediction).values() if isinstance(t, torch.Tensor)]
+    held += [t for step in prediction.taken for t in vars(step).values()]
+    wide = [t for t in held if t.shape[-1] == len(prediction.table)]
+    assert len(wide) == (1 if gradient == "full" else 0)  # the adjoint
+    assert prediction.logits.shape == (10, 2, len(prediction.table))
 
 
 def test_recomputed_layers_give_the_same_gradient():

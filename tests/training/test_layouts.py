@@ -20,9 +20,10 @@ RECIPES = {
     "full": FULL,
     "time_embed_sequence": SEQUENCE,
     "reuse": REUSE,
-    "probabilities": ("thinking.descend_on=probabilities",),
+    "probabilities, regenerated": ("thinking.descend_on=probabilities", "thinking.langevin_noise=0.5",
+                                   "thinking.regenerate=5"),
     "Transformer++": TRANSFORMER,
-}
+}  # fmt: skip
 
 TEN_STEPS = ("S1", "S2", "Transformer++")  # the others take two, to keep the suite quick
 
