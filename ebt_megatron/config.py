@@ -124,6 +124,7 @@ class TrainingConfig:
     steps: int = 1000
     global_batch_size: int = 64  # fresh samples per optimizer step, over all ranks
     micro_batch_size: int = 8  # samples per forward on one rank
+    cuda_graphs: bool = False  # launch a micro-batch as one recorded graph: for small models on one GPU each
     precision: str = "fp32"  # fp32 | bf16 | fp8 (bf16, with the layers' matrix products in 8 bits)
     seed: int = 1234
     output_dir: str = "runs/run"
@@ -343,6 +344,11 @@ def check(recipe: Recipe, world_size: int | None = None) -> None:
     if t.engine == "double_backward" and tensor * p.pipeline > 1:
         raise RecipeError("thinking.engine=double_backward is a single-process reference: "
                           "set parallel.tensor=1 and parallel.pipeline=1")  # fmt: skip
+    if tr.cuda_graphs:
+        for what, given in (("parallel.tensor > 1", tensor > 1), ("parallel.pipeline > 1", p.pipeline > 1),
+                            ("thinking.replay.enabled", t.replay.enabled)):  # fmt: skip
+            if given:
+                raise RecipeError(f"training.cuda_graphs=true records no {what}: set training.cuda_graphs=false")
     if tr.precision == "fp8":
         if t.engine == "double_backward":
             raise RecipeError("training.precision=fp8 cannot be differentiated twice: set thinking.engine=dual_stream")

@@ -13,7 +13,7 @@ from data_prep.documents import Part
 from data_prep.text import TextSettings, prepare_text
 from ebt_megatron.config import Recipe, load_recipe
 from ebt_megatron.model.build import SampleShape, build_model
-from ebt_megatron.parallel.setup import initialize
+from ebt_megatron.parallel.setup import ParallelState, initialize
 from ebt_megatron.thinking.dual_stream import Context, Descent, Plan, Thinker, Thought, step_sizes
 
 VOCAB = 61
@@ -59,9 +59,14 @@ def text_shards(
     return folder / "shards"
 
 
+def state(recipe: Recipe) -> ParallelState:
+    """One process's layout."""
+    return initialize(recipe.parallel, recipe.training.seed)
+
+
 def build(recipe: Recipe, dtype: torch.dtype = torch.float64):
     """A single-process model whose norms and adaLN are away from their special initial values."""
-    initialize(recipe.parallel, recipe.training.seed)
+    state(recipe)
     model = build_model(recipe, SampleShape(vocab_size=VOCAB)).to(dtype)
     generator = torch.Generator().manual_seed(11)
     with torch.no_grad():

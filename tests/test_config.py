@@ -51,6 +51,8 @@ def test_the_resolved_recipe_loads_again(tmp_path):
         (["thinking.descend_on=probabilities", "thinking.gradient=full"], "set thinking.gradient=detached"),
         (["thinking.engine=double_backward", "parallel.tensor=2"], "single-process"),
         (["thinking.regenerate=-1"], "a number of rows"),
+        (["training.cuda_graphs=true", "parallel.tensor=2"], "records no parallel.tensor > 1"),
+        (["training.cuda_graphs=true", "thinking.replay.enabled=true"], "records no thinking.replay.enabled"),
         (["thinking.regenerate=8", "thinking.replay.enabled=true"], "replay.enabled=true keeps predictions"),
         (["thinking.regenerate=8", "thinking.engine=double_backward"], "set thinking.regenerate=0"),
         (["data.train=[a,b]", "data.train_weights=[1.0]"], "1 entries for 2"),

@@ -81,7 +81,8 @@ def training_step(recipe: Recipe, vocab: int) -> Callable[[int], float]:
 
     def step(seed: int) -> float:
         for p in model.parameters():
-            p.grad = None
+            if p.grad is not None:  # in place: a CUDA graph writes where it was recorded
+                p.grad.zero_()
         tokens = torch.randint(vocab, shape, generator=torch.Generator().manual_seed(seed))
         ids = torch.arange(shape[0]) + seed * shape[0]
         return float(objective.train_batch([MicroBatch(ids, tokens)], seed).loss)  # float: the device is done

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import functools
 import json
+import math
 import os
 import platform
 import sys
@@ -53,20 +54,27 @@ def cases() -> list[check.Case]:
     return out + [check.vocab_case(op, *size) for op in check.VOCAB_OPERATIONS]
 
 
+def checked(measure: Callable[[], float], limit: float) -> dict[str, Any]:
+    """An error and whether it is within the limit; infinite, with a note, where compiler or device give up."""
+    try:
+        error, note = measure(), {}
+    except Exception as raised:  # Triton, CUDA and torch have each their own; the other rows are wanted all the same
+        error, note = math.inf, {"note": f"{type(raised).__name__}: {raised}".splitlines()[0][:200]}
+    return {"error": error, "passed": error <= limit, **note}
+
+
 def correctness() -> list[dict[str, Any]]:
     """Worst relative error of each operation and dtype, over all results and gradients."""
     backend = kernels.select("triton")
-    worst: dict[tuple[str, str], float] = {}
+    worst: dict[tuple[str, str], dict[str, Any]] = {}
     for dtype in TOLERANCE if GPU else [torch.float32]:  # the interpreter has no bfloat16 products
         for case in cases():
             tangent = " + tangent" if case.kwargs.get("tangent") else ""
             key = (case.op + tangent, str(dtype).removeprefix("torch."))
-            error = max(check.errors(backend, case, dtype, DEVICE).values())
-            worst[key] = max(worst.get(key, 0.0), error)
-    return [
-        {"operation": op, "dtype": dtype, "error": error, "passed": error <= TOLERANCE[getattr(torch, dtype)]}
-        for (op, dtype), error in worst.items()
-    ]
+            errors = functools.partial(check.errors, backend, case, dtype, DEVICE)
+            row = checked(lambda e=errors: max(e().values()), TOLERANCE[dtype])
+            worst[key] = max(worst.get(key, row), row, key=lambda r: r["error"])
+    return [{"operation": op, "dtype": dtype, **row} for (op, dtype), row in worst.items()]
 
 
 def seconds(function: Callable[[], Any], repeats: int = 20) -> float:
@@ -191,7 +199,8 @@ def whole_model_error(precision: str, *overrides: str) -> float:
             "thinking.step_size=5"]  # fmt: skip
     vocab = 1013 if GPU else 37
     tested = _recipe(*size, *overrides, f"training.precision={precision}", "model.kernels=triton")
-    judge = _recipe(*size, *overrides, "thinking.engine=double_backward", "model.kernels=reference")
+    judge = _recipe(*size, *overrides, "thinking.engine=double_backward", "model.kernels=reference",
+                    "thinking.regenerate=0", "training.cuda_graphs=false")  # fmt: skip
     shape = tested.training.micro_batch_size, tested.data.sequence_length + 1
     tokens = torch.randint(vocab, shape, generator=torch.Generator().manual_seed(1))
     state = initialize(tested.parallel, tested.training.seed)
@@ -202,8 +211,10 @@ def whole_model_error(precision: str, *overrides: str) -> float:
             exact.copy_(ours)
     gradients = []
     for model, recipe in zip(models, (tested, judge), strict=True):
-        batch = MicroBatch(torch.arange(shape[0]), tokens)
-        build_objective(model, recipe, state, Timers()).train_batch([batch], 0)
+        batch, objective = MicroBatch(torch.arange(shape[0]), tokens), build_objective(model, recipe, state, Timers())
+        for _ in range(3 if recipe.training.cuda_graphs else 1):  # run, record, replay
+            model.zero_grad(set_to_none=False)
+            objective.train_batch([batch], 0)
         gradients.append(torch.cat([p.grad.double().flatten() for p in model.parameters()]))
     return ((gradients[0] - gradients[1]).norm() / gradients[1].norm()).item()
 
@@ -214,12 +225,16 @@ def whole_model() -> list[dict[str, Any]]:
     limits = {"fp32": 1e-4, "bf16": 0.1, "fp8": 0.5}
     precisions = [p for p in limits if p == "fp32" or (GPU and (p != "fp8" or HOPPER))]
     rows = []
-    ways = {"S1": [], "S1, reuse": ["thinking.reuse=true"], "through every step": ["thinking.gradient=full"]}
+    ways = {"S1": [], "S1, reuse": ["thinking.reuse=true"], "S1, regenerated logits": ["thinking.regenerate=5"],
+            "through every step": ["thinking.gradient=full"]}  # fmt: skip
+    if GPU:
+        ways["S1, reuse, CUDA graph"] = ["thinking.reuse=true", "training.cuda_graphs=true"]
     for name, overrides in ways.items():
         for precision in precisions:
-            error = whole_model_error(precision, *overrides)
-            rows.append({"operation": f"whole model, {name}", "dtype": precision, "error": error,
-                         "passed": error <= limits[precision]})  # fmt: skip
+            measure = functools.partial(whole_model_error, precision, *overrides)
+            rows.append(
+                {"operation": f"whole model, {name}", "dtype": precision, **checked(measure, limits[precision])}
+            )
     return rows
 
 
@@ -233,8 +248,11 @@ def training_speed(rates: dict[str, float]) -> list[dict[str, Any]]:
     vocab, rows, begin = 50304, [], time.monotonic()
     engines = {"dual stream": [], "dual stream, reuse": ["thinking.reuse=true"],
                **({"dual stream, reuse, fp8": ["thinking.reuse=true", "training.precision=fp8"]} if HOPPER else {}),
+               "dual stream, reuse, CUDA graph": ["thinking.reuse=true", "training.cuda_graphs=true"],
                "double backward": ["thinking.engine=double_backward"],
-               "Transformer++": ["model.architecture=transformer"]}  # fmt: skip
+               "Transformer++": ["model.architecture=transformer"],
+               "Transformer++, CUDA graph": ["model.architecture=transformer", "training.cuda_graphs=true"],
+               }  # fmt: skip
     for size in ("xxs", "small", "medium"):
         for length in (256, 1024, 4096):
             batch = max(1, 4096 // length)
@@ -261,6 +279,8 @@ def training_speed(rates: dict[str, float]) -> list[dict[str, Any]]:
                         )
                 except torch.cuda.OutOfMemoryError:
                     row["note"] = "out of memory"
+                except RuntimeError as error:
+                    row["note"] = f"failed: {str(error).splitlines()[0][:200]}"
                 step = None
                 gc.collect()
                 torch.cuda.empty_cache()

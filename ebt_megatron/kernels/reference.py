@@ -142,10 +142,7 @@ def _log_sum_exp(y: Tensor, valid: int) -> Tensor:
 
 
 def _one_hot(target: Tensor, like: Tensor) -> Tensor:
-    hot = torch.zeros_like(like)
-    rows = (target >= 0).nonzero()[:, 0]
-    hot[rows, target[rows]] = 1
-    return hot
+    return torch.zeros_like(like).scatter_(1, target.clamp_min(0)[:, None], (target >= 0)[:, None].to(like.dtype))
 
 
 def _step(

@@ -32,7 +32,7 @@ class RowStats:
     def empty(cls, like: Tensor) -> RowStats:
         """Of no columns."""
         zeros = like.new_zeros(5, len(like))
-        zeros[0] = -math.inf
+        zeros[0].fill_(-math.inf)
         return cls(*zeros)
 
     @property
@@ -108,8 +108,8 @@ class Tiles:
         column [t]: the target's, if it is in this tile.
         """
         torch.sub(y_next, lse_next[:, None], out=out).exp_()
-        rows = ((column >= 0) & (column < out.shape[1])).nonzero()[:, 0]
-        out[rows, column[rows]] -= 1
+        here = (column >= 0) & (column < out.shape[1])
+        out.scatter_add_(1, column.clamp(0, out.shape[1] - 1)[:, None], -here[:, None].to(out.dtype))
         out.mul_(scale[:, None]).sub_(mean[:, None])
         if not probabilities:
             out.mul_(p)

@@ -86,8 +86,8 @@ class EnergyTransformer(StageModule):
         return min(step, self.num_landscapes - 1)
 
     def _maybe_recompute(self, function: Any, *args: Any, **kwargs: Any) -> Any:
-        if self.recompute_layers and torch.is_grad_enabled():
-            return checkpoint(function, *args, use_reentrant=False, **kwargs)
+        if self.recompute_layers and torch.is_grad_enabled():  # nothing in a layer is random
+            return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
         return function(*args, **kwargs)
 
     def context(self, h: Tensor, length: int, segments: Tensor | None, step: int = 0) -> tuple[Tensor, KeyValues]:

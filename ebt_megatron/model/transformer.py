@@ -62,7 +62,7 @@ class TransformerLM(StageModule):
         rotations = self.rotary.table(length, 0, h)
         for layer in self.layers:
             if self.recompute_layers and torch.is_grad_enabled():
-                h = checkpoint(layer.context, h, rotations, segments, use_reentrant=False)[0]
+                h = checkpoint(layer.context, h, rotations, segments, use_reentrant=False, preserve_rng_state=False)[0]
             else:
                 h = layer.context(h, rotations, segments)[0]
         return self.final_norm(h) if self.post_process else h

@@ -44,8 +44,7 @@ def uniform(seed: int, sample_ids: torch.Tensor, positions: torch.Tensor, stream
         float64 [S, B].
     """
     golden = -7046029254386353131  # 0x9E3779B97F4A7C15
-    key = torch.tensor(stable_seed(seed, stream), dtype=torch.int64, device=sample_ids.device)
-    per_sample = _mix(key + sample_ids * golden)
+    per_sample = _mix(sample_ids * golden + stable_seed(seed, stream))
     bits = _mix(per_sample[None, :] + (positions[:, None] + 1) * golden)
     return ((bits >> 11) & ((1 << 53) - 1)).double() * 2.0**-53
 

@@ -65,10 +65,10 @@ class Trainer:
         check(recipe, self.state.world_size)
         self.timers = Timers()
         self.model = build_model(recipe, shape).to(self.state.device)
+        self.objective = build_objective(self.model, recipe, self.state, self.timers)
         self.chunks = wrap([self.model], recipe)
         self.optimizer = build_optimizer(self.chunks, recipe)
         self.scheduler = build_scheduler(self.optimizer, recipe)
-        self.objective = build_objective(self.model, recipe, self.state, self.timers)
 
     def train_step(self, micro_batches: Sequence[Any], iteration: int) -> StepResult:
         """One optimizer step on this rank's micro-batches of a global batch.

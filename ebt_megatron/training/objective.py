@@ -8,6 +8,7 @@ over micro-batches and data-parallel ranks gives means, and no layout changes th
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,12 +16,13 @@ import torch
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
-from ebt_megatron.config import Recipe
+from ebt_megatron.config import Recipe, RecipeError
 from ebt_megatron.parallel.pipeline import MicroBatch, Pipeline
 from ebt_megatron.parallel.setup import ParallelState
 from ebt_megatron.thinking import double_backward
 from ebt_megatron.thinking.dual_stream import Context, Descent, Plan, Thinker, Thought, step_sizes
 from ebt_megatron.thinking.replay import Entry, ReplayBuffer, reshard, stack_start
+from ebt_megatron.training.graphs import Graphs
 
 
 @dataclass
@@ -81,6 +83,7 @@ class EnergyObjective:
 
     def __init__(self, model: Any, recipe: Recipe, state: ParallelState, timers: Any):
         self.model, self.recipe, self.state, self.timers = model, recipe, state, timers
+        self.graphs = _graphs(recipe, state)
         options = recipe.thinking
         self.replay = ReplayBuffer(options.replay.capacity, recipe.training.seed) if options.replay.enabled else None
         self.replaying = False  # whether any rank's buffer holds something: ranks without slots must know too
@@ -178,17 +181,33 @@ class EnergyObjective:
     def _train_whole(self, samples: list[Sample], plan: Plan, positions: int) -> list[Thought]:
         thoughts = []
         for index, sample in enumerate(samples):
-            descent = self._descent(sample, plan, positions, random=True)
-            if self.recipe.thinking.engine == "double_backward":
-                context = self.model.modality.context(sample.observed)
-                thoughts.append(double_backward.train(self.model, context, sample.segments, descent))
-            else:
-                stream = self._context(sample, learn=True)
-                thoughts.append(
-                    Thinker(self.model, stream, descent, self.timers.phase, self.recipe.thinking.reuse).train()
-                )
+            if self.graphs is not None:
+                thoughts.append(self._train_recorded(self.graphs, sample, plan, positions))
+                continue
+            thought, descent = self._train_one(sample, plan, positions, self.timers.phase)
+            thoughts.append(thought)
             self._keep(sample, index, descent)
         return thoughts
+
+    def _train_one(self, sample: Sample, plan: Plan, positions: int, phase: Any) -> tuple[Thought, Descent]:
+        descent = self._descent(sample, plan, positions, random=True)
+        if self.recipe.thinking.engine == "double_backward":
+            context = self.model.modality.context(sample.observed)
+            return double_backward.train(self.model, context, sample.segments, descent), descent
+        stream = self._context(sample, learn=True)
+        return Thinker(self.model, stream, descent, phase, self.recipe.thinking.reuse).train(), descent
+
+    def _train_recorded(self, graphs: Graphs, sample: Sample, plan: Plan, positions: int) -> Thought:
+        def work(
+            observed: Tensor, targets: Tensor, sample_ids: Tensor, segments: Tensor | None
+        ) -> tuple[Tensor, Tensor]:
+            recorded = Sample(observed, targets, sample_ids, segments)
+            thought, _ = self._train_one(recorded, plan, positions, nullcontext)  # a phase would wait for the device
+            return thought.losses, thought.energies
+
+        inputs = sample.observed, sample.targets, sample.sample_ids, sample.segments
+        with self.timers.phase("graph"):
+            return Thought(*graphs.run((plan, positions), work, *inputs))
 
     def _pipeline(self, samples: list[Sample], plan: Plan, positions: int, random: bool) -> Pipeline:
         first = self.state.is_first_stage
@@ -231,10 +250,11 @@ class EnergyObjective:
 
 
 class FeedForwardObjective:
-    """Transformer++ under megatron-core's own schedules, with or without pipeline stages."""
+    """Transformer++ under megatron-core's own schedules, with or without pipeline stages, or as CUDA graphs."""
 
     def __init__(self, model: Any, recipe: Recipe, state: ParallelState, timers: Any):
         self.model, self.recipe, self.state, self.timers = model, recipe, state, timers
+        self.graphs = _graphs(recipe, state)
 
     def rank_state(self) -> None:
         """Nothing besides weights."""
@@ -261,11 +281,24 @@ class FeedForwardObjective:
             micro_batch_size=len(micro_batches[0].sample_ids), forward_only=positions is None,
         )  # fmt: skip
 
+    def _train_recorded(self, graphs: Graphs, micro_batches: list[Any], positions: int) -> list[Tensor]:
+        def work(observed: Tensor, targets: Tensor, segments: Tensor | None) -> tuple[Tensor]:
+            losses = self.model(observed, targets, segments)
+            (losses.sum() / positions).backward()
+            return (losses.detach(),)
+
+        samples = (split(micro_batch, self.state.device) for micro_batch in micro_batches)
+        return [graphs.run(positions, work, s.observed, s.targets, s.segments)[0] for s in samples]
+
     def train_batch(self, micro_batches: list[Any], iteration: int) -> Totals:
         """As EnergyObjective.train_batch."""
         positions = self.recipe.training.global_batch_size * self.recipe.data.sequence_length
-        with self.timers.phase("context"):
-            losses = self._losses(micro_batches, positions)
+        if self.graphs is not None:
+            with self.timers.phase("graph"):
+                losses = self._train_recorded(self.graphs, micro_batches, positions)
+        else:
+            with self.timers.phase("context"):
+                losses = self._losses(micro_batches, positions)
         total = torch.zeros((), dtype=torch.float64, device=self.state.device)
         for loss in losses:
             total += loss.double().sum() / positions
@@ -280,8 +313,20 @@ class FeedForwardObjective:
         return Thought(loss, loss.new_zeros(0, *shape[1:]))
 
 
+def _graphs(recipe: Recipe, state: ParallelState) -> Graphs | None:
+    if not recipe.training.cuda_graphs:
+        return None
+    if state.device.type != "cuda":
+        raise RecipeError("training.cuda_graphs=true needs a GPU: set it to false")
+    return Graphs()
+
+
 def build_objective(model: Any, recipe: Recipe, state: ParallelState, timers: Any) -> Any:
-    """The objective of the recipe's architecture and layout; `model` is this stage, unwrapped."""
+    """The objective of the recipe's architecture and layout; `model` is this stage, not yet wrapped.
+
+    Raises:
+        RecipeError: for CUDA graphs without CUDA.
+    """
     if recipe.model.architecture == "ebt":
         return EnergyObjective(model, recipe, state, timers)
     return FeedForwardObjective(model, recipe, state, timers)

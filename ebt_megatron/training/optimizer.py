@@ -60,14 +60,15 @@ class AdamW(torch.optim.AdamW):
             for p in params:
                 if not self.state[p]:
                     self.state[p] = {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+            # The function counts the step itself, once in each parameter's own number.
+            steps = torch.full((len(params),), float(group["step"] - 1), device=params[0].device)
             adamw(
                 params,
                 [p.grad for p in params],
                 [self.state[p]["exp_avg"] for p in params],
                 [self.state[p]["exp_avg_sq"] for p in params],
                 [],
-                # The function counts the step itself, once in each parameter's own tensor.
-                [torch.tensor(float(group["step"] - 1), device=p.device) for p in params],
+                list(steps.unbind()),
                 fused=True,
                 amsgrad=False,
                 beta1=group["betas"][0],
