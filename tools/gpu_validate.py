@@ -48,6 +48,7 @@ def cases() -> list[check.Case]:
             out.append(check.attention_case("context_attention", *shape, False, documents))
     for op in ("rms_norm", "swiglu", "layer_norm", "gelu"):
         out += [check.elementwise_case(op, 17, 3, 384 if GPU else 24, tangent) for tangent in (False, True)]
+    out += [check.heads_case(17, 3, 2, queries, 80 if GPU else 8) for queries in (1, 3)]
     if GPU:  # the interpreter rounds to 8 bits wrongly
         out += [check.rounding_case(300, 520, transposed) for transposed in (False, True)]
     size = (300, 9000, 8990, 64) if GPU else (5, 40, 37, 8)
@@ -150,17 +151,20 @@ def attention_speed(rates: dict[str, float]) -> list[dict[str, Any]]:
 
 
 def elementwise_speed(rates: dict[str, float]) -> list[dict[str, Any]]:
-    """RMSNorm and SwiGLU of value and tangent against the time to copy what they must read and write."""
+    """RMSNorm, SwiGLU and heads of value and tangent against the time to copy what they must read and write."""
     rows, backend = [], kernels.select("triton")
     x = torch.randn(4096, 8, 2048, device=DEVICE, dtype=torch.bfloat16).requires_grad_()
     weight = torch.ones(2048, device=DEVICE, dtype=torch.bfloat16).requires_grad_()
     norm = functools.partial(backend.rms_norm, x, weight, 1e-5, tangent=True)
     gate = functools.partial(backend.swiglu, x, 128, tangent=True)
-    # Bytes moved, in sizes of x: forward reads x and writes y; backward reads x and dy and writes dx.
-    for name, call, y in (("rms_norm", norm, 1.0), ("swiglu", gate, 0.5)):
+    table = torch.ones(4096, 64, 2, device=DEVICE)
+    heads = functools.partial(backend.split_heads, x, table, 4, 128)  # 8 queries, 4 keys, 4 values
+    # Bytes moved, in sizes of x: forward reads x and writes y; backward reads dy (and x) and writes dx.
+    for name, call, there, back in (("rms_norm", norm, 2, 3), ("swiglu", gate, 1.5, 2.5), ("split_heads", heads, 2, 2)):
         out = call()
-        backward = functools.partial(torch.autograd.grad, out, [x], torch.ones_like(out), retain_graph=True)
-        for part, timed, moved in (("forward", call, 1 + y), ("backward", backward, 2 + y)):
+        ones = [torch.ones_like(o) for o in out] if isinstance(out, tuple) else torch.ones_like(out)
+        backward = functools.partial(torch.autograd.grad, out, [x], ones, retain_graph=True)
+        for part, timed, moved in (("forward", call, there), ("backward", backward, back)):
             time_taken = seconds(timed)
             rows.append({"operation": f"{name}, {part}", "milliseconds": time_taken * 1e3,
                          "share of copy rate": moved * x.numel() * 2 / time_taken / rates["copy_bytes"]})  # fmt: skip
@@ -310,7 +314,7 @@ def vocabulary_speed(rates: dict[str, float]) -> list[dict[str, Any]]:
 # Every benchmark takes the measured rates and returns rows of a table.
 BENCHMARKS: dict[str, Callable[[dict[str, float]], list[dict[str, Any]]]] = {
     "Prediction attention: forward, backward, and both with tangent (bf16, 2048 columns)": attention_speed,
-    "Elementwise, value and tangent, forward (bf16)": elementwise_speed,
+    "Elementwise, value and tangent (bf16)": elementwise_speed,
     f"Vocabulary: {VOCABULARY_SIZE[0]} tokens, {VOCABULARY_SIZE[1]} columns (bf16 table)": vocabulary_speed,
     "Training steps (bf16, V = 50,304, 2 thinking steps)": training_speed,
 }

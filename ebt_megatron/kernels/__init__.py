@@ -17,8 +17,8 @@ __all__ = ["Kernels", "RefineStats", "select"]
 
 # Where each backend's operations come from: the first module that has them.
 _MODULES = {
-    "reference": ("reference", "noise", "fp8"),
-    "torch": ("tiled", "noise", "fp8", "reference"),
+    "reference": ("reference", "rotary", "noise", "fp8"),
+    "torch": ("tiled", "rotary", "noise", "fp8", "reference"),
     "triton": (
         "triton_attention",
         "triton_elementwise",

@@ -14,8 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ebt_megatron.kernels import reference
+from ebt_megatron.kernels import select
 from ebt_megatron.kernels.interface import Kernels
+
+reference = select("reference")
 
 
 @dataclass
@@ -76,6 +78,16 @@ def elementwise_case(op: str, length: int, batch: int, width: int, tangent: bool
     return Case(op, [x], {"tangent": tangent}, (0,), (0,))
 
 
+def heads_case(length: int, batch: int, groups: int, queries: int, size: int, seed: int = 0) -> Case:
+    """Random heads and angles for `split_heads`; `queries` of each group."""
+    randn = _randn(seed)
+    angle = randn(length, size // 2)
+    table = torch.stack([angle.cos(), angle.sin()], -1)
+    return Case(
+        "split_heads", [randn(length, batch, groups * (queries + 2) * size), table, groups, size], {}, (0,), (0,)
+    )
+
+
 def rounding_case(rows: int, columns: int, transposed: bool, seed: int = 0) -> Case:
     """Rows of very different sizes, one of zeros, for `round_rows`; the transpose of a matrix, or a matrix."""
     randn = _randn(seed)
@@ -108,7 +120,7 @@ def vocab_case(op: str, tokens: int, columns: int, valid: int, width: int, seed:
         return Case(op, [*step, target, torch.zeros_like(y) if keep else None], along, (2,))
     if op == "vocab_backward":
         y_next = torch.zeros_like(y)
-        lse_next = reference.vocab_refine(*step, target, y_next, **along).lse_next  # type: ignore[arg-type, call-arg]
+        lse_next = reference.vocab_refine(*step, target, y_next, **along).lse_next
         args = [*step, target, lse_next, scale, mean, x_grad, xt_grad, table_grad, y_next if keep else None]
         return Case(op, args, along, (2,))
     if op == "vocab_adjoint":

@@ -63,6 +63,9 @@ class Kernels:
 
     Attributes:
         name: of the backend.
+        split_heads: (mixed [S, B*, G*(N/G+2)*H], table [S, H/2, 2], groups, size) -> q [S, B*, N, H],
+            k and v [S, B*, G, H]: by group, its queries, its key and its value; queries and keys are rotated by the
+            angles whose cosines and sines are in the table, on interleaved pairs.
         context_attention: (q, k, v, *, segments=None) -> [S, B, N*H]; causal.
         prediction_attention: (q, k_self, v_self, k, v, *, tangent, segments=None) -> [S, B*, N*H];
             row t sees context keys s <= t of its document (segments int32 [B, S]) and its own key;
@@ -95,6 +98,7 @@ class Kernels:
     """
 
     name: str
+    split_heads: Callable[..., tuple[Tensor, Tensor, Tensor]]
     context_attention: Callable[..., Tensor]
     prediction_attention: Callable[..., Tensor]
     full_attention: Callable[..., Tensor]

@@ -3,7 +3,8 @@
 The formulas are those of `ebt_megatron.kernels.tiled`. A program takes a block of queries
 (forward, `_queries_backward`) or of keys (`_keys_backward`), so that nothing is added up
 with atomics. Value and tangent queries of a block share the loads of keys and values.
-Products accumulate in fp32; fp32 inputs multiply in full fp32.
+Products accumulate in fp32; fp32 inputs multiply in full fp32. Blocks of scores that are seen
+whole are not masked; exponentials are of base 2, as the hardware's.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+_LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
@@ -33,16 +36,61 @@ def _store(base, rows, stride, rows_end, H, value, BH: tl.constexpr):
 
 
 @triton.jit
-def _visible(rows, columns, SEG, S, CAUSAL: tl.constexpr, SEGMENTS: tl.constexpr):
-    """Which keys [columns] the queries [rows] see; SEG points at the sample's document numbers."""
-    seen = (rows < S)[:, None] & (columns < S)[None, :]
+def _of_rows(vector, KEYS_FIRST: tl.constexpr):
+    """One number for each query, to go with a tile of scores."""
+    return vector[None, :] if KEYS_FIRST else vector[:, None]
+
+
+@triton.jit
+def _of_columns(vector, KEYS_FIRST: tl.constexpr):
+    return vector[:, None] if KEYS_FIRST else vector[None, :]
+
+
+@triton.jit
+def _hide(
+    scores, hidden, rows, columns, SEG, S, CAUSAL: tl.constexpr, SEGMENTS: tl.constexpr, KEYS_FIRST: tl.constexpr
+):
+    """`hidden` in place of scores that queries [rows] do not see; SEG points at the sample's document numbers."""
+    seen = _of_columns(columns < S, KEYS_FIRST)
     if CAUSAL:
-        seen = seen & (columns[None, :] <= rows[:, None])
+        seen = seen & (_of_columns(columns, KEYS_FIRST) <= _of_rows(rows, KEYS_FIRST))
     if SEGMENTS:
         of_rows = tl.load(SEG + rows, mask=rows < S, other=-1)
         of_columns = tl.load(SEG + columns, mask=columns < S, other=-2)
-        seen = seen & (of_rows[:, None] == of_columns[None, :])
-    return seen
+        seen = seen & (_of_rows(of_rows, KEYS_FIRST) == _of_columns(of_columns, KEYS_FIRST))
+    return tl.where(seen, scores, hidden)
+
+
+@triton.jit
+def _attend(
+    q, qt, acc, acc_t, top, total, mean, K, V, ks, vs, KT_AT, VT_AT, SEG, rows, start, S, H, scale,
+    MASK: tl.constexpr, TANGENT: tl.constexpr, KT: tl.constexpr, CAUSAL: tl.constexpr, SEGMENTS: tl.constexpr,
+    BN: tl.constexpr, BH: tl.constexpr,
+):  # fmt: skip
+    """Take BN keys in; `top` is the largest score so far, the sums are relative to it."""
+    columns = start + tl.arange(0, BN)
+    k = _load(K, columns, ks, S, H, BH)
+    v = _load(V, columns, vs, S, H, BH)
+    s = tl.dot(q, tl.trans(k), input_precision="ieee")
+    if MASK:
+        s = _hide(s, float("-inf"), rows, columns, SEG, S, CAUSAL, SEGMENTS, False)
+    new_top = tl.maximum(top, tl.max(s, 1))
+    factor = tl.exp2((top - new_top) * (scale * _LOG2E))
+    p = tl.exp2(s * (scale * _LOG2E) - (new_top * (scale * _LOG2E))[:, None])
+    total = total * factor + tl.sum(p, 1)
+    acc = tl.dot(p.to(v.dtype), v, acc * factor[:, None], input_precision="ieee")
+    if TANGENT:
+        st = tl.dot(qt, tl.trans(k), input_precision="ieee")
+        if KT:
+            kt = _load(KT_AT, columns, ks, S, H, BH)
+            st = tl.dot(q, tl.trans(kt), st, input_precision="ieee")
+        pt = p * (st * scale)
+        mean = mean * factor + tl.sum(pt, 1)
+        acc_t = tl.dot(pt.to(v.dtype), v, acc_t * factor[:, None], input_precision="ieee")
+        if KT:
+            vt = _load(VT_AT, columns, vs, S, H, BH)
+            acc_t = tl.dot(p.to(v.dtype), vt, acc_t, input_precision="ieee")
+    return acc, acc_t, new_top, total, mean
 
 
 @triton.jit
@@ -60,58 +108,51 @@ def _forward(
     g = n // (N // G)
     rows = block * BM + tl.arange(0, BM)
     q = _load(Q + b * qb + n * qn, rows, qs, S, H, BH)
+    qt = q
     K += b * kb + g * kn
     V += b * vb + g * vn
+    SEG += b * S
     if TANGENT:
         qt = _load(Q + (b + B) * qb + n * qn, rows, qs, S, H, BH)
-        acc_t = tl.zeros([BM, BH], tl.float32)
     mean = tl.zeros([BM], tl.float32)
     if OWN:  # start from the prediction's own key, which every row sees
         k_own = _load(KS + b * ksb + g * ksn, rows, kss, S, H, BH).to(tl.float32)
-        v_own = _load(VS + b * vsb + g * vsn, rows, vss, S, H, BH).to(tl.float32)
-        top = tl.sum(q.to(tl.float32) * k_own, 1) * scale
+        acc = _load(VS + b * vsb + g * vsn, rows, vss, S, H, BH).to(tl.float32)
+        top = tl.sum(q.to(tl.float32) * k_own, 1)
         total = tl.full([BM], 1.0, tl.float32)
-        acc = v_own
+        acc_t = acc
         if TANGENT:
             kt_own = _load(KS + (b + B) * ksb + g * ksn, rows, kss, S, H, BH).to(tl.float32)
             vt_own = _load(VS + (b + B) * vsb + g * vsn, rows, vss, S, H, BH).to(tl.float32)
             mean = tl.sum(qt.to(tl.float32) * k_own + q.to(tl.float32) * kt_own, 1) * scale
-            acc_t = mean[:, None] * v_own + vt_own
+            acc_t = mean[:, None] * acc + vt_own
     else:
         top = tl.full([BM], -1e30, tl.float32)
         total = tl.zeros([BM], tl.float32)
         acc = tl.zeros([BM, BH], tl.float32)
+        acc_t = acc
     end = S
+    whole = S // BN * BN  # keys before this are seen by every row
     if CAUSAL:
         end = tl.minimum(S, (block + 1) * BM)
-    for start in range(0, end, BN):
-        columns = start + tl.arange(0, BN)
-        k = _load(K, columns, ks, S, H, BH)
-        v = _load(V, columns, vs, S, H, BH)
-        s = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
-        s = tl.where(_visible(rows, columns, SEG + b * S, S, CAUSAL, SEGMENTS), s, float("-inf"))
-        new_top = tl.maximum(top, tl.max(s, 1))
-        factor = tl.exp(top - new_top)
-        p = tl.exp(s - new_top[:, None])
-        total = total * factor + tl.sum(p, 1)
-        acc = tl.dot(p.to(v.dtype), v, acc * factor[:, None], input_precision="ieee")
-        top = new_top
-        if TANGENT:
-            st = tl.dot(qt, tl.trans(k), input_precision="ieee")
-            if KT:
-                kt = _load(K + B * kb, columns, ks, S, H, BH)
-                vt = _load(V + B * vb, columns, vs, S, H, BH)
-                st = tl.dot(q, tl.trans(kt), st, input_precision="ieee")
-            pt = p * st * scale
-            mean = mean * factor + tl.sum(pt, 1)
-            acc_t = tl.dot(pt.to(v.dtype), v, acc_t * factor[:, None], input_precision="ieee")
-            if KT:
-                acc_t = tl.dot(p.to(v.dtype), vt, acc_t, input_precision="ieee")
+        whole = block * BM // BN * BN
+    if SEGMENTS:
+        whole = 0
+    for start in range(0, whole, BN):
+        acc, acc_t, top, total, mean = _attend(
+            q, qt, acc, acc_t, top, total, mean, K, V, ks, vs, K + B * kb, V + B * vb, SEG, rows, start, S, H, scale,
+            False, TANGENT, KT, CAUSAL, SEGMENTS, BN, BH,
+        )  # fmt: skip
+    for start in range(whole, end, BN):
+        acc, acc_t, top, total, mean = _attend(
+            q, qt, acc, acc_t, top, total, mean, K, V, ks, vs, K + B * kb, V + B * vb, SEG, rows, start, S, H, scale,
+            True, TANGENT, KT, CAUSAL, SEGMENTS, BN, BH,
+        )  # fmt: skip
     out = acc / total[:, None]
     os, ob = streams * B * N * H, N * H
     _store(OUT + b * ob + n * H, rows, os, S, H, out, BH)
     at = (b * N + n) * S + rows
-    tl.store(LSE + at, top + tl.log(total), mask=rows < S)
+    tl.store(LSE + at, top * scale + tl.log(total), mask=rows < S)
     if TANGENT:
         mean = mean / total
         _store(OUT + (b + B) * ob + n * H, rows, os, S, H, acc_t / total[:, None] - mean[:, None] * out, BH)
@@ -119,27 +160,66 @@ def _forward(
 
 
 @triton.jit
-def _slopes(q, qt, a, bt, k, v, kt, vt, lse, mu, delta, beta, seen, scale, TANGENT: tl.constexpr, KT: tl.constexpr):
+def _product(of_rows, of_columns, KEYS_FIRST: tl.constexpr):
+    """Scores of queries with keys, [queries, keys] or [keys, queries]."""
+    if KEYS_FIRST:
+        out = tl.dot(of_columns, tl.trans(of_rows), input_precision="ieee")
+    else:
+        out = tl.dot(of_rows, tl.trans(of_columns), input_precision="ieee")
+    return out
+
+
+@triton.jit
+def _slopes(
+    q, qt, a, bt, k, v, kt, vt, lse, mu, delta, beta, rows, columns, SEG, S, scale, MASK: tl.constexpr,
+    TANGENT: tl.constexpr, KT: tl.constexpr, CAUSAL: tl.constexpr, SEGMENTS: tl.constexpr, KEYS_FIRST: tl.constexpr,
+):  # fmt: skip
     """p, dL/ds, dL/ds' and p (s' - mu) on a tile of scores (the last two only with TANGENT)."""
-    s = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
-    p = tl.where(seen, tl.exp(s - lse[:, None]), 0.0)
-    ds = tl.dot(a, tl.trans(v), input_precision="ieee")
+    s = _product(q, k, KEYS_FIRST)
+    p = tl.exp2(s * (scale * _LOG2E) - _of_rows(lse * _LOG2E, KEYS_FIRST))
+    if MASK:
+        p = _hide(p, 0.0, rows, columns, SEG, S, CAUSAL, SEGMENTS, KEYS_FIRST)
+    ds = _product(a, v, KEYS_FIRST)
     dst = ds
     pt = ds
     if TANGENT:
         if KT:
-            ds = tl.dot(bt, tl.trans(vt), ds, input_precision="ieee")
-        along = tl.dot(bt, tl.trans(v), input_precision="ieee") - beta[:, None]
-        st = tl.dot(qt, tl.trans(k), input_precision="ieee")
+            ds += _product(bt, vt, KEYS_FIRST)
+        along = _product(bt, v, KEYS_FIRST) - _of_rows(beta, KEYS_FIRST)
+        st = _product(qt, k, KEYS_FIRST)
         if KT:
-            st = tl.dot(q, tl.trans(kt), st, input_precision="ieee")
-        st = st * scale - mu[:, None]
-        ds = p * (ds - delta[:, None] + st * along)
+            st += _product(q, kt, KEYS_FIRST)
+        st = st * scale - _of_rows(mu, KEYS_FIRST)
+        ds = p * (ds - _of_rows(delta, KEYS_FIRST) + st * along)
         dst = p * along
         pt = p * st
     else:
-        ds = p * (ds - delta[:, None])
+        ds = p * (ds - _of_rows(delta, KEYS_FIRST))
     return p, ds, dst, pt
+
+
+@triton.jit
+def _to_queries(
+    dq, dqt, q, qt, a, bt, lse, mu, delta, beta, K, V, KT_AT, VT_AT, ks, vs, SEG, rows, start, S, H, scale,
+    MASK: tl.constexpr, TANGENT: tl.constexpr, KT: tl.constexpr, CAUSAL: tl.constexpr, SEGMENTS: tl.constexpr,
+    BN: tl.constexpr, BH: tl.constexpr,
+):  # fmt: skip
+    """Add what comes to the queries from BN keys."""
+    columns = start + tl.arange(0, BN)
+    k = _load(K, columns, ks, S, H, BH)
+    v = _load(V, columns, vs, S, H, BH)
+    kt, vt = k, v
+    if KT:
+        kt = _load(KT_AT, columns, ks, S, H, BH)
+        vt = _load(VT_AT, columns, vs, S, H, BH)
+    _, ds, dst, _ = _slopes(q, qt, a, bt, k, v, kt, vt, lse, mu, delta, beta, rows, columns, SEG, S, scale,
+                            MASK, TANGENT, KT, CAUSAL, SEGMENTS, False)  # fmt: skip
+    dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
+    if TANGENT:
+        dqt = tl.dot(dst.to(k.dtype), k, dqt, input_precision="ieee")
+        if KT:
+            dq = tl.dot(dst.to(k.dtype), kt, dq, input_precision="ieee")
+    return dq, dqt
 
 
 @triton.jit
@@ -178,57 +258,87 @@ def _queries_backward(
     tl.store(DELTA + at, delta, mask=rows < S)
     dq = tl.zeros([BM, BH], tl.float32)
     dqt = tl.zeros([BM, BH], tl.float32)
-    K += b * kb + g * kn
-    V += b * vb + g * vn
-    end = S
-    if CAUSAL:
-        end = tl.minimum(S, (block + 1) * BM)
-    for start in range(0, end, BN):
-        columns = start + tl.arange(0, BN)
-        k = _load(K, columns, ks, S, H, BH)
-        v = _load(V, columns, vs, S, H, BH)
-        kt, vt = k, v
-        if KT:
-            kt = _load(K + B * kb, columns, ks, S, H, BH)
-            vt = _load(V + B * vb, columns, vs, S, H, BH)
-        seen = _visible(rows, columns, SEG + b * S, S, CAUSAL, SEGMENTS)
-        _, ds, dst, _ = _slopes(q, qt, a, bt, k, v, kt, vt, lse, mu, delta, beta, seen, scale, TANGENT, KT)
-        dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
-        if TANGENT:
-            dqt = tl.dot(dst.to(k.dtype), k, dqt, input_precision="ieee")
-            if KT:
-                dq = tl.dot(dst.to(k.dtype), kt, dq, input_precision="ieee")
     if OWN:
-        q, a = q.to(tl.float32), a.to(tl.float32)
+        wide_q, wide_a = q.to(tl.float32), a.to(tl.float32)
         k = _load(KS + b * ksb + g * ksn, rows, kss, S, H, BH).to(tl.float32)
         v = _load(VS + b * vsb + g * vsn, rows, vss, S, H, BH).to(tl.float32)
-        p = tl.exp(tl.sum(q * k, 1) * scale - lse)
-        along = tl.sum(a * v, 1) - delta
-        dk, dv = q, a
+        p = tl.exp2(tl.sum(wide_q * k, 1) * (scale * _LOG2E) - lse * _LOG2E)
+        along = tl.sum(wide_a * v, 1) - delta
         if TANGENT:
-            qt, bt = qt.to(tl.float32), bt.to(tl.float32)
+            wide_qt, wide_bt = qt.to(tl.float32), bt.to(tl.float32)
             kt = _load(KS + (b + B) * ksb + g * ksn, rows, kss, S, H, BH).to(tl.float32)
             vt = _load(VS + (b + B) * vsb + g * vsn, rows, vss, S, H, BH).to(tl.float32)
-            st = tl.sum(qt * k + q * kt, 1) * scale - mu
-            turn = tl.sum(bt * v, 1) - beta
-            ds = p * (along + tl.sum(bt * vt, 1) + st * turn)
+            st = tl.sum(wide_qt * k + wide_q * kt, 1) * scale - mu
+            turn = tl.sum(wide_bt * v, 1) - beta
+            ds = p * (along + tl.sum(wide_bt * vt, 1) + st * turn)
             dst = p * turn
-            dq += ds[:, None] * k + dst[:, None] * kt
-            dqt += dst[:, None] * k
-            dk = ds[:, None] * q + dst[:, None] * qt
-            dv = p[:, None] * (a + st[:, None] * bt)
-            _store(DKS + second, rows, stride, S, H, dst[:, None] * q * scale, BH)
-            _store(DVS + second, rows, stride, S, H, p[:, None] * bt, BH)
+            dq = ds[:, None] * k + dst[:, None] * kt
+            dqt = dst[:, None] * k
+            dk = ds[:, None] * wide_q + dst[:, None] * wide_qt
+            dv = p[:, None] * (wide_a + st[:, None] * wide_bt)
+            _store(DKS + second, rows, stride, S, H, dst[:, None] * wide_q * scale, BH)
+            _store(DVS + second, rows, stride, S, H, p[:, None] * wide_bt, BH)
         else:
             ds = p * along
-            dq += ds[:, None] * k
-            dk = ds[:, None] * q
-            dv = p[:, None] * a
+            dq = ds[:, None] * k
+            dk = ds[:, None] * wide_q
+            dv = p[:, None] * wide_a
         _store(DKS + first, rows, stride, S, H, dk * scale, BH)
         _store(DVS + first, rows, stride, S, H, dv, BH)
+    K += b * kb + g * kn
+    V += b * vb + g * vn
+    SEG += b * S
+    end = S
+    whole = S // BN * BN
+    if CAUSAL:
+        end = tl.minimum(S, (block + 1) * BM)
+        whole = block * BM // BN * BN
+    if SEGMENTS:
+        whole = 0
+    for start in range(0, whole, BN):
+        dq, dqt = _to_queries(
+            dq, dqt, q, qt, a, bt, lse, mu, delta, beta, K, V, K + B * kb, V + B * vb, ks, vs, SEG, rows, start, S, H,
+            scale, False, TANGENT, KT, CAUSAL, SEGMENTS, BN, BH,
+        )  # fmt: skip
+    for start in range(whole, end, BN):
+        dq, dqt = _to_queries(
+            dq, dqt, q, qt, a, bt, lse, mu, delta, beta, K, V, K + B * kb, V + B * vb, ks, vs, SEG, rows, start, S, H,
+            scale, True, TANGENT, KT, CAUSAL, SEGMENTS, BN, BH,
+        )  # fmt: skip
     _store(DQ + first, rows, stride, S, H, dq * scale, BH)
     if TANGENT:
         _store(DQ + second, rows, stride, S, H, dqt * scale, BH)
+
+
+@triton.jit
+def _to_keys(
+    dk, dv, dkt, dvt, k, v, kt, vt, Q, QT, A, BT, LSE, MU, DELTA, BETA, qs, stride, SEG, columns, start, S, H, scale,
+    MASK: tl.constexpr, TANGENT: tl.constexpr, KT: tl.constexpr, CAUSAL: tl.constexpr, SEGMENTS: tl.constexpr,
+    BM: tl.constexpr, BH: tl.constexpr,
+):  # fmt: skip
+    """Add what comes to keys and values from BM queries."""
+    rows = start + tl.arange(0, BM)
+    q = _load(Q, rows, qs, S, H, BH)
+    a = _load(A, rows, stride, S, H, BH)  # rows beyond the end are zero, and so is what they add
+    lse = tl.load(LSE + rows, mask=rows < S, other=0.0)
+    delta = tl.load(DELTA + rows, mask=rows < S, other=0.0)
+    qt, bt, mu, beta = q, a, lse, delta
+    if TANGENT:
+        qt = _load(QT, rows, qs, S, H, BH)
+        bt = _load(BT, rows, stride, S, H, BH)
+        mu = tl.load(MU + rows, mask=rows < S, other=0.0)
+        beta = tl.load(BETA + rows, mask=rows < S, other=0.0)
+    p, ds, dst, pt = _slopes(q, qt, a, bt, k, v, kt, vt, lse, mu, delta, beta, rows, columns, SEG, S, scale,
+                             MASK, TANGENT, KT, CAUSAL, SEGMENTS, True)  # fmt: skip
+    dv = tl.dot(p.to(q.dtype), a, dv, input_precision="ieee")
+    dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee")
+    if TANGENT:
+        dv = tl.dot(pt.to(q.dtype), bt, dv, input_precision="ieee")
+        dk = tl.dot(dst.to(q.dtype), qt, dk, input_precision="ieee")
+    if KT:
+        dvt = tl.dot(p.to(q.dtype), bt, dvt, input_precision="ieee")
+        dkt = tl.dot(dst.to(q.dtype), q, dkt, input_precision="ieee")
+    return dk, dv, dkt, dvt
 
 
 @triton.jit
@@ -254,35 +364,29 @@ def _keys_backward(
     if KT:
         kt = _load(K + (b + B) * kb + g * kn, columns, ks, S, H, BH)
         vt = _load(V + (b + B) * vb + g * vn, columns, vs, S, H, BH)
-    begin = 0
+    begin, whole = 0, 0  # queries from `whole` on see all of these keys
     if CAUSAL:
-        begin = (block * BN) // BM * BM
+        begin = block * BN // BM * BM
+        whole = tl.minimum(tl.cdiv((block + 1) * BN, BM) * BM, S)
+    if SEGMENTS:
+        whole = S
+    SEG += b * S
+    stride = streams * B * N * H
     for head in range(N // G):
         n = g * (N // G) + head
-        for start in range(begin, S, BM):
-            rows = start + tl.arange(0, BM)
-            at = (b * N + n) * S + rows
-            stride = streams * B * N * H
-            q = _load(Q + b * qb + n * qn, rows, qs, S, H, BH)
-            a = _load(A + (b * N + n) * H, rows, stride, S, H, BH)
-            lse = tl.load(LSE + at, mask=rows < S, other=0.0)
-            delta = tl.load(DELTA + at, mask=rows < S, other=0.0)
-            qt, bt, mu, beta = q, a, lse, delta
-            if TANGENT:
-                qt = _load(Q + (b + B) * qb + n * qn, rows, qs, S, H, BH)
-                bt = _load(A + ((b + B) * N + n) * H, rows, stride, S, H, BH)
-                mu = tl.load(MU + at, mask=rows < S, other=0.0)
-                beta = tl.load(BETA + at, mask=rows < S, other=0.0)
-            seen = _visible(rows, columns, SEG + b * S, S, CAUSAL, SEGMENTS)
-            p, ds, dst, pt = _slopes(q, qt, a, bt, k, v, kt, vt, lse, mu, delta, beta, seen, scale, TANGENT, KT)
-            dk = tl.dot(tl.trans(ds.to(q.dtype)), q, dk, input_precision="ieee")
-            dv = tl.dot(tl.trans(p.to(q.dtype)), a, dv, input_precision="ieee")
-            if TANGENT:
-                dk = tl.dot(tl.trans(dst.to(q.dtype)), qt, dk, input_precision="ieee")
-                dv = tl.dot(tl.trans(pt.to(q.dtype)), bt, dv, input_precision="ieee")
-            if KT:
-                dkt = tl.dot(tl.trans(dst.to(q.dtype)), q, dkt, input_precision="ieee")
-                dvt = tl.dot(tl.trans(p.to(q.dtype)), bt, dvt, input_precision="ieee")
+        at = (b * N + n) * S
+        Q_AT, QT_AT = Q + b * qb + n * qn, Q + (b + B) * qb + n * qn
+        A_AT, BT_AT = A + (b * N + n) * H, A + ((b + B) * N + n) * H
+        for start in range(begin, whole, BM):
+            dk, dv, dkt, dvt = _to_keys(
+                dk, dv, dkt, dvt, k, v, kt, vt, Q_AT, QT_AT, A_AT, BT_AT, LSE + at, MU + at, DELTA + at, BETA + at,
+                qs, stride, SEG, columns, start, S, H, scale, True, TANGENT, KT, CAUSAL, SEGMENTS, BM, BH,
+            )  # fmt: skip
+        for start in range(whole, S, BM):
+            dk, dv, dkt, dvt = _to_keys(
+                dk, dv, dkt, dvt, k, v, kt, vt, Q_AT, QT_AT, A_AT, BT_AT, LSE + at, MU + at, DELTA + at, BETA + at,
+                qs, stride, SEG, columns, start, S, H, scale, False, TANGENT, KT, CAUSAL, SEGMENTS, BM, BH,
+            )  # fmt: skip
     stride = key_streams * B * G * H
     first = (b * G + g) * H
     _store(DK + first, columns, stride, S, H, dk * scale, BH)

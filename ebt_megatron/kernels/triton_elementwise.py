@@ -1,4 +1,4 @@
-"""RMSNorm and SwiGLU of the `triton` backend: value and tangent in one pass each way.
+"""RMSNorm, SwiGLU and rotary heads of the `triton` backend: value and tangent in one pass each way.
 
 The formulas are those of `ebt_megatron.kernels.tiled`; all arithmetic is in fp32.
 """
@@ -176,3 +176,68 @@ class _SwiGLU(torch.autograd.Function):
 def swiglu(x: Tensor, block: int, *, tangent: bool) -> Tensor:
     """See `Kernels.swiglu`."""
     return _SwiGLU.apply(x, block, tangent)
+
+
+@triton.jit
+def _heads(MIXED, TABLE, Q, K, V, B, R, G, H, BACKWARD: tl.constexpr, BP: tl.constexpr):
+    """BP pairs of one row of MIXED [S, B, G, R + 2, H] to Q, K and V, or back; all are contiguous."""
+    row = tl.program_id(0).to(tl.int64)
+    pair = tl.program_id(1) * BP + tl.arange(0, BP)
+    half = H // 2
+    head, j = pair // half, pair % half
+    group, which = head // (R + 2), head % (R + 2)  # which: of R queries, the key, the value
+    inside = head < G * (R + 2)
+    is_q, is_k, is_v = inside & (which < R), inside & (which == R), inside & (which > R)
+    angle = TABLE + (row // B * half + j) * 2
+    cos = tl.where(is_v, 1.0, tl.load(angle, mask=inside, other=1.0).to(tl.float32))
+    sin = tl.where(is_v, 0.0, tl.load(angle + 1, mask=inside, other=0.0).to(tl.float32))
+    at_mixed = MIXED + row * G * (R + 2) * H + pair * 2
+    at_q = Q + (row * G * R + group * R + which) * H + 2 * j
+    at_k = K + (row * G + group) * H + 2 * j
+    at_v = V + (row * G + group) * H + 2 * j
+    if BACKWARD:
+        x = tl.load(at_q, mask=is_q, other=0.0).to(tl.float32)
+        y = tl.load(at_q + 1, mask=is_q, other=0.0).to(tl.float32)
+        x += tl.load(at_k, mask=is_k, other=0.0).to(tl.float32) + tl.load(at_v, mask=is_v, other=0.0).to(tl.float32)
+        y += tl.load(at_k + 1, mask=is_k, other=0.0).to(tl.float32)
+        y += tl.load(at_v + 1, mask=is_v, other=0.0).to(tl.float32)
+        tl.store(at_mixed, (x * cos + y * sin).to(MIXED.dtype.element_ty), mask=inside)
+        tl.store(at_mixed + 1, (y * cos - x * sin).to(MIXED.dtype.element_ty), mask=inside)
+    else:
+        x = tl.load(at_mixed, mask=inside, other=0.0).to(tl.float32)
+        y = tl.load(at_mixed + 1, mask=inside, other=0.0).to(tl.float32)
+        first = (x * cos - y * sin).to(Q.dtype.element_ty)
+        second = (x * sin + y * cos).to(Q.dtype.element_ty)
+        tl.store(at_q, first, mask=is_q)
+        tl.store(at_q + 1, second, mask=is_q)
+        tl.store(at_k, first, mask=is_k)
+        tl.store(at_k + 1, second, mask=is_k)
+        tl.store(at_v, first, mask=is_v)
+        tl.store(at_v + 1, second, mask=is_v)
+
+
+class _SplitHeads(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, mixed: Tensor, table: Tensor, groups: int, size: int):
+        mixed = mixed.contiguous()
+        length, streams, width = mixed.shape
+        queries = width // (groups * size) - 2  # of each group
+        q = mixed.new_empty(length, streams, groups * queries, size)
+        k, v = (mixed.new_empty(length, streams, groups, size) for _ in range(2))
+        ctx.sizes, ctx.shape = (streams, queries, groups, size), mixed.shape
+        ctx.grid = (length * streams, triton.cdiv(width, 1024))
+        ctx.save_for_backward(table)
+        _heads[ctx.grid](mixed, table, q, k, v, *ctx.sizes, BACKWARD=False, BP=512)
+        return q, k, v
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+        (table,) = ctx.saved_tensors
+        mixed_grad = grads[0].new_empty(ctx.shape)
+        _heads[ctx.grid](mixed_grad, table, *(g.contiguous() for g in grads), *ctx.sizes, BACKWARD=True, BP=512)
+        return mixed_grad, None, None, None
+
+
+def split_heads(mixed: Tensor, table: Tensor, groups: int, size: int) -> tuple[Tensor, Tensor, Tensor]:
+    """See `Kernels.split_heads`."""
+    return _SplitHeads.apply(mixed, table, groups, size)

@@ -42,29 +42,22 @@ def layer_spec(model: ModelConfig, kernels: Kernels, fp8: bool) -> ModuleSpec:
 
 
 class Rotary:
-    """Rotary position embedding on interleaved pairs (arXiv 2104.09864)."""
+    """Angles of the rotary position embedding (arXiv 2104.09864)."""
 
     def __init__(self, head_size: int, base: float):
         self.head_size, self.base = head_size, base
         self._cache: dict[tuple, Tensor] = {}
 
     def table(self, length: int, first: int, like: Tensor) -> Tensor:
-        """Complex rotations [length, head_size / 2] of positions first .. first + length - 1."""
-        real = torch.float64 if like.dtype == torch.float64 else torch.float32
+        """Cosine and sine of positions first .. first + length - 1, [length, head_size / 2, 2]."""
+        real = torch.promote_types(like.dtype, torch.float32)
         key = (length, first, real, like.device)
         if key not in self._cache:
             exponent = torch.arange(0, self.head_size, 2, dtype=torch.float64) / self.head_size
             position = torch.arange(first, first + length, dtype=torch.float64)
-            angle = torch.outer(position, self.base**-exponent).to(real)
-            self._cache[key] = torch.polar(torch.ones_like(angle), angle).to(like.device)
+            angle = torch.outer(position, self.base**-exponent)
+            self._cache[key] = torch.stack([angle.cos(), angle.sin()], -1).to(like.device, real)
         return self._cache[key]
-
-
-def rotate(x: Tensor, table: Tensor) -> Tensor:
-    """Rotate x [S, B, heads, head_size] by table [S, head_size / 2]; linear, so it serves tangents too."""
-    wide = x if x.dtype in (torch.float32, torch.float64) else x.float()
-    pairs = torch.view_as_complex(wide.unflatten(-1, (-1, 2)))
-    return torch.view_as_real(pairs * table[:, None, None]).flatten(-2).type_as(x)
 
 
 def replicated(tensor: Tensor, config: TransformerConfig) -> nn.Parameter:
@@ -171,9 +164,7 @@ class TransformerLayer(MegatronModule):
 
     def _heads(self, mixed: Tensor, rotations: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Output of qkv -> rotated q [S, B, N, H] and k, and v [S, B, G, H] of this rank."""
-        grouped = mixed.view(*mixed.shape[:2], self.local_groups, -1, self.head_size)
-        q, k, v = grouped.split([grouped.shape[3] - 2, 1, 1], 3)  # one split: its backward is one copy
-        return rotate(q.flatten(2, 3), rotations), rotate(k.flatten(2, 3), rotations), v.flatten(2, 3)
+        return self.kernels.split_heads(mixed, rotations, self.local_groups, self.head_size)
 
     def context(self, h: Tensor, rotations: Tensor, segments: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """The context stream.

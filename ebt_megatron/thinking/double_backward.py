@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ebt_megatron.model.layers import rotate
+from ebt_megatron.kernels.rotary import rotate
 from ebt_megatron.thinking.dual_stream import Descent, Thought
 
 

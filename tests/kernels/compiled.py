@@ -13,7 +13,7 @@ from triton.compiler import ASTSource
 from ebt_megatron.kernels import triton_attention, triton_elementwise, triton_fp8, triton_vocabulary
 
 POINTERS = {"LSE", "MU", "DELTA", "BETA", "GW", "TOP", "TOTAL", "FACTOR", "CENTRE", "ALPHA", "S1", "S2", "SG", "SCALE",
-            "MEAN", "QUANTILES", "NEXT"}  # always fp32  # fmt: skip
+            "MEAN", "QUANTILES", "NEXT", "TABLE"}  # always fp32  # fmt: skip
 FIXED = {"OUT8": "*fp8e4nv", "SEG": "*i32", "FIRST": "*i32", "SECOND": "*i32", "COLUMN": "*i64"}
 FLOATS = ("scale", "epsilon", "std")
 
@@ -60,6 +60,8 @@ def main(names):
             compile_kernel(el._rms_backward, TANGENT=tangent, WEIGHT=tangent, BD=512)
             compile_kernel(el._swiglu_forward, TANGENT=tangent, BF=1024)
             compile_kernel(el._swiglu_backward, TANGENT=tangent, BF=1024)
+        for backward in (True, False):
+            compile_kernel(el._heads, BACKWARD=backward, BP=512)
         compile_kernel(triton_fp8._round_rows, BR=triton_fp8._ROWS, BK=triton_fp8._COLUMNS)
     if "vocabulary" in names:
         compile_kernel(vo._embed, wide=("Y",), BLOCK=1024)

@@ -116,6 +116,12 @@ def test_elementwise(op, tangent, dtype):
     assert_close(check.elementwise_case(op, 5, 3, 33, tangent), dtype, backend)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("groups", "queries", "size"), [(2, 1, 8), (1, 3, 10), (3, 2, 200), (1, 1, 2)])
+def test_heads(groups, queries, size, dtype):
+    assert_close(check.heads_case(5, 3, groups, queries, size), dtype, backend)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize(("rows", "columns"), [(37, 150), (1, 1), (64, 16)])

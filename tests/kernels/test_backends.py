@@ -68,6 +68,22 @@ def test_elementwise(op, tangent, dtype):
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("queries", [1, 3])
+def test_heads(queries, dtype):
+    assert_close(check.heads_case(5, 3, 2, queries, 8), dtype)
+
+
+def test_heads_are_rotated_by_their_angle():
+    mixed, angle = torch.randn(4, 1, 3 * 2, dtype=torch.float64), torch.arange(4, dtype=torch.float64)
+    table = torch.stack([angle.cos(), angle.sin()], -1)[:, None]
+    q, k, v = torch_backend.split_heads(mixed, table, 1, 2)
+    turn = torch.stack([torch.stack([angle.cos(), -angle.sin()], -1), torch.stack([angle.sin(), angle.cos()], -1)], 1)
+    for i, head in enumerate((q, k)):
+        torch.testing.assert_close(head[:, 0, 0], (turn @ mixed[:, 0, 2 * i : 2 * i + 2, None])[..., 0])
+    torch.testing.assert_close(v[:, 0, 0], mixed[:, 0, 4:])
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("op", check.VOCAB_OPERATIONS)
 def test_vocabulary(op, dtype):
     assert_close(check.vocab_case(op, 300, 5000, 4990, 12), dtype)  # several tiles each way
