@@ -9,6 +9,7 @@ whole are not masked; exponentials are of base 2, as the hardware's.
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
@@ -102,7 +103,8 @@ def _forward(
     BM: tl.constexpr, BN: tl.constexpr, BH: tl.constexpr,
 ):  # fmt: skip
     """Output, log-sum-exp and mean tangent score of BM queries of one head."""
-    block, b, n = tl.program_id(0), (tl.program_id(1) // N).to(tl.int64), tl.program_id(1) % N
+    block = tl.num_programs(0) - 1 - tl.program_id(0)  # those that see most go first
+    b, n = (tl.program_id(1) // N).to(tl.int64), tl.program_id(1) % N
     streams = 2 if TANGENT else 1
     KT: tl.constexpr = TANGENT and not OWN  # the keys carry a tangent
     g = n // (N // G)
@@ -234,7 +236,8 @@ def _queries_backward(
 
     OUT, A (gradients of the output), DQ, DKS and DVS are contiguous [S, B*, N, H].
     """
-    block, b, n = tl.program_id(0), (tl.program_id(1) // N).to(tl.int64), tl.program_id(1) % N
+    block = tl.num_programs(0) - 1 - tl.program_id(0)  # those that see most go first
+    b, n = (tl.program_id(1) // N).to(tl.int64), tl.program_id(1) % N
     streams = 2 if TANGENT else 1
     KT: tl.constexpr = TANGENT and not OWN
     g = n // (N // G)
@@ -397,13 +400,43 @@ def _keys_backward(
         _store(DV + second, columns, stride, S, H, dvt, BH)
 
 
-def launch_options(size: int, itemsize: int) -> dict[str, int]:
-    """Block sizes and warps for heads of `size`: two tiles of queries and of keys fit on chip."""
-    block = 64 if size * itemsize <= 256 else 32 if size * itemsize <= 512 else 16
-    return {
-        "BM": block, "BN": block, "BH": max(16, triton.next_power_of_2(size)),
-        "num_warps": 4 if size <= 64 else 8, "num_stages": 2 if size * itemsize <= 256 else 1,
-    }  # fmt: skip
+# Queries and keys of a block, warps and stages, for heads of up to 64, 128 and 256 in 16 bits. From what Triton 3.9 compiles for
+# sm_90: few instructions for each one of the matrix unit, and hardly a register spilled in the inner loop.
+_BLOCKS = {
+    ("forward", "value"): ((64, 128, 4, 2), (128, 64, 8, 3), (32, 32, 8, 1)),
+    ("forward", "tangent"): ((128, 64, 8, 2), (128, 64, 8, 2), (32, 32, 8, 1)),
+    ("forward", "tangents of keys"): ((128, 64, 8, 2), (128, 32, 8, 2), (32, 32, 8, 1)),
+    ("queries", "value"): ((64, 128, 4, 2), (128, 64, 8, 2), (32, 32, 8, 1)),
+    ("queries", "tangent"): ((128, 64, 8, 2), (128, 32, 8, 2), (32, 32, 8, 1)),
+    ("queries", "tangents of keys"): ((128, 64, 8, 2), (128, 32, 8, 2), (32, 32, 8, 1)),
+    ("keys", "value"): ((64, 128, 8, 2), (64, 128, 8, 2), (32, 32, 8, 1)),
+    ("keys", "tangent"): ((32, 128, 8, 2), (32, 128, 8, 2), (32, 32, 8, 1)),
+    ("keys", "tangents of keys"): ((32, 128, 8, 2), (64, 32, 8, 2), (32, 32, 8, 1)),
+}
+
+
+@functools.cache
+def _roomy() -> bool:
+    """Whether a block can have the shared memory of an H100's, 227 KB."""
+    return not torch.cuda.is_available() or torch.cuda.get_device_properties().shared_memory_per_block_optin >= 232448
+
+
+def launch_options(kernel: str, kind: str, size: int, itemsize: int) -> dict[str, int]:
+    """Block sizes, warps and stages.
+
+    Args:
+        kernel: "forward", "queries" or "keys".
+        kind: "value", "tangent" or "tangents of keys".
+        size: of a head.
+        itemsize: bytes of a number.
+    """
+    padded = max(16, triton.next_power_of_2(size))
+    if itemsize == 2 and _roomy():
+        queries, keys, warps, stages = _BLOCKS[kernel, kind][0 if padded <= 64 else 1 if padded == 128 else 2]
+    else:
+        queries = keys = 64 if padded <= 64 else 32 if padded == 128 else 16
+        warps, stages = (4 if padded <= 64 else 8), 1
+    return {"BM": queries, "BN": keys, "BH": padded, "num_warps": warps, "num_stages": stages}
 
 
 def _unit(x: Tensor) -> Tensor:
@@ -434,34 +467,37 @@ class _Attention(torch.autograd.Function):
         ctx.strides = [stride for t in tensors for stride in t.stride()[:3]]
         ctx.sizes = (batch, heads, k.shape[2], length, size, 1 / math.sqrt(size))
         ctx.flags = {"TANGENT": tangent, "CAUSAL": causal, "SEGMENTS": segments is not None}
-        ctx.own, ctx.options = own, launch_options(size, q.element_size())
-        grid = (triton.cdiv(length, ctx.options["BM"]), batch * heads)
-        _forward[grid](*tensors, o, lse, mu, seg, *ctx.strides, *ctx.sizes, OWN=own, **ctx.flags, **ctx.options)
+        ctx.own, ctx.kind = own, "value" if not tangent else "tangent" if own else "tangents of keys"
+        options = launch_options("forward", ctx.kind, size, q.element_size())
+        grid = (triton.cdiv(length, options["BM"]), batch * heads)
+        _forward[grid](*tensors, o, lse, mu, seg, *ctx.strides, *ctx.sizes, OWN=own, **ctx.flags, **options)
         ctx.save_for_backward(*tensors, o, lse, mu, seg)
         return o
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor):
         q, k_self, v_self, k, v, o, lse, mu, seg = ctx.saved_tensors
-        batch, heads, groups, length, _, _ = ctx.sizes
+        batch, heads, groups, length, size, _ = ctx.sizes
         grad = grad.contiguous()
         delta, dq = torch.empty_like(lse), torch.empty_like(o)
         beta = torch.empty_like(lse) if ctx.flags["TANGENT"] else delta
         dk_self = torch.empty_like(o) if ctx.own else dq
         dv_self = torch.empty_like(o) if ctx.own else dq
-        grid = (triton.cdiv(length, ctx.options["BM"]), batch * heads)
+        options = launch_options("queries", ctx.kind, size, q.element_size())
+        grid = (triton.cdiv(length, options["BM"]), batch * heads)
         _queries_backward[grid](
             q, k_self, v_self, k, v, o, grad, lse, mu, delta, beta, dq, dk_self, dv_self, seg,
-            *ctx.strides, *ctx.sizes, OWN=ctx.own, **ctx.flags, **ctx.options,
+            *ctx.strides, *ctx.sizes, OWN=ctx.own, **ctx.flags, **options,
         )  # fmt: skip
         dk = dv = None
         if ctx.needs_input_grad[3] or ctx.needs_input_grad[4]:  # not while proposing
             dk = torch.empty(k.shape, dtype=k.dtype, device=k.device)
             dv = torch.empty(v.shape, dtype=v.dtype, device=v.device)
-            grid = (triton.cdiv(length, ctx.options["BN"]), batch * groups)
+            options = launch_options("keys", ctx.kind, size, q.element_size())
+            grid = (triton.cdiv(length, options["BN"]), batch * groups)
             _keys_backward[grid](
                 q, k, v, grad, lse, mu, delta, beta, dk, dv, seg, *ctx.strides[:3], *ctx.strides[9:], *ctx.sizes,
-                KT=ctx.flags["TANGENT"] and not ctx.own, **ctx.flags, **ctx.options,
+                KT=ctx.kind == "tangents of keys", **ctx.flags, **options,
             )  # fmt: skip
         own = (_sum_groups(dk_self, groups), _sum_groups(dv_self, groups)) if ctx.own else (None, None)
         return dq, *own, dk, dv, None, None, None

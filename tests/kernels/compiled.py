@@ -15,10 +15,11 @@ from ebt_megatron.kernels import triton_attention, triton_elementwise, triton_fp
 POINTERS = {"LSE", "MU", "DELTA", "BETA", "GW", "TOP", "TOTAL", "FACTOR", "CENTRE", "ALPHA", "S1", "S2", "SG", "SCALE",
             "MEAN", "QUANTILES", "NEXT", "TABLE"}  # always fp32  # fmt: skip
 FIXED = {"OUT8": "*fp8e4nv", "SEG": "*i32", "FIRST": "*i32", "SECOND": "*i32", "COLUMN": "*i64"}
+SHARED = 232448  # bytes a block can have on an H100
 FLOATS = ("scale", "epsilon", "std")
 
 
-def compile_kernel(function, wide=(), **constants):
+def compile_kernel(function, wide=(), num_warps=4, num_stages=3, **constants):
     """Compile with bf16 data, fp32 for the pointers named in `wide`; arguments are as the launchers pass them."""
     switches = {p.name for p in function.params if p.is_constexpr}
     if switches != set(constants):
@@ -36,24 +37,26 @@ def compile_kernel(function, wide=(), **constants):
         else:
             signature[name] = "fp32" if name in FLOATS else "i32"
     source = ASTSource(function, signature, constexprs=constants)
-    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32))
+    options = {"num_warps": num_warps, "num_stages": num_stages}
+    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    assert compiled.metadata.shared <= SHARED, f"{function.__name__} {constants}: {compiled.metadata.shared} bytes"
     print(f"{function.__name__} {constants}: {len(compiled.asm['ptx'])} bytes of PTX")
 
 
 def main(names):
     at, el, vo = triton_attention, triton_elementwise, triton_vocabulary
-    if "attention" in names:
-        tiles = {"BM": 64, "BN": 64, "BH": 64}
-        for tangent, own, causal in (
-            (True, True, True),
-            (False, True, True),
-            (True, False, False),
-            (False, False, True),
+    for size in (int(name.removeprefix("attention ")) for name in names if name.startswith("attention")):
+        for kind, tangent, own, causal in (
+            ("value", False, True, True),
+            ("tangent", True, True, True),
+            ("tangents of keys", True, False, False),
+            ("value", False, False, True),
         ):
-            kind = {"TANGENT": tangent, "CAUSAL": causal, "SEGMENTS": causal, **tiles}
-            compile_kernel(at._forward, OWN=own, **kind)
-            compile_kernel(at._queries_backward, OWN=own, **kind)
-            compile_kernel(at._keys_backward, KT=tangent and not own, **kind)
+            flags = {"TANGENT": tangent, "CAUSAL": causal, "SEGMENTS": causal}
+            blocks = {name: at.launch_options(name, kind, size, 2) for name in ("forward", "queries", "keys")}
+            compile_kernel(at._forward, OWN=own, **flags, **blocks["forward"])
+            compile_kernel(at._queries_backward, OWN=own, **flags, **blocks["queries"])
+            compile_kernel(at._keys_backward, KT=kind == "tangents of keys", **flags, **blocks["keys"])
     if "elementwise" in names:
         for tangent in (True, False):
             compile_kernel(el._rms_forward, TANGENT=tangent, BD=512)

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
 from ebt_megatron import kernels
-from ebt_megatron.kernels import check, fp8, noise, triton_vocabulary
+from ebt_megatron.kernels import check, fp8, noise, triton_attention, triton_vocabulary
 from tests.kernels.test_backends import assert_close, poisoned_memory  # noqa: F401  (a fixture)
 
 backend = kernels.select("triton")
@@ -70,6 +70,21 @@ def test_full_attention(shape, tangent, dtype):
 def test_context_attention(documents, dtype):
     case = check.attention_case("context_attention", 70, 1, 2, 1, 8, False, documents)
     assert_close(case, dtype, backend)
+
+
+@pytest.mark.parametrize("documents", [False, True])
+@pytest.mark.parametrize(("op", "tangent"), [
+    ("prediction_attention", True), ("prediction_attention", False), ("full_attention", True),
+    ("context_attention", False),
+])  # fmt: skip
+@pytest.mark.parametrize("blocks", [(16, 16), (32, 16), (16, 32), (16, 64)])
+def test_blocks_of_any_shape(op, tangent, documents, blocks, monkeypatch):
+    """Blocks of queries and of keys need not be of one size, nor divide the length."""
+    options = {"BM": blocks[0], "BN": blocks[1], "BH": 16, "num_warps": 4, "num_stages": 1}
+    monkeypatch.setattr(triton_attention, "launch_options", lambda *_: options)
+    if op == "full_attention" and documents:
+        pytest.skip("images have no documents")
+    assert_close(check.attention_case(op, 70, 1, 2, 1, 8, tangent, documents), torch.float32, backend)
 
 
 # Not the very smallest, where results cancel to nothing and float32 has no relative accuracy.

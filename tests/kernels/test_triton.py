@@ -19,7 +19,10 @@ def test_kernels_in_the_interpreter():
     assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-2000:]
 
 
-@pytest.mark.parametrize("family", ["attention", "elementwise", "vocabulary"])
+@pytest.mark.parametrize("family", [
+    "attention 128", "elementwise", "vocabulary",
+    *(pytest.param(f"attention {size}", marks=pytest.mark.slow) for size in (64, 256)),
+])  # fmt: skip
 def test_kernels_compile_for_a_gpu(family):
     """Without one: the compiler sees what the interpreter lets pass."""
     run = subprocess.run(
