@@ -107,12 +107,16 @@ class VideoSource:
             raise DataError(f"{file.path} has {len(clip)} frames, fewer than a clip of {self.frames}")
 
     def _picture(self, frame: Any, scaler: Any) -> np.ndarray:
-        """uint8 [height, width, 3]: the shorter side made to fit, the centre of the longer."""
-        scale = max(self.height / frame.height, self.width / frame.width)
-        height, width = max(self.height, round(frame.height * scale)), max(self.width, round(frame.width * scale))
-        rgb = scaler.reformat(frame, width, height, "rgb24", interpolation="BICUBIC", threads=1).to_ndarray()
+        """uint8 [height, width, 3]: the right way up, the shorter side made to fit, the centre of the longer."""
+        turns = round(frame.rotation / 90) % 4  # counterclockwise, as a phone notes that it was held
+        turned = turns % 2 == 1
+        shown = (frame.width, frame.height) if turned else (frame.height, frame.width)
+        scale = max(self.height / shown[0], self.width / shown[1])
+        height, width = max(self.height, round(shown[0] * scale)), max(self.width, round(shown[1] * scale))
+        size = (height, width) if turned else (width, height)
+        rgb = scaler.reformat(frame, *size, "rgb24", interpolation="BICUBIC", threads=1).to_ndarray()
         top, left = (height - self.height) // 2, (width - self.width) // 2
-        return rgb[top : top + self.height, left : left + self.width]
+        return np.rot90(rgb, turns)[top : top + self.height, left : left + self.width]
 
 
 def _checked(container: Any, stream: Any, path: str) -> Iterator[Any]:

@@ -400,10 +400,10 @@ def _keys_backward(
         _store(DV + second, columns, stride, S, H, dvt, BH)
 
 
-# Queries and keys of a block, warps and stages, for heads of up to 64, 128 and 256 in 16 bits. From what Triton 3.9 compiles for
-# sm_90: few instructions for each one of the matrix unit, and hardly a register spilled in the inner loop.
+# Queries and keys of a block, warps and stages, for heads of up to 64, 128 and 256 in 16 bits. From what Triton 3.9
+# compiles for sm_90: few instructions for each one of the matrix unit, and hardly a register spilled in the inner loop.
 _BLOCKS = {
-    ("forward", "value"): ((64, 128, 4, 2), (128, 64, 8, 3), (32, 32, 8, 1)),
+    ("forward", "value"): ((64, 128, 4, 2), (128, 64, 8, 3), (64, 64, 4, 2)),
     ("forward", "tangent"): ((128, 64, 8, 2), (128, 64, 8, 2), (32, 32, 8, 1)),
     ("forward", "tangents of keys"): ((128, 64, 8, 2), (128, 32, 8, 2), (32, 32, 8, 1)),
     ("queries", "value"): ((64, 128, 4, 2), (128, 64, 8, 2), (32, 32, 8, 1)),
@@ -418,7 +418,10 @@ _BLOCKS = {
 @functools.cache
 def _roomy() -> bool:
     """Whether a block can have the shared memory of an H100's, 227 KB."""
-    return not torch.cuda.is_available() or torch.cuda.get_device_properties().shared_memory_per_block_optin >= 232448
+    if not torch.cuda.is_available():
+        return True
+    properties = triton.runtime.driver.active.utils.get_device_properties(torch.cuda.current_device())
+    return properties["max_shared_mem"] >= 232448
 
 
 def launch_options(kernel: str, kind: str, size: int, itemsize: int) -> dict[str, int]:

@@ -29,13 +29,15 @@ def moving_square(frames, height=48, width=64, seed=0):
     return video
 
 
-def write_video(path, frames, rate=25, **options):
-    """Encode uint8 frames [N, H, W, 3] with PyAV."""
+def write_video(path, frames, rate=25, rotation=0, **options):
+    """Encode uint8 frames [N, H, W, 3] with PyAV, to be shown turned counterclockwise by `rotation` degrees."""
     import av
 
     with av.open(str(path), "w", options=options) as container:
         stream = container.add_stream("mpeg4", rate=rate, bit_rate=4_000_000)
         stream.height, stream.width, stream.pix_fmt = *frames.shape[1:3], "yuv420p"
+        if rotation:
+            stream.set_display_rotation(rotation)
         for frame in frames:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
         container.mux(stream.encode())

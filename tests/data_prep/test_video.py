@@ -9,11 +9,12 @@ import pytest
 
 from data_prep import video
 from data_prep.encoders import load_encoder
+from data_prep.files import InputFile
 from ebt_megatron.data.folder import ShardFolder
 from ebt_megatron.data.shards import read_manifest
 from tests.data_prep.media import contents, invoke, moving_square, psnr, said, write_video, write_videos
 
-pytest.importorskip("av")
+av = pytest.importorskip("av")
 
 
 @pytest.fixture(scope="module")
@@ -67,6 +68,22 @@ def test_what_the_manifest_says(shards):
 def test_latents_of_the_train_split_are_normalised(shards):
     latents = np.stack(list(ShardFolder(str(shards / "train")).rows())).reshape(-1, 16).astype(np.float64)
     assert np.abs(latents.mean(0)).max() < 2e-3 and np.abs(latents.std(0) - 1).max() < 2e-3
+
+
+@pytest.mark.parametrize("degrees", [90, 180, -90])
+def test_frames_are_the_right_way_up(degrees, tmp_path):
+    """A phone that was held sideways stores its frames lying and notes the turn."""
+    if not hasattr(av.video.stream.VideoStream, "set_display_rotation"):
+        pytest.skip("this PyAV cannot write a rotation")
+    upright = moving_square(12, height=64, width=48) if degrees != 180 else moving_square(12)
+    stored = np.rot90(upright, -degrees // 90, (1, 2))
+    write_video(tmp_path / "a.mp4", np.ascontiguousarray(stored), rotation=degrees)
+    height, width = upright.shape[1:3]
+    source = video.VideoSource(frames=12, height=height, width=width)
+    (piece,) = source.read([InputFile(str(tmp_path / "a.mp4"), 0, 0)])
+    ((clip, _),) = piece.samples
+    assert clip.shape == upright.shape and psnr(clip, upright) > 28
+    assert psnr(np.rot90(clip, 2, (1, 2)), upright) < 20
 
 
 def test_clips_follow_each_other_and_do_not_overlap(tmp_path):
