@@ -11,7 +11,7 @@ import itertools
 import queue
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -109,6 +109,9 @@ def _check_room(recipe: Recipe, remote: list[ShardFolder]) -> None:
         )
 
 
+_PATIENCE = 10.0  # seconds for a thread to end: only a slow remote shard takes so long
+
+
 class Loader:
     """Micro-batches of one data-parallel rank.
 
@@ -203,7 +206,7 @@ class Loader:
                 yield list(range(first, first + size)), start + (batch if m == per_rank - 1 else 0)
             start += batch
 
-    def __iter__(self) -> Iterator[MicroBatch]:
+    def __iter__(self) -> Generator[MicroBatch, None, None]:
         """Read ahead in a thread; `consumed` moves when a global batch has been taken whole."""
         # Several micro-batches at a time: handing one over costs more than reading it.
         together = max(1, self.recipe.data.prefetch // 2)
@@ -248,3 +251,5 @@ class Loader:
                     yield micro_batch
         finally:
             stop.set()
+            # One that is inside torch when the interpreter ends would take the process down with it.
+            thread.join(_PATIENCE)

@@ -95,8 +95,9 @@ class Watchdog:
         self.thread.start()
 
     def stop(self) -> None:
-        """The run is over."""
+        """The run is over: wait for the thread, which must not outlive the process group."""
         self._stop.set()
+        self.thread.join(self.timeout)
 
     def _report(self) -> None:
         report = {"entered": self.timers.entered, "phase": self.timers.current or "between phases", "step": self.step}

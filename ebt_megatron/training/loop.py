@@ -252,6 +252,7 @@ class Run:
                     self.say(f"told to stop: saved step {self.step}; run the same command to go on")
                     return
         finally:
+            stream.close()
             watchdog.stop()
             if profiler is not None:
                 profiler.stop()

@@ -3,6 +3,7 @@
 import itertools
 import json
 import re
+import threading
 
 import numpy as np
 import pytest
@@ -96,6 +97,14 @@ def test_what_was_read_ahead_is_not_counted(shards):
     for _ in range(6):  # one global batch and a half
         next(stream)
     assert loader.consumed == 8
+
+
+def test_the_reading_thread_ends_with_its_iterator(shards):
+    stream = iter(Loader(recipe_for(shards), "train", 0, 1))
+    next(stream)
+    (thread,) = (t for t in threading.enumerate() if t.name == "loader")
+    stream.close()
+    assert not thread.is_alive()
 
 
 def test_targets_cover_every_token_once(shards):
