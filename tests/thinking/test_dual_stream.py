@@ -71,8 +71,7 @@ def test_descending_on_probabilities(mode, options):
             "thinking.langevin_noise=0.7", *options)  # fmt: skip
 
 
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("rows", [1, 7, 1000])
+@pytest.mark.parametrize(("mode", "rows"), [*((mode, 7) for mode in MODES), (MODES[0], 1), (MODES[2], 1000)])
 def test_regenerated_logits_give_the_same_gradient(mode, rows):
     compare(f"thinking.loss={mode[0]}", f"thinking.gradient={mode[1]}", "model.kernels=torch",
             "thinking.langevin_noise=0.7", ours=(f"thinking.regenerate={rows}",))  # fmt: skip

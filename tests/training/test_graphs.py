@@ -93,12 +93,11 @@ def micro_batch(number, documents):
 
 @pytest.mark.parametrize("overrides", [
     (), ("thinking.reuse=true",), ("thinking.gradient=full", "model.recompute_layers=true"),
-    ("thinking.regenerate=6", "thinking.langevin_noise=0.5", "thinking.step_size_scale=2"),
+    ("thinking.regenerate=6", "thinking.langevin_noise=0.5", "thinking.step_size_scale=2", "data.document_mask=true"),
     ("thinking.loss=last", "thinking.gradient=truncated", "model.conditioning=adaln_zero"),
     ("model.architecture=transformer",),
 ], ids=" ".join)  # fmt: skip
-@pytest.mark.parametrize("documents", [False, True])
-def test_a_recording_serves_any_data(overrides, documents, graphs):
+def test_a_recording_serves_any_data(overrides, graphs):
     recipe = builders.small_recipe("model.kernels=torch", "training.global_batch_size=4", "thinking.min_steps=2",
                                    "thinking.max_steps=3", *overrides)  # fmt: skip
     model = builders.build(recipe, torch.float32)
@@ -107,7 +106,7 @@ def test_a_recording_serves_any_data(overrides, documents, graphs):
     for p in model.parameters():
         p.grad = torch.zeros_like(p)  # graphs write where they were recorded
     for iteration in range(4):
-        batch = [micro_batch(2 * iteration + i, documents) for i in range(2)]
+        batch = [micro_batch(2 * iteration + i, recipe.data.document_mask) for i in range(2)]
         results = []
         for objective in objectives:
             for p in model.parameters():

@@ -25,7 +25,7 @@ RECIPES = {
     "Transformer++": TRANSFORMER,
 }  # fmt: skip
 
-TEN_STEPS = ("S1", "S2", "Transformer++")  # the others take two, to keep the suite quick
+LONG = ("S1", "S2", "Transformer++")  # the others take two steps, to keep the suite quick
 
 LAYOUTS = {  # name: (ranks, overrides)
     "TP 2": (2, ("parallel.tensor=2",)),
@@ -51,7 +51,7 @@ def micro_batches_of(trainer, step: int) -> list[MicroBatch]:
     return micro_batches
 
 
-def losses_of(overrides: tuple[str, ...], steps: int = 10) -> list[float]:
+def losses_of(overrides: tuple[str, ...], steps: int) -> list[float]:
     """Losses of `steps` optimizer steps on this rank's share of random tokens."""
     from ebt_megatron.model.build import SampleShape
     from ebt_megatron.training.loop import Trainer
@@ -64,25 +64,25 @@ def losses_of(overrides: tuple[str, ...], steps: int = 10) -> list[float]:
     return [trainer.train_step(micro_batches_of(trainer, step), step).loss for step in range(steps)]
 
 
-def several(recipes: dict[str, tuple[str, ...]], layout: tuple[str, ...]) -> dict[str, list[float]]:
-    """Losses of several recipes in one set of processes."""
+def several(recipes: dict[str, tuple[str, ...]], layout: tuple[str, ...], steps: int) -> dict[str, list[float]]:
+    """Losses of several recipes in one set of processes; `steps` of the LONG ones."""
     from ebt_megatron.parallel.setup import shutdown
 
     results = {}
     for name, overrides in recipes.items():
-        results[name] = losses_of((*overrides, *layout), 10 if name in TEN_STEPS else 2)
+        results[name] = losses_of((*overrides, *layout), steps if name in LONG else 2)
     shutdown()
     return results
 
 
-@pytest.fixture(scope="module")
-def single() -> dict[str, list[float]]:
-    still = {name: (*RECIPES[name], "optimizer.lr=1e-12") for name in TEN_STEPS}
-    (results,) = run_ranks(several, 1, RECIPES, ())
-    (unchanged,) = run_ranks(several, 1, still, ())
-    for name in TEN_STEPS:
+@pytest.fixture(scope="module", params=[4, pytest.param(10, marks=pytest.mark.slow)], ids="{} steps".format)
+def single(request) -> dict[str, list[float]]:
+    still = {name: (*RECIPES[name], "optimizer.lr=1e-12") for name in LONG}
+    (results,) = run_ranks(several, 1, RECIPES, (), request.param)
+    (unchanged,) = run_ranks(several, 1, still, (), request.param)
+    for name in LONG:
         change = abs(results[name][-1] / unchanged[name][-1] - 1)
-        assert change > 1e-3, f"{name} hardly changes in ten steps, so comparing layouts would say little"
+        assert change > 1e-3, f"{name} hardly changes in so many steps: comparing layouts would say little"
     return results
 
 
@@ -94,7 +94,7 @@ def test_losses_equal_those_of_a_single_process(layout, single):
         del recipes["time_embed_sequence"]  # refused: its extra token cannot be split
     if any(o.startswith("parallel.pipeline") for o in overrides):
         del recipes["reuse"]  # refused: it needs all layers on one stage
-    for results in run_ranks(several, ranks, recipes, overrides):
+    for results in run_ranks(several, ranks, recipes, overrides, len(single["S1"])):
         for name, losses in results.items():
             torch.testing.assert_close(
                 torch.tensor(losses), torch.tensor(single[name]), rtol=1e-5, atol=0,
