@@ -1,7 +1,8 @@
 """Benchmark whole training steps: dual stream, double backward (the public code's way), Transformer++.
 
-Every variant runs in a process of its own: once with fresh memory to read the peak, once
-to time steps. All numbers of a table come from one run on one machine.
+Every variant runs in a process of its own: once with fresh memory to read the peak, then once a
+round to time a step after one to warm up. Rounds go over all variants, so that a machine that gets slower or
+faster meanwhile does so for all. All numbers of a table come from one run on one machine.
 
     python -m tools.bench                       # the tables of docs/performance.md
     python -m tools.bench --case long --repeats 3
@@ -125,8 +126,8 @@ def median_seconds(step: Callable[[int], float], repeats: int) -> float:
     return sorted(seconds)[len(seconds) // 2]
 
 
-def _child(case: str, variant: str, repeats: int) -> dict[str, Any]:
-    """Measure one variant in this process: memory of the first step, or time of `repeats` after it."""
+def _child(case: str, variant: str, timed: bool) -> dict[str, Any]:
+    """Measure one variant in this process: memory of the first step, or time of the one after it."""
     import torch
 
     from ebt_megatron.config import load_recipe
@@ -138,7 +139,7 @@ def _child(case: str, variant: str, repeats: int) -> dict[str, Any]:
     vocab = CASES[case]["vocab"]
     step = training_step(recipe, vocab)
     out: dict[str, Any] = {"tokens": recipe.training.micro_batch_size * recipe.data.sequence_length}
-    if not repeats:
+    if not timed:
         if torch.cuda.is_available():
             base = torch.cuda.memory_allocated()
             torch.cuda.reset_peak_memory_stats()
@@ -151,14 +152,14 @@ def _child(case: str, variant: str, repeats: int) -> dict[str, Any]:
             out["memory"] = _peak_rss() - base
         return out
     out["flops"] = counted_flops(step)
-    out["seconds"] = median_seconds(step, repeats)
+    out["seconds"] = median_seconds(step, 1)
     out["minimum_flops"] = minimum_flops(recipe, vocab)
     return out
 
 
-def _spawn(case: str, variant: str, repeats: int, threads: int) -> dict[str, Any]:
+def _spawn(case: str, variant: str, timed: bool, threads: int) -> dict[str, Any]:
     env = os.environ | {"OMP_NUM_THREADS": str(threads)}
-    if not repeats:  # freed memory goes back at once, so that the peak is what was in use
+    if not timed:  # freed memory goes back at once, so that the peak is what was in use
         env |= {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
     command = [
         sys.executable,
@@ -167,7 +168,7 @@ def _spawn(case: str, variant: str, repeats: int, threads: int) -> dict[str, Any
         "-m",
         "tools.bench",
         "--child",
-        json.dumps([case, variant, repeats]),
+        json.dumps([case, variant, timed]),
     ]
     done = subprocess.run(command, capture_output=True, text=True, env=env, check=False)
     if done.returncode:
@@ -214,7 +215,7 @@ def _table(case: str, rows: dict[str, dict[str, Any]]) -> Table:
 def main(
     case: list[str] = typer.Option(list(CASES), help="Which sizes: " + ", ".join(CASES)),
     variant: list[str] = typer.Option(list(VARIANTS), help="Which variants: " + "; ".join(VARIANTS)),
-    repeats: int = typer.Option(3, help="Timed steps a variant; the median counts."),
+    repeats: int = typer.Option(3, min=1, help="Rounds, of one timed step a variant; the median counts."),
     threads: int = typer.Option(os.cpu_count() or 1, help="CPU threads."),
     output: Path | None = typer.Option(None, help="Also write the numbers as JSON."),
     child: str | None = typer.Option(None, hidden=True),
@@ -227,10 +228,15 @@ def main(
     console.print(f"{results['machine']}, {threads} threads")
     for name in case:
         rows: dict[str, dict[str, Any]] = {}
-        for v in track(variant, description=name, console=console, transient=True):
-            rows[v] = _spawn(name, v, 0, threads)
-            if not VARIANTS[v].get("memory_only"):
-                rows[v] |= _spawn(name, v, repeats, threads)
+        rounds = [v for v in variant if not VARIANTS[v].get("memory_only")] * repeats
+        seconds: dict[str, list[float]] = {v: [] for v in rounds}
+        for i, v in enumerate(track([*variant, *rounds], description=name, console=console, transient=True)):
+            timed = i >= len(variant)
+            rows[v] = rows.get(v, {}) | _spawn(name, v, timed, threads)
+            if timed:
+                seconds[v].append(rows[v]["seconds"])
+        for v, measured in seconds.items():
+            rows[v] |= {"seconds": sorted(measured)[len(measured) // 2], "rounds": measured}
         console.print(_table(name, rows))
         results["cases"][name] = rows
         if {"dual stream", "dual stream, 8 steps", "dual stream, 2S"} <= set(rows):

@@ -171,7 +171,10 @@ class TextPrediction:
         if not self._regenerated:
             self.y = self._make(self._all)
         # Reuse trades memory for arithmetic: y' is kept until it becomes y, not computed twice.
-        self._next = torch.zeros_like(self.y) if thinking.reuse and not self._regenerated else None
+        self._next: Tensor | None = None
+        if thinking.reuse and not self._regenerated:
+            self._next = torch.empty_like(self.y)
+            self._next[:, self.valid :] = 0
         self.history: list[tuple[_Step, Tensor]] = []
         self._kept: Tensor | None = None
 
