@@ -92,7 +92,7 @@ def main(
         if not saved.exists():
             raise RecipeError(f"{run_dir} is not a run directory: recipe.yaml is missing")
         layout = ["parallel.tensor=1", "parallel.pipeline=1", "parallel.sequence_parallel=false",
-                  "parallel.distributed_optimizer=false"]  # fmt: skip
+                  "parallel.distributed_optimizer=false", "training.cuda_graphs=false"]  # fmt: skip
         recipe = load_recipe(saved, layout + (overrides or []))
         quiet_libraries()
         import torch.distributed as dist
