@@ -63,6 +63,19 @@ def _hide(
 
 
 @triton.jit
+def _range(block, S, CAUSAL: tl.constexpr, SEGMENTS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
+    """For a block of queries: keys before the first number are seen by all of them, from the second on by none."""
+    end = S
+    whole = S // BN * BN
+    if CAUSAL:
+        end = tl.minimum(S, (block + 1) * BM)
+        whole = block * BM // BN * BN
+    if SEGMENTS:
+        whole = 0
+    return whole, end
+
+
+@triton.jit
 def _attend(
     q, qt, acc, acc_t, top, total, mean, K, V, ks, vs, KT_AT, VT_AT, SEG, rows, start, S, H, scale,
     MASK: tl.constexpr, TANGENT: tl.constexpr, KT: tl.constexpr, CAUSAL: tl.constexpr, SEGMENTS: tl.constexpr,
@@ -133,13 +146,7 @@ def _forward(
         total = tl.zeros([BM], tl.float32)
         acc = tl.zeros([BM, BH], tl.float32)
         acc_t = acc
-    end = S
-    whole = S // BN * BN  # keys before this are seen by every row
-    if CAUSAL:
-        end = tl.minimum(S, (block + 1) * BM)
-        whole = block * BM // BN * BN
-    if SEGMENTS:
-        whole = 0
+    whole, end = _range(block, S, CAUSAL, SEGMENTS, BM, BN)
     for start in range(0, whole, BN):
         acc, acc_t, top, total, mean = _attend(
             q, qt, acc, acc_t, top, total, mean, K, V, ks, vs, K + B * kb, V + B * vb, SEG, rows, start, S, H, scale,
@@ -291,13 +298,7 @@ def _queries_backward(
     K += b * kb + g * kn
     V += b * vb + g * vn
     SEG += b * S
-    end = S
-    whole = S // BN * BN
-    if CAUSAL:
-        end = tl.minimum(S, (block + 1) * BM)
-        whole = block * BM // BN * BN
-    if SEGMENTS:
-        whole = 0
+    whole, end = _range(block, S, CAUSAL, SEGMENTS, BM, BN)
     for start in range(0, whole, BN):
         dq, dqt = _to_queries(
             dq, dqt, q, qt, a, bt, lse, mu, delta, beta, K, V, K + B * kb, V + B * vb, ks, vs, SEG, rows, start, S, H,
