@@ -110,7 +110,7 @@ def vocab_case(op: str, tokens: int, columns: int, valid: int, width: int, seed:
     target = torch.randint(-1, valid, (tokens,), generator=generator)
     step: list[Any] = [y, lse, table, valid, energy_grad, centre, alpha]
     x_grad, xt_grad, adjoint = randn(tokens, width), randn(tokens, width), randn(tokens, columns)
-    scale, mean = randn(tokens), randn(tokens)
+    scale, mean = randn(tokens).exp(), randn(tokens)
     table_grad = randn(columns, width)
     if op == "vocab_embed":
         return Case(op, [y, table, valid], {}, (1,))

@@ -35,18 +35,15 @@ class RefineStats:
 
     Attributes:
         lse_next: log-sum-exp of y'.
-        target_logit, p_target, g_target: y', p and g at the target; 0 where it is not local.
-        s1: sum p_v p'_v; s2: sum p'_v^2; sg: sum p'_v g_v; with p' = exp(y' - lse_next), local.
+        target_logit, p_target: y' and p at the target; 0 where it is not local.
+        pp: sum p_v p'_v, with p' = exp(y' - lse_next), local.
         px: [T, D] sum p_v p'_v table_v.
     """
 
     lse_next: Tensor
     target_logit: Tensor
     p_target: Tensor
-    g_target: Tensor
-    s1: Tensor
-    s2: Tensor
-    sg: Tensor
+    pp: Tensor
     px: Tensor
 
     @classmethod
@@ -81,7 +78,7 @@ class Kernels:
             writes y' to y_next [T, V] if given.
         vocab_backward: (y, lse, table, valid, energy_grad, centre, alpha, target, lse_next, scale, mean,
             x_grad, xt_grad, table_grad, y_next=None, probabilities=False): table_grad += p^T x_grad +
-            (p * (scale lambda - mean))^T xt_grad, in place; y becomes y' in place, unless y' is given.
+            (p * (scale lambda - mean))^T xt_grad, in place, scale > 0; y becomes y' in place, unless y' is given.
         vocab_update: (y, lse, table, valid, energy_grad, centre, alpha, probabilities=False): y becomes y' in place.
         vocab_adjoint: (y', lse', target, weight, valid, adjoint): adjoint += weight lambda, in place.
         vocab_dot_step: (y, lse, table, valid, energy_grad, centre, adjoint) -> <adjoint, g> [T].

@@ -169,7 +169,7 @@ def vocab_refine(
     target: Tensor, y_next: Tensor | None = None, probabilities: bool = False,
 ) -> RefineStats:  # fmt: skip
     """See `Kernels.vocab_refine`."""
-    p, g, moved = _step(y, lse, table, valid, energy_grad, centre, alpha, probabilities)
+    p, _, moved = _step(y, lse, table, valid, energy_grad, centre, alpha, probabilities)
     factor = torch.ones_like(p) if probabilities else p
     lse_next = _log_sum_exp(moved, valid)
     p_next = _probabilities(moved, lse_next, valid)
@@ -180,10 +180,7 @@ def vocab_refine(
         lse_next=lse_next,
         target_logit=(hot * moved).sum(-1),
         p_target=(hot * p).sum(-1),
-        g_target=(hot * g).sum(-1),
-        s1=(factor * p_next).sum(-1),
-        s2=p_next.square().sum(-1),
-        sg=(p_next * g).sum(-1),
+        pp=(factor * p_next).sum(-1),
         px=(factor * p_next) @ table.to(y.dtype),
     )
 

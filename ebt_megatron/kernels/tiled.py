@@ -18,16 +18,18 @@ so the backward pass needs, beside inputs and outputs, only the log-sum-exp and 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ebt_megatron.kernels.vocabulary import Tiles, Vocabulary
+from ebt_megatron.kernels.vocabulary import Tiles, Vocabulary, exp_minus
 
 _QUERY_BLOCK = 128
 _SCORES = 1 << 18  # scores of one block of queries and heads held at once, so that they stay in cache
+_ELEMENTS = 1 << 18  # of a tensor worked on elementwise at once, likewise
 
 
 # --- attention --------------------------------------------------------------------------------
@@ -62,149 +64,165 @@ def _blocks(queries: int, keys: int, rows: int, causal: bool) -> list[tuple[slic
     return out
 
 
-def _hide(scores: Tensor, block: slice, visible: int, causal: bool, segments: Tensor | None, rows: slice) -> None:
-    """Set scores of unseen keys to -inf, in place; segments int32 [B * N, S]."""
-    if causal:
+def _hide(scores: Tensor, block: slice, visible: int, future: Tensor | None, segments: Tensor | None, r: slice) -> None:
+    """Set scores of unseen keys to -inf, in place; future from `_future`, segments int32 [B * N, S]."""
+    if future is not None:
         size = block.stop - block.start
-        future = torch.ones(size, size, dtype=torch.bool, device=scores.device).triu(1)
-        scores[:, :, block.start :].masked_fill_(future, -math.inf)
+        scores[:, :, block.start :].add_(future[:size, :size])
     if segments is not None:
-        scores.masked_fill_(segments[rows, block, None] != segments[rows, None, :visible], -math.inf)
+        scores.masked_fill_(segments[r, block, None] != segments[r, None, :visible], -math.inf)
+
+
+def _future(like: Tensor, causal: bool) -> Tensor | None:
+    """-inf where a key comes after its query, to be added to the scores of a block with itself."""
+    return like.new_full((_QUERY_BLOCK, _QUERY_BLOCK), -math.inf).triu(1) if causal else None
+
+
+def _halves(x: Tensor | None, stacked: bool) -> tuple[Any, ...]:
+    """Value and tangent; without a tangent (x, None)."""
+    return x.chunk(2) if stacked and x is not None else (x, None)
+
+
+def _dot(x: Tensor, y: Tensor) -> Tensor:
+    return (x * y).sum(-1, keepdim=True)
 
 
 class _Attention(torch.autograd.Function):
     """Attention over shared keys and, optionally, each row's own key; with or without tangents.
 
-    Arguments are [R, S, H] with R = B * N (see `_to_heads`); tangents are None or of that shape.
+    Arguments are [R, S, H] with R = B * N (see `_to_heads`). With `tangent`, tangents are stacked behind values
+    [2R, S, H]: behind those of shared keys too where rows have no key of their own.
     """
 
     @staticmethod
-    def forward(ctx: Any, q, qt, k_self, kt_self, v_self, vt_self, k, kt, v, vt, causal, segments):
+    def forward(ctx: Any, q, k_self, v_self, k, v, tangent, causal, segments):
+        given, own_key = (q, k_self, v_self, k, v), k_self is not None
         scale = 1 / math.sqrt(q.shape[-1])
+        out = torch.empty_like(q)
+        (o, ot), (q, qt) = _halves(out, tangent), _halves(q, tangent)
+        (k_self, kt_self), (v_self, vt_self) = _halves(k_self, tangent), _halves(v_self, tangent)
+        (k, kt), (v, vt) = (_halves(t, tangent and not own_key) for t in (k, v))
         rows, queries, _ = q.shape
-        tangent = qt is not None
-        o, ot = torch.empty_like(q), torch.empty_like(q) if tangent else None
-        lse = q.new_empty(rows, queries)
-        mu = q.new_empty(rows, queries) if tangent else None
+        lse, mu = q.new_empty(2, rows, queries, 1)  # log-sum-exp, and the mean tangent score
+        future = _future(q, causal)
         for r, b, visible in _blocks(queries, k.shape[1], rows, causal):
-            key, value = k[r, :visible], v[r, :visible]
-            s = torch.bmm(q[r, b], key.mT).mul_(scale)
-            _hide(s, b, visible, causal, segments, r)
+            key, value, qb = k[r, :visible], v[r, :visible], q[r, b] * scale
+            s = torch.bmm(qb, key.mT)
+            _hide(s, b, visible, future, segments, r)
             top = s.amax(-1, keepdim=True)
-            if k_self is not None:
-                own = (q[r, b] * k_self[r, b]).sum(-1, keepdim=True).mul_(scale)
+            if own_key:
+                own = _dot(qb, k_self[r, b])
                 top = torch.maximum(top, own)
-            p = s.sub_(top).exp_()
+            p = exp_minus(s, top, s)
             total = p.sum(-1, keepdim=True)
-            if k_self is not None:
+            if own_key:
                 p_own = (own - top).exp()
-                total = total + p_own
-            lse[r, b] = (top + total.log()).squeeze(-1)
+                total += p_own
+            torch.add(top, total.log(), out=lse[r, b])
             p.div_(total)
-            out = torch.bmm(p, value)
-            if k_self is not None:
-                p_own = p_own / total
-                out.addcmul_(p_own, v_self[r, b])
-            o[r, b] = out
-            if ot is None or mu is None:
+            ob = torch.bmm(p, value)
+            if own_key:
+                p_own /= total
+                ob.addcmul_(p_own, v_self[r, b])
+            o[r, b] = ob
+            if not tangent:
                 continue
-            st = torch.bmm(qt[r, b], key.mT)
+            qtb = qt[r, b] * scale
+            st = torch.bmm(qtb, key.mT)
             if kt is not None:
-                st.baddbmm_(q[r, b], kt[r, :visible].mT)
-            pt = st.mul_(scale).mul_(p)  # p s'
+                st.baddbmm_(qb, kt[r, :visible].mT)
+            pt = st.mul_(p)  # p s'
             mean = pt.sum(-1, keepdim=True)
-            if k_self is not None:
-                own_t = (qt[r, b] * k_self[r, b] + q[r, b] * kt_self[r, b]).sum(-1, keepdim=True).mul_(scale)
-                mean = mean + p_own * own_t
-            mu[r, b] = mean.squeeze(-1)
             # sum p s' v - mu sum p v: no second pass over the scores
-            out_t = torch.bmm(pt, value)
+            otb = torch.bmm(pt, value)
             if vt is not None:
-                out_t.baddbmm_(p, vt[r, :visible])
-            if k_self is not None:
-                out_t += p_own * (own_t * v_self[r, b] + vt_self[r, b])
-            ot[r, b] = out_t.addcmul_(mean, out, value=-1)
-        ctx.save_for_backward(q, qt, k_self, kt_self, v_self, vt_self, k, kt, v, vt, segments, o, lse, mu, ot)
-        ctx.causal, ctx.scale = causal, scale
-        return (o, ot) if tangent else o
+                otb.baddbmm_(p, vt[r, :visible])
+            if own_key:
+                pt_own = (_dot(qtb, k_self[r, b]) + _dot(qb, kt_self[r, b])).mul_(p_own)
+                mean += pt_own
+                otb.addcmul_(pt_own, v_self[r, b]).addcmul_(p_own, vt_self[r, b])
+            mu[r, b] = mean
+            torch.addcmul(otb, mean, ob, value=-1, out=ot[r, b])
+        ctx.save_for_backward(*given, segments, out, lse, mu)
+        ctx.tangent, ctx.causal = tangent, causal
+        return out
 
     @staticmethod
-    def backward(ctx: Any, a, b_grad=None):
-        q, qt, k_self, kt_self, v_self, vt_self, k, kt, v, vt, segments, o, lse, mu, ot = ctx.saved_tensors
-        scale, tangent, own_key = ctx.scale, qt is not None, k_self is not None
-        rows, queries, _ = q.shape
+    def backward(ctx: Any, grad):
+        q_all, k_self_all, v_self_all, k_all, v_all, segments, out, lse, mu = ctx.saved_tensors
+        tangent, own_key = ctx.tangent, k_self_all is not None
+        moving = tangent and not own_key
+        scale = 1 / math.sqrt(q_all.shape[-1])
         # Keys and values need no gradient while proposing: half of the products fall away.
-        k_needs = ctx.needs_input_grad[6] or ctx.needs_input_grad[8]
-        a = a.contiguous()
-        delta = (a * o).sum(-1)
-        if tangent:
-            b_grad = b_grad.contiguous()
-            delta = delta + (b_grad * ot).sum(-1)
-            beta = (b_grad * o).sum(-1)
-        grads: dict[str, Tensor] = {"q": torch.zeros_like(q)}
-        if tangent:
-            grads["qt"] = torch.zeros_like(q)
-        for name, wanted in (("k", k_needs), ("v", k_needs), ("kt", kt is not None), ("vt", vt is not None)):
-            if wanted:
-                grads[name] = torch.zeros_like(k)
-        for r, blk, visible in _blocks(queries, k.shape[1], rows, ctx.causal):
-            key, value = k[r, :visible], v[r, :visible]
-            qb, ab = q[r, blk], a[r, blk]
-            p = torch.bmm(qb, key.mT).mul_(scale)
-            _hide(p, blk, visible, ctx.causal, segments, r)
-            p.sub_(lse[r, blk, None]).exp_()
+        learned = moving or ctx.needs_input_grad[3] or ctx.needs_input_grad[4]
+        grads = [None if t is None else torch.empty_like(t) for t in (q_all, k_self_all, v_self_all)]
+        grads += [torch.zeros_like(t) if learned else None for t in (k_all, v_all)]
+        (dq, dqt), (dk_self, dkt_self), (dv_self, dvt_self) = (_halves(t, tangent) for t in grads[:3])
+        (dk, dkt), (dv, dvt) = (_halves(t, moving) for t in grads[3:])
+        (q, qt), (k_self, kt_self), (v_self, vt_self) = (_halves(t, tangent) for t in (q_all, k_self_all, v_self_all))
+        (k, kt), (v, vt) = _halves(k_all, moving), _halves(v_all, moving)
+        (a, at), (o, ot) = _halves(grad.contiguous(), tangent), _halves(out, tangent)
+        rows, queries, _ = q.shape
+        future = _future(q, ctx.causal)
+        for r, b, visible in _blocks(queries, k.shape[1], rows, ctx.causal):
+            key, value, qb, ab, ob = k[r, :visible], v[r, :visible], q[r, b] * scale, a[r, b], o[r, b]
+            p = torch.bmm(qb, key.mT)
+            _hide(p, b, visible, future, segments, r)
+            exp_minus(p, lse[r, b], p)
+            delta = _dot(ab, ob)
             ds = torch.bmm(ab, value.mT)  # A
             if tangent:
-                qtb, bb = qt[r, blk], b_grad[r, blk]
+                qtb, bb = qt[r, b] * scale, at[r, b]
+                delta += _dot(bb, ot[r, b])
+                beta = _dot(bb, ob)
                 if vt is not None:
                     ds.baddbmm_(bb, vt[r, :visible].mT)
-                dst = torch.bmm(bb, value.mT).sub_(beta[r, blk, None])  # B - beta
+                dst = torch.bmm(bb, value.mT).sub_(beta)  # B - beta
                 st = torch.bmm(qtb, key.mT)
                 if kt is not None:
                     st.baddbmm_(qb, kt[r, :visible].mT)
-                st.mul_(scale).sub_(mu[r, blk, None])  # s' - mu
-                ds.sub_(delta[r, blk, None]).addcmul_(st, dst).mul_(p)
+                st.sub_(mu[r, b])  # s' - mu
+                ds.sub_(delta).addcmul_(st, dst).mul_(p)
                 dst.mul_(p)
-                grads["qt"][r, blk] = torch.bmm(dst, key)
-                if kt is not None:
-                    grads["q"][r, blk] += torch.bmm(dst, kt[r, :visible])
-                    grads["kt"][r, :visible].baddbmm_(dst.mT, qb)
-                if k_needs:
-                    grads["k"][r, :visible].baddbmm_(dst.mT, qtb)
-                    grads["v"][r, :visible].baddbmm_(st.mul_(p).mT, bb)
+                by_qt = torch.bmm(dst, key)
+                if learned:
+                    dk[r, :visible].baddbmm_(dst.mT, qtb)
+                    dv[r, :visible].baddbmm_(st.mul_(p).mT, bb)
                 if vt is not None:
-                    grads["vt"][r, :visible].baddbmm_(p.mT, bb)
+                    dkt[r, :visible].baddbmm_(dst.mT, qb)
+                    dvt[r, :visible].baddbmm_(p.mT, bb)
             else:
-                ds.sub_(delta[r, blk, None]).mul_(p)
-            grads["q"][r, blk] += torch.bmm(ds, key)
-            if k_needs:
-                grads["k"][r, :visible].baddbmm_(ds.mT, qb)
-                grads["v"][r, :visible].baddbmm_(p.mT, ab)
-        if own_key:
-            own = (q * k_self).sum(-1).mul_(scale)
-            p_own = (own - lse).exp()[..., None]
-            along = (a * v_self).sum(-1, keepdim=True)
+                ds.sub_(delta).mul_(p)
+            by_q = torch.bmm(ds, key)
+            if kt is not None:
+                by_q.baddbmm_(dst, kt[r, :visible])
+            if learned:
+                dk[r, :visible].baddbmm_(ds.mT, qb)
+                dv[r, :visible].baddbmm_(p.mT, ab)
+            if own_key:
+                kb, vb = k_self[r, b], v_self[r, b]
+                p_own = (_dot(qb, kb) - lse[r, b]).exp_()
+                ds_own = _dot(ab, vb).sub_(delta)
+                torch.mul(p_own, ab, out=dv_self[r, b])
+                if tangent:
+                    ktb = kt_self[r, b]
+                    st_own = _dot(qtb, kb).add_(_dot(qb, ktb)).sub_(mu[r, b])
+                    dst_own = _dot(bb, vb).sub_(beta)
+                    ds_own.add_(_dot(bb, vt_self[r, b])).addcmul_(st_own, dst_own)
+                    dst_own.mul_(p_own)
+                    dv_self[r, b].addcmul_(st_own.mul_(p_own), bb)
+                    torch.mul(p_own, bb, out=dvt_self[r, b])
+                    torch.mul(dst_own, qb, out=dkt_self[r, b])
+                    by_q.addcmul_(dst_own, ktb)
+                    by_qt.addcmul_(dst_own, kb)
+                torch.mul(ds_own.mul_(p_own), qb, out=dk_self[r, b])
+                by_q.addcmul_(ds_own, kb)
+                if tangent:
+                    dk_self[r, b].addcmul_(dst_own, qtb)
+            torch.mul(by_q, scale, out=dq[r, b])
             if tangent:
-                along = along + (b_grad * vt_self).sum(-1, keepdim=True)
-                own_t = (qt * k_self + q * kt_self).sum(-1, keepdim=True).mul_(scale) - mu[..., None]
-                dst_own = p_own * ((b_grad * v_self).sum(-1, keepdim=True) - beta[..., None])
-                ds_own = p_own * (along - delta[..., None]) + own_t * dst_own
-                grads["q"] += ds_own * k_self + dst_own * kt_self
-                grads["qt"] += dst_own * k_self
-                grads["k_self"] = (ds_own * q + dst_own * qt) * scale
-                grads["kt_self"] = dst_own * q * scale
-                grads["v_self"] = p_own * (a + own_t * b_grad)
-                grads["vt_self"] = p_own * b_grad
-            else:
-                ds_own = p_own * (along - delta[..., None])
-                grads["q"] += ds_own * k_self
-                grads["k_self"] = ds_own * q * scale
-                grads["v_self"] = p_own * a
-        for name in ("q", "qt", "k", "kt"):
-            if name in grads:
-                grads[name].mul_(scale)
-        order = ("q", "qt", "k_self", "kt_self", "v_self", "vt_self", "k", "kt", "v", "vt")
-        return (*(grads.get(name) for name in order), None, None)
+                torch.mul(by_qt, scale, out=dqt[r, b])
+        return (*grads, None, None, None)
 
 
 class _Layout(torch.autograd.Function):
@@ -240,7 +258,7 @@ def context_attention(q: Tensor, k: Tensor, v: Tensor, *, segments: Tensor | Non
         return F.scaled_dot_product_attention(q, k, v, is_causal=True).permute(2, 0, 1, 3).flatten(2)
     batch = q.shape[1]
     q, k, v = (_Layout.apply(t, heads) for t in _wide(q, k, v))
-    o = _Attention.apply(q, None, None, None, None, None, k, None, v, None, True, _repeat_segments(segments, heads))
+    o = _Attention.apply(q, None, None, k, v, False, True, _repeat_segments(segments, heads))
     return _from_heads(o, batch, heads).flatten(2).to(dtype)
 
 
@@ -257,14 +275,8 @@ def prediction_attention(
     """See `Kernels.prediction_attention`."""
     heads, dtype, batch = q.shape[2], q.dtype, q.shape[1]
     segments = _repeat_segments(segments, heads)
-    own = [_Layout.apply(t, heads) for t in _wide(q, k_self, v_self)]
-    keys, values = (_Layout.apply(t, heads) for t in _wide(k, v))
-    if not tangent:
-        q, k_self, v_self = own
-        o = _Attention.apply(q, None, k_self, None, v_self, None, keys, None, values, None, True, segments)
-    else:
-        pairs = [t for x in own for t in x.chunk(2)]  # q, qt, k_self, kt_self, v_self, vt_self
-        o = torch.cat(_Attention.apply(*pairs, keys, None, values, None, True, segments))
+    q, k_self, v_self, k, v = (_Layout.apply(t, heads) for t in _wide(q, k_self, v_self, k, v))
+    o = _Attention.apply(q, k_self, v_self, k, v, tangent, True, segments)
     return _from_heads(o, batch, heads).flatten(2).to(dtype)
 
 
@@ -272,71 +284,79 @@ def full_attention(q: Tensor, k: Tensor, v: Tensor, *, tangent: bool) -> Tensor:
     """See `Kernels.full_attention`."""
     heads, dtype, batch = q.shape[2], q.dtype, q.shape[1]
     q, k, v = (_Layout.apply(t, heads) for t in _wide(q, k, v))
-    none = (None,) * 4
-    if not tangent:
-        o = _Attention.apply(q, None, *none, k, None, v, None, False, None)
-    else:
-        (q, qt), (k, kt), (v, vt) = q.chunk(2), k.chunk(2), v.chunk(2)
-        o = torch.cat(_Attention.apply(q, qt, *none, k, kt, v, vt, False, None))
+    o = _Attention.apply(q, None, None, k, v, tangent, False, None)
     return _from_heads(o, batch, heads).flatten(2).to(dtype)
 
 
 # --- elementwise ------------------------------------------------------------------------------
 
 
+def _positions(x: Tensor) -> Iterator[slice]:
+    """Neighbouring positions of x [S, ...], some at a time: what is made of them stays in cache."""
+    size = max(1, _ELEMENTS * len(x) // max(x.numel(), 1))
+    return (slice(i, min(i + size, len(x))) for i in range(0, len(x), size))
+
+
+def _streams(x: Tensor, tangent: bool) -> tuple[Tensor, ...]:
+    """Value, and tangent if there is one, of x [S, B, ...], in fp32 at least."""
+    return tuple(_wide(*(x.chunk(2, 1) if tangent else (x,))))
+
+
 class _RMSNorm(torch.autograd.Function):
-    """y = n w, n = x r, r = 1 / rms(x);  y' = r (x' - n <n x'>) w, with <.> the mean."""
+    """y = r x w, r = 1 / rms(x);  y' = r (x' - r^2 <x x'> x) w, with <.> the mean."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, epsilon: float, tangent: bool) -> Tensor:
-        value = x.chunk(2, 1)[0] if tangent else x
-        wide = value.float() if value.dtype in (torch.bfloat16, torch.float16) else value
-        r = torch.rsqrt(wide.square().mean(-1, keepdim=True).add_(epsilon))
-        ctx.tangent = tangent
-        ctx.save_for_backward(x, weight, r)
         out = torch.empty_like(x, memory_format=torch.contiguous_format)
-        n = wide * r
-        if not tangent:
-            torch.mul(n, weight, out=n) if n.dtype == weight.dtype else n.mul_(weight)
-            return out.copy_(n)
-        direction = x.chunk(2, 1)[1]
-        first, second = out.chunk(2, 1)
-        mean = (n * direction).mean(-1, keepdim=True)
-        second.copy_(((direction - n * mean) * r).mul_(weight))
-        first.copy_(n.mul_(weight))
+        for s in _positions(x):
+            value, *directions = _streams(x[s], tangent)
+            r = torch.rsqrt(value.square().mean(-1, keepdim=True).add_(epsilon))
+            results = [value * r]
+            for direction in directions:
+                along = _dot(value, direction).mul_(r**3).div_(-x.shape[-1])
+                results.append((direction * r).addcmul_(value, along))
+            for result, part in zip(results, out[s].chunk(len(results), 1), strict=True):
+                part.copy_(result.mul_(weight))
+        ctx.save_for_backward(x, weight)
+        ctx.tangent, ctx.epsilon = tangent, epsilon
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, r = ctx.saved_tensors
+        # With a = w dy, b = w dy' and n = r x:
+        #   dx' = r (b - <n b> n),   dw = sum r (dy x + dy' (x' - <n x'> n)),
+        #   dx  = r a - r^2 (<n x'> b + <n b> x') - r^2 (<x a> + <x' b> - 3 <n x'> <n b>) n
+        x, weight = ctx.saved_tensors
         out = torch.empty_like(x, memory_format=torch.contiguous_format)
+        w = _wide(weight)[0]
+        w_grad = torch.zeros_like(w) if ctx.needs_input_grad[1] else None
+        width = x.shape[-1]
 
-        def project(t: Tensor, n: Tensor) -> Tensor:  # (I - n n^T) t, per row
-            return t - n * (n * t).mean(-1, keepdim=True)
+        def mean(t: Tensor) -> Tensor:
+            return (t @ w).div_(width)[..., None]
 
-        if not ctx.tangent:
-            n = x * r
-            g = grad * weight
-            out.copy_(project(g, n).mul_(r))
-            w_grad = (grad * n).flatten(0, -2).sum(0) if ctx.needs_input_grad[1] else None
-            return out, w_grad, None, None
-        (value, direction), (ga, gb) = x.chunk(2, 1), grad.chunk(2, 1)
-        n = value * r
-        mean = (n * direction).mean(-1, keepdim=True)
-        turned = direction - n * mean
-        w_grad = None
-        if ctx.needs_input_grad[1]:
-            w_grad = ((ga * n) + (gb * turned) * r).flatten(0, -2).sum(0)
-        a, b = ga * weight, gb * weight
-        b_flat = project(b, n)
-        first, second = out.chunk(2, 1)
-        second.copy_(b_flat * r)
-        # d/dx of <b, r (x' - n <n x'>)>: through r, and through n in both places
-        along = (b * turned).mean(-1, keepdim=True)
-        b_mean = (b * n).mean(-1, keepdim=True)
-        through = b_flat.mul_(mean).add_(project(direction, n).mul_(b_mean)).add_(n * along)
-        first.copy_(project(a, n).mul_(r).sub_(through.mul_(r * r)))
-        return out, w_grad, None, None
+        for s in _positions(x):
+            (value, *directions), (a, *tangents) = _streams(x[s], ctx.tangent), _streams(grad[s], ctx.tangent)
+            r = torch.rsqrt(value.square().mean(-1, keepdim=True).add_(ctx.epsilon))
+            product, results = value * a, out[s].chunk(1 + len(directions), 1)
+            dx = a * r
+            if directions:
+                (direction,), (b,) = directions, tangents
+                product.addcmul_(direction, b)
+                crossed = value * b
+                along, turned = _dot(value, direction).mul_(r).div_(width), mean(crossed).mul_(r)
+                dx.addcmul_(b, r**2 * along, value=-1).mul_(w).addcmul_(direction, r**2 * turned, value=-1)
+                radial = mean(product).addcmul_(along, turned, value=-3)
+                if w_grad is not None:
+                    w_grad.addmv_(crossed.flatten(0, 1).mT, (r**2 * along).flatten(), alpha=-1)
+                results[1].copy_((b * r).mul_(w).addcmul_(value, r**2 * turned, value=-1))
+            else:
+                dx.mul_(w)
+                radial = mean(product)
+            results[0].copy_(dx.addcmul_(value, r**3 * radial, value=-1))
+            if w_grad is not None:
+                w_grad.addmv_(product.flatten(0, 1).mT, r.flatten())
+        return out, None if w_grad is None else w_grad.to(weight.dtype), None, None
 
 
 def rms_norm(x: Tensor, weight: Tensor, epsilon: float, *, tangent: bool) -> Tensor:
@@ -348,52 +368,56 @@ class _SwiGLU(torch.autograd.Function):
     """y = f(gate) up with f = silu;  y' = f'(gate) gate' up + f(gate) up'."""
 
     @staticmethod
-    def _parts(x: Tensor, block: int) -> tuple[Tensor, Tensor]:
-        gate, up = x.unflatten(-1, (-1, 2, block)).unbind(-2)
-        return gate, up
+    def _parts(x: Tensor, block: int, tangent: bool) -> list[Tensor]:
+        """Gate and up, and their tangents if there are, [s, B, n, block] each, of x [s, B*, 2 n block]."""
+        halves = x.chunk(2, 1) if tangent else (x,)
+        return [part for half in halves for part in half.unflatten(-1, (-1, 2, block)).unbind(-2)]
+
+    @staticmethod
+    def _results(x: Tensor, block: int, tangent: bool) -> list[Tensor]:
+        """The value, and its tangent if there is one, [s, B, n, block] each, of x [s, B*, n block]."""
+        return [half.unflatten(-1, (-1, block)) for half in (x.chunk(2, 1) if tangent else (x,))]
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, block: int, tangent: bool) -> Tensor:
         ctx.block, ctx.tangent = block, tangent
         ctx.save_for_backward(x)
-        value = x.chunk(2, 1)[0] if tangent else x
-        gate, up = _SwiGLU._parts(value, block)
-        sigma = gate.sigmoid()
-        f = gate * sigma
-        if not tangent:
-            return f.mul_(up).flatten(-2)
-        gate_t, up_t = _SwiGLU._parts(x.chunk(2, 1)[1], block)
-        slope = (1 - sigma).mul_(gate).add_(1).mul_(sigma)
-        out_t = slope.mul_(gate_t).mul_(up).addcmul_(f, up_t)
-        return torch.cat([f.mul_(up).flatten(-2), out_t.flatten(-2)], 1)
+        out = x.new_empty(*x.shape[:-1], x.shape[-1] // 2)
+        for s in _positions(x):
+            gate, up, *tangents = _SwiGLU._parts(x[s], block, tangent)
+            y, *y_tangent = _SwiGLU._results(out[s], block, tangent)
+            sigma = gate.sigmoid()
+            f = gate * sigma
+            torch.mul(f, up, out=y)
+            if tangents:
+                slope = f.neg().add_(1).mul_(sigma).add_(f)  # f' = sigma + f (1 - sigma)
+                torch.addcmul(slope.mul_(tangents[0]).mul_(up), f, tangents[1], out=y_tangent[0])
+        return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         (x,) = ctx.saved_tensors
-        block = ctx.block
         out = torch.empty_like(x, memory_format=torch.contiguous_format)
-        value = x.chunk(2, 1)[0] if ctx.tangent else x
-        gate, up = _SwiGLU._parts(value, block)
-        sigma = gate.sigmoid()
-        f = gate * sigma
-        slope = sigma * (1 + gate * (1 - sigma))
-        if not ctx.tangent:
-            g = grad.unflatten(-1, (-1, block))
-            d_gate, d_up = _SwiGLU._parts(out, block)
-            d_gate.copy_(g * slope * up)
-            d_up.copy_(g * f)
-            return out, None, None
-        gate_t, up_t = _SwiGLU._parts(x.chunk(2, 1)[1], block)
-        a, b = (t.unflatten(-1, (-1, block)) for t in grad.chunk(2, 1))
-        # f'' = sigma (1 - sigma) (2 + gate (1 - 2 sigma))
-        curve = sigma * (1 - sigma) * (2 + gate * (1 - 2 * sigma))
-        first, second = out.chunk(2, 1)
-        d_gate, d_up = _SwiGLU._parts(first, block)
-        d_gate_t, d_up_t = _SwiGLU._parts(second, block)
-        d_gate.copy_((a * slope).add_(b * curve * gate_t).mul_(up).add_(b * slope * up_t))
-        d_up.copy_((a * f).add_(b * slope * gate_t))
-        d_gate_t.copy_(b * slope * up)
-        d_up_t.copy_(b * f)
+        for s in _positions(x):
+            gate, up, *tangents = _SwiGLU._parts(x[s], ctx.block, ctx.tangent)
+            a, *b = _SwiGLU._results(grad[s], ctx.block, ctx.tangent)
+            d_gate, d_up, *d_tangents = _SwiGLU._parts(out[s], ctx.block, ctx.tangent)
+            sigma = gate.sigmoid()
+            f = gate * sigma
+            rest = 1 - sigma
+            slope = torch.addcmul(sigma, f, rest)
+            if tangents:
+                # f'' = sigma (1 - sigma) (2 + gate (1 - 2 sigma))
+                curve = torch.add(gate, f, alpha=-2).add_(2).mul_(sigma).mul_(rest)
+                steep = b[0] * slope
+                torch.mul(b[0], f, out=d_tangents[1])
+                torch.mul(steep, up, out=d_tangents[0])
+                torch.addcmul(a * f, steep, tangents[0], out=d_up)
+                slope.mul_(a).addcmul_(curve.mul_(b[0]), tangents[0]).mul_(up)
+                torch.addcmul(slope, steep, tangents[1], out=d_gate)
+            else:
+                torch.mul(a, f, out=d_up)
+                torch.mul(slope.mul_(a), up, out=d_gate)
         return out, None, None
 
 

@@ -41,22 +41,20 @@ def _embed(Y, E, TOP, TOTAL, FACTOR, y_stride, C, BLOCK: tl.constexpr):
 
 @triton.jit
 def _moved(Y, Q, c, C, lse, centre, alpha, PROBABILITIES: tl.constexpr):
-    """p, g and y' of columns c; outside the tile p = 0 and y' = -inf."""
+    """p and y' of columns c; outside the tile p = 0 and y' = -inf."""
     y = tl.load(Y + c, mask=c < C, other=float("-inf"))
     p = tl.exp(y - lse)
     q = tl.load(Q + c, mask=c < C, other=0.0)
     if PROBABILITIES:
-        g = q
         moved = tl.where(c < C, p - alpha * q, float("-inf"))
     else:
-        g = p * (q - centre)
-        moved = y - alpha * g
-    return p, g, moved
+        moved = y - alpha * p * (q - centre)
+    return p, moved
 
 
 @triton.jit
 def _refine(
-    Y, Q, NEXT, WEIGHT, LSE, CENTRE, ALPHA, TOP, TOTAL, S1, S2, SG, FACTOR, y_stride, next_stride, C,
+    Y, Q, NEXT, WEIGHT, LSE, CENTRE, ALPHA, TOP, TOTAL, PP, FACTOR, y_stride, next_stride, C,
     KEEP: tl.constexpr, PROBABILITIES: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
@@ -66,33 +64,27 @@ def _refine(
     largest = tl.full([BLOCK], float("-inf"), tl.float32)
     for start in range(0, C, BLOCK):
         c = start + tl.arange(0, BLOCK)
-        p, g, moved = _moved(Y, Q, c, C, lse, centre, alpha, PROBABILITIES)
+        p, moved = _moved(Y, Q, c, C, lse, centre, alpha, PROBABILITIES)
         if KEEP:
             tl.store(NEXT + row * next_stride + c, moved, mask=c < C)
         largest = tl.maximum(largest, moved)
     old = tl.load(TOP + row)
     top = tl.maximum(old, tl.max(largest, 0))
     total = tl.zeros([BLOCK], tl.float32)
-    s1 = tl.zeros([BLOCK], tl.float32)
-    s2 = tl.zeros([BLOCK], tl.float32)
-    sg = tl.zeros([BLOCK], tl.float32)
+    pp = tl.zeros([BLOCK], tl.float32)
     for start in range(0, C, BLOCK):
         c = start + tl.arange(0, BLOCK)
-        p, g, moved = _moved(Y, Q, c, C, lse, centre, alpha, PROBABILITIES)
+        p, moved = _moved(Y, Q, c, C, lse, centre, alpha, PROBABILITIES)
         e = tl.exp(moved - top)
         weight = e if PROBABILITIES else p * e
         tl.store(WEIGHT + row * C + c, weight.to(WEIGHT.dtype.element_ty), mask=c < C)
         total += e
-        s1 += weight
-        s2 += e * e
-        sg += g * e
+        pp += weight
     factor = tl.exp(old - top)
     tl.store(TOP + row, top)
     tl.store(FACTOR + row, factor)
     tl.store(TOTAL + row, tl.load(TOTAL + row) * factor + tl.sum(total, 0))
-    tl.store(S1 + row, tl.load(S1 + row) * factor + tl.sum(s1, 0))
-    tl.store(S2 + row, tl.load(S2 + row) * factor * factor + tl.sum(s2, 0))
-    tl.store(SG + row, tl.load(SG + row) * factor + tl.sum(sg, 0))
+    tl.store(PP + row, tl.load(PP + row) * factor + tl.sum(pp, 0))
 
 
 @triton.jit
@@ -106,7 +98,7 @@ def _update(
     lse = tl.load(LSE + row)
     if STEP:
         centre, alpha = tl.load(CENTRE + row), tl.load(ALPHA + row)
-        p, _, moved = _moved(Y, Q + row * C, c, C, lse, centre, alpha, PROBABILITIES)
+        p, moved = _moved(Y, Q + row * C, c, C, lse, centre, alpha, PROBABILITIES)
         tl.store(Y + c, moved, mask=c < C)
     else:
         p = tl.exp(tl.load(Y + c, mask=c < C, other=float("-inf")) - lse)
@@ -167,7 +159,7 @@ class TritonTiles(Tiles):
         """See `Tiles.refine`."""
         factor, kept = torch.empty_like(stats.top), y if y_next is None else y_next
         _refine[(len(y),)](
-            y, q, kept, weight, lse, centre, alpha, stats.top, stats.total, stats.s1, stats.s2, stats.sg, factor,
+            y, q, kept, weight, lse, centre, alpha, stats.top, stats.total, stats.pp, factor,
             y.stride(0), kept.stride(0), y.shape[1], KEEP=y_next is not None,
             PROBABILITIES=probabilities, BLOCK=_BLOCK,
         )  # fmt: skip

@@ -280,19 +280,17 @@ class TextPrediction:
         ])  # fmt: skip
         self.lse_next = self.group.log_sum_exp(stats.lse_next)
         part = (stats.lse_next - self.lse_next).exp()
-        sums = torch.stack([stats.target_logit, stats.p_target, stats.g_target,
-                            stats.s1 * part, stats.s2 * part**2, stats.sg * part])  # fmt: skip
-        target_logit, p_target, g_target, s1, s2, sg = self.group.sum(sums)
         present = self.target >= 0
-        factor = torch.ones_like(p_target) if self._probabilities else stats.p_target  # dp/dy, but for its mean
+        factor = torch.ones_like(stats.p_target) if self._probabilities else stats.p_target  # dp/dy, but for its mean
         at_target = torch.where(present, factor, 0)[:, None] * self.table.detach()[self.target.clamp_min(0)]
-        self._px = stats.px * part[:, None] - at_target
+        self._px = stats.px * part[:, None] - at_target  # sum p lambda W; local, as `along` is before the sum
+        along = torch.linalg.vecdot(self._px, self.step.energy_grad)
+        sums = torch.stack([stats.target_logit, stats.p_target, stats.pp * part, along])
+        target_logit, p_target, pp, along = self.group.sum(sums)
         loss = self.lse_next - target_logit
-        p_next = (-loss).exp()
-        # |p' - 1[target]|^2 cancels as p' sharpens; any positive stand-in is exact (see `tangent`).
-        self._norm = (s2 - 2 * p_next + 1).clamp_min((1 - p_next).square().clamp_min(1e-12)).sqrt()
-        self._mean = torch.zeros_like(s1) if self._probabilities else s1 - p_target  # <p, lambda>
-        self._slope = sg - g_target  # <lambda, g>
+        self._norm = -torch.expm1(-loss).clamp_max(-1e-6)  # 1 - p'[target]
+        self._mean = torch.zeros_like(pp) if self._probabilities else pp - p_target  # <p, lambda>
+        self._slope = along - centre * self._mean  # <lambda, g>, as g = p (G W^T - centre)
         return loss.view(self.length, self.batch)
 
     def slope(self) -> Tensor:
@@ -300,10 +298,10 @@ class TextPrediction:
         return self._slope.view(self.length, self.batch)
 
     def tangent(self, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """The direction to learn along: the loss's gradient, scaled to unit norm per position.
+        """The direction to learn along: the loss's gradient lambda, divided by 1 - p'[target] per position.
 
-        Scaling costs nothing, because the energy's tangent is linear in its direction; it
-        keeps low precision from losing the small gradients of a confident prediction.
+        Its norm is then between 1 and sqrt(2). Scaling costs nothing, because the energy's tangent is linear in
+        its direction; it keeps low precision from losing the small gradients of a confident prediction.
 
         Args:
             weight: [S, B] of each position's loss.

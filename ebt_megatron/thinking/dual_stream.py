@@ -240,7 +240,7 @@ class Descent:
         """What to differentiate: the weighted sum of energies' tangents.
 
         Returns:
-            Value and unit tangent, stacked [S(/TP), 2B, D], and each position's weight [S, B]:
+            Value and scaled tangent, stacked [S(/TP), 2B, D], and each position's weight [S, B]:
             -alpha times the length of lambda that the tangent was divided by.
         """
         assert self.plan is not None and self.weight is not None
