@@ -68,6 +68,7 @@ class ThinkingConfig:
     initial_std: float = 1.0
     engine: str = "dual_stream"  # dual_stream | double_backward (the slow reference)
     reuse: bool = False  # learn takes activations and input gradients from propose (more memory)
+    logits_dtype: str = "float32"  # float32 | bfloat16 (half the memory; small steps of a logit round away)
     regenerate: int = 0  # > 0: logits are not stored, every pass makes them anew, so many rows at a time (less memory)
     replay: ReplayConfig = field(default_factory=ReplayConfig)
 
@@ -174,6 +175,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "model.kernels": ("auto", "reference", "torch", "triton"),
     "thinking.loss": ("every", "last"),
     "thinking.descend_on": ("logits", "probabilities"),
+    "thinking.logits_dtype": ("float32", "bfloat16"),
     "thinking.gradient": ("detached", "full", "truncated"),
     "thinking.initial": ("noise", "zeros"),
     "thinking.engine": ("dual_stream", "double_backward"),
@@ -360,6 +362,9 @@ def check(recipe: Recipe, world_size: int | None = None) -> None:
     if t.regenerate and (t.replay.enabled or t.engine == "double_backward"):
         other = "replay.enabled=true" if t.replay.enabled else "engine=double_backward"
         raise RecipeError(f"thinking.{other} keeps predictions: set thinking.regenerate=0")
+    if t.logits_dtype == "bfloat16" and t.gradient != "detached" and t.engine == "dual_stream":
+        raise RecipeError("thinking.logits_dtype=bfloat16 cannot go back through steps that were rounded: set "
+                          "thinking.gradient=detached")  # fmt: skip
     if t.reuse and p.pipeline > 1:
         raise RecipeError("thinking.reuse needs every layer on one pipeline stage: set parallel.pipeline=1")
     if t.reuse and m.recompute_layers:

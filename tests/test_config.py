@@ -50,6 +50,7 @@ def test_the_resolved_recipe_loads_again(tmp_path):
         (["thinking.gradient=truncated"], "set thinking.loss=last"),
         (["thinking.descend_on=probabilities", "thinking.gradient=full"], "set thinking.gradient=detached"),
         (["thinking.engine=double_backward", "parallel.tensor=2"], "single-process"),
+        (["thinking.logits_dtype=bfloat16", "thinking.gradient=full"], "set thinking.gradient=detached"),
         (["thinking.regenerate=-1"], "a number of rows"),
         (["training.cuda_graphs=true", "parallel.tensor=2"], "records no parallel.tensor > 1"),
         (["training.cuda_graphs=true", "thinking.replay.enabled=true"], "records no thinking.replay.enabled"),

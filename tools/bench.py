@@ -50,6 +50,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "Transformer++": {"overrides": ["model.architecture=transformer"]},
     "dual stream": {"overrides": []},
     "dual stream, reuse": {"overrides": ["thinking.reuse=true"]},
+    "dual stream, logits in bf16": {"overrides": ["thinking.logits_dtype=bfloat16"]},
     "dual stream, regenerated logits": {"overrides": ["thinking.regenerate=256"]},
     "dual stream, 8 steps": {
         "overrides": ["thinking.min_steps=8", "thinking.max_steps=8"],

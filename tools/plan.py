@@ -115,7 +115,7 @@ def estimate(recipe: Recipe, vocab_size: int, gpus: int, hardware: Hardware) -> 
     kept = (2 if m.recompute_layers else 16) * hidden / p.tensor
     activations = live * layers * kept + layers * 2 * per_layer
     if ebt:
-        row = padded(vocab_size, m.vocab_multiple) / p.tensor * 4
+        row = padded(vocab_size, m.vocab_multiple) / p.tensor * (2 if options.logits_dtype == "bfloat16" else 4)
         if options.regenerate:
             activations += min(options.regenerate, tokens) * row + live * tokens * row * through
         else:

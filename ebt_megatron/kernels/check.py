@@ -30,6 +30,7 @@ class Case:
         low: positions of the arguments that take the dtype under test; the others stay at
             least float32 (logits and per-token scalars do, in training too).
         learned: positions of the arguments whose gradients are compared.
+        stored: positions of arguments that the reference too is given, and fills, in the dtype under test.
     """
 
     op: str
@@ -37,6 +38,7 @@ class Case:
     kwargs: dict[str, Any]
     low: tuple[int, ...]
     learned: tuple[int, ...] = ()
+    stored: tuple[int, ...] = ()
 
 
 def _randn(seed: int) -> Callable[..., Tensor]:
@@ -102,7 +104,14 @@ def vocab_case(op: str, tokens: int, columns: int, valid: int, width: int, seed:
     randn = _randn(seed)
     op, *options = op.split(", ")
     keep, along = "keeping" in options or "kept" in options, {"probabilities": "probabilities" in options}
+
+    def stored(*positions: int) -> tuple[int, ...]:
+        """Where y and y' are, if they are in the table's precision."""
+        return positions if "narrow" in options else ()
+
     y, table = 2 * randn(tokens, columns), randn(columns, width) / math.sqrt(width)
+    if stored(0):
+        y = y.bfloat16().double()  # what is made of it below is then made of what the operation is given
     x, lse = reference.vocab_embed(y, table, valid)
     energy_grad, alpha = randn(tokens, width), 1 + randn(tokens).abs()
     centre = (x * energy_grad).sum(-1)
@@ -113,18 +122,18 @@ def vocab_case(op: str, tokens: int, columns: int, valid: int, width: int, seed:
     scale, mean = randn(tokens).exp(), randn(tokens)
     table_grad = randn(columns, width)
     if op == "vocab_embed":
-        return Case(op, [y, table, valid], {}, (1,))
+        return Case(op, [y, table, valid], {}, (1,), stored=stored(0))
     if op == "vocab_update":
-        return Case(op, step, along, (2,))
+        return Case(op, step, along, (2,), stored=stored(0))
     if op == "vocab_refine":
-        return Case(op, [*step, target, torch.zeros_like(y) if keep else None], along, (2,))
+        return Case(op, [*step, target, torch.zeros_like(y) if keep else None], along, (2,), stored=stored(0, 8))
     if op == "vocab_backward":
         y_next = torch.zeros_like(y)
         lse_next = reference.vocab_refine(*step, target, y_next, **along).lse_next
         args = [*step, target, lse_next, scale, mean, x_grad, xt_grad, table_grad, y_next if keep else None]
-        return Case(op, args, along, (2,))
+        return Case(op, args, along, (2,), stored=stored(0, 14))
     if op == "vocab_adjoint":
-        return Case(op, [y, lse, target, scale, valid, adjoint], {}, ())
+        return Case(op, [y, lse, target, scale, valid, adjoint], {}, (), stored=stored(0))
     if op == "vocab_dot_step":
         return Case(op, [*step[:6], adjoint], {}, (2,))
     if op == "vocab_tangent":
@@ -142,7 +151,8 @@ VOCAB_OPERATIONS = (
     "vocab_embed", "vocab_update", "vocab_refine", "vocab_refine, keeping", "vocab_backward", "vocab_backward, kept",
     "vocab_adjoint", "vocab_dot_step", "vocab_tangent", "vocab_dense_backward", "vocab_update, probabilities",
     "vocab_refine, probabilities", "vocab_refine, keeping, probabilities", "vocab_backward, probabilities",
-    "vocab_backward, kept, probabilities",
+    "vocab_backward, kept, probabilities", "vocab_embed, narrow", "vocab_update, narrow", "vocab_refine, narrow",
+    "vocab_refine, keeping, narrow", "vocab_backward, narrow", "vocab_backward, kept, narrow", "vocab_adjoint, narrow",
 )  # fmt: skip
 
 
@@ -183,7 +193,7 @@ def arguments(case: Case, dtype: torch.dtype, device: str | torch.device = "cpu"
             return a
         if not a.is_floating_point():
             return a.to(device)
-        return a.to(dtype if i in case.low else wide).to(device)
+        return a.to(dtype if i in (*case.low, *case.stored) else wide).to(device)
 
     return [given(i, a) for i, a in enumerate(case.args)]
 
@@ -195,13 +205,16 @@ def errors(kernels: Kernels, case: Case, dtype: torch.dtype, device: str | torch
     gives an infinite error.
     """
     args = arguments(case, dtype, device)
-    exact = [a.double() if isinstance(a, Tensor) and a.is_floating_point() else a for a in args]
+    exact = [
+        a.double() if isinstance(a, Tensor) and a.is_floating_point() and i not in case.stored else a
+        for i, a in enumerate(args)
+    ]
     exact = [a.clone() if isinstance(a, Tensor) else a for a in exact]
     expected = _call(getattr(reference, case.op), case, exact)
     result = _call(getattr(kernels, case.op), case, args)
     out = {}
     for name, want in expected.items():
-        got = result[name].double()
+        got, want = result[name].double(), want.double()
         floor = 1e-6 * math.sqrt(want.numel())  # a gradient may be zero but for rounding: one visible key
         error = ((got - want).norm() / want.norm().clamp_min(floor)).item()
         out[name] = error if math.isfinite(error) else math.inf

@@ -17,7 +17,8 @@ With `probabilities` the step is that of the paper's public code, from p and alo
 
 and the factor p before p', lambda or (scale lambda - mean) below is 1.
 
-`lse` is that of the whole vocabulary. `target` is a local column, or -1 on another rank.
+`lse` is that of the whole vocabulary. `target` is a local column, or -1 on another rank. y may be stored in bf16: y' is
+then rounded to it, and everything that is made of y' is made of the rounded one.
 """
 
 from __future__ import annotations
@@ -27,6 +28,11 @@ from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
+
+
+def compute_dtype(y: Tensor, table: Tensor) -> torch.dtype:
+    """What the vocabulary's operations compute in, and return: fp32 at least, whatever y is stored in."""
+    return torch.promote_types(torch.promote_types(y.dtype, table.dtype), torch.float32)
 
 
 @dataclass

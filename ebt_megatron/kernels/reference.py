@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ebt_megatron.kernels.interface import RefineStats
+from ebt_megatron.kernels.interface import RefineStats, compute_dtype
 
 
 def _dual(function: Callable[..., Tensor], *stacked: Tensor) -> Tensor:
@@ -151,17 +151,18 @@ def _step(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """p, g and y'."""
     p = _probabilities(y, lse, valid)
-    slope = energy_grad @ table.to(y.dtype).mT
+    slope = energy_grad @ table.to(p.dtype).mT
     if probabilities:
-        return p, slope, torch.cat([(p - alpha[:, None] * slope)[:, :valid], y[:, valid:]], 1)
+        return p, slope, torch.cat([(p - alpha[:, None] * slope)[:, :valid].to(y.dtype), y[:, valid:]], 1)
     g = p * (slope - centre[:, None])
-    return p, g, y - alpha[:, None] * g
+    return p, g, (y - alpha[:, None] * g).to(y.dtype)
 
 
 def vocab_embed(y: Tensor, table: Tensor, valid: int) -> tuple[Tensor, Tensor]:
     """See `Kernels.vocab_embed`."""
+    y = y.to(compute_dtype(y, table))
     lse = _log_sum_exp(y, valid)
-    return _probabilities(y, lse, valid) @ table.to(y.dtype), lse
+    return _probabilities(y, lse, valid) @ table.to(lse.dtype), lse
 
 
 def vocab_refine(
@@ -171,17 +172,17 @@ def vocab_refine(
     """See `Kernels.vocab_refine`."""
     p, _, moved = _step(y, lse, table, valid, energy_grad, centre, alpha, probabilities)
     factor = torch.ones_like(p) if probabilities else p
-    lse_next = _log_sum_exp(moved, valid)
+    lse_next = _log_sum_exp(moved.to(lse.dtype), valid)
     p_next = _probabilities(moved, lse_next, valid)
     if y_next is not None:
         y_next[:, :valid] = moved[:, :valid]
-    hot = _one_hot(target, y)
+    hot = _one_hot(target, p)
     return RefineStats(
         lse_next=lse_next,
         target_logit=(hot * moved).sum(-1),
         p_target=(hot * p).sum(-1),
         pp=(factor * p_next).sum(-1),
-        px=(factor * p_next) @ table.to(y.dtype),
+        px=(factor * p_next) @ table.to(p.dtype),
     )
 
 
@@ -192,7 +193,7 @@ def vocab_backward(
 ) -> None:  # fmt: skip
     """See `Kernels.vocab_backward`."""
     p, _, moved = _step(y, lse, table, valid, energy_grad, centre, alpha, probabilities)
-    direction = scale[:, None] * (_probabilities(moved, lse_next, valid) - _one_hot(target, y)) - mean[:, None]
+    direction = scale[:, None] * (_probabilities(moved, lse_next, valid) - _one_hot(target, p)) - mean[:, None]
     if not probabilities:
         direction = p * direction
     table_grad[:valid] += (p.mT @ x_grad + direction.mT @ xt_grad)[:valid]
@@ -225,7 +226,7 @@ def vocab_dot_step(
 def vocab_tangent(y: Tensor, lse: Tensor, table: Tensor, valid: int, adjoint: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """See `Kernels.vocab_tangent`."""
     weighted = _probabilities(y, lse, valid) * adjoint
-    return weighted.sum(-1), adjoint[:, :valid].square().sum(-1), weighted @ table.to(y.dtype)
+    return weighted.sum(-1), adjoint[:, :valid].square().sum(-1), weighted @ table.to(lse.dtype)
 
 
 def vocab_dense_backward(
@@ -243,5 +244,5 @@ def vocab_dense_backward(
     table_grad += p.mT @ x_grad + (p * direction).mT @ xt_grad
     along_value = (x * x_grad).sum(-1) + (xt * xt_grad).sum(-1)
     along_tangent = (x * xt_grad).sum(-1)
-    u, w = x_grad @ table.to(y.dtype).mT, xt_grad @ table.to(y.dtype).mT
+    u, w = x_grad @ table.to(lse.dtype).mT, xt_grad @ table.to(lse.dtype).mT
     adjoint += p * (u - along_value[:, None] + (w - along_tangent[:, None]) * direction)

@@ -24,13 +24,13 @@ def _embed(Y, E, TOP, TOTAL, FACTOR, y_stride, C, BLOCK: tl.constexpr):
     largest = tl.full([BLOCK], float("-inf"), tl.float32)
     for start in range(0, C, BLOCK):
         c = start + tl.arange(0, BLOCK)
-        largest = tl.maximum(largest, tl.load(Y + c, mask=c < C, other=float("-inf")))
+        largest = tl.maximum(largest, tl.load(Y + c, mask=c < C, other=float("-inf")).to(tl.float32))
     old = tl.load(TOP + row)
     top = tl.maximum(old, tl.max(largest, 0))
     total = tl.zeros([BLOCK], tl.float32)
     for start in range(0, C, BLOCK):
         c = start + tl.arange(0, BLOCK)
-        e = tl.exp(tl.load(Y + c, mask=c < C, other=float("-inf")) - top)
+        e = tl.exp(tl.load(Y + c, mask=c < C, other=float("-inf")).to(tl.float32) - top)
         tl.store(E + row * C + c, e.to(E.dtype.element_ty), mask=c < C)
         total += e
     factor = tl.exp(old - top)
@@ -42,14 +42,14 @@ def _embed(Y, E, TOP, TOTAL, FACTOR, y_stride, C, BLOCK: tl.constexpr):
 @triton.jit
 def _moved(Y, Q, c, C, lse, centre, alpha, PROBABILITIES: tl.constexpr):
     """p and y' of columns c; outside the tile p = 0 and y' = -inf."""
-    y = tl.load(Y + c, mask=c < C, other=float("-inf"))
+    y = tl.load(Y + c, mask=c < C, other=float("-inf")).to(tl.float32)
     p = tl.exp(y - lse)
     q = tl.load(Q + c, mask=c < C, other=0.0)
     if PROBABILITIES:
         moved = tl.where(c < C, p - alpha * q, float("-inf"))
     else:
         moved = y - alpha * p * (q - centre)
-    return p, moved
+    return p, moved.to(Y.dtype.element_ty).to(tl.float32)  # as it will be stored
 
 
 @triton.jit
@@ -101,7 +101,7 @@ def _update(
         p, moved = _moved(Y, Q + row * C, c, C, lse, centre, alpha, PROBABILITIES)
         tl.store(Y + c, moved, mask=c < C)
     else:
-        p = tl.exp(tl.load(Y + c, mask=c < C, other=float("-inf")) - lse)
+        p = tl.exp(tl.load(Y + c, mask=c < C, other=float("-inf")).to(tl.float32) - lse)
     tl.store(P + row * C + c, p.to(P.dtype.element_ty), mask=c < C)
 
 
@@ -111,7 +111,8 @@ def _direction(
 ):
     row = tl.program_id(0).to(tl.int64)
     c = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    p_next = tl.exp(tl.load(NEXT + row * next_stride + c, mask=c < C, other=float("-inf")) - tl.load(LSE + row))
+    y_next = tl.load(NEXT + row * next_stride + c, mask=c < C, other=float("-inf")).to(tl.float32)
+    p_next = tl.exp(y_next - tl.load(LSE + row))
     hot = (c == tl.load(COLUMN + row)).to(tl.float32)
     out = tl.load(SCALE + row) * (p_next - hot) - tl.load(MEAN + row)
     if not PROBABILITIES:
@@ -134,7 +135,7 @@ def _noise(Y, FIRST, SECOND, QUANTILES, y_stride, offset, C, std, GOLDEN: tl.con
     at = Y + row * y_stride + c
     noise = tl.load(QUANTILES + (h & 0xFFFF), mask=c < C, other=0.0)
     y = tl.load(at, mask=c < C, other=0.0)
-    tl.store(at, y + (std * noise).to(y.dtype), mask=c < C)
+    tl.store(at, (y + std * noise).to(y.dtype), mask=c < C)
 
 
 class TritonTiles(Tiles):
@@ -144,7 +145,7 @@ class TritonTiles(Tiles):
 
     def operand_dtype(self, y: Tensor, table: Tensor) -> torch.dtype:
         """The table's own precision: what the GPU's matrix units are fast in."""
-        return table.dtype if y.is_cuda else y.dtype
+        return table.dtype if y.is_cuda else super().operand_dtype(y, table)
 
     def embed(self, y: Tensor, stats: RowStats, e: Tensor) -> Tensor:
         """See `Tiles.embed`."""

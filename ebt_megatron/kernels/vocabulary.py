@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ebt_megatron.kernels.interface import RefineStats
+from ebt_megatron.kernels.interface import RefineStats, compute_dtype
 
 
 @dataclass
@@ -56,8 +56,8 @@ class Tiles:
     token_tile, column_tile = 512, 1024  # three tiles in fp32 stay in a core's cache
 
     def operand_dtype(self, y: Tensor, table: Tensor) -> torch.dtype:
-        """Precision of the matrix products' operands; they accumulate in that of y."""
-        return y.dtype
+        """Precision of the matrix products' operands; they accumulate in fp32 at least."""
+        return compute_dtype(y, table)
 
     def embed(self, y: Tensor, stats: RowStats, e: Tensor) -> Tensor:
         """e = exp(y - top), with the new top; returns the factor [t] for what was summed before."""
@@ -84,6 +84,8 @@ class Tiles:
         moved = torch.addcmul(p if probabilities else y, g, alpha[:, None], value=-1, out=spare)
         if y_next is not None:
             y_next.copy_(moved)  # go on with the tile in cache: y' has its rows far apart in memory
+        if y.dtype != moved.dtype:  # what is made of y' is made of it as it will be stored
+            moved.copy_(moved.to(y.dtype))
         top = torch.maximum(stats.top, moved.amax(1))
         factor = (stats.top - top).exp()
         e = exp_minus(moved, top[:, None], spare)
@@ -165,9 +167,10 @@ class Vocabulary:
         """See `Kernels.vocab_embed`."""
         dtype = self.tiles.operand_dtype(y, table)
         (buffer,) = self._buffers(y, valid, dtype)
-        x, lse = y.new_empty(len(y), table.shape[1]), y.new_empty(len(y))
+        lse = torch.empty(len(y), dtype=compute_dtype(y, table), device=y.device)
+        x = lse.new_empty(len(y), table.shape[1])
         for t in self._tokens(y):
-            stats, sums = RowStats.empty(y[t]), y.new_zeros(t.stop - t.start, table.shape[1])
+            stats, sums = RowStats.empty(lse[t]), lse.new_zeros(t.stop - t.start, table.shape[1])
             for c in self._columns(valid):
                 e = self._tile(buffer, t, c)
                 sums.mul_(self.tiles.embed(y[t, c], stats, e)[:, None])
@@ -182,11 +185,11 @@ class Vocabulary:
     ) -> RefineStats:  # fmt: skip
         """See `Kernels.vocab_refine`."""
         dtype, width = self.tiles.operand_dtype(y, table), table.shape[1]
-        slope, weights, spares = self._buffers(y, valid, y.dtype, dtype, y.dtype)
-        lse_next, pp, px = y.new_empty(len(y)), y.new_empty(len(y)), y.new_empty(len(y), width)
+        slope, weights, spares = self._buffers(y, valid, lse.dtype, dtype, lse.dtype)
+        lse_next, pp, px = torch.empty_like(lse), torch.empty_like(lse), lse.new_empty(len(y), width)
         narrow = energy_grad.to(dtype)
         for t in self._tokens(y):
-            stats, weighted = RowStats.empty(y[t]), y.new_zeros(t.stop - t.start, width)
+            stats, weighted = RowStats.empty(lse[t]), lse.new_zeros(t.stop - t.start, width)
             for c in self._columns(valid):
                 rows, weight = table[c].to(dtype), self._tile(weights, t, c)
                 q = _multiply(narrow[t], rows.mT, self._tile(slope, t, c))
@@ -202,11 +205,12 @@ class Vocabulary:
         row = target.clamp_min(0)[:, None]
         logit = y.gather(1, row)[:, 0]
         p_target = (logit - lse).exp()
-        slopes = torch.linalg.vecdot(energy_grad, table[row[:, 0]].to(y.dtype))
+        slopes = torch.linalg.vecdot(energy_grad, table[row[:, 0]].to(lse.dtype))
         g_target = slopes if probabilities else p_target * (slopes - centre)
         if probabilities:
             logit = p_target
-        return RefineStats(lse_next, (logit - alpha * g_target) * here, p_target * here, pp, px)
+        moved = y_next.gather(1, row)[:, 0] if y_next is not None else (logit - alpha * g_target).to(y.dtype)
+        return RefineStats(lse_next, moved.to(lse.dtype) * here, p_target * here, pp, px)
 
     def backward(
         self, y: Tensor, lse: Tensor, table: Tensor, valid: int, energy_grad: Tensor, centre: Tensor, alpha: Tensor,
@@ -215,7 +219,7 @@ class Vocabulary:
     ) -> None:  # fmt: skip
         """See `Kernels.vocab_backward`."""
         dtype = self.tiles.operand_dtype(y, table)
-        slope, values, tangents = self._buffers(y, valid, y.dtype, dtype, dtype)
+        slope, values, tangents = self._buffers(y, valid, lse.dtype, dtype, dtype)
         narrow, x_grad, xt_grad = energy_grad.to(dtype), x_grad.to(dtype), xt_grad.to(dtype)
         for c in self._columns(valid):
             rows = table[c].to(dtype)
@@ -239,7 +243,7 @@ class Vocabulary:
     ) -> None:  # fmt: skip
         """See `Kernels.vocab_update`."""
         dtype = self.tiles.operand_dtype(y, table)
-        slope, values = self._buffers(y, valid, y.dtype, dtype)
+        slope, values = self._buffers(y, valid, lse.dtype, dtype)
         narrow = energy_grad.to(dtype)
         for c in self._columns(valid):
             rows = table[c].to(dtype)
@@ -254,7 +258,7 @@ class Vocabulary:
         self, y_next: Tensor, lse_next: Tensor, target: Tensor, weight: Tensor, valid: int, adjoint: Tensor
     ) -> None:
         """See `Kernels.vocab_adjoint`."""
-        (buffer,) = self._buffers(y_next, valid, y_next.dtype)
+        (buffer,) = self._buffers(y_next, valid, lse_next.dtype)
         for t in self._tokens(y_next):
             for c in self._columns(valid):
                 p = self._tile(buffer, t, c)
@@ -267,8 +271,8 @@ class Vocabulary:
         self, y: Tensor, lse: Tensor, table: Tensor, valid: int, energy_grad: Tensor, centre: Tensor, adjoint: Tensor
     ) -> Tensor:
         """See `Kernels.vocab_dot_step`."""
-        dtype, out = self.tiles.operand_dtype(y, table), y.new_zeros(len(y))
-        slope, values = self._buffers(y, valid, y.dtype, y.dtype)
+        dtype, out = self.tiles.operand_dtype(y, table), torch.zeros_like(lse)
+        slope, values = self._buffers(y, valid, lse.dtype, lse.dtype)
         narrow = energy_grad.to(dtype)
         for c in self._columns(valid):
             rows = table[c].to(dtype)
@@ -283,8 +287,8 @@ class Vocabulary:
     ) -> tuple[Tensor, Tensor, Tensor]:
         """See `Kernels.vocab_tangent`."""
         dtype = self.tiles.operand_dtype(y, table)
-        (buffer,) = self._buffers(y, valid, y.dtype)
-        mean, norm2, plx = y.new_zeros(len(y)), y.new_zeros(len(y)), y.new_zeros(len(y), table.shape[1])
+        (buffer,) = self._buffers(y, valid, lse.dtype)
+        mean, norm2, plx = torch.zeros_like(lse), torch.zeros_like(lse), lse.new_zeros(len(y), table.shape[1])
         for c in self._columns(valid):
             rows = table[c].to(dtype)
             for t in self._tokens(y):
@@ -301,7 +305,7 @@ class Vocabulary:
     ) -> None:  # fmt: skip
         """See `Kernels.vocab_dense_backward`; the derivation is beside `reference.vocab_dense_backward`."""
         dtype = self.tiles.operand_dtype(y, table)
-        values, tangents, firsts, seconds = self._buffers(y, valid, *[y.dtype] * 4)
+        values, tangents, firsts, seconds = self._buffers(y, valid, *[lse.dtype] * 4)
         along_value = torch.linalg.vecdot(x, x_grad) + torch.linalg.vecdot(xt, xt_grad)
         along_tangent = torch.linalg.vecdot(x, xt_grad)
         x_narrow, xt_narrow = x_grad.to(dtype), xt_grad.to(dtype)

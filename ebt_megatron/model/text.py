@@ -162,6 +162,7 @@ class TextPrediction:
         self.target = torch.where((target >= 0) & (target < self.valid), target, -1)
         self.start = start
         self.dtype = torch.promote_types(self.table.dtype, torch.float32)
+        self._stored = torch.bfloat16 if thinking.logits_dtype == "bfloat16" else self.dtype
         self._probabilities = thinking.descend_on == "probabilities"
         self._all = slice(0, self.length * self.batch)
         # What the current prediction is made of: the steps taken to it, and how many had Langevin noise before them.
@@ -184,7 +185,7 @@ class TextPrediction:
         """The prediction's logits, from its seed and the steps taken, [rows, V / TP]; into a buffer if given."""
         shape = rows.stop - rows.start, self.table.shape[0]
         if buffer is None:
-            y = torch.zeros(shape, dtype=self.dtype, device=self.table.device)
+            y = torch.zeros(shape, dtype=self._stored, device=self.table.device)
         else:
             y = buffer[: shape[0]].zero_()
         if self.thinking.initial == "noise":
@@ -232,12 +233,12 @@ class TextPrediction:
     def logits(self) -> Tensor:
         """The current logits [S, B, V / TP]."""
         y = self._make(self._all) if self._regenerated else self.y
-        return y.view(self.length, self.batch, -1)
+        return y.to(self.dtype).view(self.length, self.batch, -1)
 
     @property
     def final(self) -> Tensor:
-        """The logits at the end of thinking, [S, B, V / TP], for the replay buffer."""
-        return self.logits if self._kept is None else self._kept.view(self.length, self.batch, -1)
+        """The logits at the end of thinking as they are stored, [S, B, V / TP], for the replay buffer."""
+        return (self.y if self._kept is None else self._kept).view(self.length, self.batch, -1)
 
     # --- one step -----------------------------------------------------------------------
 
@@ -425,6 +426,10 @@ class TextPrediction:
         p = start[:, : self.valid]
         p = p if self._probabilities else p.softmax(-1)
         return self._hidden(p.to(self.table.dtype) @ self.table[: self.valid])
+
+    def plain_store(self, y: Tensor) -> Tensor:
+        """Logits y [T, V] with what storing them rounds away taken off; gradients do not see it."""
+        return y if self._stored == self.dtype else y + (y.to(self._stored) - y).detach()
 
     def plain_loss(self, y: Tensor) -> Tensor:
         """Cross-entropy of logits y [T, V], [S, B]."""

@@ -100,17 +100,18 @@ def train(model: Any, context: Tensor, segments: Tensor | None, descent: Descent
     # alpha as a differentiable function of the scalar that is learned
     alpha = descent.alpha + descent.alpha_slope * (model.step_size - model.step_size.detach())
     losses, energies, total = [], [], torch.zeros((), dtype=alpha.dtype)
-    y = prediction.y
+    y = prediction.y.to(alpha.dtype)
     for step, step_weight in enumerate(plan.step_weights):
         y = y.detach() if plan.gradient == "detached" else y
         noise = torch.zeros_like(y)
         prediction.add_langevin(noise, step)
-        y = (y + noise) if y.requires_grad else (y + noise).requires_grad_()
+        y = prediction.plain_store(y + noise)
+        y = y if y.requires_grad else y.requires_grad_()
         y = prediction.plain_start(y)
         energy = joint_energy(model, context, prediction.plain_embed(y), segments, step)
         create = plan.gradient != "truncated" or step == plan.steps - 1
         (grad,) = torch.autograd.grad(energy.sum(), y, create_graph=create, retain_graph=True)
-        y = y - alpha.view(-1, *[1] * (y.dim() - 1)) * grad
+        y = prediction.plain_store(y - alpha.view(-1, *[1] * (y.dim() - 1)) * grad)
         loss = prediction.plain_loss(y)
         total = total + step_weight * (weight * loss).sum()
         losses.append(loss.detach())

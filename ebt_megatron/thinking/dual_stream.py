@@ -67,6 +67,7 @@ class Prediction(Protocol):
     # in plain torch, for the double-backward reference
     def add_langevin(self, y: Tensor, step: int) -> None: ...  # noqa: D102
     def plain_start(self, y: Tensor) -> Tensor: ...  # noqa: D102
+    def plain_store(self, y: Tensor) -> Tensor: ...  # noqa: D102
     def plain_embed(self, start: Tensor) -> Tensor: ...  # noqa: D102
     def plain_loss(self, y: Tensor) -> Tensor: ...  # noqa: D102
 

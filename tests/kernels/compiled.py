@@ -12,8 +12,8 @@ from triton.compiler import ASTSource
 
 from ebt_megatron.kernels import triton_attention, triton_elementwise, triton_fp8, triton_vocabulary
 
-POINTERS = {"LSE", "MU", "DELTA", "BETA", "GW", "TOP", "TOTAL", "FACTOR", "CENTRE", "ALPHA", "S1", "S2", "SG", "SCALE",
-            "MEAN", "QUANTILES", "NEXT", "TABLE"}  # always fp32  # fmt: skip
+POINTERS = {"LSE", "MU", "DELTA", "BETA", "GW", "TOP", "TOTAL", "FACTOR", "CENTRE", "ALPHA", "PP", "SCALE",
+            "MEAN", "QUANTILES", "TABLE"}  # always fp32  # fmt: skip
 FIXED = {"OUT8": "*fp8e4nv", "SEG": "*i32", "FIRST": "*i32", "SECOND": "*i32", "COLUMN": "*i64"}
 SHARED = 232448  # bytes a block can have on an H100
 FLOATS = ("scale", "epsilon", "std")
@@ -67,14 +67,15 @@ def main(names):
             compile_kernel(el._heads, BACKWARD=backward, BP=512)
         compile_kernel(triton_fp8._round_rows, BR=triton_fp8._ROWS, BK=triton_fp8._COLUMNS)
     if "vocabulary" in names:
-        compile_kernel(vo._embed, wide=("Y",), BLOCK=1024)
-        for probabilities in (True, False):
-            on = {"PROBABILITIES": probabilities, "BLOCK": 1024}
-            for flag in (True, False):
-                compile_kernel(vo._refine, wide=("Y", "Q"), KEEP=flag, **on)
-                compile_kernel(vo._update, wide=("Y", "Q"), STEP=flag, **on)
-            compile_kernel(vo._direction, **on)
-        compile_kernel(vo._noise, wide=("Y",), GOLDEN=vo.GOLDEN, BLOCK=1024)
+        for logits in (("Y", "NEXT"), ()):  # in fp32, in bf16
+            compile_kernel(vo._embed, logits, BLOCK=1024)
+            for probabilities in (True, False):
+                on = {"PROBABILITIES": probabilities, "BLOCK": 1024}
+                for flag in (True, False):
+                    compile_kernel(vo._refine, (*logits, "Q"), KEEP=flag, **on)
+                    compile_kernel(vo._update, (*logits, "Q"), STEP=flag, **on)
+                compile_kernel(vo._direction, logits, **on)
+            compile_kernel(vo._noise, logits, GOLDEN=vo.GOLDEN, BLOCK=1024)
 
 
 if __name__ == "__main__":

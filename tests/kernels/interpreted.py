@@ -10,7 +10,7 @@ from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
 from ebt_megatron import kernels
 from ebt_megatron.kernels import check, fp8, noise, triton_attention, triton_vocabulary
-from tests.kernels.test_backends import assert_close, poisoned_memory  # noqa: F401  (a fixture)
+from tests.kernels.test_backends import NARROW, assert_close, poisoned_memory  # noqa: F401  (a fixture)
 
 backend = kernels.select("triton")
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -20,9 +20,12 @@ LONG, ODD, SINGLE = (70, 1, 2, 1, 8), (33, 2, 2, 2, 20), (1, 1, 1, 1, 32)
 
 
 @pytest.fixture(autouse=True)
-def bfloat16_products(monkeypatch):
-    """The interpreter (triton 3.9) multiplies bfloat16 matrices as the integers of their bits; a GPU, as numbers."""
-    multiply = InterpreterBuilder.create_dot
+def bfloat16_of_a_gpu(monkeypatch):
+    """The interpreter (triton 3.9) multiplies bfloat16 matrices as the integers of their bits; a GPU, as numbers.
+
+    It cuts off what does not fit into bfloat16; a GPU rounds.
+    """
+    multiply, cast = InterpreterBuilder.create_dot, InterpreterBuilder.cast_impl
 
     def numbers(a):
         if not a.dtype.scalar.is_bf16():
@@ -33,7 +36,14 @@ def bfloat16_products(monkeypatch):
     def create_dot(self, a, b, *rest):
         return multiply(self, numbers(a), numbers(b), *rest)
 
+    def cast_impl(self, src, to):
+        if (src.dtype.scalar, to.scalar) != (tl.float32, tl.bfloat16):
+            return cast(self, src, to)
+        rounded = torch.from_numpy(np.array(src.data)).bfloat16()
+        return TensorHandle(rounded.view(torch.int16).numpy().view(np.uint16), to.scalar)
+
     monkeypatch.setattr(InterpreterBuilder, "create_dot", create_dot)
+    monkeypatch.setattr(InterpreterBuilder, "cast_impl", cast_impl)
 
 
 @pytest.fixture
@@ -157,6 +167,11 @@ def test_vocabulary(op, dtype, small_tiles):
     assert_close(check.vocab_case(op, 7, 53, 50, 8), dtype, backend)
 
 
+@pytest.mark.parametrize("op", NARROW)
+def test_what_is_made_of_narrow_logits_is_made_of_rounded_ones(op, small_tiles):
+    assert_close(check.vocab_case(op, 7, 53, 50, 8), torch.bfloat16, backend, tolerance=3e-4)
+
+
 @pytest.fixture
 def small_tiles(monkeypatch):
     several_tiles(monkeypatch)
@@ -175,6 +190,11 @@ def test_noise_is_that_of_every_backend():
     triton_vocabulary.add_noise_(ours, keys, 40_000, 0.3, 2**40 + 7)
     noise.add_noise_(theirs, keys, 40_000, 0.3, 2**40 + 7)
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6)
+    for y, backend_noise in ((ours, triton_vocabulary), (theirs, noise)):
+        y.copy_(rounded := y.bfloat16())
+        backend_noise.add_noise_(rounded, keys, 40_000, 0.3, 2**40 + 7)  # summed in fp32, then rounded
+        y.copy_(rounded)
+    assert (ours != theirs).float().mean() < 1e-3  # a sum in the middle of two numbers may go either way
 
 
 def test_keys_need_no_gradient_while_proposing():

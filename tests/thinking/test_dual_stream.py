@@ -82,6 +82,14 @@ def test_regenerated_logits_with_reuse_and_on_probabilities():
             "thinking.descend_on=probabilities", ours=("thinking.regenerate=6",))  # fmt: skip
 
 
+@pytest.mark.parametrize("options", [
+    ("thinking.loss=every", "model.kernels=reference"), ("thinking.loss=last", "model.kernels=torch"),
+    ("thinking.reuse=true", "model.kernels=torch"), ("thinking.descend_on=probabilities", "model.kernels=torch"),
+])  # fmt: skip
+def test_the_gradient_of_logits_in_bf16_is_that_of_rounded_logits(options):
+    compare("thinking.logits_dtype=bfloat16", "thinking.langevin_noise=0.7", *options)
+
+
 @pytest.mark.parametrize("gradient", ["detached", "full"])
 def test_regenerated_logits_are_never_stored(gradient):
     recipe = builders.small_recipe("thinking.regenerate=4", f"thinking.gradient={gradient}")

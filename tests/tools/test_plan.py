@@ -37,6 +37,8 @@ def test_levers_save_memory():
                     HARDWARE).activation_bytes < base.activation_bytes  # fmt: skip
     assert estimate(recipe("parallel.pipeline=2", "model.recompute_layers=true"), 1000, 8,
                     HARDWARE).activation_bytes < base.activation_bytes  # fmt: skip
+    assert estimate(recipe("parallel.pipeline=2", "thinking.logits_dtype=bfloat16"), 1000, 8,
+                    HARDWARE).activation_bytes < base.activation_bytes  # fmt: skip
     assert estimate(recipe("parallel.pipeline=2", "thinking.regenerate=256"), 1000, 8,
                     HARDWARE).activation_bytes < base.activation_bytes  # fmt: skip
     assert estimate(recipe("parallel.pipeline=2", "parallel.distributed_optimizer=true"), 1000, 8,
