@@ -59,24 +59,33 @@ def seeded_halves(keys: Tensor, seed: int) -> tuple[Tensor, Tensor]:
     return (mixed & 0xFFFFFFFF).int(), (mixed >> 32).int()
 
 
-def hash_normal(keys: Tensor, seed: int, column_offset: int, count: int) -> Tensor:
-    """Noise of `count` columns from `column_offset` on; int64 keys [R] -> float32 [R, count]."""
-    first, second = (half[:, None] for half in seeded_halves(keys, seed))
-    columns = torch.arange(column_offset, column_offset + count, dtype=torch.int32, device=keys.device)
-    h = columns * GOLDEN + first
-    h ^= (h >> 16) & 0xFFFF
-    h *= -2048144789
-    h ^= second
-    h ^= (h >> 13) & 0x7FFFF
-    h *= -1028477387
-    h ^= (h >> 16) & 0xFFFF
-    h &= 0xFFFF
-    return quantiles(keys.device).index_select(0, h.flatten()).view(h.shape)
+def _hash(first: Tensor, second: Tensor, columns: Tensor, h: Tensor, spare: Tensor) -> Tensor:
+    """h = 16 bits for each row, by the halves [R, 1] of its key, and column [V]; int32 h and spare [R, V]."""
+
+    def fold(bits: int) -> None:  # h ^= h >> bits, of unsigned numbers
+        torch.bitwise_right_shift(h, bits, out=spare).bitwise_and_((1 << (32 - bits)) - 1)
+        h.bitwise_xor_(spare)
+
+    torch.add(columns * GOLDEN, first, out=h)
+    fold(16)
+    h.mul_(-2048144789).bitwise_xor_(second)
+    fold(13)
+    h.mul_(-1028477387)
+    fold(16)
+    return h.bitwise_and_(0xFFFF)
 
 
 def add_noise_(y: Tensor, keys: Tensor, column_offset: int, std: float, seed: int) -> None:
     """y [T, V] += std * noise, in place; keys [T] from `row_keys`."""
-    rows = max(1, _TILE // max(y.shape[1], 1))
+    first, second = (half[:, None] for half in seeded_halves(keys, seed))
+    width = y.shape[1]
+    rows = min(max(1, _TILE // max(width, 1)), len(y))
+    columns = torch.arange(column_offset, column_offset + width, dtype=torch.int32, device=y.device)
+    h, spare = torch.empty(2, rows, width, dtype=torch.int32, device=y.device)
+    noise, table = torch.empty(rows, width, device=y.device), quantiles(y.device)
     for begin in range(0, len(y), rows):
-        part = slice(begin, begin + rows)
-        y[part].add_(hash_normal(keys[part], seed, column_offset, y.shape[1]), alpha=std)
+        part = slice(begin, min(begin + rows, len(y)))
+        size = part.stop - begin
+        bits = _hash(first[part], second[part], columns, h[:size], spare[:size])
+        torch.index_select(table, 0, bits.flatten(), out=noise[:size].view(-1))
+        y[part].add_(noise[:size], alpha=std)

@@ -122,7 +122,7 @@ def _direction(
 
 @triton.jit
 def _noise(Y, FIRST, SECOND, QUANTILES, y_stride, offset, C, std, GOLDEN: tl.constexpr, BLOCK: tl.constexpr):
-    """Y += std * noise; the hash of `ebt_megatron.kernels.noise.hash_normal`."""
+    """Y += std * noise; the hash of `ebt_megatron.kernels.noise`."""
     row = tl.program_id(0).to(tl.int64)
     c = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     h = ((c + offset).to(tl.int32) * GOLDEN + tl.load(FIRST + row)).to(tl.int32)
