@@ -110,7 +110,7 @@ def vocab_case(op: str, tokens: int, columns: int, valid: int, width: int, seed:
         return positions if "narrow" in options else ()
 
     y, table = 2 * randn(tokens, columns), randn(columns, width) / math.sqrt(width)
-    if stored(0):
+    if "narrow" in options:
         y = y.bfloat16().double()  # what is made of it below is then made of what the operation is given
     x, lse = reference.vocab_embed(y, table, valid)
     energy_grad, alpha = randn(tokens, width), 1 + randn(tokens).abs()

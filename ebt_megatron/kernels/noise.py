@@ -60,13 +60,13 @@ def seeded_halves(keys: Tensor, seed: int) -> tuple[Tensor, Tensor]:
 
 
 def _hash(first: Tensor, second: Tensor, columns: Tensor, h: Tensor, spare: Tensor) -> Tensor:
-    """h = 16 bits for each row, by the halves [R, 1] of its key, and column [V]; int32 h and spare [R, V]."""
+    """h = 16 bits for each row, by the halves [R, 1] of its key, and column [V] (times GOLDEN); int32 [R, V]."""
 
     def fold(bits: int) -> None:  # h ^= h >> bits, of unsigned numbers
         torch.bitwise_right_shift(h, bits, out=spare).bitwise_and_((1 << (32 - bits)) - 1)
         h.bitwise_xor_(spare)
 
-    torch.add(columns * GOLDEN, first, out=h)
+    torch.add(columns, first, out=h)
     fold(16)
     h.mul_(-2048144789).bitwise_xor_(second)
     fold(13)
@@ -80,7 +80,7 @@ def add_noise_(y: Tensor, keys: Tensor, column_offset: int, std: float, seed: in
     first, second = (half[:, None] for half in seeded_halves(keys, seed))
     width = y.shape[1]
     rows = min(max(1, _TILE // max(width, 1)), len(y))
-    columns = torch.arange(column_offset, column_offset + width, dtype=torch.int32, device=y.device)
+    columns = torch.arange(column_offset, column_offset + width, dtype=torch.int32, device=y.device) * GOLDEN
     h, spare = torch.empty(2, rows, width, dtype=torch.int32, device=y.device)
     noise, table = torch.empty(rows, width, device=y.device), quantiles(y.device)
     for begin in range(0, len(y), rows):

@@ -298,8 +298,8 @@ def _positions(x: Tensor) -> Iterator[slice]:
 
 
 def _streams(x: Tensor, tangent: bool) -> tuple[Tensor, ...]:
-    """Value, and tangent if there is one, of x [S, B, ...], in fp32 at least."""
-    return tuple(_wide(*(x.chunk(2, 1) if tangent else (x,))))
+    """Value, and tangent if there is one, of x [S, B*, ...]; views."""
+    return x.chunk(2, 1) if tangent else (x,)
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -308,17 +308,19 @@ class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, epsilon: float, tangent: bool) -> Tensor:
         out = torch.empty_like(x, memory_format=torch.contiguous_format)
+        scales = []
         for s in _positions(x):
-            value, *directions = _streams(x[s], tangent)
+            value, *directions = _wide(*_streams(x[s], tangent))
             r = torch.rsqrt(value.square().mean(-1, keepdim=True).add_(epsilon))
+            scales.append(r)
             results = [value * r]
             for direction in directions:
                 along = _dot(value, direction).mul_(r**3).div_(-x.shape[-1])
                 results.append((direction * r).addcmul_(value, along))
-            for result, part in zip(results, out[s].chunk(len(results), 1), strict=True):
+            for result, part in zip(results, _streams(out[s], tangent), strict=True):
                 part.copy_(result.mul_(weight))
-        ctx.save_for_backward(x, weight)
-        ctx.tangent, ctx.epsilon = tangent, epsilon
+        ctx.save_for_backward(x, weight, *scales)
+        ctx.tangent = tangent
         return out
 
     @staticmethod
@@ -326,7 +328,7 @@ class _RMSNorm(torch.autograd.Function):
         # With a = w dy, b = w dy' and n = r x:
         #   dx' = r (b - <n b> n),   dw = sum r (dy x + dy' (x' - <n x'> n)),
         #   dx  = r a - r^2 (<n x'> b + <n b> x') - r^2 (<x a> + <x' b> - 3 <n x'> <n b>) n
-        x, weight = ctx.saved_tensors
+        x, weight, *scales = ctx.saved_tensors
         out = torch.empty_like(x, memory_format=torch.contiguous_format)
         w = _wide(weight)[0]
         w_grad = torch.zeros_like(w) if ctx.needs_input_grad[1] else None
@@ -335,10 +337,9 @@ class _RMSNorm(torch.autograd.Function):
         def mean(t: Tensor) -> Tensor:
             return (t @ w).div_(width)[..., None]
 
-        for s in _positions(x):
-            (value, *directions), (a, *tangents) = _streams(x[s], ctx.tangent), _streams(grad[s], ctx.tangent)
-            r = torch.rsqrt(value.square().mean(-1, keepdim=True).add_(ctx.epsilon))
-            product, results = value * a, out[s].chunk(1 + len(directions), 1)
+        for s, r in zip(_positions(x), scales, strict=True):
+            (value, *directions), (a, *tangents) = (_wide(*_streams(t[s], ctx.tangent)) for t in (x, grad))
+            product, results = value * a, _streams(out[s], ctx.tangent)
             dx = a * r
             if directions:
                 (direction,), (b,) = directions, tangents
@@ -370,13 +371,12 @@ class _SwiGLU(torch.autograd.Function):
     @staticmethod
     def _parts(x: Tensor, block: int, tangent: bool) -> list[Tensor]:
         """Gate and up, and their tangents if there are, [s, B, n, block] each, of x [s, B*, 2 n block]."""
-        halves = x.chunk(2, 1) if tangent else (x,)
-        return [part for half in halves for part in half.unflatten(-1, (-1, 2, block)).unbind(-2)]
+        return [part for half in _streams(x, tangent) for part in half.unflatten(-1, (-1, 2, block)).unbind(-2)]
 
     @staticmethod
     def _results(x: Tensor, block: int, tangent: bool) -> list[Tensor]:
         """The value, and its tangent if there is one, [s, B, n, block] each, of x [s, B*, n block]."""
-        return [half.unflatten(-1, (-1, block)) for half in (x.chunk(2, 1) if tangent else (x,))]
+        return [half.unflatten(-1, (-1, block)) for half in _streams(x, tangent)]
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, block: int, tangent: bool) -> Tensor:

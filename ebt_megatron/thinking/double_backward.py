@@ -105,9 +105,7 @@ def train(model: Any, context: Tensor, segments: Tensor | None, descent: Descent
         y = y.detach() if plan.gradient == "detached" else y
         noise = torch.zeros_like(y)
         prediction.add_langevin(noise, step)
-        y = prediction.plain_store(y + noise)
-        y = y if y.requires_grad else y.requires_grad_()
-        y = prediction.plain_start(y)
+        y = prediction.plain_start(prediction.plain_store(y + noise).requires_grad_())
         energy = joint_energy(model, context, prediction.plain_embed(y), segments, step)
         create = plan.gradient != "truncated" or step == plan.steps - 1
         (grad,) = torch.autograd.grad(energy.sum(), y, create_graph=create, retain_graph=True)

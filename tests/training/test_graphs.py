@@ -92,7 +92,7 @@ def micro_batch(number, documents):
 
 
 @pytest.mark.parametrize("overrides", [
-    (), ("thinking.reuse=true", "thinking.logits_dtype=bfloat16"),
+    (), ("thinking.reuse=true",), ("thinking.reuse=true", "thinking.logits_dtype=bfloat16"),
     ("thinking.gradient=full", "model.recompute_layers=true"),
     ("thinking.regenerate=6", "thinking.langevin_noise=0.5", "thinking.step_size_scale=2", "data.document_mask=true"),
     ("thinking.loss=last", "thinking.gradient=truncated", "model.conditioning=adaln_zero"),
