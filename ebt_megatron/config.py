@@ -55,8 +55,10 @@ class ThinkingConfig:
 
     min_steps: int = 2
     max_steps: int = 2  # evaluation thinks this many steps; training draws from [min, max]
+    step_rule: str = "probability_descent"  # y' = softmax(y) - alpha dE/dp, the public code's | logit_descent
+    # (y - alpha dE/dy, the paper's listing) | mirror_descent (y - alpha dE/dp)
     loss: str = "every"  # every (mean over the steps' losses) | last
-    descend_on: str = "logits"  # logits | probabilities (y' = softmax(y) - alpha dE/dp, as the public code)
+    learned_steps: int | None = None  # of the losses of every step, learn from so many, drawn anew each iteration
     gradient: str = "detached"  # detached | full | truncated; see docs/design.md
     step_size: float = 500.0
     learn_step_size: bool = True
@@ -64,6 +66,7 @@ class ThinkingConfig:
     step_size_min: float = 1e-4
     step_size_scale: float = 1.0  # alpha is drawn per position from [alpha/scale, alpha*scale]
     langevin_noise: float = 0.0  # standard deviation added to the prediction before each step
+    langevin_in_evaluation: bool = True  # as the model was trained with it
     initial: str = "noise"  # noise | zeros
     initial_std: float = 1.0
     engine: str = "dual_stream"  # dual_stream | double_backward (the slow reference)
@@ -174,7 +177,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "model.conditioning": ("none", "time_embed", "time_embed_sequence", "adaln", "adaln_zero"),
     "model.kernels": ("auto", "reference", "torch", "triton"),
     "thinking.loss": ("every", "last"),
-    "thinking.descend_on": ("logits", "probabilities"),
+    "thinking.step_rule": ("probability_descent", "logit_descent", "mirror_descent"),
     "thinking.logits_dtype": ("float32", "bfloat16"),
     "thinking.gradient": ("detached", "full", "truncated"),
     "thinking.initial": ("noise", "zeros"),
@@ -338,11 +341,8 @@ def check(recipe: Recipe, world_size: int | None = None) -> None:
         raise RecipeError(f"thinking.max_steps={t.max_steps} is below thinking.min_steps={t.min_steps}")
     if t.step_size_scale < 1:
         raise RecipeError(f"thinking.step_size_scale={t.step_size_scale}: must be at least 1")
-    if t.gradient == "truncated" and t.loss != "last":
-        raise RecipeError("thinking.gradient=truncated trains on the last step only: set thinking.loss=last")
-    if t.descend_on == "probabilities" and t.gradient != "detached" and t.engine == "dual_stream":
-        raise RecipeError("thinking.descend_on=probabilities trains no further back than one step: set "
-                          "thinking.gradient=detached or thinking.engine=double_backward")  # fmt: skip
+    if t.learned_steps is not None and t.learned_steps < 1:
+        raise RecipeError(f"thinking.learned_steps={t.learned_steps}: at least 1, or null for all")
     if t.engine == "double_backward" and tensor * p.pipeline > 1:
         raise RecipeError("thinking.engine=double_backward is a single-process reference: "
                           "set parallel.tensor=1 and parallel.pipeline=1")  # fmt: skip
@@ -359,12 +359,6 @@ def check(recipe: Recipe, world_size: int | None = None) -> None:
             divides(what, total, "16 x parallel.tensor", 16 * tensor, "training.precision=fp8 needs it")
     if t.regenerate < 0:
         raise RecipeError(f"thinking.regenerate={t.regenerate}: a number of rows, or 0 to store the logits")
-    if t.regenerate and (t.replay.enabled or t.engine == "double_backward"):
-        other = "replay.enabled=true" if t.replay.enabled else "engine=double_backward"
-        raise RecipeError(f"thinking.{other} keeps predictions: set thinking.regenerate=0")
-    if t.logits_dtype == "bfloat16" and t.gradient != "detached" and t.engine == "dual_stream":
-        raise RecipeError("thinking.logits_dtype=bfloat16 cannot go back through steps that were rounded: set "
-                          "thinking.gradient=detached")  # fmt: skip
     if t.reuse and p.pipeline > 1:
         raise RecipeError("thinking.reuse needs every layer on one pipeline stage: set parallel.pipeline=1")
     if t.reuse and m.recompute_layers:

@@ -12,6 +12,7 @@ from torch import Tensor
 from data_prep.documents import Part
 from data_prep.text import TextSettings, prepare_text
 from ebt_megatron.config import Recipe, load_recipe
+from ebt_megatron.data.loader import MicroBatch
 from ebt_megatron.model.build import SampleShape, build_model
 from ebt_megatron.parallel.setup import ParallelState, initialize
 from ebt_megatron.thinking.dual_stream import Context, Descent, Plan, Thinker, Thought, step_sizes
@@ -44,6 +45,12 @@ def text_batch(batch: int = 2, length: int = 10, documents: bool = False) -> Bat
     if documents:
         segments = torch.randint(2, (batch, length), generator=generator).cumsum(1).int()
     return Batch(tokens[:, :-1], tokens[:, 1:], torch.arange(batch) + 5, segments)
+
+
+def micro_batch(batch: int = 2, length: int = 10) -> MicroBatch:
+    """The same tokens as the loader gives them."""
+    b = text_batch(batch, length)
+    return MicroBatch(b.sample_ids, torch.cat([b.observed, b.targets[:, -1:]], 1))
 
 
 def text_shards(

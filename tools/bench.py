@@ -102,7 +102,7 @@ def minimum_flops(recipe: Recipe, vocab: int) -> float:
     return batch * per_sample.minimum(recipe.thinking.max_steps, recipe.thinking.max_steps)
 
 
-def counted_flops(step: Callable[[int], float]) -> int:
+def counted_flops(step: Callable[[int], float], seed: int = 0) -> int:
     """FLOPs of the matrix products of a step, as torch counts them while it runs."""
     import torch
     from torch.utils.flop_counter import FlopCounterMode
@@ -113,7 +113,7 @@ def counted_flops(step: Callable[[int], float]) -> int:
     aten = torch.ops.aten
     in_place = {aten.addmm_: product, aten.baddbmm_: product}  # torch counts their other forms only
     with FlopCounterMode(display=False, custom_mapping=in_place) as counter:
-        step(0)
+        step(seed)
     return counter.get_total_flops()
 
 

@@ -111,7 +111,7 @@ def make_recipe(hyper: dict[str, Any], weights: dict[str, Tensor]) -> Recipe:
     if hyper.get("no_mcmc_detach"):
         t.gradient = "truncated" if hyper.get("truncate_mcmc") else "full"
         t.engine = "double_backward"  # through steps from probabilities: by the slow engine only
-    t.descend_on = "probabilities"  # what normalize_initial_condition does
+    t.step_rule = "probability_descent"  # what normalize_initial_condition does
     t.initial = "zeros" if hyper.get("denoising_initial_condition") == "zeros" else "noise"
     take(t, step_size="mcmc_step_size", learn_step_size="mcmc_step_size_learnable",
          step_size_lr_multiplier="mcmc_step_size_lr_multiplier", step_size_scale="randomize_mcmc_step_size_scale",

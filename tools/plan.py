@@ -9,6 +9,7 @@ that real runs execute (`ebt_megatron.parallel.schedule`).
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -80,8 +81,12 @@ def estimate(recipe: Recipe, vocab_size: int, gpus: int, hardware: Hardware) -> 
     data = gpus // (p.tensor * p.pipeline)
     micro_batches = t.global_batch_size // (t.micro_batch_size * data)
     ebt = m.architecture == "ebt"
-    plan = Plan.of(options, options.max_steps)
-    sweeps = chain(plan, m.conditioning == "time_embed_sequence") if ebt else transformer_chain()
+    sees_step = m.conditioning == "time_embed_sequence"
+    chains = (
+        [(chance, chain(plan, sees_step)) for chance, plan in Plan.distribution(options)]
+        if ebt
+        else [(1.0, transformer_chain())]
+    )
     parts = cost(recipe, vocab_size)
     unit = t.micro_batch_size * parts.layers / (p.tensor * p.pipeline) / (hardware.tflops * 1e12)  # C on one stage
     product = t.micro_batch_size * parts.vocabulary / p.tensor / (hardware.tflops * 1e12)  # U
@@ -90,16 +95,24 @@ def estimate(recipe: Recipe, vocab_size: int, gpus: int, hardware: Hardware) -> 
              "learn_backward": 2.0 if reuse else 3.0}  # fmt: skip
     if options.regenerate:  # on average half of the other steps are taken again in every pass over the vocabulary
         extra = {kind: u + (options.max_steps - 1) / 2 * (u > 0) for kind, u in extra.items()}
-    durations = {kind: d * unit for kind, d in FLOP_DURATIONS.items()}
+    units = FLOP_DURATIONS | ({"learn_forward": 1.0, "learn_backward": 3.0} if reuse else {})
+    durations = {kind: d * unit for kind, d in units.items()}
     vocabulary = {kind: u * product for kind, u in extra.items()} if ebt else {}
-    schedule = simulate(p.pipeline, micro_batches, sweeps, durations, vocabulary, in_flight=p.micro_batches_in_flight)
+    schedules = [
+        simulate(p.pipeline, micro_batches, sweeps, durations, vocabulary, in_flight=p.micro_batches_in_flight)
+        for _, sweeps in chains
+    ]
+
+    def mean(values: Iterable[float]) -> float:
+        """Over the steps that an iteration may draw."""
+        return sum(chance * value for (chance, _), value in zip(chains, values, strict=True))
 
     width_bytes = 4 if t.precision == "fp32" else 2
     tokens = t.micro_batch_size * recipe.data.sequence_length
     hidden = tokens * m.hidden_size * width_bytes
     layers = m.num_layers / p.pipeline
     # A layer all-reduces twice forward and twice backward (ring: 2 (n-1)/n of the size) for each stream.
-    streams = sum(2 if kind.startswith("learn") else 1 for kind, _ in sweeps)
+    streams = mean(sum(2 if kind.startswith("learn") else 1 for kind, _ in sweeps) for _, sweeps in chains)
     ring = 2 * (p.tensor - 1) / p.tensor
     tensor_traffic = micro_batches * layers * 2 * streams * hidden * ring
     pipeline_traffic = micro_batches * streams * hidden if p.pipeline > 1 else 0.0
@@ -110,7 +123,7 @@ def estimate(recipe: Recipe, vocab_size: int, gpus: int, hardware: Hardware) -> 
     master = 4 * local / (data if p.distributed_optimizer else 1) if width_bytes == 2 else 0.0
     # Context keys, values and the graph behind them (about 16 hidden states a layer), for every live
     # micro-batch; and one learn pass of two streams.
-    live = max(schedule.live)
+    live = max(max(schedule.live) for schedule in schedules)
     per_layer = 16 * hidden / p.tensor
     kept = (2 if m.recompute_layers else 16) * hidden / p.tensor
     activations = live * layers * kept + layers * 2 * per_layer
@@ -122,13 +135,13 @@ def estimate(recipe: Recipe, vocab_size: int, gpus: int, hardware: Hardware) -> 
             activations += live * tokens * row * (1 + reuse + through)  # y; y' kept beside it; the adjoint
         activations += layers * 11 * hidden / p.tensor * reuse  # each linear layer's output and input gradient
     seconds = (
-        schedule.makespan
+        mean(schedule.makespan for schedule in schedules)
         + tensor_traffic / (hardware.bandwidth * 1e9)
         + pipeline_traffic / (hardware.network * 1e9)
         + data_traffic / (hardware.network * 1e9)
     )
     return Estimate(
-        data, micro_batches, schedule.bubble, gpt_bubble(p.pipeline, micro_batches), parameters,
+        data, micro_batches, mean(s.bubble for s in schedules), gpt_bubble(p.pipeline, micro_batches), parameters,
         (width_bytes + 4) * local + optimizer_bytes + master, activations, tensor_traffic, pipeline_traffic,
         data_traffic, seconds, t.global_batch_size * recipe.data.sequence_length / seconds,
     )  # fmt: skip

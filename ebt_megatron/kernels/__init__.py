@@ -11,9 +11,9 @@ from dataclasses import fields
 
 import torch
 
-from ebt_megatron.kernels.interface import Kernels, RefineStats
+from ebt_megatron.kernels.interface import Kernels, RefineStats, StepRule
 
-__all__ = ["Kernels", "RefineStats", "select"]
+__all__ = ["Kernels", "RefineStats", "StepRule", "select"]
 
 # Where each backend's operations come from: the first module that has them.
 _MODULES = {

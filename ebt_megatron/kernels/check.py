@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ebt_megatron.kernels import select
-from ebt_megatron.kernels.interface import Kernels
+from ebt_megatron.kernels.interface import Kernels, StepRule
 
 reference = select("reference")
 
@@ -100,10 +100,14 @@ def rounding_case(rows: int, columns: int, transposed: bool, seed: int = 0) -> C
 
 
 def vocab_case(op: str, tokens: int, columns: int, valid: int, width: int, seed: int = 0) -> Case:
-    """A consistent state of thinking, with some targets on another rank, for one of VOCAB_OPERATIONS."""
+    """A consistent state of thinking, with some targets on another rank, for one of VOCAB_OPERATIONS.
+
+    What stands behind an operation's name are options: a step rule, what is given or kept, and narrow logits.
+    """
     randn = _randn(seed)
     op, *options = op.split(", ")
-    keep, along = "keeping" in options or "kept" in options, {"probabilities": "probabilities" in options}
+    keep = "keeping" in options or "kept" in options
+    rule = next((rule for rule in StepRule if rule in options), StepRule.LOGIT)
 
     def stored(*positions: int) -> tuple[int, ...]:
         """Where y and y' are, if they are in the table's precision."""
@@ -124,35 +128,37 @@ def vocab_case(op: str, tokens: int, columns: int, valid: int, width: int, seed:
     if op == "vocab_embed":
         return Case(op, [y, table, valid], {}, (1,), stored=stored(0))
     if op == "vocab_update":
-        return Case(op, step, along, (2,), stored=stored(0))
+        return Case(op, [*step, rule], {}, (2,), stored=stored(0))
     if op == "vocab_refine":
-        return Case(op, [*step, target, torch.zeros_like(y) if keep else None], along, (2,), stored=stored(0, 8))
+        return Case(op, [*step, target, rule, torch.zeros_like(y) if keep else None], {}, (2,), stored=stored(0, 9))
     if op == "vocab_backward":
         y_next = torch.zeros_like(y)
-        lse_next = reference.vocab_refine(*step, target, y_next, **along).lse_next
-        args = [*step, target, lse_next, scale, mean, x_grad, xt_grad, table_grad, y_next if keep else None]
-        return Case(op, args, along, (2,), stored=stored(0, 14))
+        lse_next = reference.vocab_refine(*step, target, rule, y_next).lse_next
+        args = [*step, target, rule, lse_next, scale, mean, x_grad, xt_grad, table_grad, y_next if keep else None]
+        return Case(op, args, {}, (2,), stored=stored(0, 15))
     if op == "vocab_adjoint":
         return Case(op, [y, lse, target, scale, valid, adjoint], {}, (), stored=stored(0))
     if op == "vocab_dot_step":
-        return Case(op, [*step[:6], adjoint], {}, (2,))
+        return Case(op, [*step[:6], rule, adjoint], {}, (2,), stored=stored(0))
     if op == "vocab_tangent":
-        return Case(op, [y, lse, table, valid, adjoint], {}, (2,))
+        return Case(op, [y, lse, table, valid, rule, adjoint], {}, (2,), stored=stored(0))
+    _, along = reference.vocab_dot_step(*step[:6], rule, adjoint)
+    if op == "vocab_to_logits":
+        return Case(op, [y, lse, valid, along, adjoint], {}, (), stored=stored(0))
     if op != "vocab_dense_backward":
         raise ValueError(f"no vocabulary operation '{op}'")
-    pl, _, plx = reference.vocab_tangent(y, lse, table, valid, adjoint)
-    mean = scale * pl
-    xt = scale[:, None] * plx - mean[:, None] * x
-    args = [y, lse, table, valid, adjoint, scale, mean, x, xt, x_grad, xt_grad, table_grad]
-    return Case(op, args, {}, (2,))
+    _, embedded = reference.vocab_tangent(y, lse, table, valid, rule, adjoint)
+    xt = scale[:, None] * embedded - (scale * along)[:, None] * x if rule.by_logits else scale[:, None] * embedded
+    args = [y, lse, table, valid, rule, adjoint, scale, scale * along, x, xt, x_grad, xt_grad, table_grad]
+    return Case(op, args, {}, (2,), stored=stored(0))
 
 
+_RULED = ("vocab_update", "vocab_refine", "vocab_refine, keeping", "vocab_backward", "vocab_backward, kept",
+          "vocab_dot_step", "vocab_tangent", "vocab_dense_backward")  # fmt: skip
 VOCAB_OPERATIONS = (
-    "vocab_embed", "vocab_update", "vocab_refine", "vocab_refine, keeping", "vocab_backward", "vocab_backward, kept",
-    "vocab_adjoint", "vocab_dot_step", "vocab_tangent", "vocab_dense_backward", "vocab_update, probabilities",
-    "vocab_refine, probabilities", "vocab_refine, keeping, probabilities", "vocab_backward, probabilities",
-    "vocab_backward, kept, probabilities", "vocab_embed, narrow", "vocab_update, narrow", "vocab_refine, narrow",
-    "vocab_refine, keeping, narrow", "vocab_backward, narrow", "vocab_backward, kept, narrow", "vocab_adjoint, narrow",
+    "vocab_embed", "vocab_adjoint", "vocab_to_logits", *(f"{op}, {rule}" for op in _RULED for rule in StepRule),
+    "vocab_embed, narrow", "vocab_adjoint, narrow", "vocab_to_logits, narrow",
+    *(f"{op}, narrow, {StepRule.PROBABILITY}" for op in _RULED),
 )  # fmt: skip
 
 

@@ -8,16 +8,17 @@ Vocabulary operations work on T = S * B tokens and one tensor-parallel rank's co
 never communicate: the caller combines what they return over ranks. With p = exp(y - lse)
 over the first `valid` columns (the rest is padding: probability 0, never touched),
 
-    g  = p * (energy_grad table^T - centre)      gradient of the energy; centre = <p, energy_grad table^T>
-    y' = y - alpha g,   p' = exp(y' - lse'),   lambda = p' - 1[target]
+    dE/dp = q = energy_grad table^T,     dE/dy = p * (q - centre),     centre = <p, q>
 
-With `probabilities` the step is that of the paper's public code, from p and along dE/dp:
+and a step by one of three rules (`StepRule`):
 
-    g  = energy_grad table^T,   y' = p - alpha g
+    probability_descent    y' = p - alpha q
+    logit_descent          y' = y - alpha p * (q - centre)
+    mirror_descent         y' = y - alpha q
 
-and the factor p before p', lambda or (scale lambda - mean) below is 1.
+    p' = exp(y' - lse'),   lambda = p' - 1[target],   r = dp/dy's factor: p for logit_descent, else 1
 
-`lse` is that of the whole vocabulary. `target` is a local column, or -1 on another rank. y may be stored in bf16: y' is
+g stands for what alpha multiplies. `lse` is that of the whole vocabulary. `target` is a local column, or -1 on another rank. y may be stored in bf16: y' is
 then rounded to it, and everything that is made of y' is made of the rounded one.
 """
 
@@ -25,9 +26,35 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
+from enum import StrEnum
 
 import torch
 from torch import Tensor
+
+
+class StepRule(StrEnum):
+    """How logits are improved along the energy's gradient.
+
+    PROBABILITY: gradient descent on the probabilities, whose result are the next logits; the step of the
+        paper's public code. The gradient is not damped where a probability is small.
+    LOGIT: gradient descent on the logits; the step of the paper's listing.
+    MIRROR: mirror descent on the simplex (Beck and Teboulle 2003): the gradient by the probabilities moves the
+        logits, so that steps add up, and a small one lowers the energy.
+    """
+
+    PROBABILITY = "probability_descent"
+    LOGIT = "logit_descent"
+    MIRROR = "mirror_descent"
+
+    @property
+    def from_probabilities(self) -> bool:
+        """Whether a step starts at p rather than at the logits."""
+        return self is StepRule.PROBABILITY
+
+    @property
+    def by_logits(self) -> bool:
+        """Whether a step goes along dE/dy rather than dE/dp."""
+        return self is StepRule.LOGIT
 
 
 def compute_dtype(y: Tensor, table: Tensor) -> torch.dtype:
@@ -37,20 +64,20 @@ def compute_dtype(y: Tensor, table: Tensor) -> torch.dtype:
 
 @dataclass
 class RefineStats:
-    """This rank's sums over its columns v, from `vocab_refine`; all [T] but px.
+    """This rank's sums over its columns v, from `vocab_refine`; all [T] but `embedded`.
 
     Attributes:
         lse_next: log-sum-exp of y'.
         target_logit, p_target: y' and p at the target; 0 where it is not local.
-        pp: sum p_v p'_v, with p' = exp(y' - lse_next), local.
-        px: [T, D] sum p_v p'_v table_v.
+        mean: sum r_v p'_v, with p' = exp(y' - lse_next), local.
+        embedded: [T, D] sum r_v p'_v table_v.
     """
 
     lse_next: Tensor
     target_logit: Tensor
     p_target: Tensor
-    pp: Tensor
-    px: Tensor
+    mean: Tensor
+    embedded: Tensor
 
     @classmethod
     def join(cls, parts: Sequence[RefineStats]) -> RefineStats:
@@ -79,20 +106,23 @@ class Kernels:
         swiglu: (x, block, *, tangent); [..., 2F] -> [..., F], gate and up alternate in blocks of columns.
         gelu: (x, *, tangent); tanh form.
         vocab_embed: (y, table, valid) -> (p table [T, D], lse [T]) over the local columns alone.
-        vocab_refine: (y, lse, table, valid, energy_grad, centre, alpha, target, y_next=None,
-            probabilities=False) -> RefineStats;
+        vocab_refine: (y, lse, table, valid, energy_grad, centre, alpha, target, rule, y_next=None) -> RefineStats;
             writes y' to y_next [T, V] if given.
-        vocab_backward: (y, lse, table, valid, energy_grad, centre, alpha, target, lse_next, scale, mean,
-            x_grad, xt_grad, table_grad, y_next=None, probabilities=False): table_grad += p^T x_grad +
-            (p * (scale lambda - mean))^T xt_grad, in place, scale > 0; y becomes y' in place, unless y' is given.
-        vocab_update: (y, lse, table, valid, energy_grad, centre, alpha, probabilities=False): y becomes y' in place.
+        vocab_backward: (y, lse, table, valid, energy_grad, centre, alpha, target, rule, lse_next, scale, mean,
+            x_grad, xt_grad, table_grad, y_next=None): table_grad += p^T x_grad +
+            (r * (scale lambda - mean))^T xt_grad, in place, scale > 0; y becomes y' in place, unless y' is given.
+        vocab_update: (y, lse, table, valid, energy_grad, centre, alpha, rule): y becomes y' in place.
         vocab_adjoint: (y', lse', target, weight, valid, adjoint): adjoint += weight lambda, in place.
-        vocab_dot_step: (y, lse, table, valid, energy_grad, centre, adjoint) -> <adjoint, g> [T].
-        vocab_tangent: (y, lse, table, valid, adjoint) -> <p, adjoint> [T], |adjoint|^2 [T],
-            (p * adjoint) table [T, D].
-        vocab_dense_backward: (y, lse, table, valid, adjoint, scale, mean, x, xt, x_grad, xt_grad,
-            table_grad): as vocab_backward with lambda = adjoint and no step, and adjoint += the derivative
-            of <x_grad, x> + <xt_grad, xt> by y, where x = p table, xt = (p * (scale adjoint - mean)) table.
+        vocab_dot_step: (y, lse, table, valid, energy_grad, centre, rule, adjoint) -> <adjoint, g> [T],
+            <p, adjoint> [T].
+        vocab_tangent: (y, lse, table, valid, rule, adjoint) -> |adjoint|^2 [T], (r * adjoint) table [T, D].
+        vocab_to_logits: (y, lse, valid, mean, adjoint): adjoint becomes p * (adjoint - mean), in place: what is a
+            gradient by p becomes one by y, with mean = <p, adjoint>.
+        vocab_dense_backward: (y, lse, table, valid, rule, adjoint, scale, mean, x, xt, x_grad, xt_grad,
+            table_grad): as vocab_backward with lambda = adjoint and no step (mean as it is for vocab_to_logits, but
+            scaled; only logit_descent subtracts it), and the adjoint by y' becomes that by y, in place:
+            that through where the step starts, plus the derivative of <x_grad, x> + <xt_grad, xt> by y,
+            where x = p table, xt = (r * (scale adjoint - mean)) table.
         round_rows: (x [M, K], of any strides) -> e4m3 [M, K'], fp32 [M, 1]: each row divided by a power of two
             and rounded, with zeros up to the next multiple of 16; the power is NaN where a row is not finite.
         row_keys: (sample_ids [B], positions [S], stream) -> int64 [S * B] keys of noise rows.
@@ -114,8 +144,9 @@ class Kernels:
     vocab_backward: Callable[..., None]
     vocab_update: Callable[..., None]
     vocab_adjoint: Callable[..., None]
-    vocab_dot_step: Callable[..., Tensor]
-    vocab_tangent: Callable[..., tuple[Tensor, Tensor, Tensor]]
+    vocab_dot_step: Callable[..., tuple[Tensor, Tensor]]
+    vocab_tangent: Callable[..., tuple[Tensor, Tensor]]
+    vocab_to_logits: Callable[..., None]
     vocab_dense_backward: Callable[..., None]
     round_rows: Callable[..., tuple[Tensor, Tensor]]
     row_keys: Callable[..., Tensor]

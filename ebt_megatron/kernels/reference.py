@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ebt_megatron.kernels.interface import RefineStats, compute_dtype
+from ebt_megatron.kernels.interface import RefineStats, StepRule, compute_dtype
 
 
 def _dual(function: Callable[..., Tensor], *stacked: Tensor) -> Tensor:
@@ -147,15 +147,21 @@ def _one_hot(target: Tensor, like: Tensor) -> Tensor:
 
 def _step(
     y: Tensor, lse: Tensor, table: Tensor, valid: int, energy_grad: Tensor, centre: Tensor, alpha: Tensor,
-    probabilities: bool = False,
+    rule: StepRule,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """p, g and y'."""
     p = _probabilities(y, lse, valid)
-    slope = energy_grad @ table.to(p.dtype).mT
-    if probabilities:
-        return p, slope, torch.cat([(p - alpha[:, None] * slope)[:, :valid].to(y.dtype), y[:, valid:]], 1)
-    g = p * (slope - centre[:, None])
-    return p, g, (y - alpha[:, None] * g).to(y.dtype)
+    g = energy_grad @ table.to(p.dtype).mT
+    if rule is StepRule.LOGIT:
+        g = p * (g - centre[:, None])
+    start = p if rule is StepRule.PROBABILITY else y
+    moved = (start - alpha[:, None] * g).to(y.dtype)
+    return p, g, torch.cat([moved[:, :valid], y[:, valid:]], 1)
+
+
+def _factor(p: Tensor, rule: StepRule) -> Tensor:
+    """r of the interface's notation."""
+    return p if rule is StepRule.LOGIT else torch.ones_like(p)
 
 
 def vocab_embed(y: Tensor, table: Tensor, valid: int) -> tuple[Tensor, Tensor]:
@@ -167,13 +173,12 @@ def vocab_embed(y: Tensor, table: Tensor, valid: int) -> tuple[Tensor, Tensor]:
 
 def vocab_refine(
     y: Tensor, lse: Tensor, table: Tensor, valid: int, energy_grad: Tensor, centre: Tensor, alpha: Tensor,
-    target: Tensor, y_next: Tensor | None = None, probabilities: bool = False,
+    target: Tensor, rule: StepRule, y_next: Tensor | None = None,
 ) -> RefineStats:  # fmt: skip
     """See `Kernels.vocab_refine`."""
-    p, _, moved = _step(y, lse, table, valid, energy_grad, centre, alpha, probabilities)
-    factor = torch.ones_like(p) if probabilities else p
+    p, _, moved = _step(y, lse, table, valid, energy_grad, centre, alpha, rule)
     lse_next = _log_sum_exp(moved.to(lse.dtype), valid)
-    p_next = _probabilities(moved, lse_next, valid)
+    weighted = _factor(p, rule) * _probabilities(moved, lse_next, valid)
     if y_next is not None:
         y_next[:, :valid] = moved[:, :valid]
     hot = _one_hot(target, p)
@@ -181,21 +186,20 @@ def vocab_refine(
         lse_next=lse_next,
         target_logit=(hot * moved).sum(-1),
         p_target=(hot * p).sum(-1),
-        pp=(factor * p_next).sum(-1),
-        px=(factor * p_next) @ table.to(p.dtype),
+        mean=weighted.sum(-1),
+        embedded=weighted @ table.to(p.dtype),
     )
 
 
 def vocab_backward(
     y: Tensor, lse: Tensor, table: Tensor, valid: int, energy_grad: Tensor, centre: Tensor, alpha: Tensor,
-    target: Tensor, lse_next: Tensor, scale: Tensor, mean: Tensor, x_grad: Tensor, xt_grad: Tensor,
-    table_grad: Tensor, y_next: Tensor | None = None, probabilities: bool = False,
+    target: Tensor, rule: StepRule, lse_next: Tensor, scale: Tensor, mean: Tensor, x_grad: Tensor, xt_grad: Tensor,
+    table_grad: Tensor, y_next: Tensor | None = None,
 ) -> None:  # fmt: skip
     """See `Kernels.vocab_backward`."""
-    p, _, moved = _step(y, lse, table, valid, energy_grad, centre, alpha, probabilities)
+    p, _, moved = _step(y, lse, table, valid, energy_grad, centre, alpha, rule)
     direction = scale[:, None] * (_probabilities(moved, lse_next, valid) - _one_hot(target, p)) - mean[:, None]
-    if not probabilities:
-        direction = p * direction
+    direction = _factor(p, rule) * direction
     table_grad[:valid] += (p.mT @ x_grad + direction.mT @ xt_grad)[:valid]
     if y_next is None:
         y.copy_(moved)
@@ -203,10 +207,10 @@ def vocab_backward(
 
 def vocab_update(
     y: Tensor, lse: Tensor, table: Tensor, valid: int, energy_grad: Tensor, centre: Tensor, alpha: Tensor,
-    probabilities: bool = False,
+    rule: StepRule,
 ) -> None:  # fmt: skip
     """See `Kernels.vocab_update`."""
-    y.copy_(_step(y, lse, table, valid, energy_grad, centre, alpha, probabilities)[2])
+    y.copy_(_step(y, lse, table, valid, energy_grad, centre, alpha, rule)[2])
 
 
 def vocab_adjoint(
@@ -217,32 +221,46 @@ def vocab_adjoint(
 
 
 def vocab_dot_step(
-    y: Tensor, lse: Tensor, table: Tensor, valid: int, energy_grad: Tensor, centre: Tensor, adjoint: Tensor
-) -> Tensor:
+    y: Tensor, lse: Tensor, table: Tensor, valid: int, energy_grad: Tensor, centre: Tensor, rule: StepRule,
+    adjoint: Tensor,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """See `Kernels.vocab_dot_step`."""
-    return (adjoint * _step(y, lse, table, valid, energy_grad, centre, centre)[1]).sum(-1)
+    p, g, _ = _step(y, lse, table, valid, energy_grad, centre, centre, rule)
+    return (adjoint * g)[:, :valid].sum(-1), (p * adjoint).sum(-1)
 
 
-def vocab_tangent(y: Tensor, lse: Tensor, table: Tensor, valid: int, adjoint: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def vocab_tangent(
+    y: Tensor, lse: Tensor, table: Tensor, valid: int, rule: StepRule, adjoint: Tensor
+) -> tuple[Tensor, Tensor]:
     """See `Kernels.vocab_tangent`."""
-    weighted = _probabilities(y, lse, valid) * adjoint
-    return weighted.sum(-1), adjoint[:, :valid].square().sum(-1), weighted @ table.to(lse.dtype)
+    weighted = _factor(_probabilities(y, lse, valid), rule) * adjoint
+    return adjoint[:, :valid].square().sum(-1), weighted[:, :valid] @ table[:valid].to(lse.dtype)
+
+
+def vocab_to_logits(y: Tensor, lse: Tensor, valid: int, mean: Tensor, adjoint: Tensor) -> None:
+    """See `Kernels.vocab_to_logits`."""
+    adjoint.copy_(_probabilities(y, lse, valid) * (adjoint - mean[:, None]))
 
 
 def vocab_dense_backward(
-    y: Tensor, lse: Tensor, table: Tensor, valid: int, adjoint: Tensor, scale: Tensor, mean: Tensor, x: Tensor,
-    xt: Tensor, x_grad: Tensor, xt_grad: Tensor, table_grad: Tensor,
+    y: Tensor, lse: Tensor, table: Tensor, valid: int, rule: StepRule, adjoint: Tensor, scale: Tensor, mean: Tensor,
+    x: Tensor, xt: Tensor, x_grad: Tensor, xt_grad: Tensor, table_grad: Tensor,
 ) -> None:  # fmt: skip
     """See `Kernels.vocab_dense_backward`.
 
     With u = x_grad W^T, w = xt_grad W^T and d = scale lambda - mean, the derivative of
     <u, p> + <w, p d> by y_k is p_k (u_k - <p,u> + (w_k - <p,w>) d_k - <w, p d>), where
-    <p,u> = <x, x_grad>, <p,w> = <x, xt_grad> and <w, p d> = <xt, xt_grad>.
+    <p,u> = <x, x_grad>, <p,w> = <x, xt_grad> and <w, p d> = <xt, xt_grad>. Where the step is
+    along dE/dp, xt does not depend on y, and the derivative of <u, p> alone is left.
     """
     p = _probabilities(y, lse, valid)
-    direction = scale[:, None] * adjoint - mean[:, None]
-    table_grad += p.mT @ x_grad + (p * direction).mT @ xt_grad
-    along_value = (x * x_grad).sum(-1) + (xt * xt_grad).sum(-1)
-    along_tangent = (x * xt_grad).sum(-1)
     u, w = x_grad @ table.to(lse.dtype).mT, xt_grad @ table.to(lse.dtype).mT
-    adjoint += p * (u - along_value[:, None] + (w - along_tangent[:, None]) * direction)
+    through = u - (x * x_grad).sum(-1, keepdim=True)
+    direction = scale[:, None] * adjoint
+    if rule is StepRule.LOGIT:
+        direction -= mean[:, None]
+        through += (w - (x * xt_grad).sum(-1, keepdim=True)) * direction - (xt * xt_grad).sum(-1, keepdim=True)
+        direction *= p
+    table_grad[:valid] += (p.mT @ x_grad + direction.mT @ xt_grad)[:valid]
+    start = p * (adjoint - (mean / scale)[:, None]) if rule is StepRule.PROBABILITY else adjoint
+    adjoint.copy_(start + p * through)

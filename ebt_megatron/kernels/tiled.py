@@ -432,4 +432,5 @@ _vocabulary = Vocabulary(Tiles())
 vocab_embed, vocab_refine = _vocabulary.embed, _vocabulary.refine
 vocab_backward, vocab_update = _vocabulary.backward, _vocabulary.update
 vocab_adjoint, vocab_dot_step = _vocabulary.adjoint, _vocabulary.dot_step
-vocab_tangent, vocab_dense_backward = _vocabulary.tangent, _vocabulary.dense_backward
+vocab_tangent, vocab_to_logits = _vocabulary.tangent, _vocabulary.to_logits
+vocab_dense_backward = _vocabulary.dense_backward

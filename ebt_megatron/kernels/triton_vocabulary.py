@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ebt_megatron.kernels.interface import StepRule
 from ebt_megatron.kernels.noise import GOLDEN, quantiles, seeded_halves
 from ebt_megatron.kernels.vocabulary import RowStats, Tiles, Vocabulary
 
@@ -40,22 +41,21 @@ def _embed(Y, E, TOP, TOTAL, FACTOR, y_stride, C, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _moved(Y, Q, c, C, lse, centre, alpha, PROBABILITIES: tl.constexpr):
+def _moved(Y, Q, c, C, lse, centre, alpha, BY_LOGITS: tl.constexpr, FROM_P: tl.constexpr):
     """p and y' of columns c; outside the tile p = 0 and y' = -inf."""
     y = tl.load(Y + c, mask=c < C, other=float("-inf")).to(tl.float32)
     p = tl.exp(y - lse)
     q = tl.load(Q + c, mask=c < C, other=0.0)
-    if PROBABILITIES:
-        moved = tl.where(c < C, p - alpha * q, float("-inf"))
-    else:
-        moved = y - alpha * p * (q - centre)
+    if BY_LOGITS:
+        q = p * (q - centre)
+    moved = tl.where(c < C, (p if FROM_P else y) - alpha * q, float("-inf"))
     return p, moved.to(Y.dtype.element_ty).to(tl.float32)  # as it will be stored
 
 
 @triton.jit
 def _refine(
-    Y, Q, NEXT, WEIGHT, LSE, CENTRE, ALPHA, TOP, TOTAL, PP, FACTOR, y_stride, next_stride, C,
-    KEEP: tl.constexpr, PROBABILITIES: tl.constexpr, BLOCK: tl.constexpr,
+    Y, Q, NEXT, WEIGHT, LSE, CENTRE, ALPHA, TOP, TOTAL, MEAN, FACTOR, y_stride, next_stride, C,
+    KEEP: tl.constexpr, BY_LOGITS: tl.constexpr, FROM_P: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     Y += row * y_stride
@@ -64,33 +64,34 @@ def _refine(
     largest = tl.full([BLOCK], float("-inf"), tl.float32)
     for start in range(0, C, BLOCK):
         c = start + tl.arange(0, BLOCK)
-        p, moved = _moved(Y, Q, c, C, lse, centre, alpha, PROBABILITIES)
+        p, moved = _moved(Y, Q, c, C, lse, centre, alpha, BY_LOGITS, FROM_P)
         if KEEP:
             tl.store(NEXT + row * next_stride + c, moved, mask=c < C)
         largest = tl.maximum(largest, moved)
     old = tl.load(TOP + row)
     top = tl.maximum(old, tl.max(largest, 0))
     total = tl.zeros([BLOCK], tl.float32)
-    pp = tl.zeros([BLOCK], tl.float32)
+    mean = tl.zeros([BLOCK], tl.float32)
     for start in range(0, C, BLOCK):
         c = start + tl.arange(0, BLOCK)
-        p, moved = _moved(Y, Q, c, C, lse, centre, alpha, PROBABILITIES)
+        p, moved = _moved(Y, Q, c, C, lse, centre, alpha, BY_LOGITS, FROM_P)
         e = tl.exp(moved - top)
-        weight = e if PROBABILITIES else p * e
+        weight = p * e if BY_LOGITS else e
         tl.store(WEIGHT + row * C + c, weight.to(WEIGHT.dtype.element_ty), mask=c < C)
         total += e
-        pp += weight
+        mean += weight
     factor = tl.exp(old - top)
     tl.store(TOP + row, top)
     tl.store(FACTOR + row, factor)
     tl.store(TOTAL + row, tl.load(TOTAL + row) * factor + tl.sum(total, 0))
-    tl.store(PP + row, tl.load(PP + row) * factor + tl.sum(pp, 0))
+    tl.store(MEAN + row, tl.load(MEAN + row) * factor + tl.sum(mean, 0))
 
 
 @triton.jit
 def _update(
-    Y, Q, P, LSE, CENTRE, ALPHA, y_stride, C, STEP: tl.constexpr, PROBABILITIES: tl.constexpr, BLOCK: tl.constexpr
-):
+    Y, Q, P, LSE, CENTRE, ALPHA, y_stride, C,
+    STEP: tl.constexpr, BY_LOGITS: tl.constexpr, FROM_P: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """P = p; with STEP, Y becomes y'."""
     row = tl.program_id(0).to(tl.int64)
     c = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -98,7 +99,7 @@ def _update(
     lse = tl.load(LSE + row)
     if STEP:
         centre, alpha = tl.load(CENTRE + row), tl.load(ALPHA + row)
-        p, moved = _moved(Y, Q + row * C, c, C, lse, centre, alpha, PROBABILITIES)
+        p, moved = _moved(Y, Q + row * C, c, C, lse, centre, alpha, BY_LOGITS, FROM_P)
         tl.store(Y + c, moved, mask=c < C)
     else:
         p = tl.exp(tl.load(Y + c, mask=c < C, other=float("-inf")).to(tl.float32) - lse)
@@ -107,7 +108,7 @@ def _update(
 
 @triton.jit
 def _direction(
-    NEXT, P, OUT, LSE, COLUMN, SCALE, MEAN, next_stride, C, PROBABILITIES: tl.constexpr, BLOCK: tl.constexpr
+    NEXT, P, OUT, LSE, COLUMN, SCALE, MEAN, next_stride, C, BY_LOGITS: tl.constexpr, BLOCK: tl.constexpr
 ):
     row = tl.program_id(0).to(tl.int64)
     c = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -115,7 +116,7 @@ def _direction(
     p_next = tl.exp(y_next - tl.load(LSE + row))
     hot = (c == tl.load(COLUMN + row)).to(tl.float32)
     out = tl.load(SCALE + row) * (p_next - hot) - tl.load(MEAN + row)
-    if not PROBABILITIES:
+    if BY_LOGITS:
         out *= tl.load(P + row * C + c, mask=c < C, other=0.0).to(tl.float32)
     tl.store(OUT + row * C + c, out.to(OUT.dtype.element_ty), mask=c < C)
 
@@ -155,46 +156,47 @@ class TritonTiles(Tiles):
 
     def refine(
         self, y: Tensor, q: Tensor, lse: Tensor, centre: Tensor, alpha: Tensor, stats: RowStats, weight: Tensor,
-        spare: Tensor, y_next: Tensor | None, probabilities: bool,
+        spare: Tensor, y_next: Tensor | None, rule: StepRule,
     ) -> Tensor:  # fmt: skip
         """See `Tiles.refine`."""
         factor, kept = torch.empty_like(stats.top), y if y_next is None else y_next
         _refine[(len(y),)](
-            y, q, kept, weight, lse, centre, alpha, stats.top, stats.total, stats.pp, factor,
-            y.stride(0), kept.stride(0), y.shape[1], KEEP=y_next is not None,
-            PROBABILITIES=probabilities, BLOCK=_BLOCK,
+            y, q, kept, weight, lse, centre, alpha, stats.top, stats.total, stats.mean, factor,
+            y.stride(0), kept.stride(0), y.shape[1], KEEP=y_next is not None, BY_LOGITS=rule.by_logits,
+            FROM_P=rule.from_probabilities, BLOCK=_BLOCK,
         )  # fmt: skip
         return factor
 
     def update(
-        self, y: Tensor, q: Tensor, lse: Tensor, centre: Tensor, alpha: Tensor, p: Tensor, probabilities: bool
+        self, y: Tensor, q: Tensor, lse: Tensor, centre: Tensor, alpha: Tensor, p: Tensor, rule: StepRule
     ) -> None:
         """See `Tiles.update`."""
         grid = (len(y), triton.cdiv(y.shape[1], _BLOCK))
-        _update[grid](y, q, p, lse, centre, alpha, y.stride(0), y.shape[1], STEP=True, PROBABILITIES=probabilities,
-                      BLOCK=_BLOCK)  # fmt: skip
+        _update[grid](y, q, p, lse, centre, alpha, y.stride(0), y.shape[1], STEP=True, BY_LOGITS=rule.by_logits,
+                      FROM_P=rule.from_probabilities, BLOCK=_BLOCK)  # fmt: skip
 
     def probability(self, y: Tensor, lse: Tensor, p: Tensor) -> None:
         """See `Tiles.probability`."""
         grid = (len(y), triton.cdiv(y.shape[1], _BLOCK))
-        _update[grid](y, y, p, lse, lse, lse, y.stride(0), y.shape[1], STEP=False, PROBABILITIES=False,
-                      BLOCK=_BLOCK)  # fmt: skip
+        _update[grid](y, y, p, lse, lse, lse, y.stride(0), y.shape[1], STEP=False, BY_LOGITS=False,
+                      FROM_P=False, BLOCK=_BLOCK)  # fmt: skip
 
     def direction(
         self, y_next: Tensor, lse_next: Tensor, column: Tensor, scale: Tensor, mean: Tensor, p: Tensor, out: Tensor,
-        probabilities: bool,
+        rule: StepRule,
     ) -> None:  # fmt: skip
         """See `Tiles.direction`."""
         grid = (len(out), triton.cdiv(out.shape[1], _BLOCK))
         _direction[grid](y_next, p, out, lse_next, column, scale, mean, y_next.stride(0), out.shape[1],
-                         PROBABILITIES=probabilities, BLOCK=_BLOCK)  # fmt: skip
+                         BY_LOGITS=rule.by_logits, BLOCK=_BLOCK)  # fmt: skip
 
 
 _vocabulary = Vocabulary(TritonTiles())
 vocab_embed, vocab_refine = _vocabulary.embed, _vocabulary.refine
 vocab_backward, vocab_update = _vocabulary.backward, _vocabulary.update
 vocab_adjoint, vocab_dot_step = _vocabulary.adjoint, _vocabulary.dot_step
-vocab_tangent, vocab_dense_backward = _vocabulary.tangent, _vocabulary.dense_backward
+vocab_tangent, vocab_to_logits = _vocabulary.tangent, _vocabulary.to_logits
+vocab_dense_backward = _vocabulary.dense_backward
 
 
 def add_noise_(y: Tensor, keys: Tensor, column_offset: int, std: float, seed: int) -> None:

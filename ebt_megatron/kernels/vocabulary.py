@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ebt_megatron.kernels.interface import RefineStats, compute_dtype
+from ebt_megatron.kernels.interface import RefineStats, StepRule, compute_dtype
 
 
 @dataclass
@@ -24,7 +24,7 @@ class RowStats:
 
     top: Tensor
     total: Tensor
-    pp: Tensor
+    mean: Tensor
 
     @classmethod
     def empty(cls, like: Tensor) -> RowStats:
@@ -70,18 +70,18 @@ class Tiles:
 
     def refine(
         self, y: Tensor, q: Tensor, lse: Tensor, centre: Tensor, alpha: Tensor, stats: RowStats, weight: Tensor,
-        spare: Tensor, y_next: Tensor | None, probabilities: bool,
+        spare: Tensor, y_next: Tensor | None, rule: StepRule,
     ) -> Tensor:  # fmt: skip
-        """weight = p exp(y' - top), without p with `probabilities`, and its sums.
+        """weight = r exp(y' - top), and its sums.
 
         y' goes to y_next if given. Overwrites q.
 
         Returns:
             The factor [t] for what was summed before.
         """
-        p = exp_minus(y, lse[:, None], weight)
-        g = q if probabilities else q.sub_(centre[:, None]).mul_(p)
-        moved = torch.addcmul(p if probabilities else y, g, alpha[:, None], value=-1, out=spare)
+        p = weight if rule is StepRule.MIRROR else exp_minus(y, lse[:, None], weight)
+        g = q.sub_(centre[:, None]).mul_(p) if rule.by_logits else q
+        moved = torch.addcmul(p if rule.from_probabilities else y, g, alpha[:, None], value=-1, out=spare)
         if y_next is not None:
             y_next.copy_(moved)
         if y.dtype != moved.dtype:  # what is made of y' is made of it as it will be stored
@@ -90,19 +90,17 @@ class Tiles:
         factor = (stats.top - top).exp()
         e = exp_minus(moved, top[:, None], spare)
         stats.total.mul_(factor).add_(e.sum(1))
-        stats.pp.mul_(factor).add_((p.copy_(e) if probabilities else p.mul_(e)).sum(1))
+        stats.mean.mul_(factor).add_((p.mul_(e) if rule.by_logits else p.copy_(e)).sum(1))
         stats.top.copy_(top)
         return factor
 
     def update(
-        self, y: Tensor, q: Tensor, lse: Tensor, centre: Tensor, alpha: Tensor, p: Tensor, probabilities: bool
+        self, y: Tensor, q: Tensor, lse: Tensor, centre: Tensor, alpha: Tensor, p: Tensor, rule: StepRule
     ) -> None:
         """p = exp(y - lse), then y becomes y'. Overwrites q."""
         exp_minus(y, lse[:, None], p)
-        if probabilities:
-            torch.addcmul(p, q, alpha[:, None], value=-1, out=y)
-        else:
-            y.addcmul_(q.sub_(centre[:, None]).mul_(p), alpha[:, None], value=-1)
+        g = q.sub_(centre[:, None]).mul_(p) if rule.by_logits else q
+        torch.addcmul(p if rule.from_probabilities else y, g, alpha[:, None], value=-1, out=y)
 
     def probability(self, y: Tensor, lse: Tensor, p: Tensor) -> None:
         """p = exp(y - lse)."""
@@ -110,9 +108,9 @@ class Tiles:
 
     def direction(
         self, y_next: Tensor, lse_next: Tensor, column: Tensor, scale: Tensor, mean: Tensor, p: Tensor, out: Tensor,
-        probabilities: bool,
+        rule: StepRule,
     ) -> None:  # fmt: skip
-        """out = p (scale (p' - 1[target]) - mean), without p with `probabilities`.
+        """out = r (scale (p' - 1[target]) - mean).
 
         column [t]: the target's, if it is in this tile. scale is positive.
         """
@@ -120,7 +118,7 @@ class Tiles:
         here = (column >= 0) & (column < out.shape[1])
         out.scatter_add_(1, column.clamp(0, out.shape[1] - 1)[:, None], -(scale * here)[:, None])
         out.sub_(mean[:, None])
-        if not probabilities:
+        if rule.by_logits:
             out.mul_(p)
 
 
@@ -181,12 +179,12 @@ class Vocabulary:
 
     def refine(
         self, y: Tensor, lse: Tensor, table: Tensor, valid: int, energy_grad: Tensor, centre: Tensor, alpha: Tensor,
-        target: Tensor, y_next: Tensor | None = None, probabilities: bool = False,
+        target: Tensor, rule: StepRule, y_next: Tensor | None = None,
     ) -> RefineStats:  # fmt: skip
         """See `Kernels.vocab_refine`."""
         dtype, width = self.tiles.operand_dtype(y, table), table.shape[1]
         slope, weights, spares = self._buffers(y, valid, lse.dtype, dtype, lse.dtype)
-        lse_next, pp, px = torch.empty_like(lse), torch.empty_like(lse), lse.new_empty(len(y), width)
+        lse_next, mean, embedded = torch.empty_like(lse), torch.empty_like(lse), lse.new_empty(len(y), width)
         narrow = energy_grad.to(dtype)
         for t in self._tokens(y):
             stats, weighted = RowStats.empty(lse[t]), lse.new_zeros(t.stop - t.start, width)
@@ -194,28 +192,28 @@ class Vocabulary:
                 rows, weight = table[c].to(dtype), self._tile(weights, t, c)
                 q = _multiply(narrow[t], rows.mT, self._tile(slope, t, c))
                 spare, kept = self._tile(spares, t, c), None if y_next is None else y_next[t, c]
-                factor = self.tiles.refine(y[t, c], q, lse[t], centre[t], alpha[t], stats, weight, spare, kept,
-                                           probabilities)  # fmt: skip
+                factor = self.tiles.refine(y[t, c], q, lse[t], centre[t], alpha[t], stats, weight, spare, kept, rule)
                 weighted.mul_(factor[:, None])
                 _accumulate(weighted, weight, rows)
-            lse_next[t], pp[t] = stats.lse, stats.pp / stats.total
-            torch.div(weighted, stats.total[:, None], out=px[t])
+            lse_next[t], mean[t] = stats.lse, stats.mean / stats.total
+            torch.div(weighted, stats.total[:, None], out=embedded[t])
         # At the targets, one product of rows each: cheaper than looking for them in the tiles.
         here = target >= 0
         row = target.clamp_min(0)[:, None]
         logit = y.gather(1, row)[:, 0]
         p_target = (logit - lse).exp()
-        slopes = torch.linalg.vecdot(energy_grad, table[row[:, 0]].to(lse.dtype))
-        g_target = slopes if probabilities else p_target * (slopes - centre)
-        if probabilities:
-            logit = p_target
-        moved = y_next.gather(1, row)[:, 0] if y_next is not None else (logit - alpha * g_target).to(y.dtype)
-        return RefineStats(lse_next, moved.to(lse.dtype) * here, p_target * here, pp, px)
+        if y_next is None:
+            g = torch.linalg.vecdot(energy_grad, table[row[:, 0]].to(lse.dtype))
+            g = p_target * (g - centre) if rule.by_logits else g
+            moved = ((p_target if rule.from_probabilities else logit) - alpha * g).to(y.dtype)
+        else:
+            moved = y_next.gather(1, row)[:, 0]
+        return RefineStats(lse_next, moved.to(lse.dtype) * here, p_target * here, mean, embedded)
 
     def backward(
         self, y: Tensor, lse: Tensor, table: Tensor, valid: int, energy_grad: Tensor, centre: Tensor, alpha: Tensor,
-        target: Tensor, lse_next: Tensor, scale: Tensor, mean: Tensor, x_grad: Tensor, xt_grad: Tensor,
-        table_grad: Tensor, y_next: Tensor | None = None, probabilities: bool = False,
+        target: Tensor, rule: StepRule, lse_next: Tensor, scale: Tensor, mean: Tensor, x_grad: Tensor,
+        xt_grad: Tensor, table_grad: Tensor, y_next: Tensor | None = None,
     ) -> None:  # fmt: skip
         """See `Kernels.vocab_backward`."""
         dtype = self.tiles.operand_dtype(y, table)
@@ -227,19 +225,18 @@ class Vocabulary:
                 p, direction = self._tile(values, t, c), self._tile(tangents, t, c)
                 if y_next is None:
                     q = _multiply(narrow[t], rows.mT, self._tile(slope, t, c))
-                    self.tiles.update(y[t, c], q, lse[t], centre[t], alpha[t], p, probabilities)
+                    self.tiles.update(y[t, c], q, lse[t], centre[t], alpha[t], p, rule)
                     moved = y[t, c]
                 else:
                     self.tiles.probability(y[t, c], lse[t], p)
                     moved = y_next[t, c]
-                self.tiles.direction(moved, lse_next[t], target[t] - c.start, scale[t], mean[t], p, direction,
-                                     probabilities)  # fmt: skip
+                self.tiles.direction(moved, lse_next[t], target[t] - c.start, scale[t], mean[t], p, direction, rule)
                 _accumulate(table_grad[c], p.mT, x_grad[t])
                 _accumulate(table_grad[c], direction.mT, xt_grad[t])
 
     def update(
         self, y: Tensor, lse: Tensor, table: Tensor, valid: int, energy_grad: Tensor, centre: Tensor, alpha: Tensor,
-        probabilities: bool = False,
+        rule: StepRule,
     ) -> None:  # fmt: skip
         """See `Kernels.vocab_update`."""
         dtype = self.tiles.operand_dtype(y, table)
@@ -250,7 +247,7 @@ class Vocabulary:
             for t in self._tokens(y):
                 q = _multiply(narrow[t], rows.mT, self._tile(slope, t, c))
                 p = self._tile(values, t, c)
-                self.tiles.update(y[t, c], q, lse[t], centre[t], alpha[t], p, probabilities)
+                self.tiles.update(y[t, c], q, lse[t], centre[t], alpha[t], p, rule)
 
     # --- along an adjoint as wide as the vocabulary (training through several steps) -----------------
 
@@ -268,56 +265,77 @@ class Vocabulary:
         adjoint.scatter_add_(1, target.clamp_min(0)[:, None], -at_target)  # one entry a row: no order to it
 
     def dot_step(
-        self, y: Tensor, lse: Tensor, table: Tensor, valid: int, energy_grad: Tensor, centre: Tensor, adjoint: Tensor
-    ) -> Tensor:
+        self, y: Tensor, lse: Tensor, table: Tensor, valid: int, energy_grad: Tensor, centre: Tensor, rule: StepRule,
+        adjoint: Tensor,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """See `Kernels.vocab_dot_step`."""
-        dtype, out = self.tiles.operand_dtype(y, table), torch.zeros_like(lse)
-        slope, values = self._buffers(y, valid, lse.dtype, lse.dtype)
+        dtype, slope, mean = self.tiles.operand_dtype(y, table), torch.zeros_like(lse), torch.zeros_like(lse)
+        products, values = self._buffers(y, valid, lse.dtype, lse.dtype)
         narrow = energy_grad.to(dtype)
         for c in self._columns(valid):
             rows = table[c].to(dtype)
             for t in self._tokens(y):
-                q, p = _multiply(narrow[t], rows.mT, self._tile(slope, t, c)), self._tile(values, t, c)
+                q, p = _multiply(narrow[t], rows.mT, self._tile(products, t, c)), self._tile(values, t, c)
                 self.tiles.probability(y[t, c], lse[t], p)
-                out[t] += torch.linalg.vecdot(q.sub_(centre[t, None]).mul_(p), adjoint[t, c])
-        return out
+                g = q.sub_(centre[t, None]).mul_(p) if rule.by_logits else q
+                slope[t] += torch.linalg.vecdot(g, adjoint[t, c])
+                mean[t] += torch.linalg.vecdot(p, adjoint[t, c])
+        return slope, mean
 
     def tangent(
-        self, y: Tensor, lse: Tensor, table: Tensor, valid: int, adjoint: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
+        self, y: Tensor, lse: Tensor, table: Tensor, valid: int, rule: StepRule, adjoint: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """See `Kernels.vocab_tangent`."""
         dtype = self.tiles.operand_dtype(y, table)
         (buffer,) = self._buffers(y, valid, lse.dtype)
-        mean, norm2, plx = torch.zeros_like(lse), torch.zeros_like(lse), lse.new_zeros(len(y), table.shape[1])
+        norm2, embedded = torch.zeros_like(lse), lse.new_zeros(len(y), table.shape[1])
         for c in self._columns(valid):
             rows = table[c].to(dtype)
             for t in self._tokens(y):
-                part, weighted = adjoint[t, c], self._tile(buffer, t, c)
+                part = adjoint[t, c]
                 norm2[t] += torch.linalg.vecdot(part, part)
-                self.tiles.probability(y[t, c], lse[t], weighted)
-                mean[t] += weighted.mul_(part).sum(1)
-                _accumulate(plx[t], weighted.to(dtype), rows)
-        return mean, norm2, plx
+                if rule.by_logits:
+                    weighted = self._tile(buffer, t, c)
+                    self.tiles.probability(y[t, c], lse[t], weighted)
+                    part = weighted.mul_(part)
+                _accumulate(embedded[t], part.to(dtype), rows)
+        return norm2, embedded
+
+    def to_logits(self, y: Tensor, lse: Tensor, valid: int, mean: Tensor, adjoint: Tensor) -> None:
+        """See `Kernels.vocab_to_logits`."""
+        (buffer,) = self._buffers(y, valid, lse.dtype)
+        for t in self._tokens(y):
+            for c in self._columns(valid):
+                p = self._tile(buffer, t, c)
+                self.tiles.probability(y[t, c], lse[t], p)
+                adjoint[t, c].sub_(mean[t, None]).mul_(p)
 
     def dense_backward(
-        self, y: Tensor, lse: Tensor, table: Tensor, valid: int, adjoint: Tensor, scale: Tensor, mean: Tensor,
-        x: Tensor, xt: Tensor, x_grad: Tensor, xt_grad: Tensor, table_grad: Tensor,
+        self, y: Tensor, lse: Tensor, table: Tensor, valid: int, rule: StepRule, adjoint: Tensor, scale: Tensor,
+        mean: Tensor, x: Tensor, xt: Tensor, x_grad: Tensor, xt_grad: Tensor, table_grad: Tensor,
     ) -> None:  # fmt: skip
         """See `Kernels.vocab_dense_backward`; the derivation is beside `reference.vocab_dense_backward`."""
         dtype = self.tiles.operand_dtype(y, table)
         values, tangents, firsts, seconds = self._buffers(y, valid, *[lse.dtype] * 4)
-        along_value = torch.linalg.vecdot(x, x_grad) + torch.linalg.vecdot(xt, xt_grad)
-        along_tangent = torch.linalg.vecdot(x, xt_grad)
-        x_narrow, xt_narrow = x_grad.to(dtype), xt_grad.to(dtype)
+        along_value, along_tangent = torch.linalg.vecdot(x, x_grad), torch.linalg.vecdot(x, xt_grad)
+        if rule.by_logits:
+            along_value = along_value + torch.linalg.vecdot(xt, xt_grad)
+        x_narrow, xt_narrow, unscaled = x_grad.to(dtype), xt_grad.to(dtype), mean / scale
         for c in self._columns(valid):
             rows = table[c].to(dtype)
             for t in self._tokens(y):
                 p, direction = self._tile(values, t, c), self._tile(tangents, t, c)
                 self.tiles.probability(y[t, c], lse[t], p)
-                torch.mul(adjoint[t, c], scale[t, None], out=direction).sub_(mean[t, None])
-                through = _multiply(xt_narrow[t], rows.mT, self._tile(firsts, t, c))
-                through.sub_(along_tangent[t, None]).mul_(direction)
-                through.add_(_multiply(x_narrow[t], rows.mT, self._tile(seconds, t, c))).sub_(along_value[t, None])
-                adjoint[t, c].addcmul_(p, through)
+                torch.mul(adjoint[t, c], scale[t, None], out=direction)
+                through = _multiply(x_narrow[t], rows.mT, self._tile(seconds, t, c)).sub_(along_value[t, None])
+                if rule.by_logits:
+                    direction.sub_(mean[t, None])
+                    slope = _multiply(xt_narrow[t], rows.mT, self._tile(firsts, t, c)).sub_(along_tangent[t, None])
+                    through.addcmul_(slope, direction)
+                    direction.mul_(p)
+                if rule.from_probabilities:
+                    adjoint[t, c].sub_(unscaled[t, None]).add_(through).mul_(p)
+                else:
+                    adjoint[t, c].addcmul_(p, through)
                 _accumulate(table_grad[c], p.to(dtype).mT, x_narrow[t])
-                _accumulate(table_grad[c], direction.mul_(p).to(dtype).mT, xt_narrow[t])
+                _accumulate(table_grad[c], direction.to(dtype).mT, xt_narrow[t])

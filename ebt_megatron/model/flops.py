@@ -8,6 +8,8 @@ linear layer's backward pass is 2 C (gradients of input and of weight). With n s
                                               learn: value and tangent, forward 2, backward 4
     reuse              3 C + n (2 + 4) C      learn takes the values' activations and the tangents'
                                               input gradients from propose
+    learned_steps = k  3 C + m 2 C + k (2 + 4) C, where thinking ends with the last of the k drawn steps, the m-th:
+                       n = 2, k = 1 with reuse: 9 C or 11 C, 10 C in the mean instead of 15 C
     public code        12 n C                 context and prediction concatenated: forward 2,
                                               backward to y 2, and twice that again backward through both
 """
@@ -75,19 +77,3 @@ def cost(recipe: Recipe, vocab_size: int) -> Cost:
     visible = (length + 1) / 2
     attention = 2 * m.hidden_size * visible  # scores and their product with the values
     return Cost(2 * m.num_layers * length * (linear + attention), 2 * length * m.hidden_size * vocab_size)
-
-
-def training_flops(recipe: Recipe, vocab_size: int) -> float:
-    """FLOPs of one optimizer step over the global batch, for the recipe's engine and steps."""
-    per_sample = cost(recipe, vocab_size)
-    options = recipe.thinking
-    samples = recipe.training.global_batch_size
-    if recipe.model.architecture != "ebt":
-        return samples * per_sample.transformer()
-    if options.replay.enabled:
-        samples += (samples + 1) // 2
-    steps = (options.min_steps + options.max_steps) // 2
-    learned = steps if options.loss == "every" or options.gradient == "full" else 1
-    if options.engine == "double_backward":
-        return samples * per_sample.double_backward(steps)
-    return samples * per_sample.dual_stream(steps, learned, options.reuse, options.regenerate > 0)

@@ -5,18 +5,18 @@ one micro-batch of predictions while it thinks. The logits y [S * B, V / TP] are
 tensor of vocabulary width; everything else is reduced on the fly by the vocabulary kernels.
 
 Notation: p = softmax(y), W the prediction embedding, G the energy's gradient at the
-embedded prediction x = p W, and
+embedded prediction x = p W, and by `thinking.step_rule`
 
-    g  = dE/dy = p * (G W^T - <p, G W^T>),     <p, G W^T> = <x, G>
-    y' = y - alpha g,    p' = softmax(y'),    loss = -log p'[target]
-    lambda = dloss/dy' = p' - 1[target]
+    probability_descent    y' = p - alpha g,    g = dE/dp = G W^T               (the paper's public code)
+    logit_descent          y' = y - alpha g,    g = dE/dy = p * (G W^T - <x, G>)    (the paper's listing)
+    mirror_descent         y' = y - alpha g,    g = dE/dp
 
-With `thinking.descend_on=probabilities`, as in the paper's public code, y' = p - alpha G W^T instead.
+    p' = softmax(y'),    loss = -log p'[target],    lambda = dloss/dy' = p' - 1[target]
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -29,7 +29,7 @@ from megatron.core.transformer import MegatronModule, TransformerConfig
 from torch import Tensor
 
 from ebt_megatron.config import ThinkingConfig
-from ebt_megatron.kernels import Kernels, RefineStats
+from ebt_megatron.kernels import Kernels, RefineStats, StepRule
 from ebt_megatron.parallel.collectives import TensorGroup, gradient_buffer
 
 
@@ -163,17 +163,16 @@ class TextPrediction:
         self.start = start
         self.dtype = torch.promote_types(self.table.dtype, torch.float32)
         self._stored = torch.bfloat16 if thinking.logits_dtype == "bfloat16" else self.dtype
-        self._probabilities = thinking.descend_on == "probabilities"
+        self.rule = StepRule(thinking.step_rule)
         self._all = slice(0, self.length * self.batch)
         # What the current prediction is made of: the steps taken to it, and how many had Langevin noise before them.
         self.taken: list[_Step] = []
         self.noises = 0
         self._regenerated = thinking.regenerate > 0
-        if not self._regenerated:
-            self.y = self._make(self._all)
+        self.y = None if self._regenerated else self._make(self._all)
         # Reuse trades memory for arithmetic: y' is kept until it becomes y, not computed twice.
         self._next: Tensor | None = None
-        if thinking.reuse and not self._regenerated:
+        if thinking.reuse and self.y is not None:
             self._next = torch.empty_like(self.y)
             self._next[:, self.valid :] = 0
         self.history: list[tuple[_Step, Tensor]] = []
@@ -203,7 +202,7 @@ class TextPrediction:
     def _parts(self) -> Iterator[tuple[slice, Tensor]]:
         """Rows and their logits: all, where they are stored, else some at a time, each in the same memory."""
         if not self._regenerated:
-            yield self._all, self.y
+            yield self._all, self._stored_logits
             return
         size = min(self.thinking.regenerate, self._all.stop)
         buffer: Tensor | None = None
@@ -212,6 +211,11 @@ class TextPrediction:
             y = self._make(rows, buffer)
             buffer = y if buffer is None else buffer
             yield rows, y
+
+    @property
+    def _stored_logits(self) -> Tensor:
+        assert self.y is not None
+        return self.y
 
     def _add_noise(self, y: Tensor, stream: int, std: float, rows: slice) -> None:
         positions = torch.arange(self.length, device=y.device)
@@ -227,18 +231,20 @@ class TextPrediction:
         """Langevin noise before step `step`."""
         self.noises = step + 1
         if not self._regenerated:
-            self.add_langevin(self.y, step)
+            self.add_langevin(self._stored_logits, step)
+
+    def _whole(self) -> Tensor:
+        return self._make(self._all) if self.y is None else self.y
 
     @property
     def logits(self) -> Tensor:
         """The current logits [S, B, V / TP]."""
-        y = self._make(self._all) if self._regenerated else self.y
-        return y.to(self.dtype).view(self.length, self.batch, -1)
+        return self._whole().to(self.dtype).view(self.length, self.batch, -1)
 
     @property
     def final(self) -> Tensor:
         """The logits at the end of thinking as they are stored, [S, B, V / TP], for the replay buffer."""
-        return (self.y if self._kept is None else self._kept).view(self.length, self.batch, -1)
+        return (self._whole() if self._kept is None else self._kept).view(self.length, self.batch, -1)
 
     # --- one step -----------------------------------------------------------------------
 
@@ -276,22 +282,27 @@ class TextPrediction:
         self.step = _Step(self.lse, self._flat(energy_grad), centre, alpha.flatten().to(self.dtype))
         stats = RefineStats.join([
             self.kernels.vocab_refine(y, s.lse, self.table.detach(), self.valid, s.energy_grad, s.centre, s.alpha,
-                                      self.target[t], self._next, self._probabilities)
+                                      self.target[t], self.rule, self._next)
             for t, y in self._parts() for s in [self.step.rows(t)]
         ])  # fmt: skip
         self.lse_next = self.group.log_sum_exp(stats.lse_next)
         part = (stats.lse_next - self.lse_next).exp()
         present = self.target >= 0
-        factor = torch.ones_like(stats.p_target) if self._probabilities else stats.p_target  # dp/dy, but for its mean
-        at_target = torch.where(present, factor, 0)[:, None] * self.table.detach()[self.target.clamp_min(0)]
-        self._px = stats.px * part[:, None] - at_target  # sum p lambda W; local, as `along` is before the sum
-        along = torch.linalg.vecdot(self._px, self.step.energy_grad)
-        sums = torch.stack([stats.target_logit, stats.p_target, stats.pp * part, along])
-        target_logit, p_target, pp, along = self.group.sum(sums)
+        at_target = torch.where(present, stats.p_target if self.rule.by_logits else 1.0, 0.0)
+        # sum_v r_v lambda_v W_v, of this rank's columns, as `along` is before it is summed over ranks
+        self._lambda_embedded = (
+            stats.embedded * part[:, None] - at_target[:, None] * self.table.detach()[self.target.clamp_min(0)]
+        )
+        along = torch.linalg.vecdot(self._lambda_embedded, self.step.energy_grad)
+        sums = torch.stack([stats.target_logit, stats.p_target, stats.mean * part, along])
+        target_logit, p_target, mean, along = self.group.sum(sums)
         loss = self.lse_next - target_logit
         self._norm = -torch.expm1(-loss).clamp_max(-1e-6)  # 1 - p'[target]
-        self._mean = torch.zeros_like(pp) if self._probabilities else pp - p_target  # <p, lambda>
-        self._slope = along - centre * self._mean  # <lambda, g>, as g = p (G W^T - centre)
+        if self.rule.by_logits:  # <p, lambda>, and <lambda, g> as g = p (G W^T - centre)
+            self._mean = mean - p_target
+            self._slope = along - centre * self._mean
+        else:
+            self._mean, self._slope = torch.zeros_like(mean), along
         return loss.view(self.length, self.batch)
 
     def slope(self) -> Tensor:
@@ -311,7 +322,7 @@ class TextPrediction:
             The tangent's embedding [S(/TP), B, D], and the norms [S, B] taken out of it
             (which include `weight`).
         """
-        numerator = self.group.to_hidden(self._hidden(self._px))
+        numerator = self.group.to_hidden(self._hidden(self._lambda_embedded))
         mean = self.group.own_positions(self._mean.view(self.length, self.batch))
         norm = self._norm.view(self.length, self.batch)
         self._scale, self._scaled_mean = 1 / self._norm, self._mean / self._norm
@@ -325,8 +336,8 @@ class TextPrediction:
             s = self.step.rows(t)
             self.kernels.vocab_backward(
                 y, s.lse, self.table.detach(), self.valid, s.energy_grad, s.centre, s.alpha, self.target[t],
-                self.lse_next[t], self._scale[t], self._scaled_mean[t], x_grad[t], xt_grad[t],
-                gradient_buffer(self.table), self._next, self._probabilities,
+                self.rule, self.lse_next[t], self._scale[t], self._scaled_mean[t], x_grad[t], xt_grad[t],
+                gradient_buffer(self.table), self._next,
             )  # fmt: skip
         if self._next is not None or self._regenerated:
             self.advance()
@@ -338,11 +349,10 @@ class TextPrediction:
         elif self._next is not None:
             self.y, self._next = self._next, self.y
         else:
-            self._update(self.y, self.step)
+            self._update(self._stored_logits, self.step)
 
     def _update(self, y: Tensor, s: _Step) -> None:
-        self.kernels.vocab_update(y, s.lse, self.table.detach(), self.valid, s.energy_grad, s.centre, s.alpha,
-                                  self._probabilities)  # fmt: skip
+        self.kernels.vocab_update(y, s.lse, self.table.detach(), self.valid, s.energy_grad, s.centre, s.alpha, self.rule)
 
     # --- training through several steps -----------------------------------------------------
     # The adjoint lambda_i = dL/dy_i is then a full tensor. The predictions themselves are
@@ -356,7 +366,7 @@ class TextPrediction:
     def begin_adjoint(self) -> None:
         """Start the way back, after the last `advance`."""
         if self.thinking.replay.enabled:
-            self._kept = self.y.clone()
+            self._kept = self._whole().clone()
         shape = self._all.stop, self.table.shape[0]
         self.adjoint = torch.zeros(shape, dtype=self.dtype, device=self.table.device)
 
@@ -376,56 +386,75 @@ class TextPrediction:
     def unperturb(self, step: int) -> None:
         """Take the noise of `rewind(step)` away again."""
         self.noises = step
-        if not self._regenerated and self.thinking.langevin_noise > 0:
-            self._add_noise(self.y, 1 + step, -self.thinking.langevin_noise, self._all)
+        if self._regenerated or self.thinking.langevin_noise == 0:
+            return
+        if self._stored == self.dtype:
+            self._add_noise(self._stored_logits, 1 + step, -self.thinking.langevin_noise, self._all)
+        else:  # what was rounded does not come back by subtraction
+            self.y = self._make(self._all)
 
     def adjoint_slope(self) -> Tensor:
         """<adjoint, g> of the rewound step, [S, B]."""
-        slope = _join([
-            self.kernels.vocab_dot_step(y, s.lse, self.table.detach(), self.valid, s.energy_grad, s.centre,
+        parts = [
+            self.kernels.vocab_dot_step(y, s.lse, self.table.detach(), self.valid, s.energy_grad, s.centre, self.rule,
                                         self.adjoint[t])
             for t, y in self._parts() for s in [self.step.rows(t)]
-        ])  # fmt: skip
-        return self.group.sum(slope).view(self.length, self.batch)
+        ]  # fmt: skip
+        slope, self._mean = self.group.sum(torch.stack([_join(part) for part in zip(*parts, strict=True)]))
+        return slope.view(self.length, self.batch)
 
     def adjoint_tangent(self) -> tuple[Tensor, Tensor]:
-        """As `tangent`, along the adjoint; call after `rewind` and `embed`."""
+        """As `tangent`, along the adjoint; call after `rewind`, `adjoint_slope` and `embed`."""
         parts = [
-            self.kernels.vocab_tangent(y, self.lse[t], self.table.detach(), self.valid, self.adjoint[t])
+            self.kernels.vocab_tangent(y, self.lse[t], self.table.detach(), self.valid, self.rule, self.adjoint[t])
             for t, y in self._parts()
         ]
-        mean, norm2, plx = (_join(x) for x in zip(*parts, strict=True))
-        mean, norm2 = self.group.sum(torch.stack([mean, norm2]))
-        norm = norm2.sqrt().clamp_min(1e-30)
-        self._scale, self._scaled_mean = 1 / norm, mean / norm
-        own = self.group.own_positions
-        numerator = self.group.to_hidden(self._hidden(plx))
-        shape = (self.length, self.batch, 1)
-        self.xt = (numerator - own(mean.view(shape)) * self.x) / own(norm.view(shape))
+        norm2, embedded = (_join(part) for part in zip(*parts, strict=True))
+        norm = self.group.sum(norm2).sqrt().clamp_min(1e-30)
+        self._scale, self._scaled_mean = 1 / norm, self._mean / norm
+        own, shape = self.group.own_positions, (self.length, self.batch, 1)
+        xt = self.group.to_hidden(self._hidden(embedded))
+        if self.rule.by_logits:
+            xt = xt - own(self._mean.view(shape)) * self.x
+        self.xt = xt / own(norm.view(shape))
         return self.xt.to(self.table.dtype), norm.view(self.length, self.batch)
 
     def adjoint_backward(self, x_grad: Tensor, xt_grad: Tensor) -> None:
-        """As `backward`, without advancing; and adjoint += the gradients at the prediction."""
+        """As `backward`, without advancing; the adjoint becomes that before the step."""
         x, xt, x_grad, xt_grad = (self._flat(h) for h in (self.x, self.xt, x_grad, xt_grad))
         for t, y in self._parts():
             self.kernels.vocab_dense_backward(
-                y, self.lse[t], self.table.detach(), self.valid, self.adjoint[t], self._scale[t],
+                y, self.lse[t], self.table.detach(), self.valid, self.rule, self.adjoint[t], self._scale[t],
                 self._scaled_mean[t], x[t], xt[t], x_grad[t], xt_grad[t], gradient_buffer(self.table),
             )  # fmt: skip
 
+    def adjoint_past(self) -> None:
+        """As `adjoint_backward`, of a step whose energy gradient is a constant."""
+        if self.rule.from_probabilities:
+            for t, y in self._parts():
+                self.kernels.vocab_to_logits(y, self.step.lse[t], self.valid, self._mean[t], self.adjoint[t])
+
     # --- plain torch, for the double-backward reference (one process) ------------------------
 
-    def plain_start(self, y: Tensor) -> Tensor:
-        """What a step from logits y [T, V] descends on: y, or its probabilities."""
-        if not self._probabilities:
-            return y
-        return torch.nn.functional.pad(y[:, : self.valid].softmax(-1), (0, y.shape[1] - self.valid))
+    def plain_step(self, y: Tensor, alpha: Tensor, energy_of: Callable[[Tensor], Tensor], create_graph: bool):
+        """A step of the rule from logits y [T, V], differentiable twice if asked.
 
-    def plain_embed(self, start: Tensor) -> Tensor:
-        """As `embed`, of a `plain_start` [T, V], differentiable twice."""
-        p = start[:, : self.valid]
-        p = p if self._probabilities else p.softmax(-1)
-        return self._hidden(p.to(self.table.dtype) @ self.table[: self.valid])
+        Args:
+            y: that require a gradient.
+            alpha: [S, B].
+            energy_of: embedded prediction [S, B, D] -> energies [S, B].
+            create_graph: whether the energy's gradient can be differentiated.
+
+        Returns:
+            The next logits [T, V] and the energies.
+        """
+        padding = 0, y.shape[1] - self.valid
+        p = torch.nn.functional.pad(y[:, : self.valid].softmax(-1), padding)
+        by = y if self.rule.by_logits else p
+        energies = energy_of(self._hidden(p[:, : self.valid].to(self.table.dtype) @ self.table[: self.valid]))
+        (gradient,) = torch.autograd.grad(energies.sum(), by, create_graph=create_graph, retain_graph=True)
+        start = p if self.rule.from_probabilities else y
+        return start - alpha.flatten()[:, None] * gradient, energies
 
     def plain_store(self, y: Tensor) -> Tensor:
         """Logits y [T, V] with what storing them rounds away taken off; gradients do not see it."""

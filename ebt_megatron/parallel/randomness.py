@@ -52,3 +52,9 @@ def uniform(seed: int, sample_ids: torch.Tensor, positions: torch.Tensor, stream
 def draw_integer(seed: int, iteration: int, low: int, high: int) -> int:
     """An integer in [low, high] for a whole training step, the same on every rank."""
     return low + stable_seed(seed, "integer", iteration) % (high - low + 1)
+
+
+def draw_subset(seed: int, iteration: int, total: int, size: int) -> frozenset[int]:
+    """`size` of the numbers 0 .. total - 1 for a whole training step, each subset with the same probability."""
+    ranked = sorted(range(total), key=lambda i: stable_seed(seed, "subset", iteration, i))
+    return frozenset(ranked[:size])

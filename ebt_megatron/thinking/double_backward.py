@@ -10,6 +10,7 @@ no Megatron layer, so that it can stand as the judge of them. Single process onl
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any
 
 import torch
@@ -85,6 +86,10 @@ def joint_energy(model: Any, context: Tensor, x: Tensor, segments: Tensor | None
     return _rms_norm(h[length:], model.final_norm.weight, epsilon) @ model.head
 
 
+def _energy_of(model: Any, context: Tensor, segments: Tensor | None, step: int, x: Tensor) -> Tensor:
+    return joint_energy(model, context, x, segments, step)
+
+
 def train(model: Any, context: Tensor, segments: Tensor | None, descent: Descent) -> Thought:
     """Same meaning as Thinker.train: adds gradients to the parameters, returns losses and energies.
 
@@ -92,7 +97,7 @@ def train(model: Any, context: Tensor, segments: Tensor | None, descent: Descent
         model: an EnergyTransformer.
         context: embedded context [S, B, D], differentiable.
         segments: int32 [B, S] documents, or None.
-        descent: its prediction (with plain_embed and plain_loss; its y is the start), step sizes,
+        descent: its prediction (with plain_step, plain_store and plain_loss; its logits are the start), step sizes,
             plan and weights; nothing else of it is used.
     """
     prediction, plan, weight = descent.prediction, descent.plan, descent.weight
@@ -100,16 +105,16 @@ def train(model: Any, context: Tensor, segments: Tensor | None, descent: Descent
     # alpha as a differentiable function of the scalar that is learned
     alpha = descent.alpha + descent.alpha_slope * (model.step_size - model.step_size.detach())
     losses, energies, total = [], [], torch.zeros((), dtype=alpha.dtype)
-    y = prediction.y.to(alpha.dtype)
+    y = prediction.logits.flatten(0, 1).to(alpha.dtype)
     for step, step_weight in enumerate(plan.step_weights):
         y = y.detach() if plan.gradient == "detached" else y
         noise = torch.zeros_like(y)
         prediction.add_langevin(noise, step)
-        y = prediction.plain_start(prediction.plain_store(y + noise).requires_grad_())
-        energy = joint_energy(model, context, prediction.plain_embed(y), segments, step)
+        y = prediction.plain_store(y + noise).requires_grad_()
+        energy_of = partial(_energy_of, model, context, segments, step)
         create = plan.gradient != "truncated" or step == plan.steps - 1
-        (grad,) = torch.autograd.grad(energy.sum(), y, create_graph=create, retain_graph=True)
-        y = prediction.plain_store(y - alpha.view(-1, *[1] * (y.dim() - 1)) * grad)
+        y, energy = prediction.plain_step(y, alpha, energy_of, create)
+        y = prediction.plain_store(y)
         loss = prediction.plain_loss(y)
         total = total + step_weight * (weight * loss).sum()
         losses.append(loss.detach())

@@ -2,12 +2,14 @@
 
 A prediction y is improved by gradient descent on the energy,
 
-    y_{i+1} = y_i - alpha dE/dy(y_i),        i = 0 .. n-1            (propose)
+    y_{i+1} = b(y_i) - alpha dE/ds(y_i),        i = 0 .. n-1            (propose)
 
-and the parameters are trained so that y_i matches the data. The loss depends on them
-through dE/dy; but with lambda = dL/dy_{i+1} held constant,
+where s is what the energy's gradient is taken by, and b where the step starts: both y itself, or for
+text (`ebt_megatron.kernels.StepRule`) the probabilities p = softmax(y) for one or both. The
+parameters are trained so that y_i matches the data. The loss depends on them
+through dE/ds; but with lambda = dL/dy_{i+1} held constant,
 
-    d/dtheta <lambda, -alpha dE/dy(y_i)>  =  d/dtheta ( -alpha d/de E(y_i + e lambda) at e = 0 )   (learn)
+    d/dtheta <lambda, -alpha dE/ds(y_i)>  =  d/dtheta ( -alpha d/de E(s_i + e lambda) at e = 0 )   (learn)
 
 so one forward pass that carries the tangent lambda beside the value, followed by an
 ordinary backward pass, gives the exact gradient (a Hessian-vector product, without second
@@ -22,7 +24,8 @@ embedding, its update and its loss.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -33,7 +36,7 @@ from torch import Tensor, nn
 from ebt_megatron.config import ThinkingConfig
 from ebt_megatron.model.reuse import Tape
 from ebt_megatron.parallel.collectives import TensorGroup, add_gradient
-from ebt_megatron.parallel.randomness import STEP_SIZE_STREAM, draw_integer, uniform
+from ebt_megatron.parallel.randomness import STEP_SIZE_STREAM, draw_integer, draw_subset, uniform
 
 
 class Prediction(Protocol):
@@ -42,7 +45,7 @@ class Prediction(Protocol):
     length: int
     batch: int
 
-    y: Tensor
+    y: Tensor | None
 
     @property
     def embedded(self) -> Tensor: ...  # noqa: D102
@@ -63,12 +66,12 @@ class Prediction(Protocol):
     def adjoint_slope(self) -> Tensor: ...  # noqa: D102
     def adjoint_tangent(self) -> tuple[Tensor, Tensor]: ...  # noqa: D102
     def adjoint_backward(self, x_grad: Tensor, xt_grad: Tensor) -> None: ...  # noqa: D102
+    def adjoint_past(self) -> None: ...  # noqa: D102
 
     # in plain torch, for the double-backward reference
     def add_langevin(self, y: Tensor, step: int) -> None: ...  # noqa: D102
-    def plain_start(self, y: Tensor) -> Tensor: ...  # noqa: D102
     def plain_store(self, y: Tensor) -> Tensor: ...  # noqa: D102
-    def plain_embed(self, start: Tensor) -> Tensor: ...  # noqa: D102
+    def plain_step(self, y: Tensor, alpha: Tensor, energy_of: Callable, create_graph: bool) -> Any: ...  # noqa: D102
     def plain_loss(self, y: Tensor) -> Tensor: ...  # noqa: D102
 
 
@@ -98,16 +101,59 @@ class Plan:
         return tuple(reversed(range(self.steps))) if self.gradient == "full" else (self.steps - 1,)
 
     @classmethod
-    def of(cls, options: ThinkingConfig, steps: int) -> Plan:
-        """The recipe's plan for `steps` steps."""
+    def of(cls, options: ThinkingConfig, steps: int, drawn: Collection[int] | None = None) -> Plan:
+        """The recipe's plan for `steps` steps.
+
+        Args:
+            options: the recipe's.
+            steps: n.
+            drawn: with thinking.loss=every: the steps whose losses are learned from; None: all. Thinking ends with
+                the last of them.
+        """
+        gradient = options.gradient
+        if gradient == "truncated" and options.loss == "last" and not options.learn_step_size:
+            gradient = "detached"  # the same, for less: nothing that is learned acts before the last step
         if options.loss == "last":
-            return cls((0.0,) * (steps - 1) + (1.0,), options.gradient)
-        return cls((1 / steps,) * steps, options.gradient)
+            return cls((0.0,) * (steps - 1) + (1.0,), gradient)
+        drawn = range(steps) if drawn is None else drawn
+        return cls(tuple(1 / len(drawn) if i in drawn else 0.0 for i in range(max(drawn) + 1)), gradient)
 
     @classmethod
     def draw(cls, options: ThinkingConfig, seed: int, iteration: int) -> Plan:
-        """The plan of a training iteration: the number of steps is the same on every rank."""
-        return cls.of(options, draw_integer(seed, iteration, options.min_steps, options.max_steps))
+        """The plan of a training iteration, the same on every rank.
+
+        The number of steps n is drawn from [min_steps, max_steps]. With `learned_steps` = k < n, k of the n losses are,
+        each subset with the same probability; weights of 1 / k instead of 1 / n make the gradient's mean over the
+        draws that of all losses.
+        """
+        steps = draw_integer(seed, iteration, options.min_steps, options.max_steps)
+        learned = _drawn_losses(options, steps)
+        return cls.of(options, steps, draw_subset(seed, iteration, steps, learned) if learned else None)
+
+    @classmethod
+    def distribution(cls, options: ThinkingConfig) -> list[tuple[float, Plan]]:
+        """What `draw` gives, as (probability, plan): one plan stands for all of the same cost.
+
+        Of the C(n, k) subsets of n steps, C(i, k - 1) have step i as their last.
+        """
+        out = []
+        lengths = range(options.min_steps, options.max_steps + 1)
+        for steps in lengths:
+            learned = _drawn_losses(options, steps)
+            if not learned:
+                out.append((1 / len(lengths), cls.of(options, steps)))
+                continue
+            for last in range(learned - 1, steps):
+                share = math.comb(last, learned - 1) / math.comb(steps, learned)
+                drawn = range(last + 1 - learned, last + 1)
+                out.append((share / len(lengths), cls.of(options, steps, drawn)))
+        return out
+
+
+def _drawn_losses(options: ThinkingConfig, steps: int) -> int:
+    """How many losses of `steps` steps are drawn to be learned from; 0: there is nothing to draw."""
+    k = options.learned_steps
+    return k if options.loss == "every" and k is not None and k < steps else 0
 
 
 @dataclass
@@ -278,6 +324,9 @@ class Descent:
             self.prediction.begin_adjoint()
             self._adjoint_step = self.plan.steps
         while self._adjoint_step > step:
+            if self._adjoint_step < self.plan.steps and self._adjoint_step not in self.plan.learned:
+                self.prediction.adjoint_past()
+                self.prediction.unperturb(self._adjoint_step)
             self._adjoint_step -= 1
             step_weight = self.plan.step_weights[self._adjoint_step]
             if step_weight:

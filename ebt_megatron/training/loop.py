@@ -17,10 +17,10 @@ from ebt_megatron.config import Recipe, check, to_yaml
 from ebt_megatron.data.loader import Loader
 from ebt_megatron.evaluation.perplexity import validate
 from ebt_megatron.model.build import SampleShape, build_model
-from ebt_megatron.model.flops import training_flops
 from ebt_megatron.parallel.setup import initialize
 from ebt_megatron.training.checkpoint import Checkpoints
 from ebt_megatron.training.faults import BadSteps, SpikeDetector, StopSignal, Watchdog
+from ebt_megatron.training.flops import training_flops
 from ebt_megatron.training.metrics import MetricsWriter, Timers, console_line, peak_memory_bytes
 from ebt_megatron.training.objective import Totals, build_objective
 from ebt_megatron.training.optimizer import (

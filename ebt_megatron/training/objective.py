@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -152,6 +152,8 @@ class EnergyObjective:
 
     def _descent(self, sample: Sample, plan: Plan | None, positions: int, random: bool) -> Descent:
         model, options, seed = self.model, self.recipe.thinking, self.recipe.training.seed
+        if not random and not options.langevin_in_evaluation:
+            options = replace(options, langevin_noise=0.0)
         prediction = model.modality.prediction(sample.targets, sample.sample_ids, options, seed, sample.start)
         length = sample.observed.shape[1]
         alpha, slope = step_sizes(model.step_size, options, sample.sample_ids, length, seed, random)

@@ -10,7 +10,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from ebt_megatron.kernels import triton_attention, triton_elementwise, triton_fp8, triton_vocabulary
+from ebt_megatron.kernels import StepRule, triton_attention, triton_elementwise, triton_fp8, triton_vocabulary
 
 POINTERS = {"LSE", "MU", "DELTA", "BETA", "GW", "TOP", "TOTAL", "FACTOR", "CENTRE", "ALPHA", "PP", "SCALE",
             "MEAN", "QUANTILES", "TABLE"}  # always fp32  # fmt: skip
@@ -69,12 +69,12 @@ def main(names):
     if "vocabulary" in names:
         for logits in (("Y", "NEXT"), ()):  # in fp32, in bf16
             compile_kernel(vo._embed, logits, BLOCK=1024)
-            for probabilities in (True, False):
-                on = {"PROBABILITIES": probabilities, "BLOCK": 1024}
+            for rule in StepRule:
+                on = {"BY_LOGITS": rule.by_logits, "FROM_P": rule.from_probabilities, "BLOCK": 1024}
                 for flag in (True, False):
                     compile_kernel(vo._refine, (*logits, "Q"), KEEP=flag, **on)
                     compile_kernel(vo._update, (*logits, "Q"), STEP=flag, **on)
-                compile_kernel(vo._direction, logits, **on)
+                compile_kernel(vo._direction, logits, BY_LOGITS=rule.by_logits, BLOCK=1024)
             compile_kernel(vo._noise, logits, GOLDEN=vo.GOLDEN, BLOCK=1024)
 
 

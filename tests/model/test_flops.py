@@ -4,6 +4,8 @@ import pytest
 
 from ebt_megatron.config import load_recipe
 from ebt_megatron.model.flops import cost
+from ebt_megatron.thinking.dual_stream import Plan
+from ebt_megatron.training.flops import training_flops
 from tools.bench import counted_flops, minimum_flops, training_step
 
 SIZE = [
@@ -27,6 +29,16 @@ def test_reuse_is_within_15_percent_of_the_minimum():
 def test_the_dual_stream_costs_what_is_said(steps):
     recipe, flops = measured(f"thinking.min_steps={steps}", f"thinking.max_steps={steps}")
     assert flops == pytest.approx(2 * cost(recipe, VOCAB).dual_stream(steps, steps), rel=0.15)
+
+
+def test_learning_drawn_steps_costs_what_is_said():
+    recipe = load_recipe(None, [*SIZE, "thinking.min_steps=3", "thinking.max_steps=3", "thinking.learned_steps=2"])
+    step, draws = training_step(recipe, VOCAB), 30
+    plans = [Plan.draw(recipe.thinking, recipe.training.seed, seed) for seed in range(draws)]
+    flops = {plan.step_weights: counted_flops(step, seed) for seed, plan in enumerate(plans)}
+    assert len(flops) == 3
+    mean = sum(flops.values()) / 3  # each subset is as likely
+    assert mean == pytest.approx(training_flops(recipe, VOCAB), rel=0.15)
 
 
 @pytest.mark.parametrize(("loss", "learned"), [("every", 3), ("last", 1)])

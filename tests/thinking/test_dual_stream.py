@@ -5,7 +5,10 @@ import itertools
 import pytest
 import torch
 
+from ebt_megatron.kernels import StepRule
 from ebt_megatron.thinking.dual_stream import Plan
+from ebt_megatron.training.metrics import Timers
+from ebt_megatron.training.objective import build_objective
 from tests import builders
 
 MODES = [
@@ -13,16 +16,27 @@ MODES = [
     ("last", "detached"),
     ("every", "full"),
     ("last", "full"),
+    ("every", "truncated"),
     ("last", "truncated"),
 ]
 CONDITIONING = ["none", "time_embed", "time_embed_sequence", "adaln", "adaln_zero"]
+RULES = list(StepRule)
+STORAGE = {  # what double backward has no use for, and what it must do as well
+    "reuse": (("thinking.reuse=true",), ()),
+    "bf16": ((), ("thinking.logits_dtype=bfloat16",)),
+    "bf16, reuse": (("thinking.reuse=true",), ("thinking.logits_dtype=bfloat16",)),
+    "regenerated": (("thinking.regenerate=7",), ()),
+    "regenerated, reuse": (("thinking.regenerate=1000", "thinking.reuse=true"), ()),
+}
 
 
-def compare(*overrides: str, documents: bool = False, ours: tuple[str, ...] = ()) -> None:
+def compare(
+    *overrides: str, documents: bool = False, ours: tuple[str, ...] = (), drawn: tuple[int, ...] | None = None
+) -> None:
     """With `ours`: overrides that double backward has no use for."""
     recipe = builders.small_recipe(*overrides)
     batch = builders.text_batch(documents=documents)
-    plan = Plan.of(recipe.thinking, 3)
+    plan = Plan.of(recipe.thinking, 3, drawn)
     model = builders.build(recipe)
     thoughts, grads = [], []
     for engine in (builders.double_backward, builders.dual_stream):
@@ -38,56 +52,79 @@ def compare(*overrides: str, documents: bool = False, ours: tuple[str, ...] = ()
         assert builders.relative_error(grads[1][name], reference) < 1e-10, name
 
 
+def options_of(mode: tuple[str, str], rule: StepRule = StepRule.PROBABILITY) -> list[str]:
+    return [f"thinking.loss={mode[0]}", f"thinking.gradient={mode[1]}", f"thinking.step_rule={rule}"]
+
+
 @pytest.mark.parametrize(("mode", "conditioning"), itertools.product(MODES, CONDITIONING))
-@pytest.mark.parametrize("kernels", ["reference", "torch"])
-def test_every_mode_and_conditioning(mode, conditioning, kernels):
-    loss, gradient = mode
-    compare(f"thinking.loss={loss}", f"thinking.gradient={gradient}", f"model.conditioning={conditioning}",
-            f"model.kernels={kernels}")  # fmt: skip
+def test_every_mode_and_conditioning(mode, conditioning):
+    compare(*options_of(mode), f"model.conditioning={conditioning}", "model.kernels=torch")
 
 
-@pytest.mark.parametrize("mode", MODES)
-def test_random_step_sizes_and_langevin_noise(mode):
-    loss, gradient = mode
-    compare(f"thinking.loss={loss}", f"thinking.gradient={gradient}", "thinking.step_size_scale=2",
+@pytest.mark.parametrize(("mode", "rule", "kernels"), itertools.product(MODES, RULES, ["reference", "torch"]))
+def test_every_mode_and_step_rule(mode, rule, kernels):
+    compare(*options_of(mode, rule), f"model.kernels={kernels}", "thinking.step_size_scale=2",
             "thinking.langevin_noise=0.7", "thinking.initial=zeros")  # fmt: skip
+
+
+@pytest.mark.parametrize(("mode", "rule", "storage"), itertools.product(MODES, RULES, STORAGE))
+def test_every_mode_and_step_rule_in_every_storage(mode, rule, storage):
+    ours, both = STORAGE[storage]
+    i = MODES.index(mode) + RULES.index(rule)
+    compare(*options_of(mode, rule), *both, "model.kernels=torch", "thinking.langevin_noise=0.7",
+            f"model.conditioning={CONDITIONING[i % len(CONDITIONING)]}", ours=ours)  # fmt: skip
 
 
 @pytest.mark.parametrize("mode", MODES)
 def test_document_masks(mode):
-    compare(f"thinking.loss={mode[0]}", f"thinking.gradient={mode[1]}", documents=True)
+    compare(*options_of(mode), documents=True)
 
 
-@pytest.mark.parametrize(("mode", "conditioning"), [(m, CONDITIONING[i]) for i, m in enumerate(MODES)])
-def test_reuse_gives_the_same_gradient(mode, conditioning):
-    compare(f"thinking.loss={mode[0]}", f"thinking.gradient={mode[1]}", f"model.conditioning={conditioning}",
-            "model.kernels=torch", "thinking.reuse=true")  # fmt: skip
+@pytest.mark.parametrize("gradient", ["detached", "full"])
+@pytest.mark.parametrize("drawn", [(0,), (1,), (0, 2)])
+def test_losses_of_some_steps(gradient, drawn):
+    compare(*options_of(("every", gradient)), drawn=drawn)
 
 
-@pytest.mark.parametrize("mode", [mode for mode in MODES if mode[1] == "detached"])
-@pytest.mark.parametrize("options", [("model.kernels=reference",), ("model.kernels=torch",), ("thinking.reuse=true",)])
-def test_descending_on_probabilities(mode, options):
-    compare(f"thinking.loss={mode[0]}", f"thinking.gradient={mode[1]}", "thinking.descend_on=probabilities",
-            "thinking.langevin_noise=0.7", *options)  # fmt: skip
+@pytest.mark.parametrize(("steps", "learned"), [(2, 1), (3, 1), (3, 2), (5, 3)])
+def test_the_weights_of_drawn_losses_are_those_of_all_in_the_mean(steps, learned):
+    recipe = builders.small_recipe(f"thinking.min_steps={steps}", f"thinking.max_steps={steps}",
+                                   f"thinking.learned_steps={learned}")  # fmt: skip
+    draws = 20_000
+    mean = torch.zeros(steps, dtype=torch.float64)
+    for iteration in range(draws):
+        plan = Plan.draw(recipe.thinking, 7, iteration)
+        assert len(plan.learned) == learned
+        mean[: plan.steps] += torch.tensor(plan.step_weights) / draws
+    deviation = (steps / learned - 1) ** 0.5 / steps / draws**0.5  # of a weight that is 1/k with probability k/n
+    assert (mean - 1 / steps).abs().max() < 4.5 * deviation
 
 
-@pytest.mark.parametrize(("mode", "rows"), [*((mode, 7) for mode in MODES), (MODES[0], 1), (MODES[2], 1000)])
-def test_regenerated_logits_give_the_same_gradient(mode, rows):
-    compare(f"thinking.loss={mode[0]}", f"thinking.gradient={mode[1]}", "model.kernels=torch",
-            "thinking.langevin_noise=0.7", ours=(f"thinking.regenerate={rows}",))  # fmt: skip
+@pytest.mark.parametrize("rule", RULES)
+def test_with_a_fixed_step_size_truncated_is_detached(rule):
+    """Only the last step's energy is learned from, and nothing else depends on a parameter."""
+    recipe = builders.small_recipe(*options_of(("last", "truncated"), rule), "thinking.learn_step_size=false",
+                                   "thinking.langevin_noise=0.7")  # fmt: skip
+    model, batch, grads = builders.build(recipe), builders.text_batch(), []
+    assert Plan.of(recipe.thinking, 3).gradient == "detached"
+    for gradient in ("detached", "truncated"):
+        model.zero_grad(set_to_none=True)
+        builders.dual_stream(model, recipe, batch, Plan((0.0, 0.0, 1.0), gradient))
+        grads.append(builders.gradients(model))
+    for name, detached in grads[0].items():
+        assert builders.relative_error(grads[1][name], detached) < 1e-12, name
 
 
-def test_regenerated_logits_with_reuse_and_on_probabilities():
-    compare("thinking.loss=every", "model.kernels=torch", "thinking.reuse=true", "thinking.langevin_noise=0.7",
-            "thinking.descend_on=probabilities", ours=("thinking.regenerate=6",))  # fmt: skip
-
-
-@pytest.mark.parametrize("options", [
-    ("thinking.loss=every", "model.kernels=reference"), ("thinking.loss=last", "model.kernels=torch"),
-    ("thinking.reuse=true", "model.kernels=torch"), ("thinking.descend_on=probabilities", "model.kernels=torch"),
-])  # fmt: skip
-def test_the_gradient_of_logits_in_bf16_is_that_of_rounded_logits(options):
-    compare("thinking.logits_dtype=bfloat16", "thinking.langevin_noise=0.7", *options)
+def test_langevin_noise_in_evaluation_can_be_switched_off():
+    losses = []
+    for switch in ("true", "false"):
+        recipe = builders.small_recipe("thinking.langevin_noise=3", f"thinking.langevin_in_evaluation={switch}")
+        objective = build_objective(builders.build(recipe), recipe, builders.state(recipe), Timers())
+        losses.append(objective.evaluate(builders.micro_batch(), 3).losses)
+    recipe = builders.small_recipe()
+    objective = build_objective(builders.build(recipe), recipe, builders.state(recipe), Timers())
+    quiet = objective.evaluate(builders.micro_batch(), 3).losses
+    assert torch.equal(losses[1], quiet) and not torch.equal(losses[0], quiet)
 
 
 @pytest.mark.parametrize("gradient", ["detached", "full"])

@@ -216,15 +216,15 @@ def test_energies_and_steps_of_the_public_code(kind, dtype, tmp_path):
 
 @KINDS
 @PRECISIONS
-@pytest.mark.parametrize("descend_on", ["probabilities", "logits"])
-def test_thinking_and_training_of_the_public_code(descend_on, kind, dtype, tmp_path):
+@pytest.mark.parametrize("step_rule", ["probability_descent", "logit_descent"])
+def test_thinking_and_training_of_the_public_code(step_rule, kind, dtype, tmp_path):
     """Energies and losses of every step, and the gradient of every weight."""
     original, batch = Original(kind).to(dtype), text_batch()
     model, recipe = imported(original, tmp_path, kind, dtype)
-    assert recipe.thinking.descend_on == "probabilities"
-    recipe.thinking.descend_on = descend_on
+    assert recipe.thinking.step_rule == "probability_descent"
+    recipe.thinking.step_rule = step_rule
     weight = position_weight(batch, dtype)
-    steps = list(original.think(batch.observed, batch.targets, noise(batch, dtype), descend_on == "probabilities"))
+    steps = list(original.think(batch.observed, batch.targets, noise(batch, dtype), step_rule == "probability_descent"))
     sum((weight.t() * losses).sum() / STEPS for *_, losses in steps).backward()
 
     plan = Plan.of(recipe.thinking, STEPS)

@@ -7,8 +7,8 @@ from ebt_megatron.data.loader import MicroBatch
 from tests import builders
 from tests.distributed_utils import run_ranks
 
-S1 = ("thinking.max_steps=2",)
-S2 = ("thinking.loss=last", "thinking.gradient=truncated", "thinking.step_size_scale=2",
+S1 = ("thinking.max_steps=2", "thinking.learned_steps=1")
+S2 = ("thinking.loss=last", "thinking.learn_step_size=false", "thinking.step_size_scale=2",
       "thinking.langevin_noise=0.5", "thinking.replay.enabled=true", "thinking.replay.capacity=2")  # fmt: skip
 FULL = ("thinking.gradient=full", "thinking.max_steps=2", "model.conditioning=adaln")
 REUSE = ("thinking.reuse=true", "thinking.max_steps=2")
@@ -20,8 +20,9 @@ RECIPES = {
     "full": FULL,
     "time_embed_sequence": SEQUENCE,
     "reuse": REUSE,
-    "probabilities, regenerated": ("thinking.descend_on=probabilities", "thinking.langevin_noise=0.5",
-                                   "thinking.regenerate=5"),
+    "truncated on logits": ("thinking.loss=last", "thinking.gradient=truncated", "thinking.step_rule=logit_descent"),
+    "mirror descent, full, regenerated": ("thinking.step_rule=mirror_descent", "thinking.langevin_noise=0.5",
+                                          "thinking.gradient=full", "thinking.regenerate=5"),
     "Transformer++": TRANSFORMER,
 }  # fmt: skip
 
