@@ -239,7 +239,7 @@ def vocab_tangent(
 
 def vocab_to_logits(y: Tensor, lse: Tensor, valid: int, mean: Tensor, adjoint: Tensor) -> None:
     """See `Kernels.vocab_to_logits`."""
-    adjoint.copy_(_probabilities(y, lse, valid) * (adjoint - mean[:, None]))
+    adjoint[:, :valid] = (_probabilities(y, lse, valid) * (adjoint - mean[:, None]))[:, :valid]
 
 
 def vocab_dense_backward(
@@ -263,4 +263,4 @@ def vocab_dense_backward(
         direction *= p
     table_grad[:valid] += (p.mT @ x_grad + direction.mT @ xt_grad)[:valid]
     start = p * (adjoint - (mean / scale)[:, None]) if rule is StepRule.PROBABILITY else adjoint
-    adjoint.copy_(start + p * through)
+    adjoint[:, :valid] = (start + p * through)[:, :valid]

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ebt_megatron import kernels
-from ebt_megatron.kernels import check
+from ebt_megatron.kernels import StepRule, check
 from ebt_megatron.kernels.vocabulary import Tiles
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 1e-2}
@@ -119,19 +119,20 @@ def test_views_with_strides_are_taken_as_they_are():
     torch.testing.assert_close(torch_backend.prediction_attention(q, k_self, v_self, k, v, tangent=True), expected)
 
 
-def test_the_dense_adjoint_is_the_derivative_by_the_logits():
+@pytest.mark.parametrize("rule", list(StepRule))
+def test_the_dense_adjoint_is_the_derivative_by_the_logits(rule):
     """`vocab_dense_backward` against autograd through softmax, in place of its written formula."""
-    case = check.vocab_case("vocab_dense_backward", 4, 13, 11, 5)
-    y, _, table, valid, adjoint, scale, _, _, _, x_grad, xt_grad, table_grad = case.args
+    case = check.vocab_case(f"vocab_dense_backward, {rule}", 4, 13, 11, 5)
+    y, _, table, valid, _, adjoint, scale, *_, x_grad, xt_grad, table_grad = case.args
     y, table = y[:, :valid].clone().requires_grad_(), table[:valid].clone().requires_grad_()
     p = y.softmax(-1)
     direction = scale[:, None] * adjoint[:, :valid]
-    tangent = p * (direction - (p * direction).sum(-1, keepdim=True))
+    tangent = p * (direction - (p * direction).sum(-1, keepdim=True)) if rule.by_logits else direction
     value = (x_grad * (p @ table)).sum() + (xt_grad * (tangent @ table)).sum()
-    by_y, by_table = torch.autograd.grad(value, [y, table])
-    want_adjoint = adjoint.clone()
-    want_adjoint[:, :valid] += by_y
-    want_table = table_grad.clone()
+    start = (adjoint[:, :valid] * (p if rule.from_probabilities else y)).sum()
+    want_adjoint, want_table = adjoint.clone(), table_grad.clone()
+    by_y, by_table = torch.autograd.grad(value + start, [y, table])
+    want_adjoint[:, :valid] = by_y
     want_table[:valid] += by_table
     kernels.select("reference").vocab_dense_backward(*case.args)
     torch.testing.assert_close(adjoint, want_adjoint)
