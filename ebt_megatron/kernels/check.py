@@ -115,7 +115,7 @@ def vocab_case(op: str, tokens: int, columns: int, valid: int, width: int, seed:
 
     y, table = 2 * randn(tokens, columns), randn(columns, width) / math.sqrt(width)
     if "narrow" in options:
-        y = y.bfloat16().double()  # what is made of it below is then made of what the operation is given
+        y, table = y.bfloat16().double(), table.bfloat16().double()  # what is made of them below is of what is given
     x, lse = reference.vocab_embed(y, table, valid)
     energy_grad, alpha = randn(tokens, width), 1 + randn(tokens).abs()
     centre = (x * energy_grad).sum(-1)
