@@ -34,6 +34,8 @@ class ModelConfig:
     hidden_size: int | None = None
     ffn_hidden_size: int | None = None  # default: hidden_size (multiplier 1, as the paper)
     conditioning: str = "time_embed"  # how the step index enters; see CHOICES
+    initialization: str = "unit_logits"  # the first step's logits have a deviation of about 1 at any vocabulary and
+    # width | paper (embeddings N(0, 1), the prediction's Xavier; with step_size=500)
     norm_epsilon: float = 1e-5
     rotary_base: float = 10000.0
     vocab_multiple: int = 128  # the vocabulary is padded to a multiple of this
@@ -60,15 +62,15 @@ class ThinkingConfig:
     loss: str = "every"  # every (mean over the steps' losses) | last
     learned_steps: int | None = None  # of the losses of every step, learn from so many, drawn anew each iteration
     gradient: str = "detached"  # detached | full | truncated; see docs/design.md
-    step_size: float = 500.0
+    step_size: float = 10.0
     learn_step_size: bool = True
-    step_size_lr_multiplier: float = 1500.0
+    step_size_lr_multiplier: float | None = None  # default: 3 x step_size, as the paper's 1500 for 500
     step_size_min: float = 1e-4
     step_size_scale: float = 1.0  # alpha is drawn per position from [alpha/scale, alpha*scale]
     langevin_noise: float = 0.0  # standard deviation added to the prediction before each step
     langevin_in_evaluation: bool = True  # as the model was trained with it
     initial: str = "noise"  # noise | zeros
-    initial_std: float = 1.0
+    initial_std: float = 0.3
     engine: str = "dual_stream"  # dual_stream | double_backward (the slow reference)
     reuse: bool = False  # learn takes activations and input gradients from propose (more memory)
     logits_dtype: str = "float32"  # float32 | bfloat16 (half the memory; small steps of a logit round away)
@@ -175,6 +177,7 @@ MODEL_SIZES: dict[str, tuple[int, int, int, float]] = {
 CHOICES: dict[str, tuple[str, ...]] = {
     "model.architecture": ("ebt", "transformer"),
     "model.conditioning": ("none", "time_embed", "time_embed_sequence", "adaln", "adaln_zero"),
+    "model.initialization": ("unit_logits", "paper"),
     "model.kernels": ("auto", "reference", "torch", "triton"),
     "thinking.loss": ("every", "last"),
     "thinking.step_rule": ("probability_descent", "logit_descent", "mirror_descent"),
@@ -279,6 +282,8 @@ def resolve(recipe: Recipe) -> None:
     assert model.hidden_size
     model.ffn_hidden_size = model.ffn_hidden_size or model.hidden_size  # multiplier 1, as the paper
     optimizer.decay_steps = optimizer.decay_steps or recipe.training.steps
+    if recipe.thinking.step_size_lr_multiplier is None:
+        recipe.thinking.step_size_lr_multiplier = 3 * recipe.thinking.step_size
     check(recipe)
 
 

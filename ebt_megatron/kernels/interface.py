@@ -18,8 +18,9 @@ and a step by one of three rules (`StepRule`):
 
     p' = exp(y' - lse'),   lambda = p' - 1[target],   r = dp/dy's factor: p for logit_descent, else 1
 
-g stands for what alpha multiplies. `lse` is that of the whole vocabulary. `target` is a local column, or -1 on another rank. y may be stored in bf16: y' is
-then rounded to it, and everything that is made of y' is made of the rounded one.
+g stands for what alpha multiplies. `lse` is that of the whole vocabulary. `target` is a local column, or -1 on
+another rank. y may be stored in bf16: y' is then rounded to it, and everything that is made of y' is made of the
+rounded one.
 """
 
 from __future__ import annotations

@@ -107,9 +107,7 @@ def _update(
 
 
 @triton.jit
-def _direction(
-    NEXT, P, OUT, LSE, COLUMN, SCALE, MEAN, next_stride, C, BY_LOGITS: tl.constexpr, BLOCK: tl.constexpr
-):
+def _direction(NEXT, P, OUT, LSE, COLUMN, SCALE, MEAN, next_stride, C, BY_LOGITS: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     c = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     y_next = tl.load(NEXT + row * next_stride + c, mask=c < C, other=float("-inf")).to(tl.float32)

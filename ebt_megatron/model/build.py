@@ -56,10 +56,10 @@ def build_model(recipe: Recipe, shape: SampleShape) -> MegatronModule:
     vocab = shape.vocab_size, padded(shape.vocab_size, recipe.model.vocab_multiple)
     model: MegatronModule
     if recipe.model.architecture == "ebt":
-        modality = TextModality(config, *vocab, ops) if first else None
+        modality = TextModality(config, recipe, *vocab, ops) if first else None
         model = EnergyTransformer(config, recipe, ops, modality, first, last)
     else:
-        embedding = TokenEmbedding(config, *vocab) if first else None
+        embedding = TokenEmbedding(config, *vocab, recipe.model.initialization) if first else None
         output = TextOutput(config, *vocab) if last else None
         model = TransformerLM(config, recipe, ops, embedding, output, first, last)
     initialize_weights(model, recipe.training.seed)

@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ebt_megatron.config import Recipe
 from ebt_megatron.kernels import Kernels
+from ebt_megatron.model.initialization import Draw, draw_of_embedding
 from ebt_megatron.model.layers import RMSNorm, Rotary, TransformerLayer, layer_spec, replicated
 from ebt_megatron.model.reuse import Tape
 from ebt_megatron.model.sharding import StageModule
@@ -56,7 +57,7 @@ class EnergyTransformer(StageModule):
         adaptive = model.conditioning.startswith("adaln")
         if adaptive or (pre_process and model.conditioning != "none"):
             self.step_embedding = replicated(torch.empty(thinking.max_steps, width, dtype=dtype), config)
-            self.step_embedding.xavier_fans = (thinking.max_steps, width)  # type: ignore[attr-defined]
+            self.step_embedding.draw = draw_of_embedding(thinking.max_steps, width, model.initialization)  # type: ignore
             if adaptive:  # every stage reads it: Megatron sums the stages' gradients
                 self.step_embedding.pipeline_parallel = True  # type: ignore[attr-defined]
                 self.step_embedding.shared = not pre_process  # type: ignore[attr-defined]
@@ -72,7 +73,7 @@ class EnergyTransformer(StageModule):
         if post_process:
             self.final_norm = RMSNorm(config, kernels)
             self.head = replicated(torch.empty(width, dtype=dtype), config)
-            self.head.xavier_fans = (width, 1)  # type: ignore[attr-defined]
+            self.head.draw = Draw.xavier(width, 1)  # type: ignore[attr-defined]
         assert config.kv_channels
         self.rotary = Rotary(config.kv_channels, model.rotary_base)
 

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from ebt_megatron.config import ModelConfig
 from ebt_megatron.kernels import Kernels
 from ebt_megatron.model.fp8 import Fp8ColumnParallelLinear, Fp8RowParallelLinear
+from ebt_megatron.model.initialization import Draw
 from ebt_megatron.model.reuse import Tape
 
 
@@ -97,7 +98,7 @@ class Modulation(nn.Module):
         shape = (self.parts * width, width)
         self.weight = replicated(torch.empty(shape, dtype=config.params_dtype), config)
         self.bias = replicated(torch.zeros(self.parts * width, dtype=config.params_dtype), config)
-        self.weight.xavier_fans = None if zero else (width, width)  # type: ignore[attr-defined]  # None: zero
+        self.weight.draw = Draw(0.0) if zero else Draw.xavier(width, width)  # type: ignore[attr-defined]
 
     def forward(self, condition: Tensor) -> tuple[Tensor | None, ...]:
         """condition [B, D] -> shift, scale (, gate) of the attention, then of the MLP, each [B, D]."""
@@ -139,13 +140,13 @@ class TransformerLayer(MegatronModule):
         def column(rows: int, fan_out: int) -> nn.Module:
             linear = build_module(submodules.column_linear, width, rows, config=config, init_method=config.init_method,
                                   bias=False, gather_output=False)  # fmt: skip
-            linear.weight.xavier_fans = (width, fan_out)
+            linear.weight.draw = Draw.xavier(width, fan_out)
             return linear
 
         def row(columns: int) -> nn.Module:
             linear = build_module(submodules.row_linear, columns, width, config=config, init_method=config.init_method,
                                   bias=False, input_is_parallel=True, skip_bias_add=True)  # fmt: skip
-            linear.weight.xavier_fans = (columns, width)
+            linear.weight.draw = Draw.xavier(columns, width)
             return linear
 
         self.norm1, self.norm2 = RMSNorm(config, kernels), RMSNorm(config, kernels)

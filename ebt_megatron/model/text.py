@@ -28,27 +28,28 @@ from megatron.core.tensor_parallel import (
 from megatron.core.transformer import MegatronModule, TransformerConfig
 from torch import Tensor
 
-from ebt_megatron.config import ThinkingConfig
+from ebt_megatron.config import Recipe, ThinkingConfig
 from ebt_megatron.kernels import Kernels, RefineStats, StepRule
+from ebt_megatron.model.initialization import Draw, draw_of_embedding, draw_of_predictions
 from ebt_megatron.parallel.collectives import TensorGroup, gradient_buffer
 
 
-def _embedding_table(config: TransformerConfig, vocab_size: int, padded_vocab_size: int, scatter: bool):
+def _embedding_table(config: TransformerConfig, padded_vocab_size: int, draw: Draw, scatter: bool):
     table = VocabParallelEmbedding(
         padded_vocab_size, config.hidden_size, init_method=config.init_method,
         reduce_scatter_embeddings=scatter, config=config,
     )  # fmt: skip
-    table.weight.xavier_fans = (vocab_size, config.hidden_size)
+    table.weight.draw = draw
     return table
 
 
 class TokenEmbedding(MegatronModule):
     """Observed tokens [B, S] -> hidden [S(/TP), B, D]."""
 
-    def __init__(self, config: TransformerConfig, vocab_size: int, padded_vocab_size: int):
+    def __init__(self, config: TransformerConfig, vocab_size: int, padded_vocab_size: int, initialization: str):
         super().__init__(config)
-        scatter = bool(config.sequence_parallel)
-        self.table = _embedding_table(config, vocab_size, padded_vocab_size, scatter)
+        draw = draw_of_embedding(vocab_size, config.hidden_size, initialization)
+        self.table = _embedding_table(config, padded_vocab_size, draw, bool(config.sequence_parallel))
 
     def forward(self, tokens: Tensor) -> Tensor:
         """See the class."""
@@ -66,7 +67,7 @@ class TextOutput(MegatronModule):
             config.hidden_size, padded_vocab_size, config=config, init_method=config.init_method,
             bias=False, gather_output=False,
         )  # fmt: skip
-        self.projection.weight.xavier_fans = (config.hidden_size, vocab_size)
+        self.projection.weight.draw = Draw.xavier(config.hidden_size, vocab_size)
 
     def logits(self, h: Tensor) -> Tensor:
         """Hidden [S(/TP), B, D] -> logits [S, B, V / TP]; padded entries never win."""
@@ -86,13 +87,22 @@ class TextOutput(MegatronModule):
 class TextModality(MegatronModule):
     """The EBT's view of text: embeddings of observed tokens and of predicted distributions."""
 
-    def __init__(self, config: TransformerConfig, vocab_size: int, padded_vocab_size: int, kernels: Kernels):
+    def __init__(
+        self,
+        config: TransformerConfig,
+        recipe: Recipe,
+        vocab_size: int,
+        padded_vocab_size: int,
+        kernels: Kernels,
+    ):
         super().__init__(config)
         self.kernels = kernels
         self.vocab_size = vocab_size
-        self.context = TokenEmbedding(config, vocab_size, padded_vocab_size)
+        rule = recipe.model.initialization
+        self.context = TokenEmbedding(config, vocab_size, padded_vocab_size, rule)
         # Never looked up by token: the vocabulary kernels multiply distributions with its weight.
-        self.prediction_embedding = _embedding_table(config, vocab_size, padded_vocab_size, scatter=False)
+        draw = draw_of_predictions(vocab_size, config.hidden_size, recipe.thinking.step_size, rule)
+        self.prediction_embedding = _embedding_table(config, padded_vocab_size, draw, scatter=False)
 
     def prediction(
         self,
@@ -352,7 +362,9 @@ class TextPrediction:
             self._update(self._stored_logits, self.step)
 
     def _update(self, y: Tensor, s: _Step) -> None:
-        self.kernels.vocab_update(y, s.lse, self.table.detach(), self.valid, s.energy_grad, s.centre, s.alpha, self.rule)
+        self.kernels.vocab_update(
+            y, s.lse, self.table.detach(), self.valid, s.energy_grad, s.centre, s.alpha, self.rule
+        )
 
     # --- training through several steps -----------------------------------------------------
     # The adjoint lambda_i = dL/dy_i is then a full tensor. The predictions themselves are

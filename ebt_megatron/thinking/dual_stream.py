@@ -48,6 +48,8 @@ class Prediction(Protocol):
     y: Tensor | None
 
     @property
+    def logits(self) -> Tensor: ...  # noqa: D102
+    @property
     def embedded(self) -> Tensor: ...  # noqa: D102
     @property
     def final(self) -> Tensor: ...  # noqa: D102
