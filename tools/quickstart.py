@@ -1,4 +1,4 @@
-"""The quickstart: real text to shards, an EBT and a Transformer++ of the same size, a report.
+"""The quickstart: real text to shards, two EBTs and a Transformer++ of the same size, a report.
 
 Every part is skipped if it is already done, so running it again goes on where it stopped.
 """
@@ -16,7 +16,7 @@ from rich.console import Console
 
 DATA = Path("data/quickstart")
 RUNS = Path("runs/quickstart")
-RECIPES = {"ebt": "recipes/text/quickstart_ebt.yaml", "transformer": "recipes/text/quickstart_transformer.yaml"}
+RECIPES = {name: f"recipes/text/quickstart_{name}.yaml" for name in ("s1", "s2", "transformer")}
 
 NEXT_STEPS = """\
 # your own text (txt, HTML, JSONL, Parquet; also .gz and .zst)
@@ -46,7 +46,7 @@ def main(
     processes: int = typer.Option(2, help="Ranks; the recipes use tensor parallel 2."),
     megabytes: int = typer.Option(16, help="How much text to prepare."),
 ) -> None:
-    """Prepare data, pretrain both models, evaluate them and write the report."""
+    """Prepare data, pretrain the models, evaluate them and write the report."""
     console = Console()
     python = sys.executable
     seconds: dict[str, float] = {}
@@ -67,13 +67,14 @@ def main(
             "-m", "ebt_megatron.train", recipe,
         ])  # fmt: skip
     for name in RECIPES:
-        seconds[f"evaluate {name}"] = _run(console, f"4. evaluate: {name}", [
+        seconds[f"evaluate {name}"] = _run(console, f"{len(RECIPES) + 2}. evaluate: {name}", [
             python, "-m", "ebt_megatron.evaluate", str(RUNS / name),
         ])  # fmt: skip
     from ebt_megatron.evaluation.report import write_report
 
     title = "EBT and Transformer++ on real text, on this machine"
-    paths = write_report(RUNS / "ebt", RUNS / "transformer", RUNS / "report", title, NEXT_STEPS)
+    ebts = {"EBT, S1": RUNS / "s1", "EBT, S2": RUNS / "s2"}
+    paths = write_report(ebts, RUNS / "transformer", RUNS / "report", title, NEXT_STEPS)
     console.rule("done", align="left")
     console.print(", ".join(f"{name} {s:.0f} s" for name, s in seconds.items()))
     console.print(f"report: {paths['html']} and {paths['markdown']}\n\nhow to go on:\n{NEXT_STEPS}", highlight=False)

@@ -1,0 +1,252 @@
+"""Benchmark learning: EBTs and Transformer++ trained on the quickstart's shards, several seeds each.
+
+    python -m tools.bench_learning                        # the table and plot of docs/learning.md
+    python -m tools.bench_learning --seeds 1 --model S1 --model Transformer++
+
+Every model is trained by the same command as any run, on one process, for the same tokens; Transformer++ also for as
+many FLOPs as S1 takes, on more tokens and with a schedule of that length. A run that is done is not repeated, and one
+that was stopped goes on.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import statistics
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import typer
+from rich.console import Console
+from rich.progress import track
+
+from ebt_megatron.config import Recipe, load_recipe
+from ebt_megatron.training.flops import training_flops
+from tools.bench import machine
+
+# Two-sided 95 % quantiles of Student's t by degrees of freedom (n - 1 seeds).
+STUDENT_T = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
+
+
+@dataclass(frozen=True)
+class Model:
+    """What is trained: a recipe of the quickstart with changes; equal_flops: for as many FLOPs as S1."""
+
+    recipe: str
+    overrides: tuple[str, ...] = ()
+    equal_flops: bool = False
+
+
+MODELS = {
+    "S1": Model("quickstart_s1", ("thinking.learned_steps=null",)),
+    "S1, one of two losses drawn": Model("quickstart_s1", ("thinking.learned_steps=1",)),
+    "S2": Model("quickstart_s2"),
+    "Transformer++": Model("quickstart_transformer"),
+    "Transformer++, FLOPs of S1": Model("quickstart_transformer", equal_flops=True),
+}
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A mean over seeds and the half-width of its 95 % interval (Student's t); nan for one seed."""
+
+    mean: float
+    half: float
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Interval:
+        """Of one value a seed."""
+        mean, n = statistics.fmean(values), len(values)
+        half = STUDENT_T[n - 1] * statistics.stdev(values) / math.sqrt(n) if n > 1 else math.nan
+        return cls(mean, half)
+
+    def text(self, digits: int = 3) -> str:
+        """E.g. '3.951 ± 0.012'."""
+        spread = "" if math.isnan(self.half) else f" ± {self.half:.{digits}f}"
+        return f"{self.mean:.{digits}f}{spread}"
+
+
+def recipe_of(name: str, seed: int, data: Path, runs: Path, steps: int, vocab_size: int) -> Recipe:
+    """The recipe of one run, its number of steps resolved."""
+
+    def load(model: Model, steps: int) -> Recipe:
+        folder = runs / f"{name.lower().replace('++', 'pp').replace(',', '').replace(' ', '-')}-{seed}"
+        return load_recipe(Path("recipes/text") / f"{model.recipe}.yaml", [
+            *model.overrides, "parallel.tensor=1", f"data.train=[{data}/train]", f"data.validation=[{data}/validation]",
+            f"training.seed={1234 + seed}", f"training.steps={steps}", f"training.output_dir={folder}",
+        ])  # fmt: skip
+
+    model = MODELS[name]
+    recipe = load(model, steps)
+    if model.equal_flops:
+        budget = training_flops(load(MODELS["S1"], steps), vocab_size)
+        recipe = load(model, round(steps * budget / training_flops(recipe, vocab_size)))
+    return recipe
+
+
+def run(recipe: Recipe, most_steps: int) -> dict[str, Any]:
+    """Train and evaluate, unless that is done; returns the evaluation, with the run's metrics."""
+    from ebt_megatron.config import to_yaml
+
+    folder = Path(recipe.training.output_dir)
+    evaluation = folder / "evaluation.json"
+    if not evaluation.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        asked = folder / "asked.yaml"
+        asked.write_text(to_yaml(recipe))
+        env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+        thinking = ["--steps", str(most_steps)] if recipe.model.architecture == "ebt" else []
+        for command in (["ebt_megatron.train", str(asked)], ["ebt_megatron.evaluate", str(folder), *thinking]):
+            done = subprocess.run(
+                [sys.executable, "-m", *command], env=env, capture_output=True, text=True, check=False
+            )
+            if done.returncode:
+                raise RuntimeError(f"{' '.join(command)} ended with code {done.returncode}:\n{done.stderr[-2000:]}")
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return json.loads(evaluation.read_text()) | {"metrics": rows}
+
+
+def summary(name: str, results: list[dict[str, Any]], flops: float) -> dict[str, Any]:
+    """One model's numbers over its seeds."""
+    trained = results[0]["trained_steps"]
+    thinking = []
+    for rows in zip(*(r["thinking"] for r in results), strict=True):
+        entry: dict[str, Any] = {"steps": rows[0]["steps"]}
+        for key in ("loss", "perplexity", "accuracy", "changed"):
+            values = [row[key] for row in rows]
+            entry[key] = None if None in values else vars(Interval.of(values))
+        thinking.append(entry)
+    gains = [1 - r["thinking"][trained - 1]["perplexity"] / r["thinking"][0]["perplexity"] for r in results]
+    best = [min(row["perplexity"] for row in r["thinking"][trained - 1 :]) for r in results]
+    return {
+        "name": name, "seeds": len(results), "trained_steps": trained, "tokens": results[0]["tokens"],
+        "flops": flops, "positions": results[0]["positions"], "thinking": thinking,
+        "loss": thinking[trained - 1]["loss"], "gain_over_first_step": vars(Interval.of(gains)),
+        "perplexity_over_best_with_more_steps": vars(Interval.of(
+            [r["thinking"][trained - 1]["perplexity"] / b - 1 for r, b in zip(results, best, strict=True)]
+        )),
+        "seconds_a_step": statistics.median(row["step_seconds"] for r in results for row in r["metrics"]),
+        "curve": [[row["tokens"], row["validation_loss"]] for row in results[0]["metrics"]
+                  if row.get("validation_loss") is not None],
+    }  # fmt: skip
+
+
+def _interval(entry: dict[str, float] | None, digits: int = 3, percent: bool = False) -> str:
+    if entry is None:
+        return "-"
+    scale = 100 if percent else 1
+    return Interval(scale * entry["mean"], scale * entry["half"]).text(digits) + (" %" if percent else "")
+
+
+def markdown(results: dict[str, Any]) -> str:
+    """The tables, for people."""
+    where = results["machine"]
+    lines = [
+        f"Learning on {where['machine']}, torch {where['torch']}, {where['date']}. Mean ± half-width of the 95 % "
+        "interval over seeds.", "",
+        "| model | tokens (M) | FLOPs (T) | s / step | trained steps | validation loss | gain over own first step "
+        "| perplexity above its best with more steps |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]  # fmt: skip
+    for row in results["models"]:
+        think = row["trained_steps"] > 1
+        lines.append(
+            f"| {row['name']} | {row['tokens'] / 1e6:.2f} | {row['flops'] / 1e12:.1f} | {row['seconds_a_step']:.3f} | "
+            f"{row['trained_steps']} | {_interval(row['loss'])} | "
+            f"{_interval(row['gain_over_first_step'], 1, percent=True) if think else '-'} | "
+            f"{_interval(row['perplexity_over_best_with_more_steps'], 1, percent=True) if think else '-'} |"
+        )
+    for row in results["models"]:
+        if row["trained_steps"] == 1:
+            continue
+        lines += ["", f"{row['name']}, thinking (trained with {row['trained_steps']} steps):", "",
+                  "| steps | cross-entropy | perplexity | most likely token right | changed by the step |",
+                  "| --- | --- | --- | --- | --- |"]  # fmt: skip
+        lines += [
+            f"| {t['steps']} | {_interval(t['loss'])} | {_interval(t['perplexity'], 1)} | "
+            f"{_interval(t['accuracy'], 1, percent=True)} | {_interval(t['changed'], 1, percent=True)} |"
+            for t in row["thinking"]
+        ]
+    return "\n".join(lines) + "\n"
+
+
+def plot(results: dict[str, Any], path: Path) -> None:
+    """Loss against tokens, against FLOPs, and against thinking steps."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, (tokens, flops, thinking) = plt.subplots(1, 3, figsize=(13, 4), dpi=110)
+    for row in results["models"]:
+        seen, losses = zip(*row["curve"], strict=True)
+        per_token = row["flops"] / row["tokens"]
+        (line,) = tokens.plot(seen, losses, "o-", ms=3, label=row["name"])
+        flops.plot([s * per_token / 1e12 for s in seen], losses, "o-", ms=3, color=line.get_color())
+        if row["trained_steps"] > 1:
+            steps = [t["steps"] for t in row["thinking"]]
+            means = [t["loss"]["mean"] for t in row["thinking"]]
+            halves = [0.0 if math.isnan(t["loss"]["half"]) else t["loss"]["half"] for t in row["thinking"]]
+            thinking.errorbar(steps, means, halves, fmt="o-", ms=3, capsize=3, color=line.get_color())
+        else:
+            thinking.axhline(row["loss"]["mean"], color=line.get_color(), ls="--", lw=1)
+    tokens.set(xlabel="training tokens", ylabel="validation loss (nats)", title="equal tokens (first seed)")
+    flops.set(xlabel="training TFLOPs", xscale="log", title="equal FLOPs (first seed)")
+    thinking.set(xlabel="thinking steps", title="thinking (all seeds, 95 % intervals)")
+    tokens.legend(frameon=False, fontsize=8)
+    for axes in (tokens, flops, thinking):
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(alpha=0.25)
+    figure.tight_layout()
+    figure.savefig(path)
+    plt.close(figure)
+
+
+def main(
+    model: list[str] = typer.Option(list(MODELS), help="Which: " + "; ".join(MODELS)),
+    seeds: int = typer.Option(3, min=1, max=10, help="Runs of each model."),
+    steps: int = typer.Option(1200, min=1, help="Optimizer steps of 8 x 128 tokens."),
+    data: Path = typer.Option(Path("data/quickstart"), help="Shards; `make quickstart` prepares them."),
+    runs: Path = typer.Option(Path("runs/learning"), help="Where the runs go; what is done there is not repeated."),
+    output: Path | None = typer.Option(None, help="Folder for the results; default: only printed and in --runs."),
+) -> None:
+    """Train every model with every seed and write a table and a plot."""
+    from ebt_megatron.data.shards import read_manifest
+
+    console = Console(width=160)
+    for name in model:
+        if name not in MODELS:
+            raise typer.BadParameter(f"no model '{name}': choose of {'; '.join(MODELS)}")
+    if not (data / "train" / "manifest.json").exists():
+        raise typer.BadParameter(f"no shards at {data}: run `make quickstart` first, or give --data")
+    vocab_size = read_manifest(str(data / "train")).vocab_size
+    jobs = [(name, seed) for seed in range(seeds) for name in model]
+    done: dict[str, list[dict[str, Any]]] = {name: [] for name in model}
+    flops: dict[str, float] = {}
+    for name, seed in track(jobs, description="train", console=console, transient=True):
+        recipe = recipe_of(name, seed, data, runs, steps, vocab_size)
+        thinks = recipe.thinking.max_steps
+        flops[name] = recipe.training.steps * training_flops(recipe, vocab_size)
+        done[name].append(run(recipe, max(10, 3 * thinks)))
+        console.print(f"{name}, seed {seed}: loss {done[name][-1]['thinking'][thinks - 1]['loss']:.4f}"
+                      if recipe.model.architecture == "ebt" else
+                      f"{name}, seed {seed}: loss {done[name][-1]['thinking'][0]['loss']:.4f}")  # fmt: skip
+    results = {"machine": machine(), "models": [summary(name, done[name], flops[name]) for name in model]}
+    text = markdown(results)
+    console.print(text, markup=False, highlight=False)
+    folder = output or runs
+    folder.mkdir(parents=True, exist_ok=True)
+    stem = folder / f"learning-cpu-{date.today().isoformat()}"
+    stem.with_suffix(".json").write_text(json.dumps(results, indent=1) + "\n")
+    stem.with_suffix(".md").write_text(text)
+    plot(results, stem.with_suffix(".png"))
+
+
+if __name__ == "__main__":
+    typer.run(main)
