@@ -2,12 +2,33 @@
 
 from setuptools import find_packages, setup
 
+# Folders beside the package that are installed into it, so that site-packages gets one name of ours.
+INSIDE = ("data_prep", "tools", "recipes")
+
 setup(
     name="ebt-megatron",
     version="0.1.0",
     description="Pretraining of Energy-Based Transformers at scale, on megatron-core",
     python_requires=">=3.11",
-    packages=find_packages(include=["ebt_megatron*"]),
+    packages=[
+        *find_packages(include=["ebt_megatron*"]),
+        *(f"ebt_megatron.{name}" for name in find_packages(include=["data_prep*", "tools*"])),
+        "ebt_megatron.recipes",
+    ],
+    package_dir={f"ebt_megatron.{name}": name for name in INSIDE},
+    package_data={"ebt_megatron.recipes": ["*/*"]},
+    entry_points={
+        "console_scripts": [
+            "ebt-train = ebt_megatron.train:app",
+            "ebt-evaluate = ebt_megatron.evaluate:app",
+            "ebt-prepare = ebt_megatron.data_prep.__main__:app",
+            "ebt-shards = ebt_megatron.tools.shards:app",
+            "ebt-plan = ebt_megatron.tools.plan:app",
+            "ebt-convert = ebt_megatron.tools.convert:app",
+            "ebt-import = ebt_megatron.tools.import_ebt_checkpoint:app",
+            "ebt-report = ebt_megatron.tools.report:app",
+        ]
+    },
     install_requires=[
         "torch>=2.11,<2.14",
         "megatron-core==0.16.1",

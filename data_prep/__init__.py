@@ -1,1 +1,5 @@
-"""Raw text to WebDataset shards: run as `python -m data_prep.text --help`."""
+"""Raw text, video and images to WebDataset shards: `ebt-prepare --help`, or in a checkout `python -m data_prep.text`.
+
+setup.py installs this as ebt_megatron.data_prep. So that it works under both names, modules here import each
+other relatively.
+"""

@@ -13,8 +13,9 @@ from typing import NamedTuple
 
 import zstandard
 
-from data_prep.files import InputFile, open_file
 from ebt_megatron.data.shards import DataError
+
+from .files import InputFile, open_file
 
 SUFFIXES = (".txt", ".md", ".rst", ".html", ".htm", ".jsonl", ".parquet")
 _BLOCKS = ("p", "br", "div", "li", "tr", "h1", "h2", "h3", "h4", "pre")

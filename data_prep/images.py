@@ -26,11 +26,12 @@ import fsspec
 import numpy as np
 import typer
 
-from data_prep import options
-from data_prep.files import InputFile, find_files, open_file
-from data_prep.latents import NO_LABEL, LatentSettings, Piece, prepare_latents
 from ebt_megatron.cli import guarded
 from ebt_megatron.data.shards import DataError
+
+from . import options
+from .files import InputFile, find_files, open_file
+from .latents import NO_LABEL, LatentSettings, Piece, prepare_latents
 
 _PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
 _ARRAYS = (".npy", ".npz", "idx3-ubyte")

@@ -18,9 +18,6 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from data_prep.encoders import KINDS, Encoder, load_encoder, new_encoder
-from data_prep.files import InputFile, open_file
-from data_prep.job import Job
 from ebt_megatron.data.shards import (
     DataError,
     Manifest,
@@ -31,6 +28,10 @@ from ebt_megatron.data.shards import (
     shard_name,
     write_shard,
 )
+
+from .encoders import KINDS, Encoder, load_encoder, new_encoder
+from .files import InputFile, open_file
+from .job import Job
 
 _FIT_UNITS, _FIT_FRAMES = 64, 1024  # an encoder is fitted on so many frames of so many units
 _BATCH = 64  # frames encoded at once

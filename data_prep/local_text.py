@@ -21,10 +21,11 @@ import typer
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from data_prep import options
-from data_prep.documents import Part, read_part
 from ebt_megatron.cli import guarded
 from ebt_megatron.data.shards import DataError
+
+from . import options
+from .documents import Part, read_part
 
 # (name, files)
 _DEBIAN = (
@@ -97,7 +98,7 @@ def main(
                         size += len(document.encode("utf-8", "replace"))
                         bar.update(task, completed=size / 1e6)
             if not size:
-                raise DataError("this machine has no text to start with: use data_prep.text with --input")
+                raise DataError("this machine has no text to start with: use ebt-prepare text with --input")
             os.replace(partial, output)
 
     guarded(work)

@@ -26,10 +26,6 @@ import numpy as np
 import typer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from data_prep import options
-from data_prep.documents import SUFFIXES, Part, read_part, split_files
-from data_prep.files import find_files
-from data_prep.job import Job
 from ebt_megatron.cli import guarded
 from ebt_megatron.data.shards import (
     DataError,
@@ -41,6 +37,11 @@ from ebt_megatron.data.shards import (
     shard_name,
     write_shard,
 )
+
+from . import options
+from .documents import SUFFIXES, Part, read_part, split_files
+from .files import find_files
+from .job import Job
 
 END_OF_TEXT = "<|endoftext|>"
 _BATCH_CHARACTERS = 4 << 20  # encoded at once by tokenizers' own threads

@@ -19,11 +19,12 @@ from typing import Any, ClassVar
 import numpy as np
 import typer
 
-from data_prep import options
-from data_prep.files import InputFile, find_files, open_file
-from data_prep.latents import LatentSettings, Piece, fingerprint, prepare_latents
 from ebt_megatron.cli import guarded
 from ebt_megatron.data.shards import DataError
+
+from . import options
+from .files import InputFile, find_files, open_file
+from .latents import LatentSettings, Piece, fingerprint, prepare_latents
 
 SUFFIXES = (".mp4", ".mkv", ".webm", ".avi", ".mov", ".m4v", ".mpg", ".mpeg", ".ts", ".ogv", ".gif")
 

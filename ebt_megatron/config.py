@@ -17,6 +17,8 @@ from typing import Any
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from ebt_megatron.catalog import find_recipe
+
 
 class RecipeError(ValueError):
     """A recipe that cannot run; the message is one line naming the key and the fix."""
@@ -226,7 +228,7 @@ def load_recipe(path: str | Path | None, overrides: Sequence[str] = ()) -> Recip
     """Read a recipe file, apply `key=value` overrides, resolve sizes and check it.
 
     Args:
-        path: a YAML file, or None for the defaults alone.
+        path: a YAML file, or the name of one in recipes/ ("text/s1_xxs"), or None for the defaults alone.
         overrides: e.g. ["model.hidden_size=256", "parallel.tensor=2"].
 
     Raises:
@@ -234,8 +236,10 @@ def load_recipe(path: str | Path | None, overrides: Sequence[str] = ()) -> Recip
     """
     layers = []
     if path is not None:
-        if not Path(path).is_file():
-            raise RecipeError(f"no recipe at {path}; recipes/ has examples")
+        try:
+            path = find_recipe(path)
+        except FileNotFoundError as error:
+            raise RecipeError(str(error)) from None
         try:
             layers.append((str(path), OmegaConf.load(path)))
         except Exception as error:  # yaml raises its own family of errors

@@ -1,4 +1,4 @@
-"""Train a recipe: `torchrun --nproc-per-node N -m ebt_megatron.train RECIPE.yaml key=value ...`."""
+"""Train a recipe: `torchrun --nproc-per-node N -m ebt_megatron.train RECIPE key=value ...`, or `ebt-train RECIPE`."""
 
 from __future__ import annotations
 
@@ -7,16 +7,26 @@ from pathlib import Path
 
 import typer
 
+from ebt_megatron.catalog import describe_recipes
 from ebt_megatron.cli import guarded, quiet_libraries
 from ebt_megatron.config import all_keys, load_recipe, to_yaml
 
 app = typer.Typer(add_completion=False)
 
 
+def _list_recipes(asked: bool) -> None:
+    if asked:
+        print(describe_recipes())
+        raise typer.Exit
+
+
 @app.command(epilog="Keys: " + ", ".join(all_keys()))
 def main(
-    recipe: Path = typer.Argument(..., help="A YAML recipe, e.g. recipes/text/s1_xxs.yaml."),
+    recipe: Path = typer.Argument(..., help="A name of --list, e.g. text/s1_xxs, or a YAML file."),
     overrides: list[str] = typer.Argument(None, help="key=value pairs, e.g. model.hidden_size=256."),
+    show_list: bool = typer.Option(
+        False, "--list", is_eager=True, callback=_list_recipes, help="Show the recipes that come with this, and stop."
+    ),
     print_config: bool = typer.Option(False, "--print-config", help="Print the resolved recipe and stop."),
     dry_run: bool = typer.Option(False, "--dry-run", help="Build everything, check data and layout, take no step."),
     profile: int = typer.Option(0, help="Trace this many steps (torch profiler) into OUTPUT_DIR/trace."),

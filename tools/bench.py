@@ -167,7 +167,7 @@ def _spawn(case: str, variant: str, timed: bool, threads: int) -> dict[str, Any]
         "-W",
         "ignore",
         "-m",
-        "tools.bench",
+        f"{__package__}.bench",
         "--child",
         json.dumps([case, variant, timed]),
     ]

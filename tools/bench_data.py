@@ -31,7 +31,8 @@ from rich.table import Table
 
 from ebt_megatron.data.folder import ShardFolder
 from ebt_megatron.data.shards import Manifest, sha256_of, shard_infos, write_shard
-from tools.bench import machine
+
+from .bench import machine
 
 _PER_SHARD = 1000
 _GROUP = 4

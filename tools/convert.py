@@ -1,4 +1,4 @@
-"""Weights out of and into runs: `python -m tools.convert export RUN OUT.safetensors`, `... import IN.safetensors`.
+"""Weights out of and into runs: `ebt-convert export RUN OUT.safetensors`, `ebt-convert import IN.safetensors`.
 
 What is written is plain: every weight whole, whatever layout the run has, with its recipe as metadata.
 """
@@ -116,7 +116,7 @@ def export_command(
 def import_command(
     source: Path = typer.Argument(..., help="A safetensors file."),
     overrides: list[str] = typer.Argument(None, help="key=value pairs, e.g. data.train=[data/text/train]."),
-    recipe: Path = typer.Option(..., help="The recipe of the new run."),
+    recipe: Path = typer.Option(..., help="The recipe of the new run: a name or a YAML file."),
     output: Path = typer.Option(..., help="The new run's folder."),
 ) -> None:
     """Make a run that starts from a file's weights, at step 0 with a fresh optimizer."""

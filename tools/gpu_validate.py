@@ -247,7 +247,8 @@ def training_speed(rates: dict[str, float]) -> list[dict[str, Any]]:
     import gc
 
     from ebt_megatron.model.flops import cost
-    from tools.bench import median_seconds, training_step
+
+    from .bench import median_seconds, training_step
 
     vocab, rows, begin = 50304, [], time.monotonic()
     engines = {"dual stream": [], "dual stream, reuse": ["thinking.reuse=true"],

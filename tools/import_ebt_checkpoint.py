@@ -1,8 +1,8 @@
-"""A checkpoint of the paper's public code, as weights of this project: `python -m tools.import_ebt_checkpoint CKPT`.
+"""A checkpoint of the paper's public code, as weights of this project: `ebt-import CKPT`.
 
 The public code (github.com/alexiglad/EBT) saves with PyTorch Lightning. Its text EBTs of type `default` and
 `time_embed` are here `model.conditioning=none` and `time_embed_sequence`; others are refused. Written are
-FILE.safetensors and FILE.yaml, a recipe, from which `python -m tools.convert import` makes a run.
+FILE.safetensors and FILE.yaml, a recipe, from which `ebt-convert import` makes a run.
 """
 
 from __future__ import annotations
@@ -238,7 +238,7 @@ def main(
         console, m = Console(soft_wrap=True, highlight=False), recipe.model
         console.print(f"{output}: {m.num_layers} layers, {m.num_attention_heads} heads, width {m.hidden_size}, "
                       f"conditioning {m.conditioning}, thinking steps {recipe.thinking.max_steps}")  # fmt: skip
-        console.print(f"Next: python -m tools.convert import {output} --recipe {output.with_suffix('.yaml')} "
+        console.print(f"Next: ebt-convert import {output} --recipe {output.with_suffix('.yaml')} "
                       "--output RUN_DIR 'data.train=[...]' 'data.validation=[...]'")  # fmt: skip
 
     guarded(work)

@@ -1,7 +1,7 @@
 """Plan a run: bubble, memory, communication and step time of a recipe on a layout, estimated.
 
-    python -m tools.plan recipes/text/s1_xxs.yaml parallel.tensor=2 parallel.pipeline=2 --gpus 16
-    python -m tools.plan recipes/text/s1_xl.yaml --gpus 64 --tflops 400 --bandwidth 400 --network 50
+    ebt-plan text/s1_xxs parallel.tensor=2 parallel.pipeline=2 --gpus 16
+    ebt-plan text/s1_xl --gpus 64 --tflops 400 --bandwidth 400 --network 50
 
 Everything printed is an estimate from the figures given; the pipeline part is the simulation
 that real runs execute (`ebt_megatron.parallel.schedule`).
@@ -163,8 +163,12 @@ def rows(e: Estimate) -> list[tuple[str, str]]:
     ]
 
 
+app = typer.Typer(add_completion=False)
+
+
+@app.command()
 def main(
-    recipe: Path = typer.Argument(..., help="A recipe."),
+    recipe: Path = typer.Argument(..., help="A recipe: a name, e.g. text/s1_xl, or a YAML file."),
     overrides: list[str] = typer.Argument(None, help="key=value pairs, e.g. parallel.pipeline=4."),
     gpus: int = typer.Option(8, help="Number of ranks."),
     vocab_size: int = typer.Option(50277, help="Entries of the tokenizer (GPT-NeoX-20B has 50,277)."),
@@ -188,4 +192,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    app()

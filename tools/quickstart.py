@@ -14,19 +14,11 @@ from pathlib import Path
 import typer
 from rich.console import Console
 
+from .report import NEXT_STEPS
+
 DATA = Path("data/quickstart")
 RUNS = Path("runs/quickstart")
 RECIPES = {name: f"recipes/text/quickstart_{name}.yaml" for name in ("s1", "s2", "transformer")}
-
-NEXT_STEPS = """\
-# your own text (txt, HTML, JSONL, Parquet; also .gz and .zst)
-python -m data_prep.text --input 'corpus/**/*.jsonl.zst' --tokenizer tokenizer.json --output data/text
-# the paper's S1 recipe at its xxs size on 8 GPUs, tensor parallel 2
-torchrun --nproc-per-node 8 -m ebt_megatron.train recipes/text/s1_xxs.yaml parallel.tensor=2
-# think longer than in training
-python -m ebt_megatron.evaluate runs/ebt-s1-xxs --steps 8
-# every key a recipe may have
-python -m ebt_megatron.train --help"""
 
 
 def _run(console: Console, title: str, command: list[str]) -> float:

@@ -1,8 +1,8 @@
 """Look at prepared data and change its shape.
 
-python -m tools.shards inspect|verify|stats|sample FOLDER
-python -m tools.shards reshard FOLDER --output OUT --samples-per-shard 4096
-python -m tools.shards merge FOLDER FOLDER --output OUT
+ebt-shards inspect|verify|stats|sample FOLDER
+ebt-shards reshard FOLDER --output OUT --samples-per-shard 4096
+ebt-shards merge FOLDER FOLDER --output OUT
 """
 
 from __future__ import annotations
@@ -11,7 +11,9 @@ import io
 import json
 import sys
 import tarfile
+from importlib import import_module
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import typer
@@ -23,10 +25,21 @@ from tokenizers import Tokenizer
 from ebt_megatron.cli import guarded
 from ebt_megatron.data.folder import ShardFolder
 from ebt_megatron.data.shards import LABELS, DataError, Manifest, Member, ShardInfo, read_manifest, sha256_of
-from tools.rewrite import rewrite
+
+from .rewrite import rewrite
+
+if TYPE_CHECKING:
+    from data_prep.encoders import Encoder
 
 app = typer.Typer(add_completion=False, help=__doc__, no_args_is_help=True)
 FOLDER = typer.Argument(..., help="A folder with manifest.json, e.g. data/text/train.")
+
+
+def _encoder_of(data: ShardFolder) -> Encoder:
+    """What latents were made with; data_prep is beside this package, in a checkout as where it is installed."""
+    module = import_module(f"{__package__.removesuffix('tools')}data_prep.encoders")
+    encoder: Encoder = module.load_encoder(data.sidecar())
+    return encoder
 
 
 def _member_problem(data: bytes, member: Member, manifest: Manifest) -> str:
@@ -180,14 +193,12 @@ def sample(
             tokenizer = Tokenizer.from_file(str(data.sidecar()))
             print(tokenizer.decode(data.row(index).tolist(), skip_special_tokens=False))
             return
-        from data_prep.encoders import load_encoder
-
         rows = np.stack([data.row(i) for i in range(index, min(index + count, len(data)))])
         if rows.ndim == 3:  # pictures: in a square of their own
             side = int(np.ceil(np.sqrt(len(rows))))
             rows = np.concatenate([rows, np.zeros((side * side - len(rows), *rows.shape[1:]), rows.dtype)])
             rows = rows.reshape(-1, side, *rows.shape[1:])
-        frames = load_encoder(data.sidecar()).to_frames(rows.reshape(-1, *rows.shape[2:]))
+        frames = _encoder_of(data).to_frames(rows.reshape(-1, *rows.shape[2:]))
         grid = frames.reshape(*rows.shape[:2], *frames.shape[1:])
         from PIL import Image
 

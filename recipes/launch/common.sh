@@ -7,11 +7,13 @@ for argument in "$@"; do
 done
 
 if [ "${#ARGUMENTS[@]}" -eq 0 ]; then
-    echo "$(basename "$0"): no recipe given; usage: $0 [--dry-run] RECIPE.yaml [key=value ...]" >&2
+    echo "$(basename "$0"): no recipe given; usage: $0 [--dry-run] RECIPE [key=value ...]" >&2
     exit 2
 fi
-if [ ! -f "${ARGUMENTS[0]}" ]; then
-    echo "$(basename "$0"): no recipe at ${ARGUMENTS[0]}; recipes/ has examples" >&2
+# A recipe is a file, or the name of one that stands beside this folder: text/s1_xxs.
+NAME=${ARGUMENTS[0]#recipes/}
+if [ ! -f "${ARGUMENTS[0]}" ] && [ ! -f "$(dirname "${BASH_SOURCE[0]}")/../${NAME%.yaml}.yaml" ]; then
+    echo "$(basename "$0"): no recipe at ${ARGUMENTS[0]}; ebt-train --list shows those that come with it" >&2
     exit 2
 fi
 

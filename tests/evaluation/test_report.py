@@ -53,3 +53,16 @@ def test_a_run_that_was_not_evaluated_says_how_to(runs):
     (runs["ebt"] / "evaluation.json").unlink()
     with pytest.raises(FileNotFoundError, match=r"python -m ebt_megatron\.evaluate"):
         Run.read(runs["ebt"], "EBT")
+
+
+def test_the_command_writes_it_or_says_what_is_missing(runs, tmp_path):
+    from typer.testing import CliRunner
+
+    from tools.report import app
+
+    command = [str(runs["ebt"]), "--baseline", str(runs["transformer"]), "--output", str(tmp_path / "page")]
+    done = CliRunner().invoke(app, command)
+    assert done.exit_code == 0 and (tmp_path / "page" / "report.html").exists(), done.output
+    (runs["ebt"] / "evaluation.json").unlink()
+    done = CliRunner().invoke(app, command)
+    assert done.exit_code == 2 and "ebt_megatron.evaluate" in done.stderr and done.stderr.count("\n") == 1

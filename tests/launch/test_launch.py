@@ -37,8 +37,8 @@ def _environment(**more: str) -> dict[str, str]:
         ("slurm.sbatch", {}, "srun --kill-on-bad-exit=1"),
     ],
 )  # fmt: skip
-def test_dry_run_prints_the_command_and_starts_nothing(script, variables, expected):
-    recipe = "recipes/text/s1_xxs.yaml"
+@pytest.mark.parametrize("recipe", ["recipes/text/s1_xxs.yaml", "text/s1_xxs"])
+def test_dry_run_prints_the_command_and_starts_nothing(script, variables, expected, recipe):
     answer = subprocess.run(
         ["bash", LAUNCH / script, "--dry-run", recipe, "training.output_dir=my run"],
         cwd=ROOT, env=_environment(**variables), capture_output=True, text=True, check=True,

@@ -1,0 +1,12 @@
+"""Raw data to shards, by kind: `ebt-prepare text --help`, or in a checkout `python -m data_prep text --help`."""
+
+import typer
+
+from . import images, local_text, text, video
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, help="Turn text, video and images into shards.")
+for name, module in (("text", text), ("video", video), ("images", images), ("local-text", local_text)):
+    app.command(name)(module.main)
+
+if __name__ == "__main__":
+    app()

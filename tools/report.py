@@ -1,0 +1,48 @@
+"""A report of EBTs' runs beside a baseline's, as the quickstart makes one: `ebt-report RUN ... --baseline RUN`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import typer
+from rich.console import Console
+
+from ebt_megatron.cli import guarded
+from ebt_megatron.config import RecipeError
+
+app = typer.Typer(add_completion=False)
+
+NEXT_STEPS = """\
+# your own text (txt, HTML, JSONL, Parquet; also .gz and .zst)
+ebt-prepare text --input 'corpus/**/*.jsonl.zst' --tokenizer tokenizer.json --output data/text
+# the paper's S1 recipe at its xxs size on 8 GPUs, tensor parallel 2
+torchrun --nproc-per-node 8 -m ebt_megatron.train text/s1_xxs parallel.tensor=2
+# think longer than in training
+ebt-evaluate runs/ebt-s1-xxs --steps 8
+# every key a recipe may have
+ebt-train --help"""
+
+
+@app.command()
+def main(
+    runs: list[Path] = typer.Argument(..., help="Each EBT's training.output_dir, trained and evaluated."),
+    baseline: Path = typer.Option(..., help="The Transformer++'s."),
+    output: Path = typer.Option(Path("report"), help="Folder for report.html, report.md and the plots."),
+    title: str = typer.Option("EBT and Transformer++", help="Heading."),
+) -> None:
+    """Write what evaluated runs show: losses, thinking, energy, an example, speed and memory."""
+
+    def work() -> None:
+        from ebt_megatron.evaluation.report import write_report
+
+        try:
+            paths = write_report({str(run): run for run in runs}, baseline, output, title, NEXT_STEPS)
+        except FileNotFoundError as error:
+            raise RecipeError(str(error)) from None
+        Console(soft_wrap=True, highlight=False).print(f"report: {paths['html']} and {paths['markdown']}")
+
+    guarded(work)
+
+
+if __name__ == "__main__":
+    app()
