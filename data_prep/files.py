@@ -34,7 +34,10 @@ def _remote(pattern: str, suffixes: tuple[str, ...]) -> list[InputFile]:
         else:
             paths = [root]
         return [InputFile(system.unstrip_protocol(p), system.size(p) or 0, 0) for p in paths]
-    except (OSError, ValueError, ImportError) as error:
+    except ImportError as error:
+        raise DataError(f"--input {pattern} cannot be read ({error}): the extra 'remote' (pip install '.[remote]') has "
+                        "what s3:// and hf:// need") from None  # fmt: skip
+    except (OSError, ValueError) as error:
         raise DataError(f"--input {pattern} cannot be read ({' '.join(str(error).split())})") from None
 
 

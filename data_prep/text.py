@@ -63,18 +63,26 @@ def train_bpe(documents: Iterator[str], vocab_size: int) -> Tokenizer:
 
 
 @functools.cache
-def load_tokenizer(path: Path) -> Tokenizer:
-    """A tokenizer.json with an end-of-text entry.
+def load_tokenizer(given: str | Path) -> Tokenizer:
+    """A tokenizer with an end-of-text entry.
+
+    Args:
+        given: a tokenizer.json, or its name on the Hugging Face hub ("EleutherAI/gpt-neox-20b").
 
     Raises:
-        DataError: if it cannot be read or has no end of text.
+        DataError: if it cannot be read or fetched, or has no end of text.
     """
+    name, is_file = str(given), Path(given).is_file()
     try:
-        tokenizer = Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises bare exceptions
-        raise DataError(f"--tokenizer {path}: not a tokenizer.json ({error})") from None
+        tokenizer = Tokenizer.from_file(name) if is_file else Tokenizer.from_pretrained(name)
+    except Exception as error:  # both raise whatever the libraries beneath them do
+        reason = " ".join(str(error).split())
+        if is_file:
+            raise DataError(f"--tokenizer {name}: not a tokenizer.json ({reason})") from None
+        raise DataError(f"--tokenizer {name} is no file here, and not to be had from the Hugging Face hub ({reason}): "
+                        "give a tokenizer.json") from None  # fmt: skip
     if tokenizer.token_to_id(END_OF_TEXT) is None:
-        raise DataError(f"--tokenizer {path}: has no {END_OF_TEXT} entry to separate documents")
+        raise DataError(f"--tokenizer {name}: has no {END_OF_TEXT} entry to separate documents")
     return tokenizer
 
 
@@ -83,7 +91,7 @@ class TextSettings:
     """What the shards depend on besides the input.
 
     Attributes:
-        tokenizer: a tokenizer.json, or None to train one.
+        tokenizer: a tokenizer.json or its name on the hub, or None to train one.
         train_bpe: entries of the tokenizer to train.
         sequence_length: tokens predicted per sample.
         samples_per_shard: in every tar but the last.
@@ -93,7 +101,7 @@ class TextSettings:
         seed: of the split.
     """
 
-    tokenizer: Path | None = None
+    tokenizer: str | Path | None = None
     train_bpe: int = 0
     sequence_length: int = 256
     samples_per_shard: int = 8192
@@ -323,10 +331,10 @@ def prepare_text(
         DataError: input that cannot be read; no text, or too little for one sample of a split.
     """
     pieces, passes = [Unit(i, parts) for i, parts in enumerate(units)], Passes(settings, output)
-    if settings.tokenizer:
-        load_tokenizer(settings.tokenizer)
+    given = settings.tokenizer
+    content = given and hashlib.sha256(load_tokenizer(given).to_str().encode()).hexdigest()
     record = {"settings": {k: str(v) for k, v in vars(settings).items()}, "input": fingerprint,
-              "tokenizer": settings.tokenizer and sha256_of(settings.tokenizer), "units": len(units)}  # fmt: skip
+              "tokenizer": content, "units": len(units)}  # fmt: skip
     with Job(output, record, workers, resume, overwrite) as job:
         if job.complete:
             return {name: read_manifest(str(output / name)) for name in settings.splits}
@@ -358,7 +366,7 @@ def prepare_text(
 def main(
     output: Path = options.OUTPUT,
     input: list[str] = typer.Option(..., help=f"Globs, folders or URLs of {', '.join(SUFFIXES)}; also .gz and .zst."),
-    tokenizer: Path | None = typer.Option(None, help="A tokenizer.json (e.g. GPT-NeoX-20B's)."),
+    tokenizer: str | None = typer.Option(None, help="A tokenizer.json, or its hub name: EleutherAI/gpt-neox-20b."),
     train_bpe_size: int = typer.Option(0, "--train-bpe", help="Train a byte-level BPE of this many entries instead."),
     sequence_length: int = typer.Option(256, min=1, help="Tokens predicted per sample."),
     validation_fraction: float = options.VALIDATION_FRACTION,

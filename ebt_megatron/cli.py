@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 
 from ebt_megatron.config import RecipeError
 from ebt_megatron.data.shards import DataError
@@ -27,5 +28,5 @@ def guarded(work: Callable[[], Any], quiet: bool = False) -> None:
         import torch.distributed as dist  # here: preparing data needs no torch
 
         if not quiet and (not dist.is_initialized() or dist.get_rank() == 0):
-            Console(stderr=True, highlight=False, soft_wrap=True).print(f"[red]error:[/red] {error}")
+            Console(stderr=True, highlight=False, soft_wrap=True).print(f"[red]error:[/red] {escape(str(error))}")
         sys.exit(2)

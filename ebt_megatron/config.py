@@ -138,6 +138,7 @@ class TrainingConfig:
     output_dir: str = "runs/run"
     resume: bool = True  # go on from the newest good checkpoint in output_dir, if any
     log_interval: int = 10
+    metrics: list[str] = field(default_factory=lambda: ["jsonl", "tensorboard"])  # and wandb; the report reads jsonl
     validation_interval: int = 200  # 0: never
     validation_samples: int = 256
     save_interval: int = 200  # 0: only at the end and on SIGTERM
@@ -189,6 +190,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "thinking.engine": ("dual_stream", "double_backward"),
     "data.modality": ("text", "video", "images"),
     "training.precision": ("fp32", "bf16", "fp8"),
+    "training.metrics": ("jsonl", "tensorboard", "wandb"),
 }
 
 
@@ -237,11 +239,9 @@ def load_recipe(path: str | Path | None, overrides: Sequence[str] = ()) -> Recip
     layers = []
     if path is not None:
         try:
-            path = find_recipe(path)
+            layers.append((str(path), OmegaConf.load(find_recipe(path))))
         except FileNotFoundError as error:
             raise RecipeError(str(error)) from None
-        try:
-            layers.append((str(path), OmegaConf.load(path)))
         except Exception as error:  # yaml raises its own family of errors
             raise RecipeError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
     for item in overrides:
@@ -299,8 +299,9 @@ def check(recipe: Recipe, world_size: int | None = None) -> None:
     """
     for key, choices in CHOICES.items():
         value = OmegaConf.select(OmegaConf.structured(recipe), key)
-        if value not in choices:
-            raise RecipeError(f"{key}={value}: choose one of {', '.join(choices)}")
+        for chosen in value if OmegaConf.is_list(value) else [value]:
+            if chosen not in choices:
+                raise RecipeError(f"{key}={chosen}: choose one of {', '.join(choices)}")
     m, t, p, tr = recipe.model, recipe.thinking, recipe.parallel, recipe.training
 
     def positive(*keys: str) -> None:

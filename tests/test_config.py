@@ -39,6 +39,7 @@ def test_the_resolved_recipe_loads_again(tmp_path):
         (["model.num_layers=many"], "model.num_layers"),
         (["model.size=huge"], "choose one of"),
         (["model.conditioning=adalm"], "model.conditioning=adalm: choose one of"),
+        (["training.metrics=[jsonl,tensorbord]"], "training.metrics=tensorbord: choose one of jsonl, tensorboard"),
         (["parallel.tensor=5"], "model.num_attention_heads=6 is not divisible by parallel.tensor=5"),
         (["parallel.pipeline=4"], "model.num_layers=6 is not divisible by parallel.pipeline=4"),
         (["model.num_query_groups=4"], "not divisible by model.num_query_groups=4"),

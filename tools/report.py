@@ -14,7 +14,7 @@ app = typer.Typer(add_completion=False)
 
 NEXT_STEPS = """\
 # your own text (txt, HTML, JSONL, Parquet; also .gz and .zst)
-ebt-prepare text --input 'corpus/**/*.jsonl.zst' --tokenizer tokenizer.json --output data/text
+ebt-prepare text --input 'corpus/**/*.jsonl.zst' --tokenizer EleutherAI/gpt-neox-20b --output data/text
 # the paper's S1 recipe at its xxs size on 8 GPUs, tensor parallel 2
 torchrun --nproc-per-node 8 -m ebt_megatron.train text/s1_xxs parallel.tensor=2
 # think longer than in training

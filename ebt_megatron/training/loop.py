@@ -21,7 +21,7 @@ from ebt_megatron.parallel.setup import initialize
 from ebt_megatron.training.checkpoint import Checkpoints
 from ebt_megatron.training.faults import BadSteps, SpikeDetector, StopSignal, Watchdog
 from ebt_megatron.training.flops import training_flops
-from ebt_megatron.training.metrics import MetricsWriter, Timers, console_line, peak_memory_bytes
+from ebt_megatron.training.metrics import MetricsWriter, Timers, console_line, peak_memory_bytes, require_writers
 from ebt_megatron.training.objective import Totals, build_objective
 from ebt_megatron.training.optimizer import (
     apply_gradients,
@@ -118,6 +118,7 @@ class Run:
 
     def __init__(self, recipe: Recipe):
         self.recipe, self.folder = recipe, Path(recipe.training.output_dir)
+        require_writers(recipe.training.metrics)
         state = initialize(recipe.parallel, recipe.training.seed)
         check(recipe, state.world_size)
         self.train_data = Loader(recipe, "train", state.data_rank, state.data_size)
@@ -190,7 +191,7 @@ class Run:
         if self.is_main:  # only now: a run that does not fit the folder must leave it as it is
             self.folder.mkdir(parents=True, exist_ok=True)
             (self.folder / "recipe.yaml").write_text(to_yaml(self.recipe))
-        writer = MetricsWriter(self.folder, self.step) if self.is_main else None
+        writer = MetricsWriter(self.folder, self.step, options.metrics) if self.is_main else None
         stop, bad = StopSignal(), BadSteps(options.max_bad_steps)
         spikes = SpikeDetector(options.spike_factor, options.spike_window)
         watchdog = Watchdog(self.timers, self.recipe.parallel.timeout_seconds)

@@ -1,18 +1,22 @@
-"""What a run says about itself: phase timers, metrics.jsonl, TensorBoard and one console line."""
+"""What a run says about itself: phase timers, its metrics by the writers a recipe asks for, and one console line."""
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import resource
 import time
-from collections.abc import Iterator
+import uuid
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
-from torch.utils.tensorboard import SummaryWriter
+from omegaconf import OmegaConf
+
+from ebt_megatron.config import RecipeError
 
 
 class Timers:
@@ -58,47 +62,134 @@ def peak_memory_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-class MetricsWriter:
-    """Rank 0's record of a run.
+class Writer(Protocol):
+    """One record of a run: made of the run's folder and the step it goes on from."""
 
-    Args:
-        folder: the run directory; gets metrics.jsonl and tensorboard/.
-        first_step: entries of this step and later, left by a run that was resumed before them, go.
-    """
+    def write(self, row: dict[str, Any]) -> None:
+        """Append one step's numbers: `step`, numbers by name, and dictionaries of numbers."""
+
+    def close(self) -> None:
+        """Flush everything."""
+
+
+def scalars(row: dict[str, Any]) -> dict[str, float]:
+    """A row's numbers but its step; those of nested dictionaries are called a/b."""
+    flat: dict[str, float] = {}
+    for key, value in row.items():
+        if isinstance(value, dict):
+            flat |= {f"{key}/{name}": number for name, number in value.items()}
+        elif isinstance(value, int | float) and key != "step":
+            flat[key] = value
+    return flat
+
+
+class JsonlWriter:
+    """metrics.jsonl: a row in each line; rows after `first_step`, left by a run that was resumed before them, go."""
 
     def __init__(self, folder: Path, first_step: int):
-        self.path = folder / "metrics.jsonl"
+        path = folder / "metrics.jsonl"
         kept = []
-        if self.path.exists():
-            for line in self.path.read_text().splitlines():
+        if path.exists():
+            for line in path.read_text().splitlines():
                 try:
                     row = json.loads(line)
                 except json.JSONDecodeError:
                     continue  # the last line of a killed run
                 if row["step"] <= first_step:
                     kept.append(line)
-        partial = self.path.with_suffix(".partial")
+        partial = path.with_suffix(".partial")
         partial.write_text("".join(line + "\n" for line in kept))
-        os.replace(partial, self.path)
-        self.stream = self.path.open("a")
+        os.replace(partial, path)
+        self.stream = path.open("a")
+
+    def write(self, row: dict[str, Any]) -> None:
+        """See `Writer`."""
+        self.stream.write(json.dumps(row) + "\n")
+        self.stream.flush()
+
+    def close(self) -> None:
+        """See `Writer`."""
+        self.stream.close()
+
+
+class TensorBoardWriter:
+    """tensorboard/: curves of every number."""
+
+    def __init__(self, folder: Path, first_step: int):
+        from torch.utils.tensorboard import SummaryWriter
+
         self.board = SummaryWriter(folder / "tensorboard", purge_step=first_step + 1)
 
     def write(self, row: dict[str, Any]) -> None:
-        """Append one step's numbers; nested dictionaries become a/b in TensorBoard."""
-        self.stream.write(json.dumps(row) + "\n")
-        self.stream.flush()
-        step = row["step"]
-        for key, value in row.items():
-            if isinstance(value, dict):
-                for name, number in value.items():
-                    self.board.add_scalar(f"{key}/{name}", number, step)
-            elif isinstance(value, int | float) and key != "step":
-                self.board.add_scalar(key, value, step)
+        """See `Writer`."""
+        for name, number in scalars(row).items():
+            self.board.add_scalar(name, number, row["step"])
 
     def close(self) -> None:
-        """Flush everything."""
-        self.stream.close()
+        """See `Writer`."""
         self.board.close()
+
+
+class WandbWriter:
+    """Weights & Biases: one run there for a run's folder, however often it is resumed.
+
+    Its environment variables say where to: WANDB_PROJECT, WANDB_ENTITY, WANDB_MODE=offline.
+    """
+
+    def __init__(self, folder: Path, first_step: int):
+        import wandb
+
+        known = folder / "wandb-id"
+        if not known.exists():
+            known.write_text(uuid.uuid4().hex[:12])
+        recipe = OmegaConf.to_container(OmegaConf.load(folder / "recipe.yaml"))
+        assert isinstance(recipe, dict)
+        self.run = wandb.init(dir=folder, id=known.read_text(), resume="allow", name=recipe["name"], config=recipe)
+        self.run.define_metric("*", step_metric="step")  # a step that is repeated after a kill is logged again
+
+    def write(self, row: dict[str, Any]) -> None:
+        """See `Writer`."""
+        self.run.log({"step": row["step"], **scalars(row)})
+
+    def close(self) -> None:
+        """See `Writer`."""
+        self.run.finish()
+
+
+WRITERS: dict[str, Callable[[Path, int], Writer]] = {
+    "jsonl": JsonlWriter,
+    "tensorboard": TensorBoardWriter,
+    "wandb": WandbWriter,
+}
+
+
+def require_writers(kinds: Sequence[str]) -> None:
+    """Raise RecipeError if a writer of `training.metrics` needs a package that is not installed."""
+    if "wandb" in kinds and importlib.util.find_spec("wandb") is None:
+        raise RecipeError("training.metrics has wandb, which is not installed: pip install wandb, or leave it out")
+
+
+class MetricsWriter:
+    """Rank 0's record of a run, by every writer that was asked for.
+
+    Args:
+        folder: the run directory, with recipe.yaml.
+        first_step: the step the run goes on from.
+        kinds: names of WRITERS.
+    """
+
+    def __init__(self, folder: Path, first_step: int, kinds: Sequence[str]):
+        self.writers = [WRITERS[kind](folder, first_step) for kind in kinds]
+
+    def write(self, row: dict[str, Any]) -> None:
+        """See `Writer`."""
+        for writer in self.writers:
+            writer.write(row)
+
+    def close(self) -> None:
+        """See `Writer`."""
+        for writer in self.writers:
+            writer.close()
 
 
 def clock(seconds: float) -> str:

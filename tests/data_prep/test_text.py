@@ -2,10 +2,12 @@
 
 import gzip
 import json
+import sys
 
 import fsspec
 import pytest
 import zstandard
+from fsspec.implementations.memory import MemoryFileSystem
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
@@ -123,14 +125,67 @@ def test_a_huge_document_spans_shards(tmp_path):
     assert document.startswith(decoded[: len(document) - 100])
 
 
-def test_urls_are_read(tmp_path):
-    memory = fsspec.filesystem("memory")
+@pytest.mark.parametrize("scheme", ["s3", "hf"])
+def test_urls_are_read(scheme, tmp_path, monkeypatch):
+    class StandIn(MemoryFileSystem):
+        protocol, store, pseudo_dirs = scheme, {}, [""]
+
+        @classmethod
+        def _strip_protocol(cls, path):
+            return super()._strip_protocol(path.replace(f"{scheme}://", "/"))
+
+    monkeypatch.setitem(sys.modules["fsspec.registry"]._registry, scheme, StandIn)
+    system = fsspec.filesystem(scheme)
     for i in range(40):
-        memory.pipe(f"/corpus/{i:02d}.txt", f"The number {i} and its square {i * i}. ".encode() * 8)
+        system.pipe(f"/corpus/{i:02d}.txt", f"The number {i} and its square {i * i}. ".encode() * 8)
         (tmp_path / f"{i:02d}.txt").write_text(f"The number {i} and its square {i * i}. " * 8)
-    assert prepare("memory://corpus", tmp_path / "a").exit_code == 0
+    assert prepare(f"{scheme}://corpus/*.txt", tmp_path / "a").exit_code == 0
     assert prepare(tmp_path, tmp_path / "b").exit_code == 0
     assert (tmp_path / "a/train/shard-000000.tar").read_bytes() == (tmp_path / "b/train/shard-000000.tar").read_bytes()
+
+
+def test_a_scheme_whose_package_is_missing_names_the_extra(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "s3fs", None)
+    done = prepare("s3://bucket/corpus", tmp_path / "out")
+    assert done.exit_code == 2 and "[remote]" in done.stderr and done.stderr.count("\n") == 1
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """An offline machine whose hub cache has the tokenizer some/model."""
+    from huggingface_hub import constants
+
+    tokenizer = text.train_bpe(iter(["some words of a corpus " * 9]), 300)
+    model, commit = tmp_path / "hub" / "models--some--model", "0123456789" * 4
+    (model / "snapshots" / commit).mkdir(parents=True)
+    (model / "refs").mkdir()
+    (model / "refs" / "main").write_text(commit)
+    tokenizer.save(str(model / "snapshots" / commit / "tokenizer.json"))
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    return model / "snapshots" / commit / "tokenizer.json"
+
+
+def test_a_tokenizer_by_its_hub_name_is_that_of_its_file(hub, tmp_path):
+    (tmp_path / "raw").mkdir()
+    corpus(tmp_path / "raw")
+    shards = []
+    for name, tokenizer in (("a", "some/model"), ("b", hub)):
+        done = command("--input", tmp_path / "raw", "--output", tmp_path / name, "--tokenizer", tokenizer,
+                       "--sequence-length", 8, "--validation-fraction", 0)  # fmt: skip
+        assert done.exit_code == 0, done.output
+        shards.append((tmp_path / name / "train/shard-000000.tar").read_bytes())
+    assert shards[0] == shards[1]
+
+
+def test_a_tokenizer_that_is_neither_a_file_nor_on_the_hub_is_one_line(hub, tmp_path):
+    corpus(tmp_path)
+    for name in ("other/model", "tokeniser.json", "not a name"):
+        done = command("--input", tmp_path, "--output", tmp_path / "out", "--tokenizer", name)
+        assert done.exit_code == 2 and done.stderr.count("error:") == 1, done.output
+        message = done.stderr[done.stderr.index("error:") :]
+        assert f"--tokenizer {name} is no file here" in message and message.count("\n") == 1
+    assert not (tmp_path / "out").exists()
 
 
 def test_invalid_utf8_becomes_replacement_characters(tmp_path):

@@ -1,0 +1,85 @@
+"""A run's metrics, by each writer that a recipe can ask for."""
+
+import json
+import sys
+import types
+
+import pytest
+
+from ebt_megatron.config import RecipeError, load_recipe, to_yaml
+from ebt_megatron.training.metrics import MetricsWriter, require_writers
+
+ROW = {"loss": 2.5, "energy_first": None, "phase_seconds": {"data": 0.25}, "bad_steps": 0}
+SCALARS = {"loss": 2.5, "phase_seconds/data": 0.25, "bad_steps": 0}
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A run's folder."""
+    (tmp_path / "recipe.yaml").write_text(to_yaml(load_recipe(None, ["name=mine", "model.size=xs"])))
+    return tmp_path
+
+
+def written(run, kinds, first_step=0, last_step=3):
+    writer = MetricsWriter(run, first_step, kinds)
+    for step in range(first_step + 1, last_step + 1):
+        writer.write({"step": step, **ROW})
+    writer.close()
+
+
+def test_only_what_was_asked_for_is_written(run):
+    written(run, ["jsonl"])
+    assert {p.name for p in run.iterdir()} == {"recipe.yaml", "metrics.jsonl"}
+
+
+def test_jsonl_drops_what_a_resumed_run_does_again(run):
+    written(run, ["jsonl"])
+    with (run / "metrics.jsonl").open("a") as stream:
+        stream.write('{"step": 4, "los')  # killed while writing
+    written(run, ["jsonl"], first_step=2, last_step=5)
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert rows == [{"step": step, **ROW} for step in range(1, 6)]
+
+
+def test_tensorboard_has_every_number(run):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    written(run, ["tensorboard"])
+    board = EventAccumulator(str(run / "tensorboard"))
+    board.Reload()
+    assert set(board.Tags()["scalars"]) == set(SCALARS)
+    assert [(e.step, e.value) for e in board.Scalars("phase_seconds/data")] == [(s, 0.25) for s in (1, 2, 3)]
+
+
+def test_wandb_is_one_run_for_a_folder_and_gets_every_number(run, monkeypatch):
+    calls = []
+    fake = types.SimpleNamespace(
+        define_metric=lambda name, step_metric: calls.append(("define", name, step_metric)),
+        log=lambda row: calls.append(("log", row)),
+        finish=lambda: calls.append(("finish",)),
+    )
+    started = []
+    module = types.ModuleType("wandb")
+    module.init = lambda **given: started.append(given) or fake
+    monkeypatch.setitem(sys.modules, "wandb", module)
+    written(run, ["wandb"], 0, 1)
+    written(run, ["wandb"], 1, 2)
+    assert started[0] == started[1]
+    assert started[0]["name"] == "mine" and started[0]["config"]["model"]["size"] == "xs"
+    assert calls[:3] == [("define", "*", "step"), ("log", {"step": 1, **SCALARS}), ("finish",)]
+
+
+def test_wandb_offline(run, monkeypatch):
+    pytest.importorskip("wandb")
+    for name, value in (("WANDB_MODE", "offline"), ("WANDB_SILENT", "true"), ("WANDB_ERROR_REPORTING", "false")):
+        monkeypatch.setenv(name, value)
+    written(run, ["wandb"])
+    (record,) = (run / "wandb").glob("offline-run-*/run-*.wandb")
+    assert b"phase_seconds" in record.read_bytes()
+
+
+def test_a_missing_package_is_said_before_work_starts(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    require_writers(["jsonl", "tensorboard"])
+    with pytest.raises(RecipeError, match="pip install wandb"):
+        require_writers(["jsonl", "wandb"])
