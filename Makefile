@@ -32,10 +32,11 @@ test-slow: install  ## the tests that take minutes
 test-gpu: install   ## the tests that need a CUDA device
 	$(BIN)/python -m pytest tests -m gpu
 
-lint: install    ## ruff and mypy
+lint: install    ## ruff, mypy and the import contracts of pyproject.toml
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 
 format: install  ## reformat
 	$(BIN)/ruff check --fix .
@@ -51,5 +52,5 @@ validate-gpu: install  ## kernel correctness against float64, then benchmarks, o
 	$(BIN)/python -m tools.gpu_validate
 
 clean:           ## remove what the commands above made (not the shards and runs)
-	rm -rf build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis $(VENV)
+	rm -rf build *.egg-info .pytest_cache .mypy_cache .import_linter_cache .ruff_cache .hypothesis $(VENV)
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

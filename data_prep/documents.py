@@ -58,7 +58,7 @@ def _open(path: str) -> tuple[str, io.BufferedIOBase]:
     if suffix == ".gz":
         return os.path.splitext(inner)[1], gzip.open(open_file(path), "rb")  # type: ignore[return-value]
     if suffix == ".zst":
-        stream = io.BufferedReader(zstandard.open(open_file(path), "rb"))  # type: ignore[type-var]
+        stream = io.BufferedReader(zstandard.open(open_file(path), "rb"))  # type: ignore[type-var, arg-type]
         return os.path.splitext(inner)[1], stream
     return suffix, open_file(path)
 

@@ -14,15 +14,19 @@ import json
 import os
 import zipfile
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
 from ebt_megatron.data.shards import DataError
 
-_IMAGENET = np.float32([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])  # what DINOv2's pictures are normalised by
+if TYPE_CHECKING:
+    from torch import Tensor
+
+# what DINOv2's pictures are normalised by
+_IMAGENET = np.array([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]], np.float32)
 _BATCH = 64  # frames at once
 
 
@@ -108,10 +112,12 @@ class Encoder(ABC):
 
     def to_samples(self, latents: np.ndarray) -> np.ndarray:
         """Latents as they are stored: normalised, float16."""
+        assert self.mean is not None and self.std is not None
         return ((latents - self.mean) / self.std).astype(np.float16)
 
     def to_frames(self, samples: np.ndarray) -> np.ndarray:
         """Samples [N, patches, channels] as they are stored -> frames uint8 [N, height, width, 3]."""
+        assert self.mean is not None and self.std is not None
         return self.decode(samples.astype(np.float32) * self.std + self.mean)
 
     def settings(self) -> dict[str, Any]:
@@ -199,7 +205,8 @@ class PcaEncoder(Encoder):
 
     def _encode(self, frames: np.ndarray) -> np.ndarray:
         values = patches_of(frames, self.patch).astype(np.float32) / np.float32(127.5) - 1
-        return (values - self.center) @ self.components.T  # type: ignore[union-attr]
+        assert self.components is not None and self.center is not None
+        return (values - self.center) @ self.components.T
 
     def _decode(self, latents: np.ndarray) -> np.ndarray:
         return frames_of(latents @ self.components + self.center, self.height, self.width, self.patch)
@@ -231,7 +238,7 @@ class _ModelEncoder(Encoder):
     def _geometry(self, patch: int | None) -> tuple[int, int]:
         """(patch, channels)."""
 
-    def _run(self, function: Any, array: np.ndarray) -> np.ndarray:
+    def _run(self, function: Callable[[Tensor], Tensor], array: np.ndarray) -> np.ndarray:
         """function of a float32 tensor [N, C, H, W] from the array [N, H, W, C]; the result is an array."""
         import torch
 

@@ -25,7 +25,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any, TypeVar
@@ -120,7 +120,7 @@ class Job:
     def __enter__(self) -> Job:
         return self
 
-    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if self._pool:
             self._pool.shutdown(cancel_futures=True)
         if isinstance(error, DataError) and not isinstance(error, WorkerKilled) and self.rank == 0:
@@ -178,7 +178,7 @@ class Job:
             # spawned: a fork would inherit the locks of MPI's and the libraries' threads
             spawn = multiprocessing.get_context("spawn")
             self._pool = ProcessPoolExecutor(self.workers, spawn, _follow, (os.getpid(),))
-        pending = set()
+        pending: set[Future[None]] = set()
         rest = iter(items)
         try:
             while True:

@@ -54,19 +54,27 @@ class Piece(NamedTuple):
 
 
 class Source(Protocol):
-    """A kind of input: a dataclass of options, the same in every process.
+    """A kind of input: a frozen dataclass of options, the same in every process."""
 
-    Attributes:
-        kind: of the manifest.
-        frames: of a sample of video, none of a picture.
-        classes: names of the labels; empty: their numbers.
-    """
+    @property
+    def kind(self) -> str:
+        """Of the manifest."""
 
-    kind: str
-    frames: int | None
-    height: int
-    width: int
-    classes: list[str]
+    @property
+    def frames(self) -> int | None:
+        """Of a sample of video, none of a picture."""
+
+    @property
+    def height(self) -> int:
+        """Of a frame."""
+
+    @property
+    def width(self) -> int:
+        """Of a frame."""
+
+    @property
+    def classes(self) -> list[str]:
+        """Names of the labels; empty: their numbers."""
 
     def read(self, files: list[InputFile]) -> Iterator[Piece]:
         """The pieces of some files, in order."""
@@ -357,7 +365,7 @@ class Passes:
 
 
 def prepare_latents(
-    output: Path, units: list[list[InputFile]], source: Any, settings: LatentSettings, described: str, *,
+    output: Path, units: list[list[InputFile]], source: Source, settings: LatentSettings, described: str, *,
     workers: int = 1, resume: bool = False, overwrite: bool = False,
 ) -> dict[str, Manifest]:  # fmt: skip
     """Encode, normalise and write every split.
@@ -378,7 +386,7 @@ def prepare_latents(
     encoder = new_encoder(settings.encoder, source.height, source.width, settings.patch, settings.channels,
                           settings.model)  # fmt: skip
     given = None if settings.encoder in KINDS else sha256_of(Path(settings.encoder))
-    record = {"settings": asdict(settings), "source": asdict(source), "encoder": [encoder.settings(), given],
+    record = {"settings": asdict(settings), "source": vars(source), "encoder": [encoder.settings(), given],
               "input": units}  # fmt: skip
     with Job(output, record, workers, resume, overwrite) as job:
         if job.complete:

@@ -17,10 +17,9 @@ from __future__ import annotations
 import functools
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import typer
@@ -40,7 +39,7 @@ from ebt_megatron.data.shards import (
 
 from . import options
 from .documents import SUFFIXES, Part, read_part, split_files
-from .files import find_files
+from .files import InputFile, find_files
 from .job import Job
 
 END_OF_TEXT = "<|endoftext|>"
@@ -314,8 +313,8 @@ class Passes:
 
 
 def prepare_text(
-    output: Path, units: list[list[Part]], settings: TextSettings, source: str, *, fingerprint: Any = None,
-    workers: int = 1, resume: bool = False, overwrite: bool = False,
+    output: Path, units: list[list[Part]], settings: TextSettings, source: str, *,
+    fingerprint: Sequence[InputFile] = (), workers: int = 1, resume: bool = False, overwrite: bool = False,
 ) -> dict[str, Manifest]:  # fmt: skip
     """Tokenize, pack and write every split.
 

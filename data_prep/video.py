@@ -94,7 +94,8 @@ class VideoSource:
                 stream = container.streams.video[0]
                 stream.codec_context.thread_count = 1  # --workers use the cores
                 frames = _checked(container, stream, file.path)
-                rate = Fraction(self.frame_rate).limit_denominator(1001) or (stream.average_rate or 0) / self.stride
+                own = Fraction(stream.average_rate or 0)
+                rate = Fraction(self.frame_rate).limit_denominator(1001) or own / self.stride
                 taken = at_rate(frames, rate) if self.frame_rate else itertools.islice(frames, 0, None, self.stride)
                 scaler = av.video.reformatter.VideoReformatter()
                 for frame in taken:

@@ -225,8 +225,8 @@ def main(
     if child:
         print(json.dumps(_child(*json.loads(child))))
         return
-    console, results = Console(width=140), {"machine": machine(), "cases": {}}
-    console.print(f"{results['machine']}, {threads} threads")
+    console, facts, cases = Console(width=140), machine(), {}
+    console.print(f"{facts}, {threads} threads")
     for name in case:
         rows: dict[str, dict[str, Any]] = {}
         rounds = [v for v in variant if not VARIANTS[v].get("memory_only")] * repeats
@@ -239,14 +239,14 @@ def main(
         for v, measured in seconds.items():
             rows[v] |= {"seconds": sorted(measured)[len(measured) // 2], "rounds": measured}
         console.print(_table(name, rows))
-        results["cases"][name] = rows
+        cases[name] = rows
         if {"dual stream", "dual stream, 8 steps", "dual stream, 2S"} <= set(rows):
             base = rows["dual stream"]["memory"]
             console.print(f"memory with 8 steps / 2 steps: {rows['dual stream, 8 steps']['memory'] / base:.3f}; "
                           f"at 2S / S: {rows['dual stream, 2S']['memory'] / base:.3f}")  # fmt: skip
     if output:
         output.parent.mkdir(parents=True, exist_ok=True)
-        output.write_text(json.dumps(results, indent=1) + "\n")
+        output.write_text(json.dumps({"machine": facts, "cases": cases}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import typer
@@ -33,6 +33,9 @@ from ebt_megatron.data.folder import ShardFolder
 from ebt_megatron.data.shards import Manifest, sha256_of, shard_infos, write_shard
 
 from .bench import machine
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _PER_SHARD = 1000
 _GROUP = 4
@@ -54,7 +57,7 @@ def make_shards(folder: Path, samples: int, length: int) -> None:
     ).write(folder)  # fmt: skip
 
 
-def gathered(folder: Path, micro_batch: int) -> Iterator[Any]:
+def gathered(folder: Path, micro_batch: int) -> Iterator[Tensor]:
     """All rows in one array in memory; numpy gathers a micro-batch of them in random order."""
     import torch
 
@@ -64,7 +67,7 @@ def gathered(folder: Path, micro_batch: int) -> Iterator[Any]:
         yield torch.from_numpy(rows[order[i : i + micro_batch]].astype(np.int64))
 
 
-def converted(folder: Path, micro_batch: int) -> Iterator[Any]:
+def converted(folder: Path, micro_batch: int) -> Iterator[Tensor]:
     """The limit: neighbouring rows read once, in order, and written once as int64 to memory that is there."""
     import torch
 
@@ -74,7 +77,7 @@ def converted(folder: Path, micro_batch: int) -> Iterator[Any]:
         yield out.copy_(rows[i : i + micro_batch])
 
 
-def ours(folder: Path | str, micro_batch: int, thread: bool, together: int = 0) -> Iterator[Any]:
+def ours(folder: Path | str, micro_batch: int, thread: bool, together: int = 0) -> Iterator[Tensor]:
     """This project's loader, read ahead in a thread or by the caller: a permutation of all samples, or by groups.
 
     Args:
@@ -105,13 +108,13 @@ def _rows(members: Iterable[dict[str, Any]]) -> Iterator[np.ndarray]:
         yield from member["tokens.npy"]
 
 
-def _stack(rows: list[np.ndarray]) -> Any:
+def _stack(rows: list[np.ndarray]) -> Tensor:
     import torch
 
     return torch.from_numpy(np.stack(rows).astype(np.int64))
 
 
-def plain_webdataset(urls: list[str], micro_batch: int, workers: int) -> Iterator[Any]:
+def plain_webdataset(urls: list[str], micro_batch: int, workers: int) -> Iterator[Tensor]:
     """Stock webdataset: shards shuffled, members unpacked to samples, a shuffle buffer of 1,000 samples."""
     import torch
     import webdataset
@@ -121,7 +124,7 @@ def plain_webdataset(urls: list[str], micro_batch: int, workers: int) -> Iterato
     return iter(torch.utils.data.DataLoader(samples, batch_size=None, num_workers=workers))
 
 
-def energon(folder: Path, micro_batch: int, workers: int) -> Iterator[Any]:
+def energon(folder: Path, micro_batch: int, workers: int) -> Iterator[Tensor]:
     """megatron-energon over the same tars: a shuffle buffer of 16 members (1,024 samples), then micro-batches."""
     kept: list[np.ndarray] = []
     for row in _rows(energon_members(folder, shuffle=16, workers=workers)):
@@ -183,7 +186,7 @@ def served(folder: Path) -> Iterator[str]:
         server.wait()
 
 
-def rate(make: Callable[[], Iterator[Any]], micro_batch: int, seconds: float) -> float:
+def rate(make: Callable[[], Iterator[Tensor]], micro_batch: int, seconds: float) -> float:
     """Samples per second over `seconds`, after ten micro-batches; a source that ends begins anew."""
     stream = make()
     for _ in range(10):
@@ -244,7 +247,7 @@ def main(
         local = [str(folder / name) for name in names]
         url = stack.enter_context(served(folder))
         remote = [f"{url}/{name}" for name in names]
-        loaders: dict[str, Callable[[], Iterator[Any]]] = {
+        loaders: dict[str, Callable[[], Iterator[Tensor]]] = {
             "limit: converted in order": lambda: converted(folder, micro_batch),
             "numpy gather from memory": lambda: gathered(folder, micro_batch),
             "ours": lambda: ours(folder, micro_batch, thread=True),
@@ -282,4 +285,4 @@ def main(
 
 
 if __name__ == "__main__":
-    sys.exit(typer.run(main))
+    typer.run(main)

@@ -26,6 +26,7 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported
 
 from ebt_megatron import kernels
+from ebt_megatron.config import Recipe, load_recipe
 from ebt_megatron.kernels import check
 
 GPU = torch.cuda.is_available()
@@ -64,6 +65,10 @@ def checked(measure: Callable[[], float], limit: float) -> dict[str, Any]:
     return {"error": error, "passed": error <= limit, **note}
 
 
+def _worst_error(backend: kernels.Kernels, case: check.Case, dtype: torch.dtype) -> float:
+    return max(check.errors(backend, case, dtype, DEVICE).values())
+
+
 def correctness() -> list[dict[str, Any]]:
     """Worst relative error of each operation and dtype, over all results and gradients."""
     backend = kernels.select("triton")
@@ -72,13 +77,12 @@ def correctness() -> list[dict[str, Any]]:
         for case in cases():
             tangent = " + tangent" if case.kwargs.get("tangent") else ""
             key = (case.op + tangent, str(dtype).removeprefix("torch."))
-            errors = functools.partial(check.errors, backend, case, dtype, DEVICE)
-            row = checked(lambda e=errors: max(e().values()), TOLERANCE[dtype])
+            row = checked(functools.partial(_worst_error, backend, case, dtype), TOLERANCE[dtype])
             worst[key] = max(worst.get(key, row), row, key=lambda r: r["error"])
     return [{"operation": op, "dtype": dtype, **row} for (op, dtype), row in worst.items()]
 
 
-def seconds(function: Callable[[], Any], repeats: int = 20) -> float:
+def seconds(function: Callable[[], object], repeats: int = 20) -> float:
     """Median time of a call on the GPU, after three calls to warm up."""
     for _ in range(3):
         function()
@@ -174,9 +178,7 @@ def elementwise_speed(rates: dict[str, float]) -> list[dict[str, Any]]:
 # --- the whole model -----------------------------------------------------------------------------
 
 
-def _recipe(*overrides: str) -> Any:
-    from ebt_megatron.config import load_recipe
-
+def _recipe(*overrides: str) -> Recipe:
     return load_recipe(None, list(overrides))
 
 
@@ -270,6 +272,7 @@ def training_speed(rates: dict[str, float]) -> list[dict[str, Any]]:
                 recipe = _recipe(f"model.size={size}", f"data.sequence_length={length}", "training.precision=bf16",
                                  f"training.micro_batch_size={batch}", f"training.global_batch_size={batch}",
                                  *overrides)  # fmt: skip
+                step: Callable[[int], float] | None = None
                 try:
                     step = training_step(recipe, vocab)
                     base = torch.cuda.memory_allocated()
@@ -286,7 +289,7 @@ def training_speed(rates: dict[str, float]) -> list[dict[str, Any]]:
                     row["note"] = "out of memory"
                 except RuntimeError as error:
                     row["note"] = f"failed: {str(error).splitlines()[0][:200]}"
-                step = None
+                step = None  # its model goes
                 gc.collect()
                 torch.cuda.empty_cache()
     for row in rows:

@@ -12,7 +12,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import typer
 from rich.console import Console
@@ -179,7 +178,7 @@ def main(
     """Estimate bubble, memory, communication and step time (no overlap of communication assumed)."""
 
     def work() -> None:
-        resolved: Any = load_recipe(recipe, overrides or [])
+        resolved = load_recipe(recipe, overrides or [])
         hardware = Hardware(tflops, bandwidth, network)
         table = Table(title=f"estimate: {resolved.name} on {gpus} GPUs, {hardware}", title_justify="left")
         table.add_column("what")
