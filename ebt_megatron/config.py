@@ -179,7 +179,7 @@ MODEL_SIZES: dict[str, tuple[int, int, int, float]] = {
 
 CHOICES: dict[str, tuple[str, ...]] = {
     "model.architecture": ("ebt", "transformer"),
-    "model.conditioning": ("none", "time_embed", "time_embed_sequence", "adaln", "adaln_zero"),
+    "model.conditioning": ("none", "time_embed", "time_embed_sequence", "adaln", "adaln_zero", "adaln_sequence"),
     "model.initialization": ("unit_logits", "paper"),
     "model.kernels": ("auto", "reference", "torch", "triton"),
     "thinking.loss": ("every", "last"),

@@ -1,8 +1,9 @@
 """A checkpoint of the paper's public code, as weights of this project: `ebt-import CKPT`.
 
-The public code (github.com/alexiglad/EBT) saves with PyTorch Lightning. Its text EBTs of type `default` and
-`time_embed` are here `model.conditioning=none` and `time_embed_sequence`; others are refused. Written are
-FILE.safetensors and FILE.yaml, a recipe, from which `ebt-convert import` makes a run.
+The public code (github.com/alexiglad/EBT) saves with PyTorch Lightning. Its text EBTs of type `default`, `time_embed`
+and `adaln` or `adaln_zero` are here `model.conditioning=none`, `time_embed_sequence` and `adaln_sequence`; its baseline
+is `model.architecture=transformer`; others are refused. Written are FILE.safetensors and FILE.yaml, a recipe, from
+which `ebt-convert import` makes a run.
 """
 
 from __future__ import annotations
@@ -24,12 +25,15 @@ from ebt_megatron.config import Recipe, RecipeError, resolve, to_yaml
 
 app = typer.Typer(add_completion=False)
 
-_CONDITIONING = {"default": "none", "time_embed": "time_embed_sequence"}
+_CONDITIONING = {
+    "default": "none", "time_embed": "time_embed_sequence", "adaln": "adaln_sequence", "adaln_zero": "adaln_sequence",
+}  # fmt: skip
+_WRAPPERS = {"module", "_orig_mod"}  # what DistributedDataParallel and torch.compile put into names
+_METRICS = "torchmetrics_dict."  # states of metrics, which are no weights
 
-# What the energy or the thinking depends on and is not built here: hyper-parameter, the values that are.
-_SUPPORTED: dict[str, tuple[Any, ...]] = {
-    "modality": ("NLP",),
-    "model_name": ("ebt",),
+# What a model depends on and is not built here: hyper-parameter, the values that are.
+_SUPPORTED: dict[str, tuple[Any, ...]] = {"modality": ("NLP",), "model_name": ("ebt", "baseline_transformer")}
+_SUPPORTED_EBT: dict[str, tuple[Any, ...]] = {
     "ebt_type": tuple(_CONDITIONING),
     "ebt_norm": ("rms",),
     "ebt_act_func": ("silu",),
@@ -44,7 +48,7 @@ _SUPPORTED: dict[str, tuple[Any, ...]] = {
 
 
 def read_checkpoint(path: Path, trust: bool) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The weights, without torch.compile's prefix, and the hyper-parameters of a Lightning checkpoint.
+    """What a Lightning checkpoint holds by name, without the names of wrappers, and its hyper-parameters.
 
     Args:
         path: a .ckpt file.
@@ -66,65 +70,85 @@ def read_checkpoint(path: Path, trust: bool) -> tuple[dict[str, Tensor], dict[st
         if not isinstance(stored, dict) or key not in stored:
             raise RecipeError(f"{path}: {key} is missing: not a Lightning checkpoint of the public code")
     given = stored["hyper_parameters"]
-    hyper = dict(vars(given) if isinstance(given, argparse.Namespace) else given)
-    return {key.replace("_orig_mod.", ""): weight for key, weight in stored["state_dict"].items()}, hyper
+    hyper = vars(given) if isinstance(given, argparse.Namespace) else given
+    if not isinstance(hyper, dict):
+        raise RecipeError(f"{path}: hyper_parameters is {type(hyper).__name__}, not names and values")
+    state = stored["state_dict"].items()
+    return {".".join(p for p in key.split(".") if p not in _WRAPPERS): value for key, value in state}, dict(hyper)
+
+
+def _number(hyper: dict[str, Any], name: str, default: float | None = None) -> float:
+    """A hyper-parameter that must be a number; raises RecipeError if it is not, or is missing without a default."""
+    value = hyper.get(name, default)
+    if isinstance(value, int | float):
+        return value
+    raise RecipeError(f"hyper-parameter {name}={value}: a number is needed" if name in hyper else
+                      f"hyper-parameter {name} is missing")  # fmt: skip
+
+
+def _shape(weights: dict[str, Tensor], key: str) -> torch.Size:
+    if key not in weights:
+        raise RecipeError(f"{key} is missing")
+    return weights[key].shape
+
+
+def _take(target: object, hyper: dict[str, Any], **names: str) -> None:
+    """Set numbers from hyper-parameters that are there and not None."""
+    for field, name in names.items():
+        if hyper.get(name) is not None:
+            setattr(target, field, type(getattr(target, field) or 0.0)(_number(hyper, name)))
+
+
+def _describe_thinking(recipe: Recipe, hyper: dict[str, Any], weights: dict[str, Tensor]) -> None:
+    """Set what only an EBT has."""
+    m, t = recipe.model, recipe.thinking
+    m.conditioning = _CONDITIONING[hyper.get("ebt_type", "default")]
+    t.min_steps = t.max_steps = int(_number(hyper, "mcmc_num_steps", 2))
+    if m.conditioning != "none":  # one row for each step
+        t.min_steps = t.max_steps = _shape(weights, "model.transformer.time_embeddings.weight")[0]
+    if hyper.get("truncate_mcmc"):
+        t.loss = "last"
+    if hyper.get("no_mcmc_detach"):
+        t.gradient = "truncated" if hyper.get("truncate_mcmc") else "full"
+    t.step_rule = "probability_descent"  # what normalize_initial_condition does
+    t.initial = "zeros" if hyper.get("denoising_initial_condition") == "zeros" else "noise"
+    _take(t, hyper, step_size="mcmc_step_size", learn_step_size="mcmc_step_size_learnable",
+          step_size_lr_multiplier="mcmc_step_size_lr_multiplier", step_size_scale="randomize_mcmc_step_size_scale",
+          initial_std="gaussian_random_noise_scaling")  # fmt: skip
+    if hyper.get("langevin_dynamics_noise"):  # 0 switches it off, whatever the weight says; it may have been learned
+        _shape(weights, "model.langevin_dynamics_noise_std")
+        t.langevin_noise = float(weights["model.langevin_dynamics_noise_std"])
+    t.replay.enabled = bool(hyper.get("mcmc_replay_buffer"))
 
 
 def make_recipe(hyper: dict[str, Any], weights: dict[str, Tensor]) -> Recipe:
     """The recipe that the hyper-parameters describe; sizes are those of the weights.
 
     Raises:
-        RecipeError: naming the hyper-parameter that is missing or not supported.
+        RecipeError: naming the hyper-parameter that is missing, no number or not supported.
     """
-    for key, values in _SUPPORTED.items():
+    thinks = hyper.get("model_name", "ebt") == "ebt"
+    for key, values in (_SUPPORTED | (_SUPPORTED_EBT if thinks else {})).items():
         if key in hyper and hyper[key] not in values:
             raise RecipeError(f"hyper-parameter {key}={hyper[key]} is not supported, only "
                               f"{' and '.join(map(str, values))}")  # fmt: skip
-    if "multiheaded_attention_heads" not in hyper:
-        raise RecipeError("hyper-parameter multiheaded_attention_heads is missing")
-
-    def shape(key: str) -> torch.Size:
-        if key not in weights:
-            raise RecipeError(f"{key} is missing")
-        return weights[key].shape
-
-    def take(target: Any, **names: str) -> None:
-        """Set fields from hyper-parameters that are there."""
-        for field, name in names.items():
-            if hyper.get(name) is not None:
-                setattr(target, field, type(getattr(target, field) or 0.0)(hyper[name]))
-
     recipe = Recipe(name="imported")
-    m, t, o = recipe.model, recipe.thinking, recipe.optimizer
+    m, o = recipe.model, recipe.optimizer
     layers = [int(found[1]) for key in weights if (found := re.match(r"model\.transformer\.layers\.(\d+)\.", key))]
     m.num_layers = max(layers, default=-1) + 1
-    m.num_attention_heads = int(hyper["multiheaded_attention_heads"])
-    m.hidden_size = shape("model.embeddings.weight")[1]
-    m.ffn_hidden_size = shape("model.transformer.layers.0.feed_forward.w1.weight")[0]
-    m.conditioning = _CONDITIONING[hyper.get("ebt_type", "default")]
-    take(m, norm_epsilon="norm_eps")
-    t.min_steps = t.max_steps = int(hyper.get("mcmc_num_steps", 2))
-    if m.conditioning != "none":  # one row for each step
-        t.min_steps = t.max_steps = shape("model.transformer.time_embeddings.weight")[0]
-    if hyper.get("truncate_mcmc"):
-        t.loss = "last"
-    if hyper.get("no_mcmc_detach"):
-        t.gradient = "truncated" if hyper.get("truncate_mcmc") else "full"
-        t.engine = "double_backward"  # through steps from probabilities: by the slow engine only
-    t.step_rule = "probability_descent"  # what normalize_initial_condition does
-    t.initial = "zeros" if hyper.get("denoising_initial_condition") == "zeros" else "noise"
-    take(t, step_size="mcmc_step_size", learn_step_size="mcmc_step_size_learnable",
-         step_size_lr_multiplier="mcmc_step_size_lr_multiplier", step_size_scale="randomize_mcmc_step_size_scale",
-         initial_std="gaussian_random_noise_scaling")  # fmt: skip
-    if hyper.get("langevin_dynamics_noise"):  # 0 switches it off, whatever the weight says; it may have been learned
-        shape("model.langevin_dynamics_noise_std")
-        t.langevin_noise = float(weights["model.langevin_dynamics_noise_std"])
-    t.replay.enabled = bool(hyper.get("mcmc_replay_buffer"))
+    m.num_attention_heads = int(_number(hyper, "multiheaded_attention_heads"))
+    m.hidden_size = _shape(weights, "model.embeddings.weight")[1]
+    m.ffn_hidden_size = _shape(weights, "model.transformer.layers.0.feed_forward.w1.weight")[0]
+    _take(m, hyper, norm_epsilon="norm_eps")
+    if thinks:
+        _describe_thinking(recipe, hyper, weights)
+    else:
+        m.architecture = "transformer"
     o.lr = 1e-3
-    take(o, lr="peak_learning_rate", weight_decay="weight_decay", beta1="beta1", beta2="beta2",
-         clip_grad="gradient_clip_val", warmup_steps="warm_up_steps")  # fmt: skip
-    take(recipe.data, sequence_length="context_length")
-    take(recipe.training, steps="max_steps")
+    _take(o, hyper, lr="peak_learning_rate", weight_decay="weight_decay", beta1="beta1", beta2="beta2",
+          clip_grad="gradient_clip_val", warmup_steps="warm_up_steps")  # fmt: skip
+    _take(recipe.data, hyper, sequence_length="context_length")
+    _take(recipe.training, hyper, steps="max_steps")
     resolve(recipe)
     return recipe
 
@@ -167,21 +191,36 @@ def convert_weights(weights: dict[str, Tensor], recipe: Recipe) -> dict[str, Ten
     width, ffn, heads = m.hidden_size, m.ffn_hidden_size, m.num_attention_heads
     vocab = len(weights["model.embeddings.weight"])
     padding = -vocab % m.vocab_multiple
+    adaptive = m.conditioning == "adaln_sequence"
 
     def table(rows: Tensor) -> Tensor:
         return torch.cat([rows, rows.new_zeros(padding, width)])
 
-    source.left.pop("model.langevin_dynamics_noise_std", None)  # a setting here: see `make_recipe`
-    out = {
-        "step_size": source.take("model.alpha"),
-        "modality.context.table.weight": table(source.take("model.embeddings.weight", vocab, width)),
-        "modality.prediction_embedding.weight": table(source.take("model.vocab_to_embed.weight", width, vocab).t()),
-        "final_norm.weight": source.take("model.transformer.norm.weight", width),
-        "head": source.take("model.transformer.final_layer.weight", 1, width)[0],
-    }
-    if m.conditioning == "time_embed_sequence":
-        steps = recipe.thinking.max_steps
-        out["step_embedding"] = source.take("model.transformer.time_embeddings.weight", steps, width)
+    def modulation(theirs: str, ours: str, parts: int) -> dict[str, Tensor]:
+        return {
+            f"{ours}.weight": source.take(f"{theirs}.adaLN_modulation.1.weight", parts * width, width),
+            f"{ours}.bias": source.take(f"{theirs}.adaLN_modulation.1.bias", parts * width),
+        }
+
+    observed = table(source.take("model.embeddings.weight", vocab, width))
+    out = {"final_norm.weight": source.take("model.transformer.norm.weight", width)}
+    if m.architecture == "transformer":
+        out["embedding.table.weight"] = observed
+        out["output.projection.weight"] = table(source.take("model.output.weight", vocab, width))
+    else:
+        source.left.pop("model.langevin_dynamics_noise_std", None)  # a setting here: see `make_recipe`
+        head = "model.transformer.final_layer" + (".linear" if adaptive else "")
+        out |= {
+            "step_size": source.take("model.alpha"),
+            "modality.context.table.weight": observed,
+            "modality.prediction_embedding.weight": table(source.take("model.vocab_to_embed.weight", width, vocab).t()),
+            "head": source.take(f"{head}.weight", 1, width)[0],
+        }
+        if m.conditioning != "none":
+            steps = recipe.thinking.max_steps
+            out["step_embedding"] = source.take("model.transformer.time_embeddings.weight", steps, width)
+        if adaptive:
+            out |= modulation("model.transformer.final_layer", "final_modulation", 2)
     for i in range(m.num_layers):
         theirs, ours = f"model.transformer.layers.{i}", f"layers.{i}"
         attention = [source.take(f"{theirs}.attention.{w}.weight", width, width) for w in ("wq", "wk", "wv")]
@@ -194,13 +233,18 @@ def convert_weights(weights: dict[str, Tensor], recipe: Recipe) -> dict[str, Ten
             f"{ours}.fc1.weight": _interleaved(gate_up, heads),
             f"{ours}.fc2.weight": source.take(f"{theirs}.feed_forward.w2.weight", width, ffn),
         }
+        if adaptive:
+            out |= modulation(theirs, f"{ours}.modulation", 6)
     if source.left:
         raise RecipeError(f"{next(iter(source.left))} is not a weight of the models that are supported")
     return out
 
 
-def convert(checkpoint: Path, output: Path, trust: bool = False) -> Recipe:
-    """Write OUTPUT (safetensors) and the recipe beside it, OUTPUT with .yaml; returns the recipe.
+def convert(checkpoint: Path, output: Path, trust: bool = False) -> tuple[Recipe, list[str]]:
+    """Write OUTPUT (safetensors) and the recipe beside it, OUTPUT with .yaml.
+
+    Returns:
+        The recipe, and the names of what was left out because it is no weight: states of metrics.
 
     Raises:
         RecipeError: see `read_checkpoint`, `make_recipe` and `convert_weights`.
@@ -209,6 +253,9 @@ def convert(checkpoint: Path, output: Path, trust: bool = False) -> Recipe:
     from ebt_megatron.training.weights import write_weights
 
     stored, hyper = read_checkpoint(checkpoint, trust)
+    left_out = [name for name in stored if name.startswith(_METRICS)]
+    for name in left_out:
+        del stored[name]
     try:
         recipe = make_recipe(hyper, stored)
         weights = convert_weights(stored, recipe)
@@ -216,10 +263,10 @@ def convert(checkpoint: Path, output: Path, trust: bool = False) -> Recipe:
         raise RecipeError(f"{checkpoint}: {error}") from None
     identity = fingerprint(recipe, "") | {"vocab_size": len(stored["model.embeddings.weight"])}
     for key in ("tokenizer", "thinking.max_steps"):  # not known; free, where there is no step embedding to say it
-        del identity[key]
+        identity.pop(key, None)
     write_weights(output, weights, to_yaml(recipe), identity)
     output.with_suffix(".yaml").write_text(to_yaml(recipe))
-    return recipe
+    return recipe, left_out
 
 
 @app.command()
@@ -234,10 +281,13 @@ def main(
         if output.suffix != ".safetensors":
             raise RecipeError(f"--output {output}: give a name that ends in .safetensors")
         quiet_libraries()
-        recipe = convert(checkpoint, output, trust)
+        recipe, left_out = convert(checkpoint, output, trust)
         console, m = Console(soft_wrap=True, highlight=False), recipe.model
-        console.print(f"{output}: {m.num_layers} layers, {m.num_attention_heads} heads, width {m.hidden_size}, "
-                      f"conditioning {m.conditioning}, thinking steps {recipe.thinking.max_steps}")  # fmt: skip
+        thinking = f", conditioning {m.conditioning}, thinking steps {recipe.thinking.max_steps}"
+        console.print(f"{output}: {m.architecture}, {m.num_layers} layers, {m.num_attention_heads} heads, width "
+                      f"{m.hidden_size}{thinking if m.architecture == 'ebt' else ''}")  # fmt: skip
+        if left_out:
+            console.print(f"left out, states of metrics: {', '.join(left_out)}")
         console.print(f"Next: ebt-convert import {output} --recipe {output.with_suffix('.yaml')} "
                       "--output RUN_DIR 'data.train=[...]' 'data.validation=[...]'")  # fmt: skip
 

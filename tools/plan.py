@@ -80,7 +80,7 @@ def estimate(recipe: Recipe, vocab_size: int, gpus: int, hardware: Hardware) -> 
     data = gpus // (p.tensor * p.pipeline)
     micro_batches = t.global_batch_size // (t.micro_batch_size * data)
     ebt = m.architecture == "ebt"
-    sees_step = m.conditioning == "time_embed_sequence"
+    sees_step = m.conditioning.endswith("_sequence")
     chains = (
         [(chance, chain(plan, sees_step)) for chance, plan in Plan.distribution(options)]
         if ebt

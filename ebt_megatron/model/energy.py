@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from ebt_megatron.config import Recipe
 from ebt_megatron.kernels import Kernels
 from ebt_megatron.model.initialization import Draw, draw_of_embedding
-from ebt_megatron.model.layers import RMSNorm, Rotary, TransformerLayer, layer_spec, replicated
+from ebt_megatron.model.layers import Modulation, RMSNorm, Rotary, TransformerLayer, layer_spec, modulate, replicated
 from ebt_megatron.model.reuse import Tape
 from ebt_megatron.model.sharding import StageModule
 
@@ -72,6 +72,8 @@ class EnergyTransformer(StageModule):
         self.layers = nn.ModuleList(build_module(spec, config) for _ in range(local_layers))
         if post_process:
             self.final_norm = RMSNorm(config, kernels)
+            if model.conditioning == "adaln_sequence":
+                self.final_modulation = Modulation(config, parts=2, zero=False)
             self.head = replicated(torch.empty(width, dtype=dtype), config)
             self.head.draw = Draw.xavier(width, 1)  # type: ignore[attr-defined]
         assert config.kv_channels
@@ -80,7 +82,16 @@ class EnergyTransformer(StageModule):
     @property
     def context_sees_step(self) -> bool:
         """Whether the context must be computed anew for each thinking step."""
-        return self.conditioning == "time_embed_sequence"
+        return self.conditioning in ("time_embed_sequence", "adaln_sequence")
+
+    @property
+    def step_tokens(self) -> int:
+        """How many positions the step itself takes before the sequence: 1 or none."""
+        return int(self.conditioning == "time_embed_sequence")
+
+    def _condition(self, step: int) -> Tensor | None:
+        """[1, D], what adaptive normalisation is conditioned by, if there is any."""
+        return self.step_embedding[self.landscape(step)][None] if self.conditioning.startswith("adaln") else None
 
     def landscape(self, step: int) -> int:
         """Which energy landscape step `step` descends: its own, the last one beyond those trained."""
@@ -103,15 +114,16 @@ class EnergyTransformer(StageModule):
         Returns:
             This stage's output, and the keys and values of each of its layers, [S, B, G/TP, H].
         """
-        if self.context_sees_step:
+        if self.step_tokens:
             if self.pre_process:
                 token = self.step_embedding[self.landscape(step)].expand(1, h.shape[1], -1)
                 h = torch.cat([token.to(h.dtype), h])
             length += 1
+        condition = self._condition(step) if self.context_sees_step else None
         rotations = self.rotary.table(length, 0, h)
         key_values = []
         for layer in self.layers:
-            h, k, v = self._maybe_recompute(layer.context, h, rotations, segments)
+            h, k, v = self._maybe_recompute(layer.context, h, rotations, segments, condition)
             key_values.append((k, v))
         return h, key_values
 
@@ -140,10 +152,8 @@ class EnergyTransformer(StageModule):
             On the last stage energies [S(/TP), B] — with tangent, the energies' tangent —
             else the hidden state for the next stage.
         """
-        condition = None
-        if self.conditioning.startswith("adaln"):
-            condition = self.step_embedding[self.landscape(step)][None]
-        if self.context_sees_step:
+        condition = self._condition(step)
+        if self.step_tokens:
             # A dummy row keeps row t + 1 beside context position t + 1; its energy is dropped below.
             if self.pre_process:
                 h = torch.cat([torch.zeros_like(h[:1]), h])
@@ -163,8 +173,11 @@ class EnergyTransformer(StageModule):
         if not self.post_process:
             return h
         n = self.final_norm(h, tangent)
+        if self.conditioning == "adaln_sequence":
+            shift, scale = self.final_modulation(condition)
+            n = modulate(n, shift, scale, tangent)
         if tangent:
             n = n.chunk(2, 1)[1]
         wide = torch.promote_types(n.dtype, torch.float32)
         energy = n.to(wide) @ self.head.to(wide)
-        return energy[1:] if self.context_sees_step else energy
+        return energy[self.step_tokens :]

@@ -88,12 +88,16 @@ class RMSNorm(nn.Module):
 class Modulation(nn.Module):
     """Adaptive normalisation (arXiv 2212.09748): a condition shifts, scales and gates a layer.
 
-    With `zero`, the layer starts as the identity (adaLN-zero) and gates its two branches.
+    Args:
+        config: Megatron's configuration.
+        parts: 6: shift, scale and gate of the attention, then of the MLP; 4: the same without gates; 2: shift
+            and scale alone.
+        zero: start as the identity.
     """
 
-    def __init__(self, config: TransformerConfig, zero: bool):
+    def __init__(self, config: TransformerConfig, parts: int, zero: bool):
         super().__init__()
-        self.parts = 6 if zero else 4
+        self.parts = parts
         width = config.hidden_size
         shape = (self.parts * width, width)
         self.weight = replicated(torch.empty(shape, dtype=config.params_dtype), config)
@@ -101,10 +105,10 @@ class Modulation(nn.Module):
         self.weight.draw = Draw(0.0) if zero else Draw.xavier(width, width)  # type: ignore[attr-defined]
 
     def forward(self, condition: Tensor) -> tuple[Tensor | None, ...]:
-        """condition [B, D] -> shift, scale (, gate) of the attention, then of the MLP, each [B, D]."""
+        """condition [B, D] -> the parts, each [B, D]; with 4 of them None stands for the gates."""
         out = nn.functional.linear(nn.functional.silu(condition), self.weight, self.bias)
         parts = out.chunk(self.parts, -1)
-        return tuple(parts) if self.parts == 6 else (*parts[:2], None, *parts[2:], None)
+        return (*parts[:2], None, *parts[2:], None) if self.parts == 4 else tuple(parts)
 
 
 def modulate(x: Tensor, shift: Tensor | None, scale: Tensor | None, tangent: bool) -> Tensor:
@@ -156,8 +160,9 @@ class TransformerLayer(MegatronModule):
         self.fc1 = column(2 * ffn, ffn)
         self.fc2 = row(ffn)
         self.modulation = None
-        if model.conditioning in ("adaln", "adaln_zero"):
-            self.modulation = Modulation(config, zero=model.conditioning == "adaln_zero")
+        if model.conditioning.startswith("adaln"):
+            parts = 4 if model.conditioning == "adaln" else 6
+            self.modulation = Modulation(config, parts, zero=model.conditioning == "adaln_zero")
 
     def _linear(self, name: str, x: Tensor, tangent: bool = False, tape: Tape | None = None) -> Tensor:
         layer = getattr(self, name)
@@ -167,21 +172,31 @@ class TransformerLayer(MegatronModule):
         """Output of qkv -> rotated q [S, B, N, H] and k, and v [S, B, G, H] of this rank."""
         return self.kernels.split_heads(mixed, rotations, self.local_groups, self.head_size)
 
-    def context(self, h: Tensor, rotations: Tensor, segments: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    def _modulation(self, condition: Tensor | None) -> tuple[Tensor | None, ...]:
+        return (None,) * 6 if self.modulation is None or condition is None else self.modulation(condition)
+
+    def context(
+        self, h: Tensor, rotations: Tensor, segments: Tensor | None = None, condition: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """The context stream.
 
         Args:
             h: [S(/TP), B, D].
             rotations: of positions 0 .. S-1.
             segments: int32 [B, S] document of each position, or None.
+            condition: [1, D] embedding of the step, where it normalises the context, too.
 
         Returns:
             The layer's output, and its rotated keys and values [S, B, G/TP, H].
         """
-        q, k, v = self._heads(self._linear("qkv", self.norm1(h)), rotations)
-        h = h + self.proj(self.kernels.context_attention(q, k, v, segments=segments))[0]
-        hidden = self.kernels.swiglu(self.fc1(self.norm2(h))[0], self.ffn_block, tangent=False)
-        return h + self.fc2(hidden)[0], k, v
+        shift1, scale1, gate1, shift2, scale2, gate2 = self._modulation(condition)
+        n = modulate(self.norm1(h), shift1, scale1, False)
+        q, k, v = self._heads(self._linear("qkv", n), rotations)
+        o = self.kernels.context_attention(q, k, v, segments=segments)
+        h = h + gated(self.proj(o)[0], gate1, False)
+        n = modulate(self.norm2(h), shift2, scale2, False)
+        hidden = self.kernels.swiglu(self.fc1(n)[0], self.ffn_block, tangent=False)
+        return h + gated(self.fc2(hidden)[0], gate2, False), k, v
 
     def predict(
         self,
@@ -207,9 +222,7 @@ class TransformerLayer(MegatronModule):
         Returns:
             The same shape as h.
         """
-        shift1, scale1, gate1, shift2, scale2, gate2 = (
-            self.modulation(condition) if self.modulation is not None else (None,) * 6
-        )
+        shift1, scale1, gate1, shift2, scale2, gate2 = self._modulation(condition)
         n = modulate(self.norm1(h, tangent), shift1, scale1, tangent)
         q, k, v = self._heads(self._linear("qkv", n, tangent, tape), rotations)
         o = self.kernels.prediction_attention(q, k, v, *key_value, tangent=tangent, segments=segments)

@@ -179,7 +179,7 @@ class Pipeline:
         batch = self.micro_batches[message.task.micro_batch].batch
         if message.part == "weight":
             return (self.length, batch), torch.promote_types(self.model.config.params_dtype, torch.float32)
-        length = self.length + (1 if self.model.context_sees_step else 0)
+        length = self.length + self.model.step_tokens
         local = length // self.group.size if self.group.sequence_parallel else length
         streams = 2 if message.task.kind.startswith("learn") else 1
         return (local, streams * batch, self.model.config.hidden_size), self.model.config.params_dtype

@@ -38,11 +38,13 @@ def joint_energy(model: Any, context: Tensor, x: Tensor, segments: Tensor | None
     """Energies [S, B] of embedded predictions x [S, B, D] after embedded context [S, B, D]."""
     rows = len(x)
     epsilon = model.config.layernorm_epsilon
-    if model.context_sees_step:
+    if model.step_tokens:
         context = torch.cat([model.step_embedding[model.landscape(step)].expand(1, x.shape[1], -1), context])
     elif model.conditioning == "time_embed":
         x = x + model.step_embedding[model.landscape(step)]
     length = len(context)
+    modulated = 0 if model.context_sees_step else length  # the first row that adaLN touches
+    condition = model.step_embedding[model.landscape(step)][None] if model.conditioning.startswith("adaln") else None
     h = torch.cat([context, x])
 
     # Row t of the prediction sees context s <= t + extra, where extra counts the step's token.
@@ -61,9 +63,9 @@ def joint_energy(model: Any, context: Tensor, x: Tensor, segments: Tensor | None
         gates: list[Tensor | None] = [None, None]
         parts: tuple = (None,) * 6
         if layer.modulation is not None:
-            parts = layer.modulation(model.step_embedding[model.landscape(step)][None])
+            parts = layer.modulation(condition)
             gates = [parts[2], parts[5]]
-            n = torch.cat([n[:length], n[length:] * (1 + parts[1]) + parts[0]])
+            n = torch.cat([n[:modulated], n[modulated:] * (1 + parts[1]) + parts[0]])
         mixed = F.linear(n, layer.qkv.weight).unflatten(-1, (layer.local_groups, -1, layer.head_size))
         q, k, v = mixed[..., :-2, :].flatten(2, 3), mixed[..., -2, :], mixed[..., -1, :]
         q, k = rotate(q, rotations), rotate(k, rotations)
@@ -73,17 +75,21 @@ def joint_energy(model: Any, context: Tensor, x: Tensor, segments: Tensor | None
         ])  # fmt: skip
         branch = F.linear(o, layer.proj.weight)
         if gates[0] is not None:
-            branch = torch.cat([branch[:length], branch[length:] * gates[0]])
+            branch = torch.cat([branch[:modulated], branch[modulated:] * gates[0]])
         h = h + branch
         n = _rms_norm(h, layer.norm2.weight, epsilon)
         if layer.modulation is not None:
-            n = torch.cat([n[:length], n[length:] * (1 + parts[4]) + parts[3]])
+            n = torch.cat([n[:modulated], n[modulated:] * (1 + parts[4]) + parts[3]])
         gate, up = F.linear(n, layer.fc1.weight).unflatten(-1, (-1, 2, layer.ffn_block)).unbind(-2)
         branch = F.linear((F.silu(gate) * up).flatten(-2), layer.fc2.weight)
         if gates[1] is not None:
-            branch = torch.cat([branch[:length], branch[length:] * gates[1]])
+            branch = torch.cat([branch[:modulated], branch[modulated:] * gates[1]])
         h = h + branch
-    return _rms_norm(h[length:], model.final_norm.weight, epsilon) @ model.head
+    n = _rms_norm(h[length:], model.final_norm.weight, epsilon)
+    if model.conditioning == "adaln_sequence":
+        shift, scale = model.final_modulation(condition)
+        n = n * (1 + scale) + shift
+    return n @ model.head
 
 
 def _energy_of(model: Any, context: Tensor, segments: Tensor | None, step: int, x: Tensor) -> Tensor:

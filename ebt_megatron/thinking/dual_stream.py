@@ -200,7 +200,7 @@ def frozen(module: nn.Module) -> Iterator[None]:
 class Context:
     """The context stream of a micro-batch: run once, read at every step, differentiated once.
 
-    Where the context itself depends on the step (`time_embed_sequence`), it is run anew,
+    Where the context itself depends on the step (`time_embed_sequence`, `adaln_sequence`), it is run anew,
     and differentiated, for each step.
 
     Args:

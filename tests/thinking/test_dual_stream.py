@@ -19,7 +19,7 @@ MODES = [
     ("every", "truncated"),
     ("last", "truncated"),
 ]
-CONDITIONING = ["none", "time_embed", "time_embed_sequence", "adaln", "adaln_zero"]
+CONDITIONING = ["none", "time_embed", "time_embed_sequence", "adaln", "adaln_zero", "adaln_sequence"]
 RULES = list(StepRule)
 STORAGE = {  # what double backward has no use for, and what it must do as well
     "reuse": (("thinking.reuse=true",), ()),

@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from typer.testing import CliRunner
 
 from ebt_megatron.config import RecipeError, load_recipe, to_yaml
 from ebt_megatron.data.folder import ShardFolder
@@ -74,28 +75,54 @@ class FeedForward(nn.Module):
         return self.w2(F.silu(self.w1(x)) * self.w3(x))
 
 
+def adaptive(parts):
+    return nn.Sequential(nn.SiLU(), nn.Linear(WIDTH, parts * WIDTH))
+
+
 class Block(nn.Module):
-    def __init__(self, epsilon):
+    def __init__(self, epsilon, adaln=False):
         super().__init__()
         self.attention, self.feed_forward = Attention(), FeedForward()
         self.attention_norm, self.ffn_norm = Norm(epsilon), Norm(epsilon)
+        if adaln:
+            self.adaLN_modulation = adaptive(6)
 
-    def forward(self, x, positions, mask):
-        x = x + self.attention(self.attention_norm(x), positions, mask)
-        return x + self.feed_forward(self.ffn_norm(x))
+    def forward(self, x, positions, mask, time=None):
+        """With the time's embedding [B, D]: normalised inputs are shifted and scaled by it, branches gated."""
+        shift1, scale1, gate1, shift2, scale2, gate2 = 0, 0, 1, 0, 0, 1
+        if time is not None:
+            shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(time)[:, None].chunk(6, -1)
+        x = x + gate1 * self.attention(self.attention_norm(x) * (1 + scale1) + shift1, positions, mask)
+        return x + gate2 * self.feed_forward(self.ffn_norm(x) * (1 + scale2) + shift2)
+
+
+class FinalLayer(nn.Module):
+    """The energy head of adaLN: shifted and scaled by the time as well."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear, self.adaLN_modulation = linear(WIDTH, 1), adaptive(2)
+
+    def forward(self, x, time):
+        shift, scale = self.adaLN_modulation(time)[:, None].chunk(2, -1)
+        return self.linear(x * (1 + scale) + shift)
 
 
 class Trunk(nn.Module):
-    def __init__(self, steps, epsilon):
+    def __init__(self, kind, epsilon):
         super().__init__()
-        self.layers = nn.ModuleList(Block(epsilon) for _ in range(LAYERS))
-        self.norm, self.final_layer = Norm(epsilon), linear(WIDTH, 1)
-        if steps:
-            self.time_embeddings = nn.Embedding(steps, WIDTH)
+        self.kind, adaln = kind, kind.startswith("adaln")
+        self.layers = nn.ModuleList(Block(epsilon, adaln) for _ in range(LAYERS))
+        self.norm, self.final_layer = Norm(epsilon), FinalLayer() if adaln else linear(WIDTH, 1)
+        if kind != "default":
+            self.time_embeddings = nn.Embedding(STEPS, WIDTH)
 
     def forward(self, context, predictions, step):
         """Energies [B, S] of predictions [B, S, D]."""
-        if hasattr(self, "time_embeddings"):
+        time = None
+        if self.kind.startswith("adaln"):
+            time = self.time_embeddings(torch.full((len(context),), step))
+        if self.kind == "time_embed":
             token = self.time_embeddings(torch.full((len(context), 1), step))
             context = torch.cat([token, context], 1)
         originals, count = context.shape[1], predictions.shape[1]
@@ -107,17 +134,50 @@ class Trunk(nn.Module):
         positions = torch.cat([torch.arange(originals), torch.arange(count) + 1 + extra]).double()
         x = torch.cat([context, predictions], 1)
         for layer in self.layers:
-            x = layer(x, positions, mask)
-        return self.final_layer(self.norm(x))[:, originals:, 0]
+            x = layer(x, positions, mask, time)
+        x = self.norm(x)
+        return (self.final_layer(x) if time is None else self.final_layer(x, time))[:, originals:, 0]
 
 
 class Inner(nn.Module):
-    def __init__(self, steps, vocab, epsilon):
+    def __init__(self, kind, vocab, epsilon):
         super().__init__()
         self.alpha = nn.Parameter(torch.tensor(4.0))
         self.langevin_dynamics_noise_std = nn.Parameter(torch.tensor(0.0), requires_grad=False)
         self.embeddings, self.vocab_to_embed = nn.Embedding(vocab, WIDTH), linear(vocab, WIDTH)
-        self.transformer = Trunk(steps, epsilon)
+        self.transformer = Trunk(kind, epsilon)
+
+
+def randomize(model):
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if p.dim():
+                p.add_(0.2 * torch.randn(p.shape, generator=generator))
+                if "norm" not in name:
+                    p.mul_(2 / p.shape[-1] ** 0.5)
+
+
+class Baseline(nn.Module):
+    """The public code's Transformer++, as Lightning saves it."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(1)
+        self.model = nn.Module()
+        self.model.embeddings, self.model.output = nn.Embedding(VOCAB, WIDTH), linear(WIDTH, VOCAB)
+        trunk = self.model.transformer = nn.Module()
+        trunk.layers, trunk.norm = nn.ModuleList(Block(1e-5) for _ in range(LAYERS)), Norm(1e-5)
+        randomize(self)
+
+    def forward(self, tokens, targets):
+        """Cross-entropy [B, S]."""
+        length, trunk = tokens.shape[1], self.model.transformer
+        x, mask = self.model.embeddings(tokens), torch.ones(length, length).tril().bool()
+        for layer in trunk.layers:
+            x = layer(x, torch.arange(length).double(), mask)
+        logits = self.model.output(trunk.norm(x))
+        return F.cross_entropy(logits.transpose(1, 2), targets, reduction="none")
 
 
 class Original(nn.Module):
@@ -125,14 +185,9 @@ class Original(nn.Module):
 
     def __init__(self, kind="default", vocab=VOCAB, epsilon=1e-5):
         super().__init__()
-        self.model = Inner(STEPS if kind == "time_embed" else 0, vocab, epsilon)
-        generator = torch.Generator().manual_seed(2)
-        with torch.no_grad():
-            for name, p in self.named_parameters():
-                if p.dim():
-                    p.add_(0.2 * torch.randn(p.shape, generator=generator))
-                    if "norm" not in name:
-                        p.mul_(2 / p.shape[-1] ** 0.5)
+        torch.manual_seed(1)
+        self.model = Inner(kind, vocab, epsilon)
+        randomize(self)
 
     def think(self, tokens, targets, y, from_probabilities):
         """Yield (y before the step, energies [B, S], y after it, losses [B, S]), detached between the steps.
@@ -181,8 +236,8 @@ def thinker(model, recipe, batch, logits, plan=None):
     return Thinker(model, context, descent)
 
 
-TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}
-KINDS = pytest.mark.parametrize("kind", ["default", "time_embed"])
+TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-10}
+KINDS = pytest.mark.parametrize("kind", ["default", "time_embed", "adaln"])
 PRECISIONS = pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
 
 
@@ -245,7 +300,7 @@ def test_settings_become_a_recipe(tmp_path):
     original = Original("time_embed")
     original.model.langevin_dynamics_noise_std.data.fill_(2.5)
     checkpoint = save(original, tmp_path / "last.ckpt", argparse.Namespace(**hyper))
-    recipe = convert(checkpoint, tmp_path / "w.safetensors")
+    recipe, _ = convert(checkpoint, tmp_path / "w.safetensors")
     m, t = recipe.model, recipe.thinking
     assert (m.num_layers, m.num_attention_heads, m.hidden_size, m.ffn_hidden_size) == (LAYERS, HEADS, WIDTH, 48)
     assert (m.conditioning, m.norm_epsilon, recipe.data.sequence_length) == ("time_embed_sequence", 1e-3, 10)
@@ -262,11 +317,37 @@ def test_the_epsilon_reaches_the_norms(tmp_path):
     close(thinker(model, recipe, batch, noise(batch, dtype)).think(1).energies[0].t(), energies.detach(), dtype)
 
 
-def test_compiled_models_have_a_prefix(tmp_path):
+def test_the_baseline(tmp_path):
+    """Losses and the gradient of every weight of the public code's Transformer++."""
+    original, batch, dtype = Baseline().double(), text_batch(), torch.float64
+    model, recipe = imported(original, tmp_path, None, dtype, model_name="baseline_transformer")
+    assert recipe.model.architecture == "transformer"
+    theirs = original(batch.observed, batch.targets)
+    ours = model(batch.observed, batch.targets)
+    weight = position_weight(batch, dtype)
+    close(ours.t().to(dtype), theirs.detach(), torch.float32)  # its cross-entropy is in float32
+    (weight.t() * theirs).sum().backward()
+    (weight * ours).sum().backward()
+    expected = convert_weights({k: p.grad for k, p in original.named_parameters()}, recipe)
+    for name, parameter in model.named_parameters():
+        assert relative_error(parameter.grad, expected[name]) < 20 * TOLERANCE[torch.float32], name
+
+
+@pytest.mark.parametrize("prefix", ["model._orig_mod.", "module.model.", "model.module._orig_mod."])
+def test_names_of_wrappers_are_left_out(prefix, tmp_path):
+    """As torch.compile and DistributedDataParallel put them before a weight's own."""
     state = Original().state_dict()
-    renamed = {f"model._orig_mod.{k.removeprefix('model.')}": v for k, v in state.items()}
+    renamed = {f"{prefix}{k.removeprefix('model.')}": v for k, v in state.items()}
     path = save(Original(), tmp_path / "last.ckpt", **dict.fromkeys(state), **renamed)
     assert read_checkpoint(path, trust=False)[0].keys() == state.keys()
+
+
+def test_states_of_metrics_are_left_out_and_named_once(tmp_path):
+    names = [f"torchmetrics_dict.{phase}_accuracy.tp" for phase in ("train", "valid")]
+    path = save(Original(), tmp_path / "last.ckpt", **{name: torch.zeros(3) for name in names})
+    assert convert(path, tmp_path / "w.safetensors")[1] == names
+    done = CliRunner().invoke(app, [str(path), "--output", str(tmp_path / "again.safetensors")])
+    assert done.exit_code == 0 and all(done.output.count(name) == 1 for name in names)
 
 
 W1 = "model.transformer.layers.1.feed_forward.w1.weight"
@@ -281,7 +362,13 @@ W1 = "model.transformer.layers.1.feed_forward.w1.weight"
         ({"model.image_encoder.weight": torch.zeros(1)}, {}, "model.image_encoder.weight is not a weight of"),
         ({"model.transformer.time_embeddings.weight": torch.zeros(3, WIDTH)}, {}, "time_embeddings.weight is not a"),
         ({}, {"ebt_type": "time_embed"}, "model.transformer.time_embeddings.weight is missing"),
-        ({}, {"ebt_type": "adaln"}, "hyper-parameter ebt_type=adaln is not supported, only default and time_embed"),
+        ({}, {"ebt_type": "adaln"}, "model.transformer.time_embeddings.weight is missing"),
+        ({}, {"ebt_type": "other"}, "hyper-parameter ebt_type=other is not supported, only default and time_embed"),
+        ({}, {"model_name": "baseline_transformer"}, "model.output.weight is missing"),
+        ({}, {"multiheaded_attention_heads": None}, "hyper-parameter multiheaded_attention_heads=None: a number"),
+        ({}, {"mcmc_num_steps": None}, "hyper-parameter mcmc_num_steps=None: a number"),
+        ({}, {"mcmc_step_size": "big"}, "hyper-parameter mcmc_step_size=big: a number"),
+        ({}, {"ebt_type": None}, "hyper-parameter ebt_type=None is not supported"),
         ({}, {"model_name": "dit"}, "hyper-parameter model_name=dit"),
         ({}, {"normalize_initial_condition": False}, "hyper-parameter normalize_initial_condition=False"),
         ({}, {"sharpen_predicted_distribution": 0.5}, "hyper-parameter sharpen_predicted_distribution=0.5"),
@@ -311,8 +398,6 @@ def test_files_that_are_not_such_checkpoints(tmp_path):
 
 
 def test_from_the_command_line_to_an_evaluation(tmp_path):
-    from typer.testing import CliRunner
-
     from ebt_megatron.evaluate import evaluate
     from tools.convert import app as convert_app
 
