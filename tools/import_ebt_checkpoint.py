@@ -103,7 +103,10 @@ def _describe_thinking(recipe: Recipe, hyper: dict[str, Any], weights: dict[str,
     """Set what only an EBT has."""
     m, t = recipe.model, recipe.thinking
     m.conditioning = _CONDITIONING[hyper.get("ebt_type", "default")]
-    t.min_steps = t.max_steps = int(_number(hyper, "mcmc_num_steps", 2))
+    steps, more = int(_number(hyper, "mcmc_num_steps", 2)), int(_number(hyper, "randomize_mcmc_num_steps", 0))
+    # The last step is repeated: in training at random, at least so often; in evaluation as often as ever.
+    least = max(1, int(_number(hyper, "randomize_mcmc_num_steps_min", 0))) if more else 1
+    t.min_steps, t.max_steps = steps - 1 + least, steps + more
     if m.conditioning != "none":  # one row for each step
         t.min_steps = t.max_steps = _shape(weights, "model.transformer.time_embeddings.weight")[0]
     if hyper.get("truncate_mcmc"):

@@ -309,6 +309,12 @@ def test_settings_become_a_recipe(tmp_path):
     assert to_yaml(load_recipe(tmp_path / "w.yaml")) == to_yaml(recipe)
 
 
+def test_random_numbers_of_steps(tmp_path):
+    hyper = {**HYPER, "mcmc_num_steps": 1, "randomize_mcmc_num_steps": 2, "randomize_mcmc_num_steps_min": 2}
+    recipe, _ = convert(save(Original(), tmp_path / "last.ckpt", hyper), tmp_path / "w.safetensors")
+    assert (recipe.thinking.min_steps, recipe.thinking.max_steps) == (2, 3)
+
+
 def test_the_epsilon_reaches_the_norms(tmp_path):
     batch, dtype = text_batch(), torch.float64
     original = Original(epsilon=0.1).to(dtype)
