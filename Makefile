@@ -52,5 +52,5 @@ validate-gpu: install  ## kernel correctness against float64, then benchmarks, o
 	$(BIN)/python -m tools.gpu_validate
 
 clean:           ## remove what the commands above made (not the shards and runs)
-	rm -rf build *.egg-info .pytest_cache .mypy_cache .import_linter_cache .ruff_cache .hypothesis $(VENV)
+	rm -rf build *.egg-info .pytest_cache .mypy_cache .import_linter_cache .grimp_cache .ruff_cache .hypothesis $(VENV)
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -134,6 +134,9 @@ class WandbWriter:
     """Weights & Biases: one run there for a run's folder, however often it is resumed.
 
     Its environment variables say where to: WANDB_PROJECT, WANDB_ENTITY, WANDB_MODE=offline.
+
+    Raises:
+        RecipeError: if it cannot start, for want of a key or a network.
     """
 
     def __init__(self, folder: Path, first_step: int):
@@ -144,7 +147,12 @@ class WandbWriter:
             known.write_text(uuid.uuid4().hex[:12])
         recipe = OmegaConf.to_container(OmegaConf.load(folder / "recipe.yaml"))
         assert isinstance(recipe, dict)
-        self.run = wandb.init(dir=folder, id=known.read_text(), resume="allow", name=recipe["name"], config=recipe)
+        identity = {"id": known.read_text(), "resume": "allow", "name": recipe["name"]}
+        try:
+            self.run = wandb.init(dir=folder, config=recipe, **identity)
+        except Exception as error:  # its own errors, and those of the network
+            raise RecipeError(f"training.metrics: wandb cannot start ({' '.join(str(error).split())}): set "
+                              "WANDB_MODE=offline, or leave it out") from None  # fmt: skip
         self.run.define_metric("*", step_metric="step")  # a step that is repeated after a kill is logged again
 
     def write(self, row: dict[str, Any]) -> None:

@@ -69,6 +69,14 @@ def test_wandb_is_one_run_for_a_folder_and_gets_every_number(run, monkeypatch):
     assert calls[:3] == [("define", "*", "step"), ("log", {"step": 1, **SCALARS}), ("finish",)]
 
 
+def test_wandb_that_cannot_start_is_one_line(run, monkeypatch):
+    module = types.ModuleType("wandb")
+    module.init = lambda **given: (_ for _ in ()).throw(RuntimeError("no key\nlog in"))
+    monkeypatch.setitem(sys.modules, "wandb", module)
+    with pytest.raises(RecipeError, match=r"wandb cannot start \(no key log in\): set WANDB_MODE=offline"):
+        MetricsWriter(run, 0, ["wandb"])
+
+
 def test_wandb_offline(run, monkeypatch):
     pytest.importorskip("wandb")
     for name, value in (("WANDB_MODE", "offline"), ("WANDB_SILENT", "true"), ("WANDB_ERROR_REPORTING", "false")):
