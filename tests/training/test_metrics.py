@@ -2,6 +2,7 @@
 
 import json
 import sys
+import time
 import types
 
 import pytest
@@ -83,7 +84,10 @@ def test_wandb_offline(run, monkeypatch):
         monkeypatch.setenv(name, value)
     written(run, ["wandb"])
     (record,) = (run / "wandb").glob("offline-run-*/run-*.wandb")
-    assert b"phase_seconds" in record.read_bytes()
+    deadline = time.monotonic() + 60  # its own process writes, after finish() has returned
+    while b"phase_seconds" not in record.read_bytes():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
 
 
 def test_a_missing_package_is_said_before_work_starts(monkeypatch):
