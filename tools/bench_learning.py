@@ -28,7 +28,8 @@ from rich.progress import track
 
 from ebt_megatron.config import Recipe, load_recipe
 from ebt_megatron.training.flops import training_flops
-from tools.bench import machine
+
+from .bench import machine
 
 # Two-sided 95 % quantiles of Student's t by degrees of freedom (n - 1 seeds).
 STUDENT_T = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
