@@ -23,7 +23,7 @@ def main(
 ) -> None:
     """Pretrain an EBT or its baseline.
 
-    The run goes on from its newest checkpoint, if there is one; SIGTERM saves and stops.
+    The run goes on from its newest checkpoint, if there is one; SIGTERM and Ctrl-C save and stop.
     """
 
     def work() -> None:
@@ -43,7 +43,7 @@ def main(
             try:
                 run.run()
             except StoppedRun as error:
-                run.say(f"[red]stopped:[/red] {error}")
+                run.say(f"stopped: {error}", "red")
                 sys.exit(3)
         shutdown()
 

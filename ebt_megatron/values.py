@@ -23,7 +23,7 @@ _ABOVE_0 = ("parallel.timeout_seconds", "optimizer.epsilon")
 _BELOW_1 = ("optimizer.beta1", "optimizer.beta2")
 
 
-def as_meant(given: dict[str, Any], cls: type) -> dict[str, Any]:
+def as_meant(given: dict[Any, Any], cls: type) -> dict[str, Any]:
     """A layer of a recipe with `1e3` where a whole number belongs as 1000, and one name as a list of one.
 
     Args:

@@ -126,8 +126,8 @@ def check_tokens(source: ShardFolder, rows: np.ndarray, where: str = "") -> None
     vocabulary = source.manifest.vocab_size
     if len(rows) and (rows.max() >= vocabulary or rows.min() < 0):
         worst = int(rows.max()) if rows.max() >= vocabulary else int(rows.min())
-        raise DataError(f"{source.folder}{where} has token {worst}, its tokenizer {vocabulary} entries: prepare the data "
-                        "again, with that tokenizer")  # fmt: skip
+        raise DataError(f"{source.folder}{where} has token {worst}, its tokenizer {vocabulary} entries: prepare the "
+                        "data again, with that tokenizer")  # fmt: skip
 
 
 def check_some_tokens(source: ShardFolder) -> None:
@@ -175,8 +175,8 @@ class Loader:
                 raise DataError(f"data.train_weights gives {source.folder} {weight:g}, which is not one sample in an "
                                 "epoch: raise it, or set it to 0")  # fmt: skip
         if not train and recipe.training.validation_samples < 1:
-            raise DataError(f"training.validation_samples={recipe.training.validation_samples}: must be at least 1, or set "
-                            "training.validation_interval=0")  # fmt: skip
+            raise DataError(f"training.validation_samples={recipe.training.validation_samples}: must be at least 1, or "
+                            "set training.validation_interval=0")  # fmt: skip
 
     @property
     def validation_samples(self) -> int:
@@ -208,11 +208,12 @@ class Loader:
         Raises:
             DataError: when it belongs to another order or other data, so that samples would repeat or be lost.
         """
-        mine = self.state_dict()
-        if state.get("sources", mine["sources"]) != mine["sources"]:  # which older checkpoints do not know
-            raise DataError(f"the checkpoint was made with {self._differing(state['sources'], mine['sources'])}: resume with "
-                            "the same shards in the same order, or start a new output_dir")  # fmt: skip
-        for key, mine in mine.items():
+        own = self.state_dict()
+        before = state.get("sources", own["sources"])  # older checkpoints do not know theirs
+        if before != own["sources"]:
+            raise DataError(f"the checkpoint was made with {self._differing(before, own['sources'])}: resume with the "
+                            "same shards in the same order, or start a new output_dir")  # fmt: skip
+        for key, mine in own.items():
             if key not in ("consumed", "sources") and state.get(key) != mine:
                 raise DataError(f"the checkpoint's data position has {key}={state.get(key)}, this run has {mine}: "
                                 "resume with the same seed, shards and data.* keys, or start a new "

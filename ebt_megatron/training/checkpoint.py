@@ -11,6 +11,7 @@ and every rank learns of any rank's error before the next collective.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import io
 import logging
@@ -82,10 +83,8 @@ def _why(folder: Path, reason: Exception) -> str:
     """One line on what the storage raised; writers of other libraries do not say that the disk is full."""
     text = f"{type(reason).__name__}: {' '.join(str(reason).split())}"
     full = getattr(reason, "errno", None) == errno.ENOSPC
-    try:
+    with contextlib.suppress(OSError):
         full = full or shutil.disk_usage(folder.parent).free < _FULL
-    except OSError:
-        pass
     return f"{text} (the disk is full)" if full else text
 
 

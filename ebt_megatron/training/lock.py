@@ -90,8 +90,9 @@ class RunLock:
         else:
             alive = self._beats(content)
         if alive:
-            raise RecipeError(f"{self.path.parent} is in use by process {holder.get('pid')} on {holder.get('host')} since "
-                              f"{holder.get('since')}: wait for its end, or set another training.output_dir")  # fmt: skip
+            who = f"process {holder.get('pid')} on {holder.get('host')} since {holder.get('since')}"
+            raise RecipeError(f"{self.path.parent} is in use by {who}: wait for its end, or set another "
+                              "training.output_dir")  # fmt: skip
         # Of several that find it dead, one gets to move it; what it moved must be what it read.
         dead = self.path.with_name(f"run.lock.dead.{socket.gethostname()}.{os.getpid()}")
         with contextlib.suppress(FileNotFoundError):

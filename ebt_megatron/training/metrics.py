@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import resource
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
-from torch.utils.tensorboard import SummaryWriter
 
 
 class Timers:
@@ -58,35 +59,85 @@ def peak_memory_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-class MetricsWriter:
-    """Rank 0's record of a run.
+def last_step(folder: Path) -> int:
+    """The last step that a run directory's metrics.jsonl has a row of; 0 without one."""
+    path, last = folder / "metrics.jsonl", 0
+    if path.exists():
+        for line in path.read_text().splitlines():
+            with suppress(json.JSONDecodeError):
+                last = max(last, json.loads(line)["step"])
+    return last
+
+
+class Writer(Protocol):
+    """One record of a run."""
+
+    def write(self, row: dict[str, Any]) -> None:
+        """Append one step's numbers: `step`, numbers by name, lists and dictionaries of numbers."""
+
+    def close(self) -> None:
+        """Flush everything."""
+
+
+class JsonlWriter:
+    """metrics.jsonl: a row in each line. A row that cannot be written is tried again with the next one.
 
     Args:
-        folder: the run directory; gets metrics.jsonl and tensorboard/.
-        first_step: entries of this step and later, left by a run that was resumed before them, go.
+        folder: the run directory.
+        first_step: rows of later steps, left by a run that was resumed before them, go to metrics-replaced.jsonl.
     """
 
     def __init__(self, folder: Path, first_step: int):
-        self.path = folder / "metrics.jsonl"
-        kept = []
-        if self.path.exists():
-            for line in self.path.read_text().splitlines():
+        path = folder / "metrics.jsonl"
+        kept: list[str] = []
+        replaced: list[str] = []
+        if path.exists():
+            for line in path.read_text().splitlines():
                 try:
                     row = json.loads(line)
                 except json.JSONDecodeError:
                     continue  # the last line of a killed run
-                if row["step"] <= first_step:
-                    kept.append(line)
-        partial = self.path.with_suffix(".partial")
-        partial.write_text("".join(line + "\n" for line in kept))
-        os.replace(partial, self.path)
-        self.stream = self.path.open("a")
+                (kept if row["step"] <= first_step else replaced).append(line + "\n")
+        if replaced:
+            with path.with_name("metrics-replaced.jsonl").open("a") as stream:
+                stream.writelines(replaced)
+        rewritten = path.with_suffix(".partial")
+        rewritten.write_text("".join(kept))
+        os.replace(rewritten, path)
+        self.stream = path.open("ab", buffering=0)
+        self.pending = b""
+
+    def write(self, row: dict[str, Any]) -> None:
+        """See `Writer`."""
+        self.pending += json.dumps(row).encode() + b"\n"
+        self._flush()
+
+    def _flush(self) -> None:
+        size = os.fstat(self.stream.fileno()).st_size
+        done = self.stream.write(self.pending)
+        if done < len(self.pending):  # no half rows
+            os.ftruncate(self.stream.fileno(), size)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "metrics.jsonl")
+        self.pending = b""
+
+    def close(self) -> None:
+        """See `Writer`."""
+        try:
+            self._flush()
+        finally:
+            self.stream.close()
+
+
+class TensorBoardWriter:
+    """tensorboard/: curves of every number; nested dictionaries become a/b."""
+
+    def __init__(self, folder: Path, first_step: int):
+        from torch.utils.tensorboard import SummaryWriter
+
         self.board = SummaryWriter(folder / "tensorboard", purge_step=first_step + 1)
 
     def write(self, row: dict[str, Any]) -> None:
-        """Append one step's numbers; nested dictionaries become a/b in TensorBoard."""
-        self.stream.write(json.dumps(row) + "\n")
-        self.stream.flush()
+        """See `Writer`."""
         step = row["step"]
         for key, value in row.items():
             if isinstance(value, dict):
@@ -96,9 +147,99 @@ class MetricsWriter:
                 self.board.add_scalar(key, value, step)
 
     def close(self) -> None:
-        """Flush everything."""
-        self.stream.close()
+        """See `Writer`."""
         self.board.close()
+
+
+class Lenient:
+    """A writer whose failures (a disk that others filled) are said once and counted; training goes on.
+
+    Args:
+        name: of what is written.
+        make: makes the writer that goes on from a step; called again after a row that failed.
+        first_step: the first one.
+        say: prints a line.
+    """
+
+    def __init__(self, name: str, make: Callable[[int], Writer], first_step: int, say: Callable[[str], None]):
+        self.name, self.make, self.say = name, make, say
+        self.writer: Writer | None = make(first_step)
+        self.failures = 0
+
+    def _attempt(self, work: Callable[[], None]) -> None:
+        try:
+            work()
+        except Exception as error:  # every writer has errors of its own
+            if not self.failures:
+                self.say(f"{self.name} not written: {' '.join(str(error).split())}; training goes on without")
+            self.failures += 1
+
+    def write(self, row: dict[str, Any]) -> None:
+        """See `Writer`."""
+        self._attempt(lambda: self._write(row))
+
+    def _write(self, row: dict[str, Any]) -> None:
+        if self.writer is None:
+            self.writer = self.make(row["step"] - 1)
+        try:
+            self.writer.write(row)
+        except Exception:
+            if not getattr(self.writer, "pending", None):  # one that holds nothing back is broken
+                self.writer = None
+            raise
+
+    def close(self) -> None:
+        """See `Writer`."""
+        if self.writer is not None:
+            self._attempt(self.writer.close)
+        if self.failures:
+            self.say(f"{self.name}: writing failed {self.failures} times")
+
+
+class MetricsWriter:
+    """Rank 0's record of a run.
+
+    Args:
+        folder: the run directory; gets metrics.jsonl and tensorboard/.
+        first_step: the step that the run goes on from.
+        say: told once of what cannot be written.
+    """
+
+    def __init__(self, folder: Path, first_step: int, say: Callable[[str], None]):
+        makers: dict[str, Callable[[Path, int], Writer]] = {
+            "metrics.jsonl": JsonlWriter,
+            "tensorboard/": TensorBoardWriter,
+        }
+        self.writers = [Lenient(name, partial(make, folder), first_step, say) for name, make in makers.items()]
+
+    def write(self, row: dict[str, Any]) -> None:
+        """See `Writer`."""
+        for writer in self.writers:
+            writer.write(row)
+
+    def close(self) -> None:
+        """See `Writer`."""
+        for writer in self.writers:
+            writer.close()
+
+
+class Clock:
+    """Step times and what is left, from a running mean."""
+
+    def __init__(self, steps: int, first: int):
+        self.steps, self.previous, self.mean = steps, time.perf_counter(), 0.0
+        self.first = first
+
+    def tick(self, step: int) -> float:
+        """Seconds since the last call."""
+        now = time.perf_counter()
+        seconds, self.previous = now - self.previous, now
+        self.mean = seconds if step <= self.first + 2 else 0.95 * self.mean + 0.05 * seconds
+        return seconds
+
+    def left(self, step: int) -> float:
+        """Seconds to the end at the present pace."""
+        return (self.steps - step) * self.mean
 
 
 def clock(seconds: float) -> str:
@@ -109,7 +250,8 @@ def clock(seconds: float) -> str:
 
 def console_line(row: dict[str, Any], total_steps: int, seconds_left: float) -> str:
     """One line a person can read."""
-    parts = [f"step {row['step']:>{len(str(total_steps))}}/{total_steps}", f"loss {row['loss']:.4f}"]
+    parts = [f"step {row['step']:>{len(str(total_steps))}}/{total_steps}", f"epoch {row['epoch']:.2f}",
+             f"loss {row['loss']:.4f}"]  # fmt: skip
     if row.get("energy_first") is not None:
         parts.append(f"final step {row['final_step_loss']:.4f}")
         parts.append(f"energy {row['energy_first']:.3f} -> {row['energy_last']:.3f}")

@@ -69,7 +69,7 @@ def train(data: Path, output: Path, overrides: tuple[str, ...] = (), trouble: st
 
     run = Run(recipe_of(data, output, *overrides))
     out: dict = {"after": [], "samples": [], "said": [], "stopped": ""}
-    run.say = out["said"].append
+    run.say = lambda text, style="": out["said"].append(text)
     if trouble:
         globals()[trouble](run)
     step = run.trainer.train_step
