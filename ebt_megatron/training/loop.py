@@ -98,7 +98,7 @@ class Run:
         turns, source = self.train_data.most_repeated(options.steps * options.global_batch_size)
         if turns > _MANY_EPOCHS:
             self.warn(f"training.steps={options.steps} goes {turns:.3g} times through {source}: past about "
-                      f"{_MANY_EPOCHS} epochs repeated data teaches little; prepare more, or lower training.steps")  # fmt: skip
+                      f"{_MANY_EPOCHS} epochs repeated data teaches little; prepare more data, or train less")  # fmt: skip
         if self.validation_data is not None and self.validation_data.validation_samples < options.validation_samples:
             self.say(f"validation is on all {self.validation_data.validation_samples} samples of data.validation: "
                      f"training.validation_samples={options.validation_samples} are not there")  # fmt: skip
@@ -165,10 +165,8 @@ class Run:
         with self.timers.phase("validation"):
             groups = self.state.data_group, self.state.pipeline_group
             losses = validate(self.trainer.objective, self.validation_data, steps, 0, *groups).losses
-        row["validation_loss"], row["validation_loss_one_step"] = (
-            losses[-1].item(),
-            losses[0].item() if thinks else None,
-        )
+        row["validation_loss"] = losses[-1].item()
+        row["validation_loss_one_step"] = losses[0].item() if thinks else None
         self.say(f"step {self.step}: validation loss {row['validation_loss']:.4f}")
 
     def _validates(self) -> bool:
