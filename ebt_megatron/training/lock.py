@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import socket
 import threading
 import time
+import uuid
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -61,26 +63,25 @@ class RunLock:
         """
         self.path.parent.mkdir(parents=True, exist_ok=True)
         own = {"host": socket.gethostname(), "pid": os.getpid(), "since": datetime.now(UTC).isoformat(" ", "seconds"),
-               "machine": _machine(), "started": _started(os.getpid())}  # fmt: skip
+               "id": uuid.uuid4().hex, "machine": _machine(), "started": _started(os.getpid())}  # fmt: skip
         self._content = json.dumps(own)
-        while not self._create(self._content):
-            self._wait_for_holder()
+        while not self._create(self.path):
+            content = self._read()
+            if content is not None and self._take_over(content):
+                break
         threading.Thread(target=self._beat, daemon=True, name="run lock").start()
 
-    def _create(self, content: str) -> bool:
+    def _create(self, path: Path) -> bool:
         try:
-            descriptor = os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_WRONLY)  # in one step, also over NFS
+            descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY)  # in one step, also over NFS
         except FileExistsError:
             return False
         with open(descriptor, "w") as stream:
-            stream.write(content)
+            stream.write(self._content)
         return True
 
-    def _wait_for_holder(self) -> None:
-        """Remove the lock if its holder is dead."""
-        content = self._read()
-        if content is None:
-            return
+    def _take_over(self, content: str) -> bool:
+        """Take a lock that says `content` if its holder is dead; raises RecipeError if it is alive."""
         try:
             holder: dict[str, Any] = json.loads(content)
         except ValueError:
@@ -93,14 +94,22 @@ class RunLock:
             who = f"process {holder.get('pid')} on {holder.get('host')} since {holder.get('since')}"
             raise RecipeError(f"{self.path.parent} is in use by {who}: wait for its end, or set another "
                               "training.output_dir")  # fmt: skip
-        # Of several that find it dead, one gets to move it; what it moved must be what it read.
-        dead = self.path.with_name(f"run.lock.dead.{socket.gethostname()}.{os.getpid()}")
-        with contextlib.suppress(FileNotFoundError):
-            self.path.rename(dead)
-            moved = dead.read_text()
-            dead.unlink()
-            if moved != content:
-                self._create(moved)
+        # Of several that find it dead, one makes the successor of exactly this content, and the lock is never away.
+        successor = self.path.with_name(f"run.lock.{hashlib.sha256(content.encode()).hexdigest()[:16]}")
+        if not self._create(successor):
+            deadline = time.monotonic() + WATCH_SECONDS
+            while self._read() == content and time.monotonic() < deadline:
+                time.sleep(0.05)
+            if self._read() == content:  # whoever was at it died
+                successor.unlink(missing_ok=True)
+            return False
+        try:
+            if self._read() != content:
+                return False
+            successor.replace(self.path)
+            return True
+        finally:
+            successor.unlink(missing_ok=True)
 
     def _read(self) -> str | None:
         try:

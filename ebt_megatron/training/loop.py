@@ -98,7 +98,7 @@ class Run:
         turns, source = self.train_data.most_repeated(options.steps * options.global_batch_size)
         if turns > _MANY_EPOCHS:
             self.warn(f"training.steps={options.steps} goes {turns:.3g} times through {source}: past about "
-                      f"{_MANY_EPOCHS} epochs repeated data teaches little; prepare more data, or train less")  # fmt: skip
+                      f"{_MANY_EPOCHS} epochs repeated data teaches little: prepare more, or train less")  # fmt: skip
         if self.validation_data is not None and self.validation_data.validation_samples < options.validation_samples:
             self.say(f"validation is on all {self.validation_data.validation_samples} samples of data.validation: "
                      f"training.validation_samples={options.validation_samples} are not there")  # fmt: skip
