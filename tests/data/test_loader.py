@@ -215,7 +215,7 @@ def test_sources_in_another_order_and_other_shards_of_the_same_sizes_are_other_d
     both = f"data.train=[{shards}/train,{shards}/validation]"
     state = Loader(recipe_for(shards, both), "train", 0, 1).state_dict()
     turned = Loader(recipe_for(shards, f"data.train=[{shards}/validation,{shards}/train]"), "train", 0, 1)
-    with pytest.raises(DataError, match="made with the folders of data.train in another order"):
+    with pytest.raises(DataError, match=r"made with the folders of data\.train in another order"):
         turned.load_state_dict(state)
     Loader(recipe_for(copied, f"data.train=[{copied}/train,{copied}/validation]"), "train", 0, 1).load_state_dict(state)
     rewrite(copied / "train", lambda rows: rows[::-1])

@@ -125,7 +125,8 @@ def test_what_does_not_fit_is_refused_and_left_as_it_is(data, tmp_path):
 
 def test_validation(data, tmp_path):
     never = ("training.steps=3", "data.validation=[]")
-    every = ("training.async_save=false", "training.validation_interval=4", "training.validation_samples=5", "training.save_interval=4")
+    every = ("training.async_save=false", "training.validation_interval=4", "training.validation_samples=5",
+             "training.save_interval=4")  # fmt: skip
     none, _, resumed, plain, empty = life(
         data, tmp_path, ("none", never, ""), ("killed", every, "killed_between_saving_and_recording"),
         ("killed", every, ""), ("plain", every, ""), ("empty", (*every, "training.validation_samples=0"), ""),
