@@ -123,9 +123,8 @@ def identity(manifest: Manifest) -> str:
 
 def check_tokens(source: ShardFolder, rows: np.ndarray, where: str = "") -> None:
     """Raise DataError if any of the rows [N, S + 1] of a source of text has a token that its tokenizer lacks."""
-    vocabulary = source.manifest.vocab_size
-    if len(rows) and (rows.max() >= vocabulary or rows.min() < 0):
-        worst = int(rows.max()) if rows.max() >= vocabulary else int(rows.min())
+    vocabulary, worst = source.manifest.vocab_size, int(rows.max())  # stored tokens have no sign
+    if worst >= vocabulary:
         raise DataError(f"{source.folder}{where} has token {worst}, its tokenizer {vocabulary} entries: prepare the "
                         "data again, with that tokenizer")  # fmt: skip
 
@@ -134,12 +133,13 @@ def check_some_tokens(source: ShardFolder) -> None:
     """Look at samples of every local shard, at all of those of a small folder; see `check_tokens`."""
     if source.manifest.kind != "text" or source.remote:
         return
+    stride = max(1, len(source) // _LOOKED_AT)
     for shard, first, size in zip(source.manifest.shards, source.first.tolist(), source.sizes, strict=False):
-        stride = max(1, len(source) // _LOOKED_AT)
-        indices = np.arange(first, first + size, min(stride, size))
-        rows = np.empty((len(indices), *source.manifest.shape), np.int64)
-        source.gather(indices, rows)
-        check_tokens(source, rows, f"/{shard.name}")
+        indices = np.arange(first, first + size, max(1, min(stride, size)))
+        for begin in range(0, len(indices), 1024):
+            rows = np.empty((len(indices[begin : begin + 1024]), *source.manifest.shape), np.int64)
+            source.gather(indices[begin : begin + 1024], rows)
+            check_tokens(source, rows, f"/{shard.name}")
 
 
 _LOOKED_AT = 20_000  # samples of a folder whose tokens are compared with the vocabulary at start
@@ -240,7 +240,7 @@ class Loader:
             source, whole = self.sources[number], len(at) == len(rows)
             mine = rows if whole else np.empty((len(at), *manifest.shape), rows.dtype)
             source.gather(samples, mine)
-            if text:
+            if text and (source.remote or len(source) > _LOOKED_AT):  # of others all were looked at
                 check_tokens(source, mine)
             if not whole:
                 rows[at] = mine

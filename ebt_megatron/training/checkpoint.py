@@ -291,7 +291,7 @@ class Checkpoints:
         """
         common = dist_checkpointing.load_common_state_dict(str(folder))
         for key, value in self.fingerprint.items():
-            saved = common["fingerprint"].get(key)
+            saved = common["fingerprint"].get(key, value)  # older checkpoints do not know every key
             if saved != value:
                 raise RecipeError(
                     f"{folder} was written with {key}={saved}, this run has {key}={value}: resume with the same "

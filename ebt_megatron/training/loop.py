@@ -383,7 +383,7 @@ def _replace(path: Path, text: str) -> None:
 def fingerprint(recipe: Recipe, tokenizer: str) -> dict[str, Any]:
     """What a checkpoint must have in common with the run that loads it."""
     model = asdict(recipe.model)
-    for key in ("size", "kernels", "recompute_layers"):
+    for key in ("size", "kernels", "recompute_layers", "initialization"):
         del model[key]
     out = {f"model.{key}": value for key, value in model.items()}
     out["tokenizer"] = tokenizer
