@@ -5,6 +5,8 @@ from __future__ import annotations
 import difflib
 from pathlib import Path
 
+from ebt_megatron.errors import RecipeError
+
 _PACKAGE = Path(__file__).parent
 # setup.py installs recipes/ into the package; in a checkout it stands beside it
 RECIPES = next((p for p in (_PACKAGE / "recipes", _PACKAGE.parent / "recipes") if p.is_dir()), _PACKAGE / "recipes")
@@ -19,7 +21,7 @@ def find_recipe(given: str | Path) -> Path:
     """The file that is meant by a path, or by a name with or without `recipes/` and `.yaml`.
 
     Raises:
-        FileNotFoundError: with one line that names recipes like it.
+        RecipeError: with one line that names recipes like it.
     """
     if Path(given).is_file():
         return Path(given)
@@ -32,7 +34,7 @@ def find_recipe(given: str | Path) -> Path:
         short[match] for match in difflib.get_close_matches(name.rpartition("/")[2], short, n=3)
     ]
     hint = f"; did you mean {' or '.join(near)}?" if near else "; ebt-train --list shows those that come with it"
-    raise FileNotFoundError(f"no recipe at {given}{hint}")
+    raise RecipeError(f"no recipe at {given}{hint}")
 
 
 def describe_recipes() -> str:

@@ -15,13 +15,13 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import InterpolationKeyError, OmegaConfBaseException
 
 from ebt_megatron.catalog import find_recipe
+from ebt_megatron.errors import RecipeError
+from ebt_megatron.values import as_meant, check_ranges, expand_paths
 
-
-class RecipeError(ValueError):
-    """A recipe that cannot run; the message is one line naming the key and the fix."""
+__all__ = ["Recipe", "RecipeError", "all_keys", "check", "load_recipe", "resolve", "to_yaml"]
 
 
 @dataclass
@@ -105,7 +105,7 @@ class OptimizerConfig:
     lr: float | None = None  # default: the model size's
     min_lr_ratio: float = 0.1
     warmup_steps: int = 10000
-    decay_steps: int | None = None  # default: training.steps
+    decay_steps: int | None = None  # default: training.steps; a run made longer keeps its schedule with the old number
     weight_decay: float = 0.01
     beta1: float = 0.9
     beta2: float = 0.999
@@ -136,13 +136,13 @@ class TrainingConfig:
     precision: str = "fp32"  # fp32 | bf16 | fp8 (bf16, with the layers' matrix products in 8 bits)
     seed: int = 1234
     output_dir: str = "runs/run"
-    resume: bool = True  # go on from the newest good checkpoint in output_dir, if any
+    resume: bool = True  # go on from the newest good checkpoint in output_dir; false: move what is there aside first
     log_interval: int = 10
     metrics: list[str] = field(default_factory=lambda: ["jsonl", "tensorboard"])  # and wandb; the report reads jsonl
     validation_interval: int = 200  # 0: never
     validation_samples: int = 256
     save_interval: int = 200  # 0: only at the end and on SIGTERM
-    keep_checkpoints: int = 2
+    keep_checkpoints: int = 2  # the newest so many; 0: all
     async_save: bool = False
     max_bad_steps: int = 10  # non-finite steps in a row before the run stops
     spike_factor: float = 0.0  # > 0: rewind when the loss exceeds this times its running mean
@@ -226,6 +226,12 @@ def _check_keys(given: Any, where: str) -> None:
     walk(given, "")
 
 
+def _value_error(where: str, error: OmegaConfBaseException) -> RecipeError:
+    hint = "; environment variables are ${oc.env:NAME}" if isinstance(error, InterpolationKeyError) else ""
+    reason = str(error).splitlines()[0].removeprefix("KeyError raised while resolving interpolation: ").strip('"')
+    return RecipeError(f"{where}: {getattr(error, 'full_key', '')}: {reason}{hint}")
+
+
 def load_recipe(path: str | Path | None, overrides: Sequence[str] = ()) -> Recipe:
     """Read a recipe file, apply `key=value` overrides, resolve sizes and check it.
 
@@ -238,16 +244,19 @@ def load_recipe(path: str | Path | None, overrides: Sequence[str] = ()) -> Recip
     """
     layers = []
     if path is not None:
+        file = find_recipe(path)
         try:
-            layers.append((str(path), OmegaConf.load(find_recipe(path))))
-        except FileNotFoundError as error:
-            raise RecipeError(str(error)) from None
+            layers.append((str(path), OmegaConf.load(file)))
         except Exception as error:  # yaml raises its own family of errors
             raise RecipeError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
     for item in overrides:
         if "=" not in item:
             raise RecipeError(f"override '{item}' is not key=value")
-    layers.append(("command line", OmegaConf.from_dotlist(list(overrides))))
+        try:
+            layers.append(("command line", OmegaConf.from_dotlist([item])))
+        except Exception as error:
+            reason = getattr(error, "problem", None) or error
+            raise RecipeError(f"override '{item}' is not a YAML value ({reason}): quote it") from None
 
     merged: Any = OmegaConf.structured(Recipe)
     for where, layer in layers:
@@ -256,11 +265,13 @@ def load_recipe(path: str | Path | None, overrides: Sequence[str] = ()) -> Recip
             raise RecipeError(f"{where}: a recipe is a mapping of keys to values")
         _check_keys(given, where)
         try:
-            merged = OmegaConf.merge(merged, layer)
+            merged = OmegaConf.merge(merged, OmegaConf.create(as_meant(given, Recipe)))
         except OmegaConfBaseException as error:
-            reason = str(error).splitlines()[0]
-            raise RecipeError(f"{where}: {getattr(error, 'full_key', '')}: {reason}") from None
-    recipe = OmegaConf.to_object(merged)
+            raise _value_error(where, error) from None
+    try:
+        recipe = OmegaConf.to_object(merged)
+    except OmegaConfBaseException as error:
+        raise _value_error(str(path or "recipe"), error) from None
     assert isinstance(recipe, Recipe)
     resolve(recipe)
     return recipe
@@ -288,6 +299,7 @@ def resolve(recipe: Recipe) -> None:
     optimizer.decay_steps = optimizer.decay_steps or recipe.training.steps
     if recipe.thinking.step_size_lr_multiplier is None:
         recipe.thinking.step_size_lr_multiplier = 3 * recipe.thinking.step_size
+    expand_paths(recipe)
     check(recipe)
 
 
@@ -375,16 +387,7 @@ def check(recipe: Recipe, world_size: int | None = None) -> None:
         raise RecipeError("thinking.reuse keeps activations, model.recompute_layers drops them: set one to false")
     if m.conditioning == "time_embed_sequence" and recipe.data.document_mask:
         raise RecipeError("model.conditioning=time_embed_sequence has no document masks: set data.document_mask=false")
-    d = recipe.data
-    if d.shuffle_shards < 0:
-        raise RecipeError(f"data.shuffle_shards={d.shuffle_shards}: a number of shards, or 0 for all")
-    if d.cache_gb is not None and (d.cache_gb <= 0 or d.cache_dir is None):
-        raise RecipeError(f"data.cache_gb={d.cache_gb:g} bounds data.cache_dir={d.cache_dir}: give a folder and more "
-                          "than 0")  # fmt: skip
-    weights = recipe.data.train_weights
-    if weights and len(weights) != len(recipe.data.train):
-        raise RecipeError(f"data.train_weights has {len(weights)} entries for {len(recipe.data.train)} "
-                          "sources in data.train")  # fmt: skip
+    check_ranges(recipe)
     if world_size is not None:
         divides("number of ranks", world_size, "parallel.tensor x parallel.pipeline",
                 tensor * p.pipeline, "start a multiple of that many ranks")  # fmt: skip

@@ -99,9 +99,12 @@ def main(
 
         from ebt_megatron.parallel.setup import shutdown
 
+        target = output or run_dir / "evaluation.json"
+        if not target.absolute().parent.is_dir():
+            raise RecipeError(f"--output {target}: {target.parent} is not a folder")
         result = evaluate(recipe, run_dir, steps, example)
         if dist.get_rank() == 0:
-            (output or run_dir / "evaluation.json").write_text(json.dumps(result, indent=1) + "\n")
+            target.write_text(json.dumps(result, indent=1) + "\n")
             for row in result["thinking"]:
                 print(f"{row['steps']:>3} steps: loss {row['loss']:.4f}, perplexity {row['perplexity']:.2f}")
             print(f"unigram entropy of the targets {result['unigram_entropy']:.4f}")

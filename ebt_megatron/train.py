@@ -33,7 +33,7 @@ def main(
 ) -> None:
     """Pretrain an EBT or its baseline.
 
-    The run goes on from its newest checkpoint, if there is one; SIGTERM saves and stops.
+    The run goes on from its newest checkpoint, if there is one; SIGTERM and Ctrl-C save and stop.
     """
 
     def work() -> None:
@@ -45,7 +45,9 @@ def main(
         quiet_libraries()
         from ebt_megatron.parallel.setup import shutdown
         from ebt_megatron.training.loop import Run, StoppedRun
+        from ebt_megatron.training.metrics import require_writers
 
+        require_writers(resolved.training.metrics)
         run = Run(resolved)
         if dry_run:
             run.say(f"{resolved.name}: recipe, data and layout fit; nothing was trained")
@@ -53,7 +55,7 @@ def main(
             try:
                 run.run()
             except StoppedRun as error:
-                run.say(f"[red]stopped:[/red] {error}")
+                run.say(f"stopped: {error}", "red")
                 sys.exit(3)
         shutdown()
 

@@ -57,6 +57,21 @@ def test_the_resolved_recipe_loads_again(tmp_path):
         (["data.train=[a,b]", "data.train_weights=[1.0]"], "1 entries for 2"),
         (["training.steps=0"], "training.steps=0: must be greater than 0"),
         (["training.steps"], "not key=value"),
+        (["name=${oc.env:EBT_NOT_SET}"], "name: Environment variable 'EBT_NOT_SET' not found"),
+        (["name=${EBT_NOT_SET}"], "environment variables are ${oc.env:NAME}"),
+        (["data.train=[$EBT_NOT_SET/a]"], "data.train=$EBT_NOT_SET/a: the environment variable EBT_NOT_SET is not set"),
+        (["name=a: b: c"], "override 'name=a: b: c' is not a YAML value"),
+        (["name={a"], "override 'name={a' is not a YAML value"),
+        (["data.train=[a,b]", "data.train_weights=[.nan,1]"], "data.train_weights=nan: must be a finite number"),
+        (["data.train=[a,b]", "data.train_weights=[-1,2]"], "must be at least 0, and not all 0"),
+        (["data.train=[a,b]", "data.train_weights=[0,0]"], "must be at least 0, and not all 0"),
+        (["training.seed=-1"], "training.seed=-1: must be at least 0"),
+        (["training.keep_checkpoints=-1"], "training.keep_checkpoints=-1: must be a number of checkpoints, or 0"),
+        (["training.max_bad_steps=0"], "training.max_bad_steps=0: must be at least 1"),
+        (["training.save_interval=-5"], "training.save_interval=-5: must be at least 0"),
+        (["training.steps=1.5"], "training.steps: Value '1.5'"),
+        (["optimizer.lr=.nan"], "optimizer.lr=nan: must be a finite number"),
+        (["optimizer.beta2=1"], "optimizer.beta2=1.0: must be at least 0 and below 1"),
     ],
 )  # fmt: skip
 def test_one_line_names_the_key_and_the_fix(overrides, said):
@@ -64,6 +79,19 @@ def test_one_line_names_the_key_and_the_fix(overrides, said):
         load_recipe(None, ["model.size=xxs", *overrides])
     assert said in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_numbers_and_paths_as_people_write_them(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/ann")
+    monkeypatch.setenv("EBT_DATA", "/data")
+    file = tmp_path / "r.yaml"
+    file.write_text("model: {size: xxs}\ntraining: {steps: 1e3, output_dir: ~/runs/a}\n"
+                    "data: {train: '~/one', validation: [$EBT_DATA/two, 's3://~/${oc.env:EBT_DATA}']}")  # fmt: skip
+    recipe = load_recipe(file, ["training.global_batch_size=6.4e1", "name=run [1]"])
+    assert (recipe.training.steps, recipe.training.global_batch_size, recipe.name) == (1000, 64, "run [1]")
+    assert recipe.training.output_dir == "/home/ann/runs/a"
+    assert recipe.data.train == ["/home/ann/one"]
+    assert recipe.data.validation == ["/data/two", "s3://~//data"]
 
 
 def test_a_size_or_its_parts_must_be_given():

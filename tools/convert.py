@@ -35,7 +35,8 @@ def export_weights(source: Path, output: Path) -> tuple[Path, int]:
     from megatron.core import dist_checkpointing
 
     from ebt_megatron.parallel.setup import initialize
-    from ebt_megatron.training.checkpoint import CheckpointError, Checkpoints, verify
+    from ebt_megatron.training.checkpoint import Checkpoints
+    from ebt_megatron.training.history import CheckpointError, verify
     from ebt_megatron.training.weights import checkpoint_weights, write_weights
 
     source = source.resolve()

@@ -7,7 +7,9 @@ the same.
 
 from __future__ import annotations
 
+import hashlib
 import itertools
+import json
 import queue
 import threading
 import time
@@ -24,7 +26,7 @@ from ebt_megatron.config import Recipe
 from ebt_megatron.data.folder import ShardFolder
 from ebt_megatron.data.order import Blend
 from ebt_megatron.data.remote import Cache
-from ebt_megatron.data.shards import DataError
+from ebt_megatron.data.shards import DataError, Manifest
 
 VALIDATION_IDS = 1 << 50  # sample ids of validation samples start here, apart from training's
 
@@ -39,6 +41,7 @@ class MicroBatch:
         documents: int32 [B, S + 1], which document of its row each token belongs to, or None.
         latents: float32 [B, frames, patches, channels] of video, [B, patches, channels] of pictures, or None.
         labels: int64 [B], of pictures that have classes, or None.
+        counts: bool [B], of validation: False for samples that only fill the last micro-batch; else None.
     """
 
     sample_ids: Tensor
@@ -46,10 +49,11 @@ class MicroBatch:
     documents: Tensor | None = None
     latents: Tensor | None = None
     labels: Tensor | None = None
+    counts: Tensor | None = None
 
     def part(self, begin: int, end: int) -> MicroBatch:
         """Its samples begin .. end - 1."""
-        fields = (self.sample_ids, self.tokens, self.documents, self.latents, self.labels)
+        fields = (self.sample_ids, self.tokens, self.documents, self.latents, self.labels, self.counts)
         return MicroBatch(*(None if f is None else f[begin:end] for f in fields))  # type: ignore[arg-type]
 
 
@@ -86,6 +90,7 @@ def open_sources(recipe: Recipe, split: str) -> list[ShardFolder]:
                             f"{sources[0].folder} of {first.shape} and {len(first.classes)}, or others: prepare one "
                             "again")  # fmt: skip
         source.sidecar()
+        check_some_tokens(source)
     return sources
 
 
@@ -109,6 +114,35 @@ def _check_room(recipe: Recipe, remote: list[ShardFolder]) -> None:
         )
 
 
+def identity(manifest: Manifest) -> str:
+    """What stays the same when a folder is moved or copied, and changes with any sample: a SHA-256."""
+    content = [manifest.kind, manifest.shape, manifest.dtype, manifest.sidecar.get("sha256"),
+               [s.sha256 for s in manifest.shards]]  # fmt: skip
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+
+def check_tokens(source: ShardFolder, rows: np.ndarray, where: str = "") -> None:
+    """Raise DataError if any of the rows [N, S + 1] of a source of text has a token that its tokenizer lacks."""
+    vocabulary, worst = source.manifest.vocab_size, int(rows.max())  # stored tokens have no sign
+    if worst >= vocabulary:
+        raise DataError(f"{source.folder}{where} has token {worst}, its tokenizer {vocabulary} entries: prepare the "
+                        "data again, with that tokenizer")  # fmt: skip
+
+
+def check_some_tokens(source: ShardFolder) -> None:
+    """Look at samples of every local shard, at all of those of a small folder; see `check_tokens`."""
+    if source.manifest.kind != "text" or source.remote:
+        return
+    stride = max(1, len(source) // _LOOKED_AT)
+    for shard, first, size in zip(source.manifest.shards, source.first.tolist(), source.sizes, strict=False):
+        indices = np.arange(first, first + size, max(1, min(stride, size)))
+        for begin in range(0, len(indices), 1024):
+            rows = np.empty((len(indices[begin : begin + 1024]), *source.manifest.shape), np.int64)
+            source.gather(indices[begin : begin + 1024], rows)
+            check_tokens(source, rows, f"/{shard.name}")
+
+
+_LOOKED_AT = 20_000  # samples of a folder whose tokens are compared with the vocabulary at start
 _PATIENCE = 10.0  # seconds for a thread to end: only a slow remote shard takes so long
 
 
@@ -136,12 +170,36 @@ class Loader:
         self.end_of_text = self.sources[0].manifest.tokenizer.get("end_of_text", -1)
         self.consumed = 0
         self.wait_seconds = 0.0
+        for source, weight, share in zip(self.sources, weights, self.blend.share.tolist(), strict=False):
+            if weight and not share:
+                raise DataError(f"data.train_weights gives {source.folder} {weight:g}, which is not one sample in an "
+                                "epoch: raise it, or set it to 0")  # fmt: skip
+        if not train and recipe.training.validation_samples < 1:
+            raise DataError(f"training.validation_samples={recipe.training.validation_samples}: must be at least 1, or "
+                            "set training.validation_interval=0")  # fmt: skip
+
+    @property
+    def validation_samples(self) -> int:
+        """How many samples of validation there are to look at."""
+        return min(self.recipe.training.validation_samples, len(self.blend))
+
+    @property
+    def epoch(self) -> float:
+        """How often all of the data has been gone through."""
+        return self.consumed / len(self.blend)
+
+    def most_repeated(self, samples: int) -> tuple[float, str]:
+        """How often the source that is repeated most is gone through in so many samples of the run, and its name."""
+        turns = self.blend.share / [len(s) for s in self.sources] * samples / len(self.blend)
+        worst = int(np.argmax(turns))
+        return float(turns[worst]), self.sources[worst].folder
 
     def state_dict(self) -> dict[str, Any]:
         """The position in the run, and what its order depends on: the same for every rank and layout."""
         return {
             "consumed": self.consumed, "seed": self.recipe.training.seed, "shuffle": self.blend.shuffle,
             "shuffle_shards": self.recipe.data.shuffle_shards, "samples_per_epoch": self.blend.share.tolist(),
+            "sources": [identity(s.manifest) for s in self.sources],
         }  # fmt: skip
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -150,16 +208,27 @@ class Loader:
         Raises:
             DataError: when it belongs to another order or other data, so that samples would repeat or be lost.
         """
-        for key, mine in self.state_dict().items():
-            if key != "consumed" and state.get(key) != mine:
+        own = self.state_dict()
+        before = state.get("sources", own["sources"])  # older checkpoints do not know theirs
+        if before != own["sources"]:
+            raise DataError(f"the checkpoint was made with {self._differing(before, own['sources'])}: resume with the "
+                            "same shards in the same order, or start a new output_dir")  # fmt: skip
+        for key, mine in own.items():
+            if key not in ("consumed", "sources") and state.get(key) != mine:
                 raise DataError(f"the checkpoint's data position has {key}={state.get(key)}, this run has {mine}: "
                                 "resume with the same seed, shards and data.* keys, or start a new "
                                 "output_dir")  # fmt: skip
         self.consumed = state["consumed"]
 
+    def _differing(self, before: list[str], now: list[str]) -> str:
+        if sorted(before) == sorted(now):
+            return "the folders of data.train in another order"
+        changed = next((s.folder for s, i in zip(self.sources, now, strict=True) if i not in before), "one more folder")
+        return f"other data than {changed}"
+
     def read(self, positions: list[int]) -> MicroBatch:
         """The micro-batch of the samples at these places of the run's order."""
-        order = np.array(positions)
+        order = np.array(positions, np.int64)
         if self.recipe.data.shuffle_shards and any(s.remote for s in self.sources):
             for number, shards in self.blend.shards(order).items():
                 if self.sources[number].remote:
@@ -168,33 +237,37 @@ class Loader:
         rows = np.empty((len(positions), *manifest.shape), np.int64 if text else np.float32)
         labels = np.empty(len(positions), np.int64)
         for number, at, samples in self.blend.locate_all(order):
-            source = self.sources[number]
-            if len(at) == len(rows):
-                source.gather(samples, rows)
-            else:
-                mine = np.empty((len(at), *manifest.shape), rows.dtype)
-                source.gather(samples, mine)
+            source, whole = self.sources[number], len(at) == len(rows)
+            mine = rows if whole else np.empty((len(at), *manifest.shape), rows.dtype)
+            source.gather(samples, mine)
+            if text and (source.remote or len(source) > _LOOKED_AT):  # of others all were looked at
+                check_tokens(source, mine)
+            if not whole:
                 rows[at] = mine
             if manifest.classes:
                 labels[at] = source.gather_labels(samples)
-        offset = 0 if self.split == "train" else VALIDATION_IDS
-        sample_ids, data = torch.tensor(positions, dtype=torch.int64) + offset, torch.from_numpy(rows)
+        sample_ids, data = torch.from_numpy(order), torch.from_numpy(rows)
+        counts = None
+        if self.split == "validation":
+            counts = sample_ids < self.validation_samples
+            sample_ids = sample_ids + VALIDATION_IDS
         if not text:
-            return MicroBatch(sample_ids, latents=data, labels=torch.from_numpy(labels) if manifest.classes else None)
+            classes = torch.from_numpy(labels) if manifest.classes else None
+            return MicroBatch(sample_ids, latents=data, labels=classes, counts=counts)
         documents = None
         if self.recipe.data.document_mask:
             # A document ends with its end-of-text token; the next token begins another.
             ends = (data == self.end_of_text).int()
             documents = (ends.cumsum(1) - ends).int()
-        return MicroBatch(sample_ids, data, documents)
+        return MicroBatch(sample_ids, data, documents, counts=counts)
 
     def _plan(self) -> Iterator[tuple[list[int], int]]:
         """(positions of a micro-batch, samples consumed once it is taken), in order."""
         size = self.recipe.training.micro_batch_size
         if self.split == "validation":
-            count = min(self.recipe.training.validation_samples, len(self.blend)) // self.size * self.size
-            own = list(range(self.rank, count, self.size))
-            for i in range(0, len(own), size):
+            rounds = -(-self.validation_samples // (size * self.size))
+            own = list(range(self.rank, rounds * size * self.size, self.size))
+            for i in range(0, len(own), size):  # equal shapes on every rank: what is too much does not count
                 yield own[i : i + size], 0
             return
         batch = self.recipe.training.global_batch_size

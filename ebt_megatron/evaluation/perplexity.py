@@ -48,7 +48,7 @@ def validate(
 
     Args:
         objective: from `ebt_megatron.training.objective`.
-        micro_batches: this data-parallel rank's share.
+        micro_batches: this data-parallel rank's share; samples whose `counts` is False are left out.
         steps: n.
         vocab_size: > 0 to count targets.
         data_group: the data-parallel group; its ranks have different samples.
@@ -61,16 +61,20 @@ def validate(
     counts = torch.zeros(vocab_size, dtype=torch.float64, device=device)
     for micro_batch in micro_batches:
         thought = objective.evaluate(micro_batch, steps)
-        sums = thought.losses.double().sum((1, 2)), thought.energies.double().sum((1, 2))
+        valid = micro_batch.counts
+        parts = [thought.losses, thought.energies]
+        if valid is not None and not valid.all():
+            parts = [x.where(valid.to(device), torch.zeros((), dtype=x.dtype, device=device)) for x in parts]
+        sums = [x.double().sum((1, 2)) for x in parts]
         losses = sums[0] if losses is None else losses + sums[0]
         energies = sums[1] if energies is None else energies + sums[1]
-        positions += thought.losses[0].numel()
+        samples = thought.losses.shape[2] if valid is None else int(valid.sum())
+        positions += thought.losses.shape[1] * samples
         if vocab_size:
-            targets = micro_batch.tokens[:, 1:].reshape(-1).to(device)
-            counts += torch.bincount(targets, minlength=vocab_size).double()
+            tokens = micro_batch.tokens if valid is None else micro_batch.tokens[valid]
+            counts += torch.bincount(tokens[:, 1:].reshape(-1).to(device), minlength=vocab_size).double()
     if losses is None or energies is None:
-        raise ValueError("no validation samples on this rank: lower training.micro_batch_size, or give "
-                         "more validation data")  # fmt: skip
+        raise ValueError("no validation samples on this rank")
     for tensor in (losses, energies, positions, counts):
         dist.all_reduce(tensor, group=data_group)
     for tensor in (losses, energies):

@@ -265,7 +265,7 @@ class Pipeline:
         x, out = m.passes.pop("propose")
         if self.last:
             m.energies.append(self.group.from_hidden(out.detach()))
-            (grad,) = torch.autograd.grad(out.sum(), x)
+            (grad,) = torch.autograd.grad(out, x, torch.ones_like(out))  # of its sum; also where none is recorded
         else:
             (grad,) = torch.autograd.grad(out, x, self._previous(task))
         if m.descent is not None:

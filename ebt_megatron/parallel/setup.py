@@ -10,7 +10,6 @@ import json
 import math
 import os
 import socket
-import subprocess
 import time
 import uuid
 from dataclasses import dataclass
@@ -24,23 +23,9 @@ from megatron.core.transformer import TransformerConfig
 
 from ebt_megatron.config import ParallelConfig, Recipe, RecipeError
 from ebt_megatron.parallel import cpu_backend
+from ebt_megatron.parallel.launch import Launch, detect_launch
 
 _bring_ups = itertools.count()
-
-
-@dataclass(frozen=True)
-class Launch:
-    """Where the launcher placed this process, and how the ranks find each other.
-
-    `master` is "host:port" of a store that rank 0 serves, "env" when torchrun's variables say it all, or
-    "mpi" when rank 0 picks a port and tells the others through MPI.
-    """
-
-    launcher: str
-    rank: int
-    world_size: int
-    local_rank: int
-    master: str
 
 
 @dataclass(frozen=True)
@@ -70,54 +55,6 @@ class ParallelState:
     def is_last_stage(self) -> bool:
         """Whether this rank holds the last pipeline stage."""
         return self.pipeline_rank == self.pipeline_size - 1
-
-
-def _first_host(nodelist: str) -> str:
-    """The first host of a Slurm node list such as 'gpu[003-007,9],login1'."""
-    try:
-        hosts = subprocess.run(
-            ["scontrol", "show", "hostnames", nodelist], capture_output=True, text=True, check=True
-        ).stdout
-        return hosts.split()[0]
-    except (OSError, subprocess.CalledProcessError, IndexError):
-        prefix, bracket, rest = nodelist.partition("[")
-        if not bracket or "," in prefix:
-            return nodelist.split(",")[0]
-        return prefix + rest.split("]")[0].split(",")[0].split("-")[0]
-
-
-def _slurm_port(job_id: str) -> int:
-    """A port that every task of the job computes alike and that differs between jobs."""
-    return 20000 + int(job_id) % 20000
-
-
-def detect_launch(environ: dict[str, str] | None = None) -> Launch:
-    """Read this process's place from the environment: torchrun, then Slurm, then MPI, else alone.
-
-    Args:
-        environ: the variables to read; default: os.environ.
-    """
-    env = dict(os.environ) if environ is None else environ
-    if "RANK" in env and "WORLD_SIZE" in env:
-        return Launch("torchrun", int(env["RANK"]), int(env["WORLD_SIZE"]), int(env.get("LOCAL_RANK", 0)), "env")
-    master = f"{env['MASTER_ADDR']}:{env['MASTER_PORT']}" if {"MASTER_ADDR", "MASTER_PORT"} <= set(env) else ""
-    # SLURM_PROCID alone is also set in a batch script's own shell, which is not a task of a step.
-    if "SLURM_PROCID" in env and "SLURM_STEP_ID" in env and "SLURM_NTASKS" in env:
-        nodes = env.get("SLURM_STEP_NODELIST") or env.get("SLURM_JOB_NODELIST", "localhost")
-        return Launch(
-            "slurm",
-            int(env["SLURM_PROCID"]),
-            int(env.get("SLURM_STEP_NUM_TASKS", env["SLURM_NTASKS"])),
-            int(env.get("SLURM_LOCALID", 0)),
-            master or f"{_first_host(nodes)}:{_slurm_port(env.get('SLURM_JOB_ID', '0'))}",
-        )
-    for rank, size, local in (
-        ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"),
-        ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID"),
-    ):
-        if rank in env and size in env:
-            return Launch("mpi", int(env[rank]), int(env[size]), int(env.get(local, 0)), master or "mpi")
-    return Launch("single", 0, 1, 0, "")
 
 
 def _own_address() -> str:
@@ -198,6 +135,27 @@ def _store(launch: Launch, timeout: timedelta) -> dist.Store:
     return store
 
 
+def _join(launch: Launch, backend: str, timeout: timedelta) -> None:
+    """Meet the other ranks; raises RecipeError where they cannot be met."""
+    try:
+        dist.init_process_group(
+            backend=backend,
+            # A store may outlive the groups (torchrun's agent serves it): never meet stale addresses.
+            store=dist.PrefixStore(f"bring-up-{next(_bring_ups)}", _store(launch, timeout)),
+            rank=launch.rank,
+            world_size=launch.world_size,
+            timeout=timeout,
+        )
+    except (dist.DistError, TimeoutError, OSError) as error:
+        where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}" if launch.master == "env" else launch.master
+        reason = str(error).splitlines()[0]
+        if "EADDRINUSE" in reason or "address already in use" in reason:
+            raise RecipeError(f"{where} is in use by another program: export another MASTER_PORT") from None
+        raise RecipeError(f"rank {launch.rank} could not meet the other {launch.world_size - 1} at {where} ({reason}): "
+                          "see that all are started and reach it; unset RANK and WORLD_SIZE if they are left over "
+                          "from another program") from None  # fmt: skip
+
+
 def initialize(parallel: ParallelConfig, seed: int) -> ParallelState:
     """Join the other ranks, build the process groups and seed the generators.
 
@@ -210,7 +168,7 @@ def initialize(parallel: ParallelConfig, seed: int) -> ParallelState:
         seed: of the default generator (equal on all ranks) and of megatron-core's tensor-parallel states.
 
     Raises:
-        RecipeError: when the number of ranks is no multiple of tensor × pipeline.
+        RecipeError: when the number of ranks is no multiple of tensor × pipeline, or they cannot be met.
     """
     cpu_backend.install()
     launch = detect_launch()
@@ -224,15 +182,7 @@ def initialize(parallel: ParallelConfig, seed: int) -> ParallelState:
             )
         if cuda:
             torch.cuda.set_device(launch.local_rank % torch.cuda.device_count())
-        timeout = timedelta(seconds=parallel.timeout_seconds)
-        dist.init_process_group(
-            backend="cpu:gloo,cuda:nccl" if cuda else "gloo",
-            # A store may outlive the groups (torchrun's agent serves it): never meet stale addresses.
-            store=dist.PrefixStore(f"bring-up-{next(_bring_ups)}", _store(launch, timeout)),
-            rank=launch.rank,
-            world_size=launch.world_size,
-            timeout=timeout,
-        )
+        _join(launch, "cpu:gloo,cuda:nccl" if cuda else "gloo", timedelta(seconds=parallel.timeout_seconds))
     if not parallel_state.model_parallel_is_initialized():
         parallel_state.initialize_model_parallel(
             tensor_model_parallel_size=parallel.tensor,

@@ -1,9 +1,8 @@
 """Checkpoints: megatron-core's distributed format, published atomically and verified on load.
 
-A checkpoint is a folder `step-00000200` written under another name, its files' checksums
-recorded, and renamed when complete, so a reader never sees half of one. Weights are stored
-as whole tensors cut into shards, so another layout can load them. If the newest checkpoint
-is damaged, loading says so and takes the one before it.
+`history.py` names, verifies and removes them. Weights are stored as whole tensors cut into
+shards, so another layout can load them. If the newest checkpoint is damaged, loading says so
+and takes the one before it.
 
 megatron-core plans what each rank writes; the writing itself happens here, in a thread
 (megatron-core forks processes and starts a manager, which hangs without a __main__ guard),
@@ -12,11 +11,10 @@ and every rank learns of any rank's error before the next collective.
 
 from __future__ import annotations
 
-import hashlib
+import contextlib
+import errno
 import io
-import json
 import logging
-import os
 import queue
 import shutil
 from collections.abc import Callable
@@ -34,9 +32,13 @@ from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies import torch as torch_strategy
 
 from ebt_megatron.config import RecipeError
+from ebt_megatron.training.history import History
+from ebt_megatron.training.history import digest as _digest
+from ebt_megatron.training.history import write as _write
 from ebt_megatron.training.optimizer_state import OptimizerState
 
 logger = logging.getLogger(__name__)
+_FULL = 1 << 20  # bytes left on a disk that is called full
 
 
 class _Writer(filesystem_async.FileSystemWriterAsync):
@@ -77,31 +79,13 @@ class _Strategy(torch_strategy.TorchDistSaveShardedStrategy):
         return writer, planned[1]
 
 
-class CheckpointError(RuntimeError):
-    """A checkpoint that cannot be read; the message says which and why."""
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def verify(folder: Path) -> None:
-    """Compare every file of a checkpoint with its recorded checksum.
-
-    Raises:
-        CheckpointError: naming the first file that is missing or differs.
-    """
-    try:
-        recorded = json.loads((folder / "checksums.json").read_text())
-    except (OSError, json.JSONDecodeError) as error:
-        raise CheckpointError(f"{folder}: checksums.json cannot be read ({error})") from None
-    for name, digest in recorded.items():
-        path = folder / name
-        if not path.exists():
-            raise CheckpointError(f"{folder}: {name} is missing")
-        if _digest(path) != digest:
-            raise CheckpointError(f"{folder}: {name} does not match its checksum")
+def _why(folder: Path, reason: Exception) -> str:
+    """One line on what the storage raised; writers of other libraries do not say that the disk is full."""
+    text = f"{type(reason).__name__}: {' '.join(str(reason).split())}"
+    full = getattr(reason, "errno", None) == errno.ENOSPC
+    with contextlib.suppress(OSError):
+        full = full or shutil.disk_usage(folder.parent).free < _FULL
+    return f"{text} (the disk is full)" if full else text
 
 
 def _agree(error: str | None) -> str | None:
@@ -116,16 +100,17 @@ class _Pending:
     """A save whose files are being written.
 
     Attributes:
-        folder, final: where it is written, and its name when complete.
+        folder: where it is written.
         writer, metadata: megatron-core's writer, and (on rank 0) what its index will say.
         digests: resolves to the checksums of this rank's files, or raises what the storage raised.
+        prune: whether older checkpoints go.
     """
 
     folder: Path
-    final: Path
     writer: Any
     metadata: Any
     digests: Future[dict[str, str]]
+    prune: bool
 
 
 def _serialized(state: dict[str, Any]) -> bytes:
@@ -134,47 +119,31 @@ def _serialized(state: dict[str, Any]) -> bytes:
     return stream.getvalue()
 
 
-def _write(path: Path, data: bytes) -> None:
-    """Write a file through to the disk."""
-    with path.open("wb") as stream:
-        stream.write(data)
-        stream.flush()
-        os.fsync(stream.fileno())
-
-
-def _sync_folder(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 class Checkpoints:
     """The checkpoints of one run. All ranks call every method together.
 
     Args:
         folder: holds one folder for each checkpoint.
-        keep: how many of the newest stay.
+        keep: how many of the newest stay; 0: all.
         fingerprint: what must be equal for a checkpoint to fit the model.
         asynchronous: `save` returns once the state is copied; call `poll` every step.
+        report: told, on rank 0, of checkpoints that are damaged or set aside.
     """
 
-    def __init__(self, folder: Path, keep: int, fingerprint: dict[str, Any], asynchronous: bool = False):
-        self.folder, self.keep, self.fingerprint = folder, keep, fingerprint
-        self.asynchronous = asynchronous
+    def __init__(self, folder: Path, keep: int, fingerprint: dict[str, Any], asynchronous: bool = False,
+                 report: Callable[[str], None] = logger.warning):  # fmt: skip
+        self.folder, self.fingerprint, self.asynchronous, self.report = folder, fingerprint, asynchronous, report
+        self.history = History(folder, keep)
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._pending: _Pending | None = None
-        if dist.get_rank() == 0:
-            folder.mkdir(parents=True, exist_ok=True)
 
     def published(self) -> list[Path]:
         """Complete checkpoints, oldest first."""
-        return sorted(p for p in self.folder.glob("step-????????") if p.is_dir())
+        return self.history.published()
 
     def save(
         self, step: int, model: Any, optimizer: Any, scheduler: Any, extra: dict[str, Any],
-        rank_state: dict[str, Any] | None = None,
+        rank_state: dict[str, Any] | None = None, prune: bool = True,
     ) -> str | None:  # fmt: skip
         """Write and publish a checkpoint.
 
@@ -183,21 +152,20 @@ class Checkpoints:
             model, optimizer, scheduler: what to save (the model unwrapped).
             extra: small, equal on every rank.
             rank_state: this rank's own tensors (its part of the replay buffer), stored beside.
+            prune: older checkpoints than the newest `keep` go once this one is there.
 
         Returns:
             None, or why nothing was published (a full disk, say); earlier checkpoints are untouched.
             Asynchronous: the same about the save before this one, if it was still under way.
         """
         earlier = self.wait()
-        final = self.folder / f"step-{step:08d}"
         partial = self.folder / f"step-{step:08d}.partial"
         error: str | None = None
         if dist.get_rank() == 0:
             try:
-                shutil.rmtree(partial, ignore_errors=True)
-                partial.mkdir(parents=True)
+                self.history.start_partial(step)
             except OSError as reason:
-                error = f"{partial}: {reason}"
+                error = f"{partial}: {_why(partial, reason)}"
         if error := _agree(error):
             return error
         model_state = model.sharded_state_dict(prefix="model.")
@@ -229,7 +197,7 @@ class Checkpoints:
             names = [storage_key for _, storage_key, _ in arguments[1]] if function is not None else []
             return {name: _digest(partial / name) for name in [*names, *own_files]}
 
-        self._pending = _Pending(partial, final, writer, metadata, self._thread.submit(write))
+        self._pending = _Pending(partial, writer, metadata, self._thread.submit(write), prune)
         return earlier if self.asynchronous else self.wait()
 
     def poll(self) -> str | None:
@@ -250,7 +218,7 @@ class Checkpoints:
             digests = pending.digests.result()
             results = pending.writer.retrieve_write_results()
         except Exception as reason:  # whatever the storage raised: training goes on
-            error = f"{pending.folder} (rank {dist.get_rank()}): {type(reason).__name__}: {reason}"
+            error = f"{pending.folder} (rank {dist.get_rank()}): {_why(pending.folder, reason)}"
         gathered: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(gathered, (error, digests, results))
         error = next((e for e, _, _ in gathered if e), None)
@@ -260,38 +228,50 @@ class Checkpoints:
                     pending.writer.finish(pending.metadata, [r for _, _, r in gathered])
                     save_config(CheckpointingConfig("torch_dist", 1), str(pending.folder))
                     sums = {name: digest for _, part, _ in gathered for name, digest in part.items()}
-                    self._publish(pending, sums)
+                    sums |= {name: _digest(pending.folder / name) for name in (".metadata", "metadata.json")}
+                    self.history.publish(pending.folder, sums, pending.prune, self.report)
             except Exception as reason:
-                error = f"{pending.folder}: {type(reason).__name__}: {reason}"
+                error = f"{pending.folder}: {_why(pending.folder, reason)}"
             if error:
                 shutil.rmtree(pending.folder, ignore_errors=True)
         return _agree(error)
 
-    def _publish(self, pending: _Pending, sums: dict[str, str]) -> None:
-        for name in (".metadata", "metadata.json"):
-            sums[name] = _digest(pending.folder / name)
-        _write(pending.folder / "checksums.json", json.dumps(sums, indent=1).encode())
-        _sync_folder(pending.folder)
-        shutil.rmtree(pending.final, ignore_errors=True)
-        os.replace(pending.folder, pending.final)
-        _sync_folder(self.folder)
-        for old in self.published()[: -self.keep]:
-            shutil.rmtree(old, ignore_errors=True)
-
-    def newest_good(self, report: Callable[[str], None] = logger.warning) -> Path | None:
+    def newest_good(self, report: Callable[[str], None] | None = None) -> Path | None:
         """The newest checkpoint whose checksums hold, the same on every rank; reports those that do not."""
-        chosen: list[str | None] = [None]
+        chosen: list[Any] = [None]
         if dist.get_rank() == 0:
-            for folder in reversed(self.published()):
-                try:
-                    verify(folder)
-                except CheckpointError as error:
-                    report(f"damaged checkpoint skipped: {error}")
-                    continue
-                chosen = [str(folder)]
-                break
+            chosen = [self.history.newest_good(report or self.report)]
         dist.broadcast_object_list(chosen, src=0)
-        return Path(chosen[0]) if chosen[0] else None
+        return chosen[0]
+
+    def resume_point(self) -> Path | None:
+        """The newest good checkpoint; None if there are none at all.
+
+        Raises:
+            RecipeError: if there are checkpoints and all are damaged: to begin anew must be asked for.
+        """
+        newest = self.newest_good()
+        none: list[bool] = [not self.published()]
+        dist.broadcast_object_list(none, src=0)
+        if newest is None and not none[0]:
+            raise RecipeError(f"every checkpoint in {self.folder} is damaged: put a good one there, or set "
+                              "training.resume=false to begin anew (they are moved, not deleted)")  # fmt: skip
+        return newest
+
+    def go_on_from(self, step: int) -> None:
+        """Make `step` the newest of the history: later checkpoints are set aside.
+
+        Raises:
+            OSError: on every rank, if they cannot be moved.
+        """
+        error = None
+        if dist.get_rank() == 0:
+            try:
+                self.history.set_aside_after(step, self.report)
+            except OSError as reason:
+                error = f"{self.folder}: {reason}"
+        if error := _agree(error):
+            raise OSError(None, error, str(self.folder))
 
     def load(
         self, folder: Path, model: Any, optimizer: Any | None = None, scheduler: Any | None = None
@@ -311,7 +291,7 @@ class Checkpoints:
         """
         common = dist_checkpointing.load_common_state_dict(str(folder))
         for key, value in self.fingerprint.items():
-            saved = common["fingerprint"].get(key)
+            saved = common["fingerprint"].get(key, value)  # older checkpoints do not know every key
             if saved != value:
                 raise RecipeError(
                     f"{folder} was written with {key}={saved}, this run has {key}={value}: resume with the same "

@@ -17,11 +17,14 @@ import torch.distributed as dist
 
 
 class StopSignal:
-    """Remembers SIGTERM and SIGUSR1 (what schedulers send before the end) until the step is done."""
+    """Remembers SIGTERM, SIGUSR1 (what schedulers send before the end) and Ctrl-C until the step is done.
+
+    torchrun passes Ctrl-C on, so that a rank may get it twice.
+    """
 
     def __init__(self) -> None:
         self.received = False
-        for number in (signal.SIGTERM, signal.SIGUSR1):
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
             signal.signal(number, self._handle)
 
     def _handle(self, number: int, frame: Any) -> None:
@@ -125,6 +128,7 @@ class Watchdog:
             f"rank {rank} in phase '{r['phase']}' of step {r['step']}"
             for rank, r in reports.items() if r["entered"] == behind
         ]  # fmt: skip
-        print(f"[rank {self.rank}] no progress for {self.timeout:.0f} s: held up by {', '.join(culprits)}; exiting",
-              file=sys.stderr, flush=True)  # fmt: skip
+        if self.store.add("watchdog/said", 1) == 1:
+            print(f"[rank {self.rank}] no progress for {self.timeout:.0f} s: held up by {', '.join(culprits)}; exiting",
+                  file=sys.stderr, flush=True)  # fmt: skip
         os._exit(75)

@@ -1,7 +1,8 @@
-"""What a run says about itself: phase timers, its metrics by the writers a recipe asks for, and one console line."""
+"""What a run says about itself: phase timers, metrics.jsonl, TensorBoard and one console line."""
 
 from __future__ import annotations
 
+import errno
 import importlib.util
 import json
 import os
@@ -9,14 +10,15 @@ import resource
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from omegaconf import OmegaConf
 
-from ebt_megatron.config import RecipeError
+from ebt_megatron.errors import RecipeError
 
 
 class Timers:
@@ -62,11 +64,21 @@ def peak_memory_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
+def last_step(folder: Path) -> int:
+    """The last step that a run directory's metrics.jsonl has a row of; 0 without one."""
+    path, last = folder / "metrics.jsonl", 0
+    if path.exists():
+        for line in path.read_text().splitlines():
+            with suppress(json.JSONDecodeError):
+                last = max(last, json.loads(line)["step"])
+    return last
+
+
 class Writer(Protocol):
-    """One record of a run: made of the run's folder and the step it goes on from."""
+    """One record of a run."""
 
     def write(self, row: dict[str, Any]) -> None:
-        """Append one step's numbers: `step`, numbers by name, and dictionaries of numbers."""
+        """Append one step's numbers: `step`, numbers by name, lists and dictionaries of numbers."""
 
     def close(self) -> None:
         """Flush everything."""
@@ -84,32 +96,52 @@ def scalars(row: dict[str, Any]) -> dict[str, float]:
 
 
 class JsonlWriter:
-    """metrics.jsonl: a row in each line; rows after `first_step`, left by a run that was resumed before them, go."""
+    """metrics.jsonl: a row in each line. A row that cannot be written is tried again with the next one.
+
+    Args:
+        folder: the run directory.
+        first_step: rows of later steps, left by a run that was resumed before them, go to metrics-replaced.jsonl.
+    """
 
     def __init__(self, folder: Path, first_step: int):
         path = folder / "metrics.jsonl"
-        kept = []
+        kept: list[str] = []
+        replaced: list[str] = []
         if path.exists():
             for line in path.read_text().splitlines():
                 try:
                     row = json.loads(line)
                 except json.JSONDecodeError:
                     continue  # the last line of a killed run
-                if row["step"] <= first_step:
-                    kept.append(line)
-        partial = path.with_suffix(".partial")
-        partial.write_text("".join(line + "\n" for line in kept))
-        os.replace(partial, path)
-        self.stream = path.open("a")
+                (kept if row["step"] <= first_step else replaced).append(line + "\n")
+        if replaced:
+            with path.with_name("metrics-replaced.jsonl").open("a") as stream:
+                stream.writelines(replaced)
+        rewritten = path.with_suffix(".partial")
+        rewritten.write_text("".join(kept))
+        os.replace(rewritten, path)
+        self.stream = path.open("ab", buffering=0)
+        self.pending = b""
 
     def write(self, row: dict[str, Any]) -> None:
         """See `Writer`."""
-        self.stream.write(json.dumps(row) + "\n")
-        self.stream.flush()
+        self.pending += json.dumps(row).encode() + b"\n"
+        self._flush()
+
+    def _flush(self) -> None:
+        size = os.fstat(self.stream.fileno()).st_size
+        done = self.stream.write(self.pending)
+        if done < len(self.pending):  # no half rows
+            os.ftruncate(self.stream.fileno(), size)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "metrics.jsonl")
+        self.pending = b""
 
     def close(self) -> None:
         """See `Writer`."""
-        self.stream.close()
+        try:
+            self._flush()
+        finally:
+            self.stream.close()
 
 
 class TensorBoardWriter:
@@ -164,10 +196,56 @@ class WandbWriter:
         self.run.finish()
 
 
-WRITERS: dict[str, Callable[[Path, int], Writer]] = {
-    "jsonl": JsonlWriter,
-    "tensorboard": TensorBoardWriter,
-    "wandb": WandbWriter,
+class Lenient:
+    """A writer whose failures (a disk that others filled) are said once and counted; training goes on.
+
+    Args:
+        name: of what is written.
+        make: makes the writer that goes on from a step; called again after a row that failed.
+        first_step: the first one.
+        say: prints a line.
+    """
+
+    def __init__(self, name: str, make: Callable[[int], Writer], first_step: int, say: Callable[[str], None]):
+        self.name, self.make, self.say = name, make, say
+        self.writer: Writer | None = make(first_step)
+        self.failures = 0
+
+    def _attempt(self, work: Callable[[], None]) -> None:
+        try:
+            work()
+        except Exception as error:  # every writer has errors of its own
+            if not self.failures:
+                self.say(f"{self.name} not written: {' '.join(str(error).split())}; training goes on without")
+            self.failures += 1
+
+    def write(self, row: dict[str, Any]) -> None:
+        """See `Writer`."""
+        self._attempt(lambda: self._write(row))
+
+    def _write(self, row: dict[str, Any]) -> None:
+        if self.writer is None:
+            self.writer = self.make(row["step"] - 1)
+        try:
+            self.writer.write(row)
+        except Exception:
+            if not getattr(self.writer, "pending", None):  # one that holds nothing back is broken
+                self.writer = None
+            raise
+
+    def close(self) -> None:
+        """See `Writer`."""
+        if self.writer is not None:
+            self._attempt(self.writer.close)
+        if self.failures:
+            self.say(f"{self.name}: writing failed {self.failures} times")
+
+
+# by the names of `training.metrics`: what they write, and the writer
+WRITERS: dict[str, tuple[str, Callable[[Path, int], Writer]]] = {
+    "jsonl": ("metrics.jsonl", JsonlWriter),
+    "tensorboard": ("tensorboard/", TensorBoardWriter),
+    "wandb": ("Weights & Biases", WandbWriter),
 }
 
 
@@ -182,12 +260,14 @@ class MetricsWriter:
 
     Args:
         folder: the run directory, with recipe.yaml.
-        first_step: the step the run goes on from.
+        first_step: the step that the run goes on from.
+        say: told once of what cannot be written.
         kinds: names of WRITERS.
     """
 
-    def __init__(self, folder: Path, first_step: int, kinds: Sequence[str]):
-        self.writers = [WRITERS[kind](folder, first_step) for kind in kinds]
+    def __init__(self, folder: Path, first_step: int, say: Callable[[str], None], kinds: Sequence[str]):
+        chosen = [WRITERS[kind] for kind in kinds]
+        self.writers = [Lenient(name, partial(make, folder), first_step, say) for name, make in chosen]
 
     def write(self, row: dict[str, Any]) -> None:
         """See `Writer`."""
@@ -200,6 +280,25 @@ class MetricsWriter:
             writer.close()
 
 
+class Clock:
+    """Step times and what is left, from a running mean."""
+
+    def __init__(self, steps: int, first: int):
+        self.steps, self.previous, self.mean = steps, time.perf_counter(), 0.0
+        self.first = first
+
+    def tick(self, step: int) -> float:
+        """Seconds since the last call."""
+        now = time.perf_counter()
+        seconds, self.previous = now - self.previous, now
+        self.mean = seconds if step <= self.first + 2 else 0.95 * self.mean + 0.05 * seconds
+        return seconds
+
+    def left(self, step: int) -> float:
+        """Seconds to the end at the present pace."""
+        return (self.steps - step) * self.mean
+
+
 def clock(seconds: float) -> str:
     """3725 -> '1:02:05'."""
     whole = int(seconds)
@@ -208,7 +307,8 @@ def clock(seconds: float) -> str:
 
 def console_line(row: dict[str, Any], total_steps: int, seconds_left: float) -> str:
     """One line a person can read."""
-    parts = [f"step {row['step']:>{len(str(total_steps))}}/{total_steps}", f"loss {row['loss']:.4f}"]
+    parts = [f"step {row['step']:>{len(str(total_steps))}}/{total_steps}", f"epoch {row['epoch']:.2f}",
+             f"loss {row['loss']:.4f}"]  # fmt: skip
     if row.get("energy_first") is not None:
         parts.append(f"final step {row['final_step_loss']:.4f}")
         parts.append(f"energy {row['energy_first']:.3f} -> {row['energy_last']:.3f}")

@@ -6,10 +6,12 @@ module only says how a recipe maps onto it.
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -187,6 +189,38 @@ def build_scheduler(optimizer: MegatronOptimizer, recipe: Recipe) -> OptimizerPa
         wd_incr_steps=0,
         wd_incr_style="constant",
     )
+
+
+def schedule_change(recipe: Recipe, before: dict[str, Any], step: int) -> str | None:
+    """One line on what becomes of the learning rate where a run goes on with another schedule than it had; or None.
+
+    Args:
+        recipe: of the run that goes on.
+        before: `schedule_of` the run before.
+        step: where it goes on.
+    """
+    now = schedule_of(recipe)
+    changed = [key for key in now if before.get(key, now[key]) != now[key]]
+    if not changed:
+        return None
+    earlier = copy.deepcopy(recipe)
+    for key in changed:
+        setattr(earlier.optimizer, key, before[key])
+    rates = []
+    nothing: Any = SimpleNamespace(param_groups=[])  # that a schedule could change
+    for schedule in (build_scheduler(nothing, earlier), build_scheduler(nothing, recipe)):
+        schedule.num_steps = step
+        rates.append(schedule.get_lr({}))
+    what = ", ".join(f"optimizer.{key} {before[key]:g} -> {now[key]:g}" for key in changed)
+    keep = " ".join(f"optimizer.{key}={before[key]:g}" for key in changed)
+    return (f"another learning-rate schedule than before ({what}): at step {step} it goes from {rates[0]:.3g} to "
+            f"{rates[1]:.3g}; {keep} keeps it as it was")  # fmt: skip
+
+
+def schedule_of(recipe: Recipe) -> dict[str, Any]:
+    """What fixes the learning rate of every step."""
+    options = recipe.optimizer
+    return {key: getattr(options, key) for key in ("lr", "min_lr_ratio", "warmup_steps", "decay_steps")}
 
 
 def zero_gradients(model_chunks: Sequence[DistributedDataParallel], optimizer: MegatronOptimizer) -> None:

@@ -10,9 +10,13 @@
 # RESTARTS       how often a failed run is started again from its checkpoint default 3
 # LOCAL_ADDRESS  this node's address, if the others cannot resolve its name
 #
+# SIGTERM and Ctrl-C give the ranks TORCH_ELASTIC_SHUTDOWN_TIMEOUT seconds (default 300; torchrun's own: 30) to
+# finish the step and save.
+#
 # --dry-run prints the command instead of running it.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-300}"
 
 COMMAND=(
     "${PYTHON:-python}" -m torch.distributed.run

@@ -211,6 +211,74 @@ def test_a_position_of_other_data(shards):
             loader.load_state_dict({**loader.state_dict(), key: value})
 
 
+def test_sources_in_another_order_and_other_shards_of_the_same_sizes_are_other_data(shards, copied):
+    both = f"data.train=[{shards}/train,{shards}/validation]"
+    state = Loader(recipe_for(shards, both), "train", 0, 1).state_dict()
+    turned = Loader(recipe_for(shards, f"data.train=[{shards}/validation,{shards}/train]"), "train", 0, 1)
+    with pytest.raises(DataError, match=r"made with the folders of data\.train in another order"):
+        turned.load_state_dict(state)
+    Loader(recipe_for(copied, f"data.train=[{copied}/train,{copied}/validation]"), "train", 0, 1).load_state_dict(state)
+    rewrite(copied / "train", lambda rows: rows[::-1])
+    other = Loader(recipe_for(copied, f"data.train=[{copied}/train,{copied}/validation]"), "train", 0, 1)
+    with pytest.raises(DataError, match=f"made with other data than {copied}/train"):
+        other.load_state_dict(state)
+    del state["sources"]  # as in older checkpoints
+    other.load_state_dict(state)
+
+
+def rewrite(folder, change):
+    """The folder's rows changed, and everything that is said of them right again."""
+    from ebt_megatron.data.shards import read_manifest, shard_infos, write_shard
+
+    data = ShardFolder(str(folder))
+    rows = change(np.stack(list(data.rows())))
+    manifest, begin = read_manifest(str(folder)), 0
+    for number, shard in enumerate(manifest.shards):
+        write_shard(folder, number, "text", rows[begin : begin + shard.samples])
+        begin += shard.samples
+    manifest.shards = shard_infos(folder, len(manifest.shards))
+    manifest.write(folder)
+
+
+def test_a_token_beyond_the_vocabulary_is_found_at_start(copied, monkeypatch):
+    def change(rows):
+        rows[-1, 3] = 5000
+        return rows
+
+    rewrite(copied / "train", change)
+    refuse(copied, "/train/shard-0.* has token 5000, its tokenizer 400 entries: prepare the data again")
+    from ebt_megatron.data import loader
+
+    monkeypatch.setattr(loader, "_LOOKED_AT", 1)  # a large folder: one that is not looked at is found when it is read
+    stream = iter(Loader(recipe_for(copied), "train", 0, 1))
+    with pytest.raises(DataError, match="has token 5000"):
+        for _ in range(2000):
+            next(stream)
+    stream.close()
+
+
+def test_a_weight_that_gives_no_sample_is_refused(shards):
+    refuse(shards, "gives .*/validation 1e-09, which is not one sample in an epoch",
+           f"data.train=[{shards}/train,{shards}/validation]", "data.train_weights=[1,1e-9]")  # fmt: skip
+
+
+def test_the_source_that_is_repeated_most_is_named(shards):
+    both = f"data.train=[{shards}/train,{shards}/validation]"
+    loader = Loader(recipe_for(shards, both, "data.train_weights=[1,1]"), "train", 0, 1)
+    turns, source = loader.most_repeated(len(loader.blend) * 2)
+    small, all_samples = len(ShardFolder(f"{shards}/validation")), len(loader.blend)
+    assert source.endswith("/validation") and turns == pytest.approx(all_samples / small, rel=0.01)
+
+
+def test_validation_fills_the_last_micro_batches_with_samples_that_do_not_count(shards):
+    for size in (1, 2, 4):
+        batches = [list(Loader(recipe_for(shards, "training.validation_samples=5"), "validation", r, size))
+                   for r in range(size)]  # fmt: skip
+        assert len({len(b) for b in batches}) == 1 and all(len(b.tokens) == 2 for rank in batches for b in rank)
+        counted = [i for rank in batches for b in rank for i in (b.sample_ids[b.counts] - (1 << 50)).tolist()]
+        assert sorted(counted) == [0, 1, 2, 3, 4]
+
+
 def test_an_error_in_the_reading_thread_reaches_the_loop(shards):
     loader = Loader(recipe_for(shards), "train", 0, 1)
     loader.sources[0].gather = lambda indices, out: (_ for _ in ()).throw(DataError("gone"))

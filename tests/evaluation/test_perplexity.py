@@ -22,7 +22,7 @@ def objective_giving(*losses):
 
 
 def batches(*targets):
-    return [SimpleNamespace(tokens=torch.tensor([[0, *t]])) for t in targets]
+    return [SimpleNamespace(tokens=torch.tensor([[0, *t]]), counts=None) for t in targets]
 
 
 def test_a_longer_micro_batch_counts_for_more():
@@ -45,6 +45,9 @@ def test_perplexity_is_finite_for_any_loss():
     assert math.isfinite(perplexity(1e9))
 
 
-def test_no_samples_is_an_error_that_says_what_to_do():
-    with pytest.raises(ValueError, match="no validation samples"):
-        validate(objective_giving(), [], 1, 0, None, None)
+def test_samples_that_fill_a_micro_batch_do_not_count():
+    state = initialize(ParallelConfig(), 0)
+    objective = objective_giving([[1.0, math.nan], [2.0, 9.0]])  # two positions of two samples
+    batch = SimpleNamespace(tokens=torch.tensor([[0, 1, 2], [0, 3, 3]]), counts=torch.tensor([True, False]))
+    result = validate(objective, [batch], 1, 5, state.data_group, state.pipeline_group)
+    assert (result.losses.item(), result.positions, result.counts.tolist()) == (1.5, 2, [0, 1, 1, 0, 0])

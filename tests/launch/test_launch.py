@@ -37,14 +37,26 @@ def _environment(**more: str) -> dict[str, str]:
         ("slurm.sbatch", {}, "srun --kill-on-bad-exit=1"),
     ],
 )  # fmt: skip
-@pytest.mark.parametrize("recipe", ["recipes/text/s1_xxs.yaml", "text/s1_xxs"])
-def test_dry_run_prints_the_command_and_starts_nothing(script, variables, expected, recipe):
+@pytest.mark.parametrize("recipe", [str(ROOT / "recipes/text/s1_xxs.yaml"), "text/s1_xxs"])
+def test_dry_run_prints_the_command_and_starts_nothing(script, variables, expected, recipe, tmp_path):
     answer = subprocess.run(
         ["bash", LAUNCH / script, "--dry-run", recipe, "training.output_dir=my run"],
-        cwd=ROOT, env=_environment(**variables), capture_output=True, text=True, check=True,
+        cwd=tmp_path, env=_environment(**variables), capture_output=True, text=True, check=True,
     )  # fmt: skip
     assert expected in answer.stdout
     assert answer.stdout.rstrip().endswith(f"-m ebt_megatron.train {recipe} training.output_dir=my\\ run")
+
+
+def test_slurms_copy_of_the_script_finds_what_stands_beside_the_original(tmp_path):
+    shutil.copy(LAUNCH / "slurm.sbatch", tmp_path / "slurm_script")
+    (tmp_path / "scontrol").write_text(f"#!/bin/sh\necho '   Command={LAUNCH}/slurm.sbatch recipe key=1'\n")
+    (tmp_path / "scontrol").chmod(0o755)
+    answer = subprocess.run(
+        ["bash", tmp_path / "slurm_script", "--dry-run", ROOT / "recipes/text/s1_xxs.yaml"], cwd=tmp_path,
+        env=_environment(PATH=f"{tmp_path}:{os.environ['PATH']}", SLURM_JOB_ID="7", SLURM_SUBMIT_DIR=str(tmp_path)),
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert answer.stdout.startswith("srun --kill-on-bad-exit=1")
 
 
 @pytest.mark.parametrize("script", ["torchrun.sh", "mpirun.sh", "slurm.sbatch"])

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import signal
 from pathlib import Path
 
 import torch
@@ -69,7 +71,7 @@ def train(data: Path, output: Path, overrides: tuple[str, ...] = (), trouble: st
 
     run = Run(recipe_of(data, output, *overrides))
     out: dict = {"after": [], "samples": [], "said": [], "stopped": ""}
-    run.say = out["said"].append
+    run.say = lambda text, style="": out["said"].append(text)
     if trouble:
         globals()[trouble](run)
     step = run.trainer.train_step
@@ -83,7 +85,7 @@ def train(data: Path, output: Path, overrides: tuple[str, ...] = (), trouble: st
     run.trainer.train_step = watched
     try:
         run.run()
-    except StoppedRun as reason:
+    except (StoppedRun, StoppedHere) as reason:
         out["stopped"] = str(reason)
     return out | {"digest": digest(run)}
 
@@ -93,12 +95,12 @@ def train(data: Path, output: Path, overrides: tuple[str, ...] = (), trouble: st
 BAD_STEP = 4
 
 
-def _on_rank_1(run, change, iterations) -> None:
+def _on_last_rank(run, change, iterations) -> None:
     original = run.trainer.objective.train_batch
 
     def broken(micro_batches, iteration):
         totals = original(micro_batches, iteration)
-        if run.state.rank == 1 and iteration in iterations:
+        if run.state.rank == run.state.world_size - 1 and iteration in iterations:
             change(totals)
         return totals
 
@@ -107,23 +109,23 @@ def _on_rank_1(run, change, iterations) -> None:
 
 def nan_loss(run) -> None:
     """The loss of rank 1 is NaN, once."""
-    _on_rank_1(run, lambda totals: totals.loss.fill_(float("nan")), [BAD_STEP])
+    _on_last_rank(run, lambda totals: totals.loss.fill_(float("nan")), [BAD_STEP])
 
 
 def infinite_energy(run) -> None:
     """An energy of rank 1 is infinite, once."""
-    _on_rank_1(run, lambda totals: totals.energies[:1].fill_(float("inf")), [BAD_STEP])
+    _on_last_rank(run, lambda totals: totals.energies[:1].fill_(float("inf")), [BAD_STEP])
 
 
 def nan_gradient(run) -> None:
     """One entry of a gradient of rank 1 is NaN, once."""
     parameter = next(p for n, p in run.trainer.model.named_parameters() if "fc2" in n)
-    _on_rank_1(run, lambda totals: parameter.main_grad.view(-1)[3].fill_(float("nan")), [BAD_STEP])
+    _on_last_rank(run, lambda totals: parameter.main_grad.view(-1)[3].fill_(float("nan")), [BAD_STEP])
 
 
 def nan_for_good(run) -> None:
     """Every loss of rank 1 is NaN from a step on."""
-    _on_rank_1(run, lambda totals: totals.loss.fill_(float("nan")), range(BAD_STEP, 1000))
+    _on_last_rank(run, lambda totals: totals.loss.fill_(float("nan")), range(BAD_STEP, 1000))
 
 
 def spike(run) -> None:
@@ -142,6 +144,10 @@ def spike(run) -> None:
 
 def full_disk(run) -> None:
     """No space is left on rank 1 from step 4 to step 8."""
+    _no_space(run, range(4, 9))
+
+
+def _no_space(run, steps) -> None:
     import errno
 
     from ebt_megatron.training import checkpoint
@@ -149,8 +155,72 @@ def full_disk(run) -> None:
     original = checkpoint._write
 
     def failing(path, data):
-        if run.state.rank == 1 and 4 <= run.step <= 8:
+        if run.state.rank == run.state.world_size - 1 and run.step in steps:
             raise OSError(errno.ENOSPC, "No space left on device", str(path))
         original(path, data)
 
     checkpoint._write = failing
+
+
+def full_at_the_end(run) -> None:
+    """No space is left at the last step."""
+    _no_space(run, [12])
+
+
+def _signal(run, number, at=5) -> None:
+    original = run.trainer.train_step
+
+    def disturbed(micro_batches, iteration):
+        if iteration + 1 == at:
+            os.kill(os.getpid(), number)
+        return original(micro_batches, iteration)
+
+    run.trainer.train_step = disturbed
+
+
+def sigterm(run) -> None:
+    """Told to stop in step 5."""
+    _signal(run, signal.SIGTERM)
+
+
+def ctrl_c(run) -> None:
+    """Ctrl-C in step 5, twice, as torchrun passes it on."""
+    _signal(run, signal.SIGINT)
+    _signal(run, signal.SIGINT)
+
+
+def full_when_told_to_stop(run) -> None:
+    """Told to stop in step 5, and no space left."""
+    sigterm(run)
+    _no_space(run, [5])
+
+
+def bad_streak(run) -> None:
+    """Steps 5, 6 and 7 are not finite."""
+    _on_last_rank(run, lambda totals: totals.loss.fill_(float("nan")), range(4, 7))
+
+
+def sigterm_in_a_bad_streak(run) -> None:
+    """Told to stop in step 5, which is not finite, as are 6 and 7."""
+    bad_streak(run)
+    sigterm(run)
+
+
+def bad_end(run) -> None:
+    """The last two steps are not finite."""
+    _on_last_rank(run, lambda totals: totals.loss.fill_(float("nan")), range(10, 12))
+
+
+def killed_between_saving_and_recording(run) -> None:
+    """Ends, as by a kill, when validation at step 8 begins."""
+
+    def killed(row):
+        if run.step == 8:
+            raise StoppedHere
+        original(row)
+
+    original, run._validate = run._validate, killed
+
+
+class StoppedHere(RuntimeError):
+    """Stands for a kill."""

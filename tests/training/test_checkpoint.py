@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from ebt_megatron.training.checkpoint import CheckpointError, Checkpoints, verify
+from ebt_megatron.training.checkpoint import Checkpoints
+from ebt_megatron.training.history import CheckpointError, verify
 from tests.distributed_utils import run_ranks
 from tests.training.toy import Run, toy_recipe
 

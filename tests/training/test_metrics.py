@@ -22,7 +22,7 @@ def run(tmp_path):
 
 
 def written(run, kinds, first_step=0, last_step=3):
-    writer = MetricsWriter(run, first_step, kinds)
+    writer = MetricsWriter(run, first_step, print, kinds)
     for step in range(first_step + 1, last_step + 1):
         writer.write({"step": step, **ROW})
     writer.close()
@@ -75,7 +75,7 @@ def test_wandb_that_cannot_start_is_one_line(run, monkeypatch):
     module.init = lambda **given: (_ for _ in ()).throw(RuntimeError("no key\nlog in"))
     monkeypatch.setitem(sys.modules, "wandb", module)
     with pytest.raises(RecipeError, match=r"wandb cannot start \(no key log in\): set WANDB_MODE=offline"):
-        MetricsWriter(run, 0, ["wandb"])
+        MetricsWriter(run, 0, print, ["wandb"])
 
 
 def test_wandb_offline(run, monkeypatch):

@@ -1,0 +1,90 @@
+"""One optimizer step, and everything it needs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from ebt_megatron.config import Recipe, check
+from ebt_megatron.model.build import SampleShape, build_model
+from ebt_megatron.parallel.setup import initialize
+from ebt_megatron.training.metrics import Timers
+from ebt_megatron.training.objective import Totals, build_objective
+from ebt_megatron.training.optimizer import apply_gradients, build_optimizer, build_scheduler, wrap, zero_gradients
+
+
+@dataclass
+class StepResult:
+    """What one optimizer step did; equal on every rank.
+
+    Attributes:
+        loss: what is minimised; step_losses: after each thinking step; energies: before each.
+        applied: whether the weights changed (no: something was not finite).
+    """
+
+    loss: float
+    step_losses: list[float]
+    energies: list[float]
+    alpha: float
+    grad_norm: float
+    lr: float
+    positions: int
+    applied: bool
+
+
+class Trainer:
+    """Everything one optimizer step needs, and the step itself.
+
+    Args:
+        recipe: the run.
+        shape: facts of the data that fix the model's sizes.
+    """
+
+    def __init__(self, recipe: Recipe, shape: SampleShape):
+        self.recipe = recipe
+        self.state = initialize(recipe.parallel, recipe.training.seed)
+        check(recipe, self.state.world_size)
+        self.timers = Timers()
+        self.model = build_model(recipe, shape).to(self.state.device)
+        self.objective = build_objective(self.model, recipe, self.state, self.timers)
+        self.chunks = wrap([self.model], recipe)
+        self.optimizer = build_optimizer(self.chunks, recipe)
+        self.scheduler = build_scheduler(self.optimizer, recipe)
+
+    def train_step(self, micro_batches: Sequence[Any], iteration: int) -> StepResult:
+        """One optimizer step on this rank's micro-batches of a global batch.
+
+        Args:
+            micro_batches: as the loader gives them.
+            iteration: counts optimizer steps from 0; fixes every random draw of the step.
+        """
+        zero_gradients(self.chunks, self.optimizer)
+        totals = self.objective.train_batch(list(micro_batches), iteration)
+        with self.timers.phase("communication"):
+            loss, step_losses, energies, alpha = self._reduce(totals)
+        finite = all(map(torch.isfinite, [loss, *step_losses, *energies]))
+        with self.timers.phase("optimizer"):
+            update = apply_gradients(self.chunks, self.optimizer, self.scheduler, skip=not finite)
+        return StepResult(
+            loss.item(), step_losses.tolist(), energies.tolist(), alpha.item(), update.grad_norm, update.lr,
+            totals.positions, update.applied,
+        )  # fmt: skip
+
+    def _reduce(self, totals: Totals) -> tuple[torch.Tensor, ...]:
+        """Sum every rank's share: losses live on the first stage, energies on the last."""
+        alpha = getattr(self.model, "step_size", torch.zeros(1)).detach().double().view(1)
+        parts = [
+            totals.loss.view(1),
+            totals.losses,
+            totals.energies,
+            alpha.to(totals.loss) / self.state.data_size,
+        ]
+        packed = torch.cat(parts)
+        dist.all_reduce(packed, group=self.state.data_group)
+        dist.all_reduce(packed, group=self.state.pipeline_group)
+        loss, losses, energies, alpha = packed.split([len(p) for p in parts])
+        return loss[0], losses, energies, alpha[0]

@@ -1,0 +1,57 @@
+"""Every validation sample counts once, whatever the layout."""
+
+import pytest
+
+from tests.builders import small_recipe, text_shards
+from tests.distributed_utils import run_ranks
+from tests.training.runs import DOCUMENTS
+
+COUNTS = range(1, 21)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return text_shards(tmp_path_factory.mktemp("data"), DOCUMENTS[:40], 10, 500, vocab=300, validation_fraction=0.2)
+
+
+def _losses(data, layouts):
+    """Per layout, per number of samples: losses, energies and the targets' entropy."""
+    from ebt_megatron.data.loader import Loader
+    from ebt_megatron.evaluation.perplexity import validate
+    from ebt_megatron.model.build import SampleShape
+    from ebt_megatron.parallel import setup
+    from ebt_megatron.training.trainer import Trainer
+
+    out = {}
+    for layout, counts in layouts.items():
+        trainer = None
+        for count in counts:
+            recipe = small_recipe(f"data.train=[{data}/train]", f"data.validation=[{data}/validation]", *layout,
+                                  "training.global_batch_size=12", "training.micro_batch_size=3",
+                                  f"training.validation_samples={count}")  # fmt: skip
+            state = (trainer := trainer or Trainer(recipe, SampleShape(vocab_size=300))).state
+            loader = Loader(recipe, "validation", state.data_rank, state.data_size)
+            steps = 2 if recipe.model.architecture == "ebt" else 1
+            result = validate(trainer.objective, loader, steps, 300, state.data_group, state.pipeline_group)
+            assert result.positions == 10 * count == int(result.counts.sum())
+            values = [*result.losses.tolist(), *result.energies.tolist(), result.unigram_entropy()]
+            out[recipe.model.architecture, layout[1:], count] = values
+        setup.shutdown()
+    return out
+
+
+EBT, TRANSFORMER = "model.architecture=ebt", "model.architecture=transformer"
+TENSOR, PIPELINE, FEW = "parallel.tensor=2", "parallel.pipeline=2", (2, 5, 20)
+
+
+def test_the_loss_is_the_same_on_1_2_and_4_ranks_for_1_to_20_samples(data):
+    (expected,) = run_ranks(_losses, 1, data, {(EBT,): COUNTS, (TRANSFORMER,): COUNTS})
+    assert len({tuple(v) for v in expected.values()}) == 2 * len(COUNTS)
+    for ranks, layouts in (
+        (2, {(EBT,): COUNTS, (TRANSFORMER,): FEW, (EBT, TENSOR): FEW, (EBT, PIPELINE): FEW}),
+        (4, {(EBT,): COUNTS, (TRANSFORMER, PIPELINE): FEW}),
+    ):
+        for answer in run_ranks(_losses, ranks, data, layouts):
+            for (architecture, layout, count), values in answer.items():
+                wanted = expected[architecture, (), count]
+                assert values == pytest.approx(wanted, rel=1e-6, abs=1e-6), (ranks, architecture, layout, count)
