@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -88,7 +89,8 @@ def new_descent(model, recipe: Recipe, batch: Batch, plan: Plan | None = None) -
     seed, length = recipe.training.seed, batch.observed.shape[1]
     prediction = model.modality.prediction(batch.targets, batch.sample_ids, recipe.thinking, seed)
     sizes = step_sizes(model.step_size, recipe.thinking, batch.sample_ids, length, seed, random=True)
-    return Descent(prediction, model.step_size, *sizes, plan, position_weight(batch, model.head.dtype))
+    weight = position_weight(batch, model.head.dtype)
+    return Descent(prediction, model.step_size, *sizes, plan, weight, separable=model.separable)
 
 
 def new_thinker(model, recipe: Recipe, batch: Batch, plan: Plan | None = None) -> Thinker:
@@ -113,7 +115,8 @@ def double_backward(model, recipe: Recipe, batch: Batch, plan: Plan) -> Thought:
     from ebt_megatron.thinking import double_backward as engine
 
     context = model.modality.context(batch.observed)
-    return engine.train(model, context, batch.segments, new_descent(model, recipe, batch, plan))
+    energies = partial(engine.text_energies, model, context, batch.segments)
+    return engine.train(energies, new_descent(model, recipe, batch, plan))
 
 
 def gradients(model) -> dict[str, Tensor]:

@@ -16,7 +16,7 @@ embedded prediction x = p W, and by `thinking.step_rule`
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -31,6 +31,7 @@ from torch import Tensor
 from ebt_megatron.config import Recipe, ThinkingConfig
 from ebt_megatron.kernels import Kernels, RefineStats, StepRule
 from ebt_megatron.model.initialization import Draw, draw_of_embedding, draw_of_predictions
+from ebt_megatron.model.plain_text import PlainText
 from ebt_megatron.parallel.collectives import TensorGroup, gradient_buffer
 
 
@@ -143,10 +144,7 @@ def _join(parts: Sequence[Tensor]) -> Tensor:
 
 
 class TextPrediction:
-    """A micro-batch of predicted distributions (see the module's text for the notation).
-
-    The engine calls, for each step: `perturb`, `embed`, `refine`, then `tangent` and
-    `backward` if the step is learned from, then `advance`.
+    """A micro-batch of predicted distributions, a `Prediction` (see the module's text for the notation).
 
     With `thinking.regenerate`, y is never stored: noise is a pure function and a step is known by its
     [T, D] gradient, so every pass makes y anew, some rows at a time.
@@ -175,9 +173,9 @@ class TextPrediction:
         self._stored = torch.bfloat16 if thinking.logits_dtype == "bfloat16" else self.dtype
         self.rule = StepRule(thinking.step_rule)
         self._all = slice(0, self.length * self.batch)
-        # What the current prediction is made of: the steps taken to it, and how many had Langevin noise before them.
-        self.taken: list[_Step] = []
-        self.noises = 0
+        # What the current prediction is made of: the steps to it, and how many had Langevin noise before them.
+        self.steps: list[_Step] = []
+        self.perturbed = 0
         self._regenerated = thinking.regenerate > 0
         self.y = None if self._regenerated else self._make(self._all)
         # Reuse trades memory for arithmetic: y' is kept until it becomes y, not computed twice.
@@ -185,8 +183,9 @@ class TextPrediction:
         if thinking.reuse and self.y is not None:
             self._next = torch.empty_like(self.y)
             self._next[:, self.valid :] = 0
-        self.history: list[tuple[_Step, Tensor]] = []
-        self._kept: Tensor | None = None
+        self._moved = False  # whether `backward` has written y' over y
+        self.history: list[tuple[_Step, Tensor]] = []  # of each step: itself, and the log-sum-exp it ended with
+        self._end: Tensor | None = None  # the last prediction, where going back overwrites it
 
     # --- the logits ---------------------------------------------------------------------
 
@@ -202,11 +201,11 @@ class TextPrediction:
         if self.start is not None:
             start = self.start.flatten(0, 1)[rows].to(y)
             y = torch.where(start.isnan(), y, start)
-        for i in range(max(self.noises, len(self.taken))):
-            if i < self.noises:
+        for i in range(max(self.perturbed, len(self.steps))):
+            if i < self.perturbed:
                 self.add_langevin(y, i, rows)
-            if i < len(self.taken):
-                self._update(y, self.taken[i].rows(rows))
+            if i < len(self.steps):
+                self._update(y, self.steps[i].rows(rows))
         return y
 
     def _parts(self) -> Iterator[tuple[slice, Tensor]]:
@@ -239,7 +238,7 @@ class TextPrediction:
 
     def perturb(self, step: int) -> None:
         """Langevin noise before step `step`."""
-        self.noises = step + 1
+        self.perturbed = step + 1
         if not self._regenerated:
             self.add_langevin(self._stored_logits, step)
 
@@ -254,7 +253,7 @@ class TextPrediction:
     @property
     def final(self) -> Tensor:
         """The logits at the end of thinking as they are stored, [S, B, V / TP], for the replay buffer."""
-        return (self._whole() if self._kept is None else self._kept).view(self.length, self.batch, -1)
+        return (self._whole() if self._end is None else self._end).view(self.length, self.batch, -1)
 
     # --- one step -----------------------------------------------------------------------
 
@@ -340,7 +339,7 @@ class TextPrediction:
         return xt.to(self.table.dtype), norm * weight
 
     def backward(self, x_grad: Tensor, xt_grad: Tensor) -> None:
-        """Take gradients at the embedded value and tangent [S(/TP), B, D] to the embedding; then advance."""
+        """Take gradients at the embedded value and tangent [S(/TP), B, D] to the embedding."""
         x_grad, xt_grad = self._flat(x_grad), self._flat(xt_grad)
         for t, y in self._parts():
             s = self.step.rows(t)
@@ -349,17 +348,19 @@ class TextPrediction:
                 self.rule, self.lse_next[t], self._scale[t], self._scaled_mean[t], x_grad[t], xt_grad[t],
                 gradient_buffer(self.table), self._next,
             )  # fmt: skip
-        if self._next is not None or self._regenerated:
-            self.advance()
+        self._moved = self._next is None and not self._regenerated  # saves a pass over the vocabulary
 
-    def advance(self) -> None:
-        """Replace the prediction by the next one."""
+    def advance(self, keep: bool) -> None:
+        """Replace the prediction by the next one; with `keep`, `rewind` can come back before this step."""
+        if keep:
+            self.history.append((self.step, self.lse_next))
         if self._regenerated:
-            self.taken.append(self.step)
+            self.steps.append(self.step)
         elif self._next is not None:
             self.y, self._next = self._next, self.y
-        else:
+        elif not self._moved:
             self._update(self._stored_logits, self.step)
+        self._moved = False
 
     def _update(self, y: Tensor, s: _Step) -> None:
         self.kernels.vocab_update(
@@ -371,33 +372,31 @@ class TextPrediction:
     # made anew from their seed and each step's [T, D] gradient, so memory does not grow
     # with the number of steps.
 
-    def remember(self) -> None:
-        """Keep what is needed to come back before this step."""
-        self.history.append((self.step, self.lse_next))
-
     def begin_adjoint(self) -> None:
         """Start the way back, after the last `advance`."""
         if self.thinking.replay.enabled:
-            self._kept = self._whole().clone()
+            self._end = self._whole().clone()
         shape = self._all.stop, self.table.shape[0]
         self.adjoint = torch.zeros(shape, dtype=self.dtype, device=self.table.device)
 
     def add_loss_gradient(self, step: int, weight: Tensor) -> None:
         """adjoint += weight * dloss/dy at the prediction after step `step`; weight [S, B]."""
+        if self.perturbed > step + 1:  # `rewind` to the step after it has put noise on it
+            self._unperturb(step + 1)
         weight, lse_next = weight.flatten().to(self.dtype), self.history[step][1]
         for t, y in self._parts():
             self.kernels.vocab_adjoint(y, lse_next[t], self.target[t], weight[t], self.valid, self.adjoint[t])
 
     def rewind(self, step: int) -> None:
         """Return to the prediction as it was before step `step`, with that step's noise."""
-        self.taken, self.noises = [s for s, _ in self.history[:step]], step + 1
+        self.steps, self.perturbed = [s for s, _ in self.history[:step]], step + 1
         if not self._regenerated:
             self.y = self._make(self._all)
         self.step = self.history[step][0]
 
-    def unperturb(self, step: int) -> None:
-        """Take the noise of `rewind(step)` away again."""
-        self.noises = step
+    def _unperturb(self, step: int) -> None:
+        """Take the noise before step `step` off again."""
+        self.perturbed = step
         if self._regenerated or self.thinking.langevin_noise == 0:
             return
         if self._stored == self.dtype:
@@ -446,33 +445,12 @@ class TextPrediction:
             for t, y in self._parts():
                 self.kernels.vocab_to_logits(y, self.step.lse[t], self.valid, self._mean[t], self.adjoint[t])
 
-    # --- plain torch, for the double-backward reference (one process) ------------------------
+    # --- for the judge ------------------------------------------------------------------------
 
-    def plain_step(self, y: Tensor, alpha: Tensor, energy_of: Callable[[Tensor], Tensor], create_graph: bool):
-        """A step of the rule from logits y [T, V], differentiable twice if asked.
-
-        Args:
-            y: that require a gradient.
-            alpha: [S, B].
-            energy_of: embedded prediction [S, B, D] -> energies [S, B].
-            create_graph: whether the energy's gradient can be differentiated.
-
-        Returns:
-            The next logits [T, V] and the energies.
-        """
-        padding = 0, y.shape[1] - self.valid
-        p = torch.nn.functional.pad(y[:, : self.valid].softmax(-1), padding)
-        by = y if self.rule.by_logits else p
-        energies = energy_of(self._hidden(p[:, : self.valid].to(self.table.dtype) @ self.table[: self.valid]))
-        (gradient,) = torch.autograd.grad(energies.sum(), by, create_graph=create_graph, retain_graph=True)
-        start = p if self.rule.from_probabilities else y
-        return start - alpha.flatten()[:, None] * gradient, energies
-
-    def plain_store(self, y: Tensor) -> Tensor:
-        """Logits y [T, V] with what storing them rounds away taken off; gradients do not see it."""
-        return y if self._stored == self.dtype else y + (y.to(self._stored) - y).detach()
-
-    def plain_loss(self, y: Tensor) -> Tensor:
-        """Cross-entropy of logits y [T, V], [S, B]."""
-        loss = torch.nn.functional.cross_entropy(y[:, : self.valid], self.target, reduction="none")
-        return loss.view(self.length, self.batch)
+    def plain(self) -> PlainText:
+        """See `Prediction.plain`; call it before the first step."""
+        noise = self.thinking.langevin_noise > 0
+        return PlainText(
+            self.logits.flatten(0, 1), self.table, self.target, self.valid, self.rule, self._stored,
+            self.add_langevin if noise else None,
+        )  # fmt: skip

@@ -17,9 +17,13 @@ derivatives anywhere). The same backward pass gives the way back to y_i, for tra
 through several steps. The context stream depends on no prediction: it runs once, and
 is differentiated once, after every step has left its gradient on its keys and values.
 
+The factors of a position (alpha, its weight in the loss, lambda's length) stand before lambda,
+on the tangent. Where a position's energy depends on its own prediction alone they may stand
+before its energy instead, and do: `split_factor`.
+
 This file is the whole algorithm. It knows nothing of text, video or images: a
-*prediction* (`ebt_megatron.model.text.TextPrediction`, say) holds y and answers for its
-embedding, its update and its loss.
+*prediction* (`ebt_megatron.thinking.prediction`) holds y and answers for its embedding, its
+update and its loss.
 """
 
 from __future__ import annotations
@@ -28,7 +32,6 @@ import math
 from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -37,44 +40,7 @@ from ebt_megatron.config import ThinkingConfig
 from ebt_megatron.model.reuse import Tape
 from ebt_megatron.parallel.collectives import TensorGroup, add_gradient
 from ebt_megatron.parallel.randomness import STEP_SIZE_STREAM, draw_integer, draw_subset, uniform
-
-
-class Prediction(Protocol):
-    """What thinking needs of a modality; positions are [S, B], hidden states [S(/TP), B, D]."""
-
-    length: int
-    batch: int
-
-    y: Tensor | None
-
-    @property
-    def logits(self) -> Tensor: ...  # noqa: D102
-    @property
-    def embedded(self) -> Tensor: ...  # noqa: D102
-    @property
-    def final(self) -> Tensor: ...  # noqa: D102
-    def perturb(self, step: int) -> None: ...  # noqa: D102
-    def embed(self) -> Tensor: ...  # noqa: D102
-    def refine(self, energy_grad: Tensor, alpha: Tensor) -> Tensor: ...  # noqa: D102
-    def slope(self) -> Tensor: ...  # noqa: D102
-    def tangent(self, weight: Tensor) -> tuple[Tensor, Tensor]: ...  # noqa: D102
-    def backward(self, x_grad: Tensor, xt_grad: Tensor) -> None: ...  # noqa: D102
-    def advance(self) -> None: ...  # noqa: D102
-    def remember(self) -> None: ...  # noqa: D102
-    def begin_adjoint(self) -> None: ...  # noqa: D102
-    def add_loss_gradient(self, step: int, weight: Tensor) -> None: ...  # noqa: D102
-    def rewind(self, step: int) -> None: ...  # noqa: D102
-    def unperturb(self, step: int) -> None: ...  # noqa: D102
-    def adjoint_slope(self) -> Tensor: ...  # noqa: D102
-    def adjoint_tangent(self) -> tuple[Tensor, Tensor]: ...  # noqa: D102
-    def adjoint_backward(self, x_grad: Tensor, xt_grad: Tensor) -> None: ...  # noqa: D102
-    def adjoint_past(self) -> None: ...  # noqa: D102
-
-    # in plain torch, for the double-backward reference
-    def add_langevin(self, y: Tensor, step: int) -> None: ...  # noqa: D102
-    def plain_store(self, y: Tensor) -> Tensor: ...  # noqa: D102
-    def plain_step(self, y: Tensor, alpha: Tensor, energy_of: Callable, create_graph: bool) -> Any: ...  # noqa: D102
-    def plain_loss(self, y: Tensor) -> Tensor: ...  # noqa: D102
+from ebt_megatron.thinking.prediction import EnergyModel, Prediction
 
 
 @dataclass(frozen=True)
@@ -101,6 +67,18 @@ class Plan:
         if self.gradient == "detached":
             return tuple(i for i, weight in enumerate(self.step_weights) if weight)
         return tuple(reversed(range(self.steps))) if self.gradient == "full" else (self.steps - 1,)
+
+    @property
+    def passes(self) -> list[tuple[str, int]]:
+        """What is done, in order: ("propose" or "learn", step).
+
+        Detached, each step is learned from at once, so that its prediction alone is held. Else thinking goes to its
+        end first, and then back through the steps.
+        """
+        if self.gradient != "detached":
+            return [("propose", i) for i in range(self.steps)] + [("learn", i) for i in self.learned]
+        each = [("propose", "learn") if i in self.learned else ("propose",) for i in range(self.steps)]
+        return [(kind, i) for i, kinds in enumerate(each) for kind in kinds]
 
     @classmethod
     def of(cls, options: ThinkingConfig, steps: int, drawn: Collection[int] | None = None) -> Plan:
@@ -184,10 +162,31 @@ def step_sizes(
     return alpha * factor, factor * (step_size.detach() >= options.step_size_min)
 
 
+def split_factor(factor: Tensor, separable: bool) -> tuple[Tensor | None, Tensor]:
+    """Divide each position's factor between its tangent and its energy.
+
+    A learn pass differentiates the energy along factor_t * d_t. Its result is linear in the direction as a whole, so
+    one number per sample may be taken out of a sample's direction and multiplied with its energy. In a separable
+    energy each position is a sample of its own in this respect: nothing is left on the tangent, and low precision
+    sees directions d_t of unit length only.
+
+    Args:
+        factor: [S, B].
+        separable: as in `EnergyModel`.
+
+    Returns:
+        What the tangents are multiplied with (None: nothing), and what the energies' tangents are, [S, B].
+    """
+    if separable:
+        return None, factor
+    largest = factor.abs().amax(0).clamp_min(torch.finfo(factor.dtype).tiny)
+    return factor / largest, largest.expand_as(factor)
+
+
 @contextmanager
-def frozen(module: nn.Module) -> Iterator[None]:
+def frozen(model: EnergyModel) -> Iterator[None]:
     """Leave parameters out of autograd, so that a backward pass computes no weight gradients."""
-    live = [p for p in module.parameters() if p.requires_grad]
+    live = [p for p in model.parameters() if p.requires_grad]
     for p in live:
         p.requires_grad_(False)
     try:
@@ -204,13 +203,15 @@ class Context:
     and differentiated, for each step.
 
     Args:
-        model: an EnergyTransformer.
+        model: the energy.
         embed: returns the embedded context [S(/TP), B, D]; called inside autograd.
-        length, segments: as EnergyTransformer.context takes them.
+        length, segments: as `EnergyModel.context` takes them.
         learn: whether gradients will be asked for.
     """
 
-    def __init__(self, model: Any, embed: Callable[[], Tensor], length: int, segments: Tensor | None, learn: bool):
+    def __init__(
+        self, model: EnergyModel, embed: Callable[[], Tensor], length: int, segments: Tensor | None, learn: bool
+    ):
         self.model, self.embed, self.learn = model, embed, learn
         self.length, self.segments = length, segments
         self.step: int | None = None
@@ -251,6 +252,7 @@ class Descent:
         alpha, alpha_slope: step size per position [S, B] and its derivative by `step_size`.
         plan, weight: for training: what to learn from, and each position's weight [S, B] in the
             loss (usually 1 / the number of positions in the global batch).
+        separable: as the model's.
     """
 
     def __init__(
@@ -261,12 +263,15 @@ class Descent:
         alpha_slope: Tensor,
         plan: Plan | None = None,
         weight: Tensor | None = None,
+        *,
+        separable: bool,
     ):
         self.prediction, self.step_size = prediction, step_size
         self.alpha, self.alpha_slope = alpha, alpha_slope
-        self.plan, self.weight = plan, weight
+        self.plan, self.weight, self.separable = plan, weight, separable
         self.losses: list[Tensor] = []
         self._adjoint_step: int | None = None  # on the way back: the last step whose adjoint is known
+        self._on_tangent: Tensor | None = None  # what `learn_input` multiplied the tangents with, [S(/TP), B, 1]
 
     @property
     def _through(self) -> bool:
@@ -280,17 +285,14 @@ class Descent:
     def propose_output(self, step: int, energy_grad: Tensor) -> None:
         """Take the energy's gradient at that input, and form the next prediction."""
         self.losses.append(self.prediction.refine(energy_grad, self.alpha))
-        if self._through:
-            self.prediction.remember()
         if self._through or self.plan is None or step not in self.plan.learned:
-            self.prediction.advance()
+            self.prediction.advance(keep=self._through)
 
     def learn_input(self, step: int) -> tuple[Tensor, Tensor]:
         """What to differentiate: the weighted sum of energies' tangents.
 
         Returns:
-            Value and scaled tangent, stacked [S(/TP), 2B, D], and each position's weight [S, B]:
-            -alpha times the length of lambda that the tangent was divided by.
+            Value and scaled tangent, stacked [S(/TP), 2B, D], and each position's weight [S, B].
         """
         assert self.plan is not None and self.weight is not None
         if self._through:
@@ -302,17 +304,23 @@ class Descent:
             self._add_step_size_gradient(self.prediction.slope() * weight)
             x = self.prediction.embedded
             xt, norm = self.prediction.tangent(weight)
-        return torch.cat([x, xt], 1).detach(), -self.alpha * norm
+        on_tangent, on_energy = split_factor(-self.alpha * norm, self.separable)
+        if on_tangent is not None:
+            self._on_tangent = self.prediction.group.own_positions(on_tangent)[..., None].to(xt.dtype)
+            xt = xt * self._on_tangent
+        return torch.cat([x, xt], 1).detach(), on_energy
 
     def learn_output(self, step: int, streams_grad: Tensor) -> None:
         """Take the gradient at the stacked input to the embedding and, in training through steps, to y."""
         assert self.plan is not None
         x_grad, xt_grad = streams_grad.chunk(2, 1)
+        if self._on_tangent is not None:
+            xt_grad = xt_grad * self._on_tangent
         if self._through:
             self.prediction.adjoint_backward(x_grad, xt_grad)
-            self.prediction.unperturb(step)
         else:
-            self.prediction.backward(x_grad, xt_grad)  # also advances
+            self.prediction.backward(x_grad, xt_grad)
+            self.prediction.advance(keep=False)
 
     def finish(self) -> None:
         """Let the step size see the steps that nothing else is learned from."""
@@ -328,7 +336,6 @@ class Descent:
         while self._adjoint_step > step:
             if self._adjoint_step < self.plan.steps and self._adjoint_step not in self.plan.learned:
                 self.prediction.adjoint_past()
-                self.prediction.unperturb(self._adjoint_step)
             self._adjoint_step -= 1
             step_weight = self.plan.step_weights[self._adjoint_step]
             if step_weight:
@@ -348,7 +355,7 @@ class Thinker:
     `ebt_megatron.parallel.pipeline` does the same with the model split over stages.
 
     Args:
-        model: an EnergyTransformer.
+        model: the energy.
         context: its context stream.
         descent: the prediction's side.
         phase: a context manager told what is being done ("context", "propose", "learn"), for timing.
@@ -357,7 +364,7 @@ class Thinker:
 
     def __init__(
         self,
-        model: Any,
+        model: EnergyModel,
         context: Context,
         descent: Descent,
         phase: Callable[[str], AbstractContextManager] = nullcontext,
@@ -410,15 +417,10 @@ class Thinker:
         """Think and learn: add the gradient of sum_i step_weights[i] <weight, loss_i> to the parameters."""
         plan = self.descent.plan
         assert plan is not None
-        if plan.gradient == "detached":  # learn from each step at once, and hold its prediction only
-            for step in range(plan.steps):
+        for kind, step in plan.passes:
+            if kind == "propose":
                 self.propose(step)
-                if step in plan.learned:
-                    self.learn(step)
-        else:  # think to the end, then go back through the steps
-            for step in range(plan.steps):
-                self.propose(step)
-            for step in plan.learned:
+            else:
                 self.learn(step)
         with self.phase("learn"):
             self.descent.finish()

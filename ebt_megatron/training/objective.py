@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -157,7 +158,8 @@ class EnergyObjective:
         prediction = model.modality.prediction(sample.targets, sample.sample_ids, options, seed, sample.start)
         length = sample.observed.shape[1]
         alpha, slope = step_sizes(model.step_size, options, sample.sample_ids, length, seed, random)
-        return Descent(prediction, model.step_size, alpha, slope, plan, torch.full_like(alpha, 1 / positions))
+        weight = torch.full_like(alpha, 1 / positions)
+        return Descent(prediction, model.step_size, alpha, slope, plan, weight, separable=model.separable)
 
     def _context(self, sample: Sample, learn: bool) -> Context:
         embed = lambda: self.model.modality.context(sample.observed)  # noqa: E731
@@ -195,7 +197,8 @@ class EnergyObjective:
         descent = self._descent(sample, plan, positions, random=True)
         if self.recipe.thinking.engine == "double_backward":
             context = self.model.modality.context(sample.observed)
-            return double_backward.train(self.model, context, sample.segments, descent), descent
+            energies = partial(double_backward.text_energies, self.model, context, sample.segments)
+            return double_backward.train(energies, descent), descent
         stream = self._context(sample, learn=True)
         return Thinker(self.model, stream, descent, phase, self.recipe.thinking.reuse).train(), descent
 

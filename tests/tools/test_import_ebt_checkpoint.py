@@ -231,7 +231,7 @@ def thinker(model, recipe, batch, logits, plan=None):
     prediction = model.modality.prediction(batch.targets, batch.sample_ids, recipe.thinking, 0, start)
     sizes = step_sizes(model.step_size, recipe.thinking, batch.sample_ids, prediction.length, 0, random=False)
     weight = None if plan is None else position_weight(batch, model.head.dtype)
-    descent = Descent(prediction, model.step_size, *sizes, plan, weight)
+    descent = Descent(prediction, model.step_size, *sizes, plan, weight, separable=model.separable)
     context = Context(model, lambda: model.modality.context(batch.observed), prediction.length, None, plan is not None)
     return Thinker(model, context, descent)
 
