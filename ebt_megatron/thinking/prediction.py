@@ -58,9 +58,10 @@ class Prediction(Protocol):
     """The state y of a micro-batch of predictions: where it starts, how it enters the model, steps and is judged.
 
     `Descent` calls, for each step, `perturb`, `embed`, `refine`; then `slope`, `tangent` and `backward` if the step is
-    learned from; then `advance`. To train through steps it advances to the end, calls `begin_adjoint`, and goes back: for
-    each step `add_loss_gradient`, `rewind`, `adjoint_slope`, then `embed`, `adjoint_tangent` and `adjoint_backward` if
-    its energy is learned from, else `adjoint_past`. The adjoint is dL/dy, of y's shape, and stays inside.
+    learned from; then `advance`. To train through steps it advances to the end, calls `begin_adjoint`, and goes back:
+    for each step `add_loss_gradient`, `rewind`, `adjoint_slope`, then `embed`, `adjoint_tangent` and
+    `adjoint_backward` if its energy is learned from, else `adjoint_past`. The adjoint is dL/dy, of y's shape, and
+    stays inside.
 
     With s what the energy's gradient is taken by and b where a step starts, the step is y' = b(y) - alpha g,
     g = dE/ds; lambda stands for dloss/dy'.

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ebt_megatron import kernels
 from ebt_megatron.model.initialization import mark_tensor_parallel, named_weights
-from ebt_megatron.model.layers import modulate
+from ebt_megatron.model.layers import modulate, replicated
 from ebt_megatron.parallel.collectives import TensorGroup, gradient_buffer
 from ebt_megatron.parallel.randomness import stable_seed
 from ebt_megatron.parallel.setup import transformer_config
@@ -39,8 +39,8 @@ class JointLayer(MegatronModule):
         options = {"config": config, "init_method": config.init_method, "bias": False}
         rows = {**options, "input_is_parallel": True, "skip_bias_add": True}
         self.kernels = kernels.select("torch")
-        self.mix = nn.Parameter(torch.empty(WIDTH, WIDTH, dtype=config.params_dtype))
-        self.modulation = nn.Parameter(torch.empty(2 * WIDTH, WIDTH, dtype=config.params_dtype))
+        self.mix = replicated(torch.empty(WIDTH, WIDTH, dtype=config.params_dtype), config)
+        self.modulation = replicated(torch.empty(2 * WIDTH, WIDTH, dtype=config.params_dtype), config)
         self.qkv = ColumnParallelLinear(WIDTH, 3 * WIDTH, gather_output=False, **options)
         self.proj = RowParallelLinear(WIDTH, WIDTH, **rows)
         self.fc1 = ColumnParallelLinear(WIDTH, 2 * WIDTH, gather_output=False, **options)
@@ -75,11 +75,11 @@ class JointToy(MegatronModule):
         self.first, self.last = parallel_state.is_pipeline_first_stage(), parallel_state.is_pipeline_last_stage()
         if self.first:
             self.embedding = nn.Parameter(torch.empty(WIDTH, CHANNELS, dtype=config.params_dtype))
-            self.condition = nn.Parameter(torch.empty(WIDTH, CHANNELS, dtype=config.params_dtype))
+            self.condition = replicated(torch.empty(WIDTH, CHANNELS, dtype=config.params_dtype), config)
             self.step_size = nn.Parameter(torch.tensor(0.7, dtype=torch.float64))
         self.layers = nn.ModuleList(JointLayer(config) for _ in range(LAYERS // recipe.parallel.pipeline))
         if self.last:
-            self.head = nn.Parameter(torch.empty(WIDTH, dtype=config.params_dtype))
+            self.head = replicated(torch.empty(WIDTH, dtype=config.params_dtype), config)
         mark_tensor_parallel(self)
         for name, parameter in named_weights(self):
             if parameter.dim():
@@ -138,18 +138,21 @@ class LatentPrediction:
     Args:
         weight: W [D, C].
         start, target: [S, B, C].
+        group: the tensor-parallel group.
     """
 
-    def __init__(self, weight: nn.Parameter, start: Tensor, target: Tensor):
-        self.weight, self.y, self.target, self.start = weight, start, target, start
-        self.group = TensorGroup()
+    def __init__(self, weight: nn.Parameter, start: Tensor, target: Tensor, group: TensorGroup):
+        self.weight, self.y, self.target, self.start, self.group = weight, start, target, start, group
         self.history: list[tuple[Tensor, Tensor, Tensor]] = []  # of each step: y, g, y'
 
     def perturb(self, step):
         """There is no noise."""
 
+    def _embed(self, values):
+        return self.group.own_positions(values @ self.weight.detach().T)
+
     def embed(self):
-        return self.y @ self.weight.detach().T
+        return self._embed(self.y)
 
     @property
     def embedded(self):
@@ -159,7 +162,7 @@ class LatentPrediction:
         return (y - self.target).clamp(-1, 1) / CHANNELS
 
     def refine(self, energy_grad, alpha):
-        self.g = energy_grad @ self.weight.detach()
+        self.g = self.group.from_hidden(energy_grad) @ self.weight.detach()
         self.next = self.y - alpha[..., None] * self.g
         return F.smooth_l1_loss(self.next, self.target, reduction="none").mean(-1)
 
@@ -169,14 +172,14 @@ class LatentPrediction:
     def _direction(self, gradient):
         norm = gradient.norm(dim=-1).clamp_min(1e-30)
         self.direction = gradient / norm[..., None]
-        return self.direction @ self.weight.detach().T, norm
+        return self._embed(self.direction), norm
 
     def tangent(self, weight):
         return self._direction(weight[..., None] * self._loss_gradient(self.next))
 
     def backward(self, x_grad, xt_grad):
-        product = lambda grad, value: torch.einsum("sbd,sbc->dc", grad, value)  # noqa: E731
-        gradient_buffer(self.weight).add_(product(x_grad, self.y) + product(xt_grad, self.direction))
+        for grad, value in ((x_grad, self.y), (xt_grad, self.direction)):
+            gradient_buffer(self.weight).add_(torch.einsum("sbd,sbc->dc", self.group.from_hidden(grad), value))
 
     def advance(self, keep):
         if keep:
@@ -204,7 +207,7 @@ class LatentPrediction:
 
     def adjoint_backward(self, x_grad, xt_grad):
         self.backward(x_grad, xt_grad)
-        self.adjoint = self.adjoint + x_grad @ self.weight.detach()
+        self.adjoint = self.adjoint + self.group.from_hidden(x_grad) @ self.weight.detach()
 
     def adjoint_past(self):
         """A step starts at y itself."""

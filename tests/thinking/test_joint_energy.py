@@ -6,6 +6,7 @@ from functools import cache, partial
 import pytest
 import torch
 
+from ebt_megatron.parallel.collectives import TensorGroup
 from ebt_megatron.parallel.pipeline import MicroBatch, Pipeline
 from ebt_megatron.thinking import double_backward
 from ebt_megatron.thinking.dual_stream import Context, Descent, Plan, Thinker
@@ -14,9 +15,14 @@ from tests.distributed_utils import run_ranks
 from tests.thinking import joint_toy
 from tests.thinking.joint_toy import JointToy, LatentPrediction
 
-LENGTH, BATCH = 5, 4
+LENGTH, BATCH = 6, 4
 GRADIENTS = ("detached", "full", "truncated")
 PLANS = [Plan((0.25, 0.35, 0.4), gradient) for gradient in GRADIENTS]
+LAYOUTS = {
+    "TP 2": ["parallel.tensor=2"],
+    "TP 2 + SP": ["parallel.tensor=2", "parallel.sequence_parallel=true"],
+    "PP 2": ["parallel.pipeline=2"],
+}
 LAST = [Plan((0.0, 0.0, 1.0), gradient) for gradient in GRADIENTS]
 
 
@@ -29,7 +35,8 @@ def descent(model, plan, rows=slice(None), separable=False):
     start, target = draw(joint_toy.CHANNELS, seed=1), 2 * draw(joint_toy.CHANNELS, seed=2)
     factor = draw(seed=3).exp() * draw(seed=4)[:1].exp()
     weight = draw(seed=5).exp() / BATCH
-    prediction = LatentPrediction(model.embedding, start[:, rows], target[:, rows])
+    group = TensorGroup(model.config.sequence_parallel)
+    prediction = LatentPrediction(model.embedding, start[:, rows], target[:, rows], group)
     alpha = (model.step_size.detach() * factor)[:, rows]
     return Descent(prediction, model.step_size, alpha, factor[:, rows], plan, weight[:, rows], separable=separable)
 
@@ -38,8 +45,12 @@ def observed(rows=slice(None)):
     return draw(joint_toy.CHANNELS, seed=6)[:, rows]
 
 
+def embedded(model, rows=slice(None)):
+    return TensorGroup(model.config.sequence_parallel).own_positions(observed(rows)) @ model.condition.T
+
+
 def think(model, plan, reuse=False, separable=False):
-    context = Context(model, lambda: observed() @ model.condition.T, LENGTH, None, learn=True)
+    context = Context(model, partial(embedded, model), LENGTH, None, learn=True)
     return Thinker(model, context, descent(model, plan, separable=separable), reuse=reuse).train()
 
 
@@ -89,7 +100,7 @@ def test_factors_before_the_energies_would_be_wrong(plan):
 
 
 def on_layout(overrides):
-    """Gradients of this rank for each plan, as {name: (dimension along which it is a part, or None; gradient)}."""
+    """Gradients of this rank for each plan, as {name: (how to join those of all ranks, gradient)}."""
     recipe = joint_toy.recipe(*overrides)
     builders.state(recipe)
     out = []
@@ -102,25 +113,34 @@ def on_layout(overrides):
                              if model.first else MicroBatch(2, None, None, None)
                              for rows in (slice(0, 2), slice(2, 4))]  # fmt: skip
             Pipeline(model, LENGTH, plan, micro_batches, None, lambda name: nullcontext()).run()
-        dims = [p.partition_dim if getattr(p, "tensor_model_parallel", False) else None for p in model.parameters()]
-        gradients = named_gradients(model).items()
-        out.append({name: (dim, gradient.numpy()) for (name, gradient), dim in zip(gradients, dims, strict=True)})
+        gradients = zip(named_gradients(model).items(), map(how_to_join, model.parameters()), strict=True)
+        out.append({name: (how, gradient.numpy()) for (name, gradient), how in gradients})
     return out
 
 
-def embedded(model, rows):
-    return observed(rows) @ model.condition.T
+def how_to_join(parameter):
+    if getattr(parameter, "tensor_model_parallel", False):
+        return parameter.partition_dim
+    return "sum" if getattr(parameter, "sequence_parallel", False) else "same"
 
 
-@pytest.mark.parametrize("layout", ["tensor", "pipeline"])
+def join(how, gradients):
+    gradients = [torch.from_numpy(g) for g in gradients]
+    if how == "sum":
+        return sum(gradients)
+    if how == "same":
+        assert all(torch.equal(g, gradients[0]) for g in gradients)
+        return gradients[0]
+    return torch.cat(gradients, how)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_on_two_ranks(layout):
-    ranks = run_ranks(on_layout, 2, [f"parallel.{layout}=2"])
+    ranks = run_ranks(on_layout, 2, LAYOUTS[layout])
     for index, plan in enumerate(PLANS):
         _, expected = reference(plan)
         ours = {}
         for name in expected:
-            dims, held = zip(*(gradients[index][name] for gradients in ranks if name in gradients[index]), strict=True)
-            held = [torch.from_numpy(gradient) for gradient in held]
-            ours[name] = held[0] if dims[0] is None else torch.cat(held, dims[0])
-            assert dims[0] is not None or all(torch.equal(gradient, held[0]) for gradient in held)
+            held = [gradients[index][name] for gradients in ranks if name in gradients[index]]
+            ours[name] = join(held[0][0], [gradient for _, gradient in held])
         assert max(errors(ours, expected).values()) < 1e-10, plan
