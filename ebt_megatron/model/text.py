@@ -53,7 +53,7 @@ class TokenEmbedding(MegatronModule):
         self.table = _embedding_table(config, padded_vocab_size, draw, bool(config.sequence_parallel))
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """See the class."""
+        """Tokens [B, S] -> [S(/TP), B, D]."""
         embedded = self.table(tokens)
         return embedded if self.config.sequence_parallel else embedded.transpose(0, 1).contiguous()
 
@@ -221,6 +221,10 @@ class TextPrediction:
             buffer = y if buffer is None else buffer
             yield rows, y
 
+    def _parts_of_step(self) -> Iterator[tuple[slice, Tensor, _Step]]:
+        for rows, y in self._parts():
+            yield rows, y, self.step.rows(rows)
+
     @property
     def _stored_logits(self) -> Tensor:
         assert self.y is not None
@@ -292,7 +296,7 @@ class TextPrediction:
         stats = RefineStats.join([
             self.kernels.vocab_refine(y, s.lse, self.table.detach(), self.valid, s.energy_grad, s.centre, s.alpha,
                                       self.target[t], self.rule, self._next)
-            for t, y in self._parts() for s in [self.step.rows(t)]
+            for t, y, s in self._parts_of_step()
         ])  # fmt: skip
         self.lse_next = self.group.log_sum_exp(stats.lse_next)
         part = (stats.lse_next - self.lse_next).exp()
@@ -341,8 +345,7 @@ class TextPrediction:
     def backward(self, x_grad: Tensor, xt_grad: Tensor) -> None:
         """Take gradients at the embedded value and tangent [S(/TP), B, D] to the embedding."""
         x_grad, xt_grad = self._flat(x_grad), self._flat(xt_grad)
-        for t, y in self._parts():
-            s = self.step.rows(t)
+        for t, y, s in self._parts_of_step():
             self.kernels.vocab_backward(
                 y, s.lse, self.table.detach(), self.valid, s.energy_grad, s.centre, s.alpha, self.target[t],
                 self.rule, self.lse_next[t], self._scale[t], self._scaled_mean[t], x_grad[t], xt_grad[t],
@@ -409,7 +412,7 @@ class TextPrediction:
         parts = [
             self.kernels.vocab_dot_step(y, s.lse, self.table.detach(), self.valid, s.energy_grad, s.centre, self.rule,
                                         self.adjoint[t])
-            for t, y in self._parts() for s in [self.step.rows(t)]
+            for t, y, s in self._parts_of_step()
         ]  # fmt: skip
         slope, self._mean = self.group.sum(torch.stack([_join(part) for part in zip(*parts, strict=True)]))
         return slope.view(self.length, self.batch)

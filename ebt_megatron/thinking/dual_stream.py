@@ -196,6 +196,39 @@ def frozen(model: EnergyModel) -> Iterator[None]:
             p.requires_grad_(True)
 
 
+class ContextPass:
+    """One run of the context stream through a pipeline stage, for all that read its keys and values.
+
+    Args:
+        model: the energy.
+        h: embedded context on the first stage, else the previous stage's output; [S(/TP), B, D].
+        length, segments, step: as `EnergyModel.context` takes them.
+        learn: whether gradients will be asked for.
+
+    Attributes:
+        out: the stage's output.
+    """
+
+    def __init__(self, model: EnergyModel, h: Tensor, length: int, segments: Tensor | None, step: int, learn: bool):
+        with torch.set_grad_enabled(learn):
+            self.out, key_values = model.context(h, length, segments, step)
+        self._tensors = [t for key_value in key_values for t in key_value]
+        self._leaves = [t.detach().requires_grad_(learn) for t in self._tensors]
+
+    def key_values(self, constant: bool) -> list[tuple[Tensor, Tensor]]:
+        """Keys and values of every layer; not `constant`: they collect gradients."""
+        tensors = [t.detach() for t in self._leaves] if constant else self._leaves
+        return list(zip(tensors[::2], tensors[1::2], strict=True))
+
+    def backward(self, out_grad: Tensor | None = None) -> None:
+        """Send the collected gradients, and that at `out` if there is one, through the stage."""
+        pairs = [(t, leaf.grad) for t, leaf in zip(self._tensors, self._leaves, strict=True) if leaf.grad is not None]
+        if out_grad is not None:
+            pairs.append((self.out, out_grad))
+        if pairs:
+            torch.autograd.backward([t for t, _ in pairs], [grad for _, grad in pairs])
+
+
 class Context:
     """The context stream of a micro-batch: run once, read at every step, differentiated once.
 
@@ -214,33 +247,26 @@ class Context:
     ):
         self.model, self.embed, self.learn = model, embed, learn
         self.length, self.segments = length, segments
-        self.step: int | None = None
-        self.outputs: list[Tensor] = []
-        self.leaves: list[Tensor] = []
+        self._at_hand: tuple[int, ContextPass] | None = None
 
-    def run(self, step: int) -> None:
-        """Compute the context for `step`, unless it is at hand."""
-        if self.step is not None and (self.step == step or not self.model.context_sees_step):
-            return
-        self.backward()
-        with torch.set_grad_enabled(self.learn):
-            _, key_values = self.model.context(self.embed(), self.length, self.segments, step)
-        self.outputs = [t for key_value in key_values for t in key_value]
-        self.leaves = [t.detach().requires_grad_(self.learn) for t in self.outputs]
-        self.step = step
+    def run(self, step: int) -> ContextPass:
+        """The context for `step`, computed unless it is at hand."""
+        if self._at_hand is None or (self.model.context_sees_step and self._at_hand[0] != step):
+            self.backward()
+            with torch.set_grad_enabled(self.learn):
+                h = self.embed()
+            self._at_hand = step, ContextPass(self.model, h, self.length, self.segments, step, self.learn)
+        return self._at_hand[1]
 
     def key_values(self, step: int, constant: bool) -> list[tuple[Tensor, Tensor]]:
         """Keys and values of every layer for `step`; not `constant`: they collect gradients."""
-        self.run(step)
-        tensors = [t.detach() for t in self.leaves] if constant else self.leaves
-        return list(zip(tensors[::2], tensors[1::2], strict=True))
+        return self.run(step).key_values(constant)
 
     def backward(self) -> None:
         """Send the collected gradients through the context stream."""
-        pairs = [(o, leaf.grad) for o, leaf in zip(self.outputs, self.leaves, strict=True) if leaf.grad is not None]
-        if pairs:
-            torch.autograd.backward([o for o, _ in pairs], [g for _, g in pairs])
-        self.outputs, self.leaves, self.step = [], [], None
+        if self._at_hand is not None:
+            self._at_hand[1].backward()
+        self._at_hand = None
 
 
 class Descent:

@@ -27,6 +27,7 @@ class EnergyModel(Protocol):
             prediction at t alone, as in autoregressive models. Where predictions see each other it is not: see
             `ebt_megatron.thinking.dual_stream.split_factor`.
         context_sees_step: whether the context must be computed anew for each thinking step.
+        step_tokens: how many positions the step itself takes before the sequence.
     """
 
     config: TransformerConfig
@@ -35,6 +36,8 @@ class EnergyModel(Protocol):
     def separable(self) -> bool: ...  # noqa: D102
     @property
     def context_sees_step(self) -> bool: ...  # noqa: D102
+    @property
+    def step_tokens(self) -> int: ...  # noqa: D102
 
     def parameters(self) -> Iterator[nn.Parameter]: ...  # noqa: D102
 

@@ -18,7 +18,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from ebt_megatron.config import Recipe, RecipeError
-from ebt_megatron.parallel.pipeline import MicroBatch, Pipeline
+from ebt_megatron.parallel.pipeline import Pipeline, StageBatch
 from ebt_megatron.parallel.setup import ParallelState
 from ebt_megatron.thinking import double_backward
 from ebt_megatron.thinking.dual_stream import Context, Descent, Plan, Thinker, Thought, step_sizes
@@ -217,10 +217,10 @@ class EnergyObjective:
     def _pipeline(self, samples: list[Sample], plan: Plan, positions: int, random: bool) -> Pipeline:
         first = self.state.is_first_stage
 
-        def micro_batch(sample: Sample) -> MicroBatch:
+        def micro_batch(sample: Sample) -> StageBatch:
             embed = (lambda: self.model.modality.context(sample.observed)) if first else None
             descent = self._descent(sample, plan, positions, random) if first else None
-            return MicroBatch(len(sample.observed), embed, descent, sample.segments)
+            return StageBatch(len(sample.observed), embed, descent, sample.segments)
 
         return Pipeline(
             self.model, self.recipe.data.sequence_length, plan, [micro_batch(s) for s in samples],

@@ -1,13 +1,12 @@
 """Where predictions see each other, the dual-stream gradient is the double-backward gradient as well, in float64."""
 
-from contextlib import nullcontext
 from functools import cache, partial
 
 import pytest
 import torch
 
 from ebt_megatron.parallel.collectives import TensorGroup
-from ebt_megatron.parallel.pipeline import MicroBatch, Pipeline
+from ebt_megatron.parallel.pipeline import Pipeline, StageBatch
 from ebt_megatron.thinking import double_backward
 from ebt_megatron.thinking.dual_stream import Context, Descent, Plan, Thinker
 from tests import builders
@@ -109,10 +108,10 @@ def on_layout(overrides):
         if recipe.parallel.pipeline == 1:
             think(model, plan)
         else:
-            micro_batches = [MicroBatch(2, partial(embedded, model, rows), descent(model, plan, rows), None)
-                             if model.first else MicroBatch(2, None, None, None)
+            micro_batches = [StageBatch(2, partial(embedded, model, rows), descent(model, plan, rows), None)
+                             if model.first else StageBatch(2, None, None, None)
                              for rows in (slice(0, 2), slice(2, 4))]  # fmt: skip
-            Pipeline(model, LENGTH, plan, micro_batches, None, lambda name: nullcontext()).run()
+            Pipeline(model, LENGTH, plan, micro_batches, None).run()
         gradients = zip(named_gradients(model).items(), map(how_to_join, model.parameters()), strict=True)
         out.append({name: (how, gradient.numpy()) for (name, gradient), how in gradients})
     return out
