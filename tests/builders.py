@@ -16,7 +16,8 @@ from ebt_megatron.config import Recipe, load_recipe
 from ebt_megatron.data.loader import MicroBatch
 from ebt_megatron.model.build import SampleShape, build_model
 from ebt_megatron.parallel.setup import ParallelState, initialize
-from ebt_megatron.thinking.dual_stream import Context, Descent, Plan, Thinker, Thought, step_sizes
+from ebt_megatron.thinking.dual_stream import Context, Descent, Thinker, Thought, step_sizes
+from ebt_megatron.thinking.plan import Plan
 
 VOCAB = 61
 

@@ -21,7 +21,8 @@ from torch import Tensor
 
 from ebt_megatron.parallel.collectives import TensorGroup
 from ebt_megatron.parallel.schedule import FORWARD, Schedule, Task, chain, simulate
-from ebt_megatron.thinking.dual_stream import ContextPass, Descent, Plan, Thought, frozen
+from ebt_megatron.thinking.dual_stream import ContextPass, Descent, Thought, frozen
+from ebt_megatron.thinking.plan import Plan
 from ebt_megatron.thinking.prediction import EnergyModel
 
 _groups: dict[str, dist.ProcessGroup] = {}

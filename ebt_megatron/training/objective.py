@@ -21,7 +21,8 @@ from ebt_megatron.config import Recipe, RecipeError
 from ebt_megatron.parallel.pipeline import Pipeline, StageBatch
 from ebt_megatron.parallel.setup import ParallelState
 from ebt_megatron.thinking import double_backward
-from ebt_megatron.thinking.dual_stream import Context, Descent, Plan, Thinker, Thought, step_sizes
+from ebt_megatron.thinking.dual_stream import Context, Descent, Thinker, Thought, step_sizes
+from ebt_megatron.thinking.plan import Plan
 from ebt_megatron.thinking.replay import Entry, ReplayBuffer, reshard, stack_start
 from ebt_megatron.training.graphs import Graphs
 

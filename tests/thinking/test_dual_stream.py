@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ebt_megatron.kernels import StepRule
-from ebt_megatron.thinking.dual_stream import Plan
+from ebt_megatron.thinking.plan import Plan
 from ebt_megatron.training.metrics import Timers
 from ebt_megatron.training.objective import build_objective
 from tests import builders

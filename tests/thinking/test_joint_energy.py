@@ -8,7 +8,8 @@ import torch
 from ebt_megatron.parallel.collectives import TensorGroup
 from ebt_megatron.parallel.pipeline import Pipeline, StageBatch
 from ebt_megatron.thinking import double_backward
-from ebt_megatron.thinking.dual_stream import Context, Descent, Plan, Thinker
+from ebt_megatron.thinking.dual_stream import Context, Descent, Thinker
+from ebt_megatron.thinking.plan import Plan
 from tests import builders
 from tests.distributed_utils import run_ranks
 from tests.thinking import joint_toy

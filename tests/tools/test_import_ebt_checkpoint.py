@@ -17,7 +17,8 @@ from ebt_megatron.config import RecipeError, load_recipe, to_yaml
 from ebt_megatron.data.folder import ShardFolder
 from ebt_megatron.model.build import SampleShape, build_model
 from ebt_megatron.parallel.setup import initialize
-from ebt_megatron.thinking.dual_stream import Context, Descent, Plan, Thinker, step_sizes
+from ebt_megatron.thinking.dual_stream import Context, Descent, Thinker, step_sizes
+from ebt_megatron.thinking.plan import Plan
 from ebt_megatron.training.weights import read_weights, set_weights
 from tests.builders import position_weight, relative_error, text_batch, text_shards
 from tools.import_ebt_checkpoint import app, convert, convert_weights, read_checkpoint
