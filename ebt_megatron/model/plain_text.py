@@ -1,7 +1,7 @@
 """Predicted distributions in plain torch, on one process: text's part of the double-backward judge.
 
-Formulas of their own: nothing here is the code of `ebt_megatron.model.text_prediction` or of a vocabulary kernel, but for the
-noise, which must be the same.
+Formulas of their own: nothing here is the code of `ebt_megatron.model.text_prediction` or of a vocabulary kernel, but
+for the noise, which must be the same.
 """
 
 from __future__ import annotations
