@@ -51,6 +51,7 @@ RECIPES = {
     "conditioning time_embed_sequence": ("model.conditioning=time_embed_sequence",),
     "conditioning adaln": ("model.conditioning=adaln",),
     "conditioning adaln_zero": ("model.conditioning=adaln_zero",),
+    "conditioning adaln_sequence": ("model.conditioning=adaln_sequence",),
     "reuse": ("thinking.reuse=true",),
     "regenerated": ("thinking.regenerate=7",),
     "regenerated, full": ("thinking.regenerate=7", "thinking.gradient=full", *THROUGH),
