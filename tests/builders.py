@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -15,7 +16,8 @@ from ebt_megatron.config import Recipe, load_recipe
 from ebt_megatron.data.loader import MicroBatch
 from ebt_megatron.model.build import SampleShape, build_model
 from ebt_megatron.parallel.setup import ParallelState, initialize
-from ebt_megatron.thinking.dual_stream import Context, Descent, Plan, Thinker, Thought, step_sizes
+from ebt_megatron.thinking.dual_stream import Context, Descent, Thinker, Thought, step_sizes
+from ebt_megatron.thinking.plan import Plan
 
 VOCAB = 61
 
@@ -88,7 +90,8 @@ def new_descent(model, recipe: Recipe, batch: Batch, plan: Plan | None = None) -
     seed, length = recipe.training.seed, batch.observed.shape[1]
     prediction = model.modality.prediction(batch.targets, batch.sample_ids, recipe.thinking, seed)
     sizes = step_sizes(model.step_size, recipe.thinking, batch.sample_ids, length, seed, random=True)
-    return Descent(prediction, model.step_size, *sizes, plan, position_weight(batch, model.head.dtype))
+    weight = position_weight(batch, model.head.dtype)
+    return Descent(prediction, model.step_size, *sizes, plan, weight, separable=model.separable)
 
 
 def new_thinker(model, recipe: Recipe, batch: Batch, plan: Plan | None = None) -> Thinker:
@@ -113,7 +116,8 @@ def double_backward(model, recipe: Recipe, batch: Batch, plan: Plan) -> Thought:
     from ebt_megatron.thinking import double_backward as engine
 
     context = model.modality.context(batch.observed)
-    return engine.train(model, context, batch.segments, new_descent(model, recipe, batch, plan))
+    energies = partial(engine.text_energies, model, context, batch.segments)
+    return engine.train(energies, new_descent(model, recipe, batch, plan))
 
 
 def gradients(model) -> dict[str, Tensor]:

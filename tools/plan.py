@@ -22,7 +22,7 @@ from ebt_megatron.config import Recipe, check, load_recipe
 from ebt_megatron.model.build import padded
 from ebt_megatron.model.flops import cost
 from ebt_megatron.parallel.schedule import FLOP_DURATIONS, chain, gpt_bubble, simulate, transformer_chain
-from ebt_megatron.thinking.dual_stream import Plan
+from ebt_megatron.thinking.plan import Plan
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,10 @@ KeyValues = Sequence[tuple[Tensor, Tensor]]
 
 
 class EnergyTransformer(StageModule):
-    """One pipeline stage of an EBT (the whole model when there is one stage).
+    """One pipeline stage of an EBT (the whole model when there is one stage), an `EnergyModel`.
+
+    Attributes:
+        separable: E_t depends on prediction t alone, so that a position's factors may stand before its energy.
 
     Args:
         config: Megatron's configuration.
@@ -36,6 +39,8 @@ class EnergyTransformer(StageModule):
         pre_process: this is the first stage (embeddings, the step size).
         post_process: this is the last stage (final norm, energy head).
     """
+
+    separable = True
 
     def __init__(
         self,

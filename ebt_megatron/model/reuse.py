@@ -2,8 +2,9 @@
 
 Both passes go through the same layers with the same values. Propose has already computed
 every linear layer's output for the value, and, going back, the energy's gradient at every
-linear layer's input. In the learn pass the tangent's adjoint is that same gradient times
-each position's weight, because a position's energy depends on its own prediction alone. So
+linear layer's input. In the learn pass the tangent's adjoint is that same gradient times the
+weight of the energies: each position's own where a position's energy depends on its own
+prediction alone, else the same for a whole sample (`thinking.dual_stream.split_factor`). So
 learn computes, per linear layer, the tangent's output (forward), the value's input gradient
 and the weight's gradient (backward): 4 C instead of 6 C, for the memory of the tape.
 """

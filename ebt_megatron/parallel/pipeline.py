@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,7 +21,9 @@ from torch import Tensor
 
 from ebt_megatron.parallel.collectives import TensorGroup
 from ebt_megatron.parallel.schedule import FORWARD, Schedule, Task, chain, simulate
-from ebt_megatron.thinking.dual_stream import Descent, Plan, Thought, frozen
+from ebt_megatron.thinking.dual_stream import ContextPass, Descent, Thought, frozen
+from ebt_megatron.thinking.plan import Plan
+from ebt_megatron.thinking.prediction import EnergyModel
 
 _groups: dict[str, dist.ProcessGroup] = {}
 
@@ -112,24 +115,24 @@ class Mail:
 
 
 @dataclass
-class MicroBatch:
+class StageBatch:
     """One micro-batch on one stage.
 
     Attributes:
-        batch: B, samples in it.
+        size: B, samples in it.
         embed_context: first stage: returns the embedded context [S(/TP), B, D], inside autograd.
         descent: first stage: the prediction's side.
         segments: int32 [B, S] documents, or None.
     """
 
-    batch: int
+    size: int
     embed_context: Callable[[], Tensor] | None
     descent: Descent | None
     segments: Tensor | None
     energies: list[Tensor] = field(default_factory=list)
     # what each forward pass leaves for its backward pass: (input, output)
     passes: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
-    context_pass: tuple[Tensor | None, list[Tensor], list[Tensor], Tensor] | None = None
+    context: tuple[Tensor, ContextPass] | None = None  # and its input
     weight: Tensor | None = None
 
 
@@ -137,21 +140,22 @@ class Pipeline:
     """Runs the micro-batches of one optimizer step through this stage.
 
     Args:
-        model: this stage of an EnergyTransformer.
+        model: this stage of the energy.
         length: S.
         plan: what to think and learn.
+        micro_batches: of this rank.
         in_flight: bound on live contexts; None: all micro-batches.
         phase: a context manager told what is being done, for timing.
     """
 
     def __init__(
         self,
-        model: Any,
+        model: EnergyModel,
         length: int,
         plan: Plan,
-        micro_batches: list[MicroBatch],
+        micro_batches: list[StageBatch],
         in_flight: int | None,
-        phase: Any,
+        phase: Callable[[str], AbstractContextManager] = nullcontext,
     ):
         self.model, self.length, self.plan, self.phase = model, length, plan, phase
         self.micro_batches = micro_batches
@@ -176,13 +180,13 @@ class Pipeline:
         return self.stage == self.stages - 1
 
     def _shape(self, message: Message) -> tuple[tuple, torch.dtype]:
-        batch = self.micro_batches[message.task.micro_batch].batch
+        samples = self.micro_batches[message.task.micro_batch].size
         if message.part == "weight":
-            return (self.length, batch), torch.promote_types(self.model.config.params_dtype, torch.float32)
+            return (self.length, samples), torch.promote_types(self.model.config.params_dtype, torch.float32)
         length = self.length + self.model.step_tokens
         local = length // self.group.size if self.group.sequence_parallel else length
         streams = 2 if message.task.kind.startswith("learn") else 1
-        return (local, streams * batch, self.model.config.hidden_size), self.model.config.params_dtype
+        return (local, streams * samples, self.model.config.hidden_size), self.model.config.params_dtype
 
     def run(self) -> list[Thought]:
         """Execute the schedule; thoughts are complete on the first stage (losses) and last (energies)."""
@@ -198,11 +202,11 @@ class Pipeline:
                 micro_batch.descent.finish()
         return [self._thought(m) for m in self.micro_batches]
 
-    def _thought(self, m: MicroBatch) -> Thought:
-        shape = (self.plan.steps, self.length, m.batch)
+    def _thought(self, batch: StageBatch) -> Thought:
+        shape = (self.plan.steps, self.length, batch.size)
         zeros = torch.zeros(shape, device=self.device)
-        losses = torch.stack(m.descent.losses) if m.descent is not None else zeros
-        return Thought(losses, torch.stack(m.energies) if self.last else zeros)
+        losses = torch.stack(batch.descent.losses) if batch.descent is not None else zeros
+        return Thought(losses, torch.stack(batch.energies) if self.last else zeros)
 
     def _previous(self, task: Task) -> Tensor:
         source = self.stage - 1 if task.kind in FORWARD else self.stage + 1
@@ -217,77 +221,68 @@ class Pipeline:
 
     # --- the tasks ----------------------------------------------------------------------
 
-    def _context_forward(self, task: Task, m: MicroBatch) -> None:
-        h = None if self.first else self._previous(task).requires_grad_()
-        with torch.set_grad_enabled(bool(self.plan.learned)):
-            if h is None:
-                assert m.embed_context is not None
-                out, key_values = self.model.context(m.embed_context(), self.length, m.segments, task.step)
-            else:
-                out, key_values = self.model.context(h, self.length, m.segments, task.step)
-        outputs = [t for pair in key_values for t in pair]
-        leaves = [t.detach().requires_grad_() for t in outputs]
-        m.context_pass = (h, outputs, leaves, out)
+    def _context_forward(self, task: Task, batch: StageBatch) -> None:
+        learn = bool(self.plan.learned)
+        if self.first:
+            assert batch.embed_context is not None
+            with torch.set_grad_enabled(learn):
+                h = batch.embed_context()
+        else:
+            h = self._previous(task).requires_grad_()
+        batch.context = h, ContextPass(self.model, h, self.length, batch.segments, task.step, learn)
         if not self.last:
-            self._send(task, out)
+            self._send(task, batch.context[1].out)
 
-    def _context_backward(self, task: Task, m: MicroBatch) -> None:
-        assert m.context_pass is not None
-        h, outputs, leaves, out = m.context_pass
-        pairs = [(o, leaf.grad) for o, leaf in zip(outputs, leaves, strict=True) if leaf.grad is not None]
-        if not self.last:
-            pairs.append((out, self._previous(task)))
-        torch.autograd.backward([o for o, _ in pairs], [g for _, g in pairs])
-        if h is not None:
+    def _context_backward(self, task: Task, batch: StageBatch) -> None:
+        assert batch.context is not None
+        h, context = batch.context
+        context.backward(None if self.last else self._previous(task))
+        if not self.first:
             assert h.grad is not None
             self._send(task, h.grad)
-        m.context_pass = None
+        batch.context = None
 
-    def _key_values(self, m: MicroBatch, constant: bool) -> list[tuple[Tensor, Tensor]]:
-        assert m.context_pass is not None
-        leaves = [t.detach() for t in m.context_pass[2]] if constant else m.context_pass[2]
-        return list(zip(leaves[::2], leaves[1::2], strict=True))
-
-    def _forward(self, task: Task, m: MicroBatch, x: Tensor, tangent: bool) -> None:
+    def _forward(self, task: Task, batch: StageBatch, x: Tensor, tangent: bool) -> None:
+        assert batch.context is not None
         x = x.detach().requires_grad_()
-        key_values = self._key_values(m, constant=not tangent)
-        out = self.model.predict(x, key_values, self.length, m.segments, task.step, tangent)
-        m.passes[task.kind.split("_")[0]] = (x, out)
+        key_values = batch.context[1].key_values(constant=not tangent)
+        out = self.model.predict(x, key_values, self.length, batch.segments, task.step, tangent)
+        batch.passes[task.kind.split("_")[0]] = (x, out)
         if not self.last:
             self._send(task, out)
 
-    def _propose_forward(self, task: Task, m: MicroBatch) -> None:
+    def _propose_forward(self, task: Task, batch: StageBatch) -> None:
         with frozen(self.model), torch.enable_grad():
-            x = m.descent.propose_input(task.step) if m.descent is not None else self._previous(task)
-            self._forward(task, m, x, tangent=False)
+            x = batch.descent.propose_input(task.step) if batch.descent is not None else self._previous(task)
+            self._forward(task, batch, x, tangent=False)
 
-    def _propose_backward(self, task: Task, m: MicroBatch) -> None:
-        x, out = m.passes.pop("propose")
+    def _propose_backward(self, task: Task, batch: StageBatch) -> None:
+        x, out = batch.passes.pop("propose")
         if self.last:
-            m.energies.append(self.group.from_hidden(out.detach()))
+            batch.energies.append(self.group.from_hidden(out.detach()))
             (grad,) = torch.autograd.grad(out, x, torch.ones_like(out))  # of its sum; also where none is recorded
         else:
             (grad,) = torch.autograd.grad(out, x, self._previous(task))
-        if m.descent is not None:
-            m.descent.propose_output(task.step, grad)
+        if batch.descent is not None:
+            batch.descent.propose_output(task.step, grad)
         else:
             self._send(task, grad)
 
-    def _learn_forward(self, task: Task, m: MicroBatch) -> None:
-        if m.descent is not None:
-            streams, m.weight = m.descent.learn_input(task.step)
+    def _learn_forward(self, task: Task, batch: StageBatch) -> None:
+        if batch.descent is not None:
+            streams, batch.weight = batch.descent.learn_input(task.step)
             if not self.last:
                 weight = next(w for w in messages_of(task, self.stages) if w.part == "weight")
-                self.mail.send(weight, m.weight.to(self._shape(weight)[1]))
+                self.mail.send(weight, batch.weight.to(self._shape(weight)[1]))
         else:
             streams = self._previous(task)
         with torch.enable_grad():
-            self._forward(task, m, streams, tangent=True)
+            self._forward(task, batch, streams, tangent=True)
 
-    def _learn_backward(self, task: Task, m: MicroBatch) -> None:
-        streams, out = m.passes.pop("learn")
+    def _learn_backward(self, task: Task, batch: StageBatch) -> None:
+        streams, out = batch.passes.pop("learn")
         if self.last:
-            weight = m.weight
+            weight = batch.weight
             if not self.first:
                 sent = Task(task.micro_batch, task.index - 1, "learn_forward", task.step, 0)
                 weight = self.mail.receive(0, sent, "weight", self.device)
@@ -296,7 +291,7 @@ class Pipeline:
         else:
             torch.autograd.backward(out, self._previous(task))
         assert streams.grad is not None
-        if m.descent is not None:
-            m.descent.learn_output(task.step, streams.grad)
+        if batch.descent is not None:
+            batch.descent.learn_output(task.step, streams.grad)
         else:
             self._send(task, streams.grad)

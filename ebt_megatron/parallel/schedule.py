@@ -18,7 +18,7 @@ import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from ebt_megatron.thinking.dual_stream import Plan
+from ebt_megatron.thinking.plan import Plan
 
 FORWARD = ("context_forward", "propose_forward", "learn_forward")
 
@@ -76,35 +76,15 @@ def chain(plan: Plan, context_sees_step: bool = False) -> list[tuple[str, int]]:
         context_sees_step: the context is run anew for each step (and differentiated after it).
     """
     sweeps: list[tuple[str, int]] = []
-
-    def context(step: int) -> None:
-        if context_sees_step:
+    at_hand: int | None = None  # the step whose context is
+    for kind, step in plan.passes:
+        if at_hand is None or (context_sees_step and at_hand != step):
             sweeps.append(("context_forward", step))
-
-    def propose(step: int) -> None:
-        sweeps.extend([("propose_forward", step), ("propose_backward", step)])
-
-    def learn(step: int) -> None:
-        sweeps.extend([("learn_forward", step), ("learn_backward", step)])
-        if context_sees_step:
+            at_hand = step
+        sweeps += [(f"{kind}_forward", step), (f"{kind}_backward", step)]
+        if context_sees_step and kind == "learn":
             sweeps.append(("context_backward", step))
-
-    if not context_sees_step:
-        sweeps.append(("context_forward", 0))
-    if plan.gradient == "detached":
-        for step in range(plan.steps):
-            context(step)
-            propose(step)
-            if step in plan.learned:
-                learn(step)
-    else:
-        for step in range(plan.steps):
-            context(step)
-            propose(step)
-        for step in plan.learned:
-            if step != plan.steps - 1:
-                context(step)
-            learn(step)
+            at_hand = None
     if plan.learned and not context_sees_step:
         sweeps.append(("context_backward", 0))
     return sweeps

@@ -3,13 +3,14 @@
 This is how the paper's public code trains: at every step the context and the prediction
 go through the network together (2S positions), attention scores are full matrices, and
 `autograd.grad(create_graph=True)` keeps the whole graph until the loss is differentiated.
-It reads the parameters of an EnergyTransformer but calls none of its code, no kernel and
-no Megatron layer, so that it can stand as the judge of them. Single process only.
+`text_energies` reads the parameters of an EnergyTransformer but calls none of its code, no
+kernel and no Megatron layer, so that it can stand as the judge of them. Single process only.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -17,7 +18,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ebt_megatron.kernels.rotary import rotate
 from ebt_megatron.thinking.dual_stream import Descent, Thought
 
 
@@ -34,17 +34,42 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     return (scores.softmax(-1) @ v).permute(2, 0, 1, 3).flatten(2)
 
 
-def joint_energy(model: Any, context: Tensor, x: Tensor, segments: Tensor | None, step: int) -> Tensor:
-    """Energies [S, B] of embedded predictions x [S, B, D] after embedded context [S, B, D]."""
-    rows = len(x)
-    epsilon = model.config.layernorm_epsilon
-    if model.step_tokens:
-        context = torch.cat([model.step_embedding[model.landscape(step)].expand(1, x.shape[1], -1), context])
+def _rotations(positions: Tensor, size: int, base: float, dtype: torch.dtype) -> Tensor:
+    """e^(i angle) of positions [S] for each pair of a head (arXiv 2104.09864), [S, 1, 1, size / 2]."""
+    frequency = base ** -(torch.arange(0, size, 2, dtype=torch.float64, device=positions.device) / size)
+    angle = positions[:, None] * frequency
+    return torch.complex(angle.cos().to(dtype), angle.sin().to(dtype))[:, None, None]
+
+
+def _rotate(x: Tensor, rotations: Tensor) -> Tensor:
+    """Turn neighbouring pairs of x [S, B, N, H]."""
+    return torch.view_as_real(torch.view_as_complex(x.unflatten(-1, (-1, 2))) * rotations).flatten(-2)
+
+
+def _modulation(modulation: Any, condition: Tensor) -> tuple[Tensor, ...]:
+    """Shifts, scales and perhaps gates, each [1, D], in the order of the weight's rows (arXiv 2212.09748)."""
+    return F.linear(F.silu(condition)[None], modulation.weight, modulation.bias).split(len(condition), -1)
+
+
+def text_energies(model: Any, context: Tensor, segments: Tensor | None, step: int, x: Tensor) -> Tensor:
+    """Energies [S, B] of embedded predictions x [S, B, D] after embedded context [S, B, D].
+
+    Args:
+        model: an EnergyTransformer.
+        context: [S, B, D], differentiable.
+        segments: int32 [B, S] documents, or None.
+        step: the thinking step.
+        x: [S, B, D].
+    """
+    rows, epsilon = len(x), model.config.layernorm_epsilon
+    if model.conditioning != "none":
+        condition = model.step_embedding[min(step, len(model.step_embedding) - 1)]
+    if model.conditioning == "time_embed_sequence":
+        context = torch.cat([condition.expand(1, x.shape[1], -1), context])
     elif model.conditioning == "time_embed":
-        x = x + model.step_embedding[model.landscape(step)]
+        x = x + condition
     length = len(context)
-    modulated = 0 if model.context_sees_step else length  # the first row that adaLN touches
-    condition = model.step_embedding[model.landscape(step)][None] if model.conditioning.startswith("adaln") else None
+    modulated = 0 if model.conditioning == "adaln_sequence" else length  # the first row that adaLN touches
     h = torch.cat([context, x])
 
     # Row t of the prediction sees context s <= t + extra, where extra counts the step's token.
@@ -56,75 +81,67 @@ def joint_energy(model: Any, context: Tensor, x: Tensor, segments: Tensor | None
     own = torch.full((rows, rows), -math.inf, dtype=x.dtype, device=x.device).fill_diagonal_(0)
     from_context = causal[..., extra:, :]
     mask = torch.cat([from_context, own.expand(*from_context.shape[:-2], rows, rows)], -1)
-    rotations = torch.cat([model.rotary.table(length, 0, x), model.rotary.table(rows, 1 + extra, x)])
+    positions = torch.cat([torch.arange(length), torch.arange(rows) + 1 + extra]).to(x.device)
 
-    for layer in model.layers:
-        n = _rms_norm(h, layer.norm1.weight, epsilon)
-        gates: list[Tensor | None] = [None, None]
-        parts: tuple = (None,) * 6
-        if layer.modulation is not None:
-            parts = layer.modulation(condition)
-            gates = [parts[2], parts[5]]
-            n = torch.cat([n[:modulated], n[modulated:] * (1 + parts[1]) + parts[0]])
+    def branch(layer: Any, index: int, h: Tensor, norm: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
+        """H plus one of a layer's two branches, modulated."""
+        n = _rms_norm(h, norm, epsilon)
+        if layer.modulation is None:
+            return h + function(n)
+        parts = _modulation(layer.modulation, condition)
+        shift, scale, *gate = parts[len(parts) // 2 :] if index else parts[: len(parts) // 2]
+        out = function(torch.cat([n[:modulated], n[modulated:] * (1 + scale) + shift]))
+        return h + (torch.cat([out[:modulated], out[modulated:] * gate[0]]) if gate else out)
+
+    def attention(layer: Any, n: Tensor) -> Tensor:
+        rotations = _rotations(positions, layer.head_size, model.rotary.base, n.dtype)
         mixed = F.linear(n, layer.qkv.weight).unflatten(-1, (layer.local_groups, -1, layer.head_size))
         q, k, v = mixed[..., :-2, :].flatten(2, 3), mixed[..., -2, :], mixed[..., -1, :]
-        q, k = rotate(q, rotations), rotate(k, rotations)
+        q, k = _rotate(q, rotations), _rotate(k, rotations)
         o = torch.cat([
             _attention(q[:length], k[:length], v[:length], causal),
             _attention(q[length:], k, v, mask),
         ])  # fmt: skip
-        branch = F.linear(o, layer.proj.weight)
-        if gates[0] is not None:
-            branch = torch.cat([branch[:modulated], branch[modulated:] * gates[0]])
-        h = h + branch
-        n = _rms_norm(h, layer.norm2.weight, epsilon)
-        if layer.modulation is not None:
-            n = torch.cat([n[:modulated], n[modulated:] * (1 + parts[4]) + parts[3]])
+        return F.linear(o, layer.proj.weight)
+
+    def mlp(layer: Any, n: Tensor) -> Tensor:
         gate, up = F.linear(n, layer.fc1.weight).unflatten(-1, (-1, 2, layer.ffn_block)).unbind(-2)
-        branch = F.linear((F.silu(gate) * up).flatten(-2), layer.fc2.weight)
-        if gates[1] is not None:
-            branch = torch.cat([branch[:modulated], branch[modulated:] * gates[1]])
-        h = h + branch
+        return F.linear((F.silu(gate) * up).flatten(-2), layer.fc2.weight)
+
+    for layer in model.layers:
+        h = branch(layer, 0, h, layer.norm1.weight, partial(attention, layer))
+        h = branch(layer, 1, h, layer.norm2.weight, partial(mlp, layer))
     n = _rms_norm(h[length:], model.final_norm.weight, epsilon)
     if model.conditioning == "adaln_sequence":
-        shift, scale = model.final_modulation(condition)
+        shift, scale = _modulation(model.final_modulation, condition)
         n = n * (1 + scale) + shift
     return n @ model.head
 
 
-def _energy_of(model: Any, context: Tensor, segments: Tensor | None, step: int, x: Tensor) -> Tensor:
-    return joint_energy(model, context, x, segments, step)
-
-
-def train(model: Any, context: Tensor, segments: Tensor | None, descent: Descent) -> Thought:
+def train(energies: Callable[[int, Tensor], Tensor], descent: Descent) -> Thought:
     """Same meaning as Thinker.train: adds gradients to the parameters, returns losses and energies.
 
     Args:
-        model: an EnergyTransformer.
-        context: embedded context [S, B, D], differentiable.
-        segments: int32 [B, S] documents, or None.
-        descent: its prediction (with plain_step, plain_store and plain_loss; its logits are the start), step sizes,
-            plan and weights; nothing else of it is used.
+        energies: (step, embedded prediction [S, B, D]) -> energies [S, B], differentiable twice; `text_energies` with
+            its first arguments bound, say.
+        descent: its prediction, before the first step, with step sizes, plan and weights; nothing else of it is used.
     """
-    prediction, plan, weight = descent.prediction, descent.plan, descent.weight
+    plan, weight, step_size = descent.plan, descent.weight, descent.step_size
     assert plan is not None and weight is not None
+    prediction = descent.prediction.plain()
     # alpha as a differentiable function of the scalar that is learned
-    alpha = descent.alpha + descent.alpha_slope * (model.step_size - model.step_size.detach())
-    losses, energies, total = [], [], torch.zeros((), dtype=alpha.dtype)
-    y = prediction.logits.flatten(0, 1).to(alpha.dtype)
+    alpha = descent.alpha + descent.alpha_slope * (step_size - step_size.detach())
+    losses, all_energies, total = [], [], torch.zeros((), dtype=alpha.dtype)
+    y = prediction.start.to(alpha.dtype)
     for step, step_weight in enumerate(plan.step_weights):
         y = y.detach() if plan.gradient == "detached" else y
-        noise = torch.zeros_like(y)
-        prediction.add_langevin(noise, step)
-        y = prediction.plain_store(y + noise).requires_grad_()
-        energy_of = partial(_energy_of, model, context, segments, step)
+        y = prediction.perturb(y, step).requires_grad_()
         create = plan.gradient != "truncated" or step == plan.steps - 1
-        y, energy = prediction.plain_step(y, alpha, energy_of, create)
-        y = prediction.plain_store(y)
-        loss = prediction.plain_loss(y)
+        y, energy = prediction.step(y, alpha, partial(energies, step), create)
+        loss = prediction.loss(y).view_as(weight)
         total = total + step_weight * (weight * loss).sum()
         losses.append(loss.detach())
-        energies.append(energy.detach())
+        all_energies.append(energy.detach())
     total.backward()
-    prediction.y = y.detach()
-    return Thought(torch.stack(losses), torch.stack(energies))
+    descent.prediction.y = y.detach()
+    return Thought(torch.stack(losses), torch.stack(all_energies))

@@ -17,18 +17,20 @@ derivatives anywhere). The same backward pass gives the way back to y_i, for tra
 through several steps. The context stream depends on no prediction: it runs once, and
 is differentiated once, after every step has left its gradient on its keys and values.
 
+The factors of a position (alpha, its weight in the loss, lambda's length) stand before lambda,
+on the tangent. Where a position's energy depends on its own prediction alone they may stand
+before its energy instead, and do: `split_factor`.
+
 This file is the whole algorithm. It knows nothing of text, video or images: a
-*prediction* (`ebt_megatron.model.text.TextPrediction`, say) holds y and answers for its
-embedding, its update and its loss.
+*prediction* (`ebt_megatron.thinking.prediction`) holds y and answers for its embedding, its
+update and its loss.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -36,126 +38,9 @@ from torch import Tensor, nn
 from ebt_megatron.config import ThinkingConfig
 from ebt_megatron.model.reuse import Tape
 from ebt_megatron.parallel.collectives import TensorGroup, add_gradient
-from ebt_megatron.parallel.randomness import STEP_SIZE_STREAM, draw_integer, draw_subset, uniform
-
-
-class Prediction(Protocol):
-    """What thinking needs of a modality; positions are [S, B], hidden states [S(/TP), B, D]."""
-
-    length: int
-    batch: int
-
-    y: Tensor | None
-
-    @property
-    def logits(self) -> Tensor: ...  # noqa: D102
-    @property
-    def embedded(self) -> Tensor: ...  # noqa: D102
-    @property
-    def final(self) -> Tensor: ...  # noqa: D102
-    def perturb(self, step: int) -> None: ...  # noqa: D102
-    def embed(self) -> Tensor: ...  # noqa: D102
-    def refine(self, energy_grad: Tensor, alpha: Tensor) -> Tensor: ...  # noqa: D102
-    def slope(self) -> Tensor: ...  # noqa: D102
-    def tangent(self, weight: Tensor) -> tuple[Tensor, Tensor]: ...  # noqa: D102
-    def backward(self, x_grad: Tensor, xt_grad: Tensor) -> None: ...  # noqa: D102
-    def advance(self) -> None: ...  # noqa: D102
-    def remember(self) -> None: ...  # noqa: D102
-    def begin_adjoint(self) -> None: ...  # noqa: D102
-    def add_loss_gradient(self, step: int, weight: Tensor) -> None: ...  # noqa: D102
-    def rewind(self, step: int) -> None: ...  # noqa: D102
-    def unperturb(self, step: int) -> None: ...  # noqa: D102
-    def adjoint_slope(self) -> Tensor: ...  # noqa: D102
-    def adjoint_tangent(self) -> tuple[Tensor, Tensor]: ...  # noqa: D102
-    def adjoint_backward(self, x_grad: Tensor, xt_grad: Tensor) -> None: ...  # noqa: D102
-    def adjoint_past(self) -> None: ...  # noqa: D102
-
-    # in plain torch, for the double-backward reference
-    def add_langevin(self, y: Tensor, step: int) -> None: ...  # noqa: D102
-    def plain_store(self, y: Tensor) -> Tensor: ...  # noqa: D102
-    def plain_step(self, y: Tensor, alpha: Tensor, energy_of: Callable, create_graph: bool) -> Any: ...  # noqa: D102
-    def plain_loss(self, y: Tensor) -> Tensor: ...  # noqa: D102
-
-
-@dataclass(frozen=True)
-class Plan:
-    """How one micro-batch thinks.
-
-    Attributes:
-        step_weights: of each step's loss; its length is the number of steps.
-        gradient: "detached" (y is a constant between steps), "full" (through every step) or
-            "truncated" (through the last step's energy only; the step size sees every step).
-    """
-
-    step_weights: tuple[float, ...]
-    gradient: str
-
-    @property
-    def steps(self) -> int:
-        """The number of thinking steps."""
-        return len(self.step_weights)
-
-    @property
-    def learned(self) -> tuple[int, ...]:
-        """The steps whose energy is learned from, in the order they are."""
-        if self.gradient == "detached":
-            return tuple(i for i, weight in enumerate(self.step_weights) if weight)
-        return tuple(reversed(range(self.steps))) if self.gradient == "full" else (self.steps - 1,)
-
-    @classmethod
-    def of(cls, options: ThinkingConfig, steps: int, drawn: Collection[int] | None = None) -> Plan:
-        """The recipe's plan for `steps` steps.
-
-        Args:
-            options: the recipe's.
-            steps: n.
-            drawn: with thinking.loss=every: the steps whose losses are learned from; None: all. Thinking ends with
-                the last of them.
-        """
-        gradient = options.gradient
-        if gradient == "truncated" and options.loss == "last" and not options.learn_step_size:
-            gradient = "detached"  # the same, for less: nothing that is learned acts before the last step
-        if options.loss == "last":
-            return cls((0.0,) * (steps - 1) + (1.0,), gradient)
-        drawn = range(steps) if drawn is None else drawn
-        return cls(tuple(1 / len(drawn) if i in drawn else 0.0 for i in range(max(drawn) + 1)), gradient)
-
-    @classmethod
-    def draw(cls, options: ThinkingConfig, seed: int, iteration: int) -> Plan:
-        """The plan of a training iteration, the same on every rank.
-
-        The number of steps n is drawn from [min_steps, max_steps]. With `learned_steps` = k < n, k of the n losses are,
-        each subset with the same probability; weights of 1 / k instead of 1 / n make the gradient's mean over the
-        draws that of all losses.
-        """
-        steps = draw_integer(seed, iteration, options.min_steps, options.max_steps)
-        learned = _drawn_losses(options, steps)
-        return cls.of(options, steps, draw_subset(seed, iteration, steps, learned) if learned else None)
-
-    @classmethod
-    def distribution(cls, options: ThinkingConfig) -> list[tuple[float, Plan]]:
-        """What `draw` gives, as (probability, plan): one plan stands for all of the same cost.
-
-        Of the C(n, k) subsets of n steps, C(i, k - 1) have step i as their last.
-        """
-        out = []
-        lengths = range(options.min_steps, options.max_steps + 1)
-        for steps in lengths:
-            learned = _drawn_losses(options, steps)
-            if not learned:
-                out.append((1 / len(lengths), cls.of(options, steps)))
-                continue
-            for last in range(learned - 1, steps):
-                share = math.comb(last, learned - 1) / math.comb(steps, learned)
-                drawn = range(last + 1 - learned, last + 1)
-                out.append((share / len(lengths), cls.of(options, steps, drawn)))
-        return out
-
-
-def _drawn_losses(options: ThinkingConfig, steps: int) -> int:
-    """How many losses of `steps` steps are drawn to be learned from; 0: there is nothing to draw."""
-    k = options.learned_steps
-    return k if options.loss == "every" and k is not None and k < steps else 0
+from ebt_megatron.parallel.randomness import STEP_SIZE_STREAM, uniform
+from ebt_megatron.thinking.plan import Plan
+from ebt_megatron.thinking.prediction import EnergyModel, Prediction
 
 
 @dataclass
@@ -184,10 +69,31 @@ def step_sizes(
     return alpha * factor, factor * (step_size.detach() >= options.step_size_min)
 
 
+def split_factor(factor: Tensor, separable: bool) -> tuple[Tensor | None, Tensor]:
+    """Divide each position's factor between its tangent and its energy.
+
+    A learn pass differentiates the energy along factor_t * d_t. Its result is linear in the direction as a whole, so
+    one number per sample may be taken out of a sample's direction and multiplied with its energy. In a separable
+    energy each position is a sample of its own in this respect: nothing is left on the tangent, and low precision
+    sees directions d_t of unit length only.
+
+    Args:
+        factor: [S, B].
+        separable: as in `EnergyModel`.
+
+    Returns:
+        What the tangents are multiplied with (None: nothing), and what the energies' tangents are, [S, B].
+    """
+    if separable:
+        return None, factor
+    largest = factor.abs().amax(0).clamp_min(torch.finfo(factor.dtype).tiny)
+    return factor / largest, largest.expand_as(factor)
+
+
 @contextmanager
-def frozen(module: nn.Module) -> Iterator[None]:
+def frozen(model: EnergyModel) -> Iterator[None]:
     """Leave parameters out of autograd, so that a backward pass computes no weight gradients."""
-    live = [p for p in module.parameters() if p.requires_grad]
+    live = [p for p in model.parameters() if p.requires_grad]
     for p in live:
         p.requires_grad_(False)
     try:
@@ -197,6 +103,39 @@ def frozen(module: nn.Module) -> Iterator[None]:
             p.requires_grad_(True)
 
 
+class ContextPass:
+    """One run of the context stream through a pipeline stage, for all that read its keys and values.
+
+    Args:
+        model: the energy.
+        h: embedded context on the first stage, else the previous stage's output; [S(/TP), B, D].
+        length, segments, step: as `EnergyModel.context` takes them.
+        learn: whether gradients will be asked for.
+
+    Attributes:
+        out: the stage's output.
+    """
+
+    def __init__(self, model: EnergyModel, h: Tensor, length: int, segments: Tensor | None, step: int, learn: bool):
+        with torch.set_grad_enabled(learn):
+            self.out, key_values = model.context(h, length, segments, step)
+        self._tensors = [t for key_value in key_values for t in key_value]
+        self._leaves = [t.detach().requires_grad_(learn) for t in self._tensors]
+
+    def key_values(self, constant: bool) -> list[tuple[Tensor, Tensor]]:
+        """Keys and values of every layer; not `constant`: they collect gradients."""
+        tensors = [t.detach() for t in self._leaves] if constant else self._leaves
+        return list(zip(tensors[::2], tensors[1::2], strict=True))
+
+    def backward(self, out_grad: Tensor | None = None) -> None:
+        """Send the collected gradients, and that at `out` if there is one, through the stage."""
+        pairs = [(t, leaf.grad) for t, leaf in zip(self._tensors, self._leaves, strict=True) if leaf.grad is not None]
+        if out_grad is not None:
+            pairs.append((self.out, out_grad))
+        if pairs:
+            torch.autograd.backward([t for t, _ in pairs], [grad for _, grad in pairs])
+
+
 class Context:
     """The context stream of a micro-batch: run once, read at every step, differentiated once.
 
@@ -204,42 +143,37 @@ class Context:
     and differentiated, for each step.
 
     Args:
-        model: an EnergyTransformer.
+        model: the energy.
         embed: returns the embedded context [S(/TP), B, D]; called inside autograd.
-        length, segments: as EnergyTransformer.context takes them.
+        length, segments: as `EnergyModel.context` takes them.
         learn: whether gradients will be asked for.
     """
 
-    def __init__(self, model: Any, embed: Callable[[], Tensor], length: int, segments: Tensor | None, learn: bool):
+    def __init__(
+        self, model: EnergyModel, embed: Callable[[], Tensor], length: int, segments: Tensor | None, learn: bool
+    ):
         self.model, self.embed, self.learn = model, embed, learn
         self.length, self.segments = length, segments
-        self.step: int | None = None
-        self.outputs: list[Tensor] = []
-        self.leaves: list[Tensor] = []
+        self._at_hand: tuple[int, ContextPass] | None = None
 
-    def run(self, step: int) -> None:
-        """Compute the context for `step`, unless it is at hand."""
-        if self.step is not None and (self.step == step or not self.model.context_sees_step):
-            return
-        self.backward()
-        with torch.set_grad_enabled(self.learn):
-            _, key_values = self.model.context(self.embed(), self.length, self.segments, step)
-        self.outputs = [t for key_value in key_values for t in key_value]
-        self.leaves = [t.detach().requires_grad_(self.learn) for t in self.outputs]
-        self.step = step
+    def run(self, step: int) -> ContextPass:
+        """The context for `step`, computed unless it is at hand."""
+        if self._at_hand is None or (self.model.context_sees_step and self._at_hand[0] != step):
+            self.backward()
+            with torch.set_grad_enabled(self.learn):
+                h = self.embed()
+            self._at_hand = step, ContextPass(self.model, h, self.length, self.segments, step, self.learn)
+        return self._at_hand[1]
 
     def key_values(self, step: int, constant: bool) -> list[tuple[Tensor, Tensor]]:
         """Keys and values of every layer for `step`; not `constant`: they collect gradients."""
-        self.run(step)
-        tensors = [t.detach() for t in self.leaves] if constant else self.leaves
-        return list(zip(tensors[::2], tensors[1::2], strict=True))
+        return self.run(step).key_values(constant)
 
     def backward(self) -> None:
         """Send the collected gradients through the context stream."""
-        pairs = [(o, leaf.grad) for o, leaf in zip(self.outputs, self.leaves, strict=True) if leaf.grad is not None]
-        if pairs:
-            torch.autograd.backward([o for o, _ in pairs], [g for _, g in pairs])
-        self.outputs, self.leaves, self.step = [], [], None
+        if self._at_hand is not None:
+            self._at_hand[1].backward()
+        self._at_hand = None
 
 
 class Descent:
@@ -251,6 +185,7 @@ class Descent:
         alpha, alpha_slope: step size per position [S, B] and its derivative by `step_size`.
         plan, weight: for training: what to learn from, and each position's weight [S, B] in the
             loss (usually 1 / the number of positions in the global batch).
+        separable: as the model's.
     """
 
     def __init__(
@@ -261,12 +196,15 @@ class Descent:
         alpha_slope: Tensor,
         plan: Plan | None = None,
         weight: Tensor | None = None,
+        *,
+        separable: bool,
     ):
         self.prediction, self.step_size = prediction, step_size
         self.alpha, self.alpha_slope = alpha, alpha_slope
-        self.plan, self.weight = plan, weight
+        self.plan, self.weight, self.separable = plan, weight, separable
         self.losses: list[Tensor] = []
         self._adjoint_step: int | None = None  # on the way back: the last step whose adjoint is known
+        self._on_tangent: Tensor | None = None  # what `learn_input` multiplied the tangents with, [S(/TP), B, 1]
 
     @property
     def _through(self) -> bool:
@@ -280,17 +218,14 @@ class Descent:
     def propose_output(self, step: int, energy_grad: Tensor) -> None:
         """Take the energy's gradient at that input, and form the next prediction."""
         self.losses.append(self.prediction.refine(energy_grad, self.alpha))
-        if self._through:
-            self.prediction.remember()
         if self._through or self.plan is None or step not in self.plan.learned:
-            self.prediction.advance()
+            self.prediction.advance(keep=self._through)
 
     def learn_input(self, step: int) -> tuple[Tensor, Tensor]:
         """What to differentiate: the weighted sum of energies' tangents.
 
         Returns:
-            Value and scaled tangent, stacked [S(/TP), 2B, D], and each position's weight [S, B]:
-            -alpha times the length of lambda that the tangent was divided by.
+            Value and scaled tangent, stacked [S(/TP), 2B, D], and each position's weight [S, B].
         """
         assert self.plan is not None and self.weight is not None
         if self._through:
@@ -302,17 +237,23 @@ class Descent:
             self._add_step_size_gradient(self.prediction.slope() * weight)
             x = self.prediction.embedded
             xt, norm = self.prediction.tangent(weight)
-        return torch.cat([x, xt], 1).detach(), -self.alpha * norm
+        on_tangent, on_energy = split_factor(-self.alpha * norm, self.separable)
+        if on_tangent is not None:
+            self._on_tangent = self.prediction.group.own_positions(on_tangent)[..., None].to(xt.dtype)
+            xt = xt * self._on_tangent
+        return torch.cat([x, xt], 1).detach(), on_energy
 
     def learn_output(self, step: int, streams_grad: Tensor) -> None:
         """Take the gradient at the stacked input to the embedding and, in training through steps, to y."""
         assert self.plan is not None
         x_grad, xt_grad = streams_grad.chunk(2, 1)
+        if self._on_tangent is not None:
+            xt_grad = xt_grad * self._on_tangent
         if self._through:
             self.prediction.adjoint_backward(x_grad, xt_grad)
-            self.prediction.unperturb(step)
         else:
-            self.prediction.backward(x_grad, xt_grad)  # also advances
+            self.prediction.backward(x_grad, xt_grad)
+            self.prediction.advance(keep=False)
 
     def finish(self) -> None:
         """Let the step size see the steps that nothing else is learned from."""
@@ -328,7 +269,6 @@ class Descent:
         while self._adjoint_step > step:
             if self._adjoint_step < self.plan.steps and self._adjoint_step not in self.plan.learned:
                 self.prediction.adjoint_past()
-                self.prediction.unperturb(self._adjoint_step)
             self._adjoint_step -= 1
             step_weight = self.plan.step_weights[self._adjoint_step]
             if step_weight:
@@ -348,7 +288,7 @@ class Thinker:
     `ebt_megatron.parallel.pipeline` does the same with the model split over stages.
 
     Args:
-        model: an EnergyTransformer.
+        model: the energy.
         context: its context stream.
         descent: the prediction's side.
         phase: a context manager told what is being done ("context", "propose", "learn"), for timing.
@@ -357,7 +297,7 @@ class Thinker:
 
     def __init__(
         self,
-        model: Any,
+        model: EnergyModel,
         context: Context,
         descent: Descent,
         phase: Callable[[str], AbstractContextManager] = nullcontext,
@@ -410,15 +350,10 @@ class Thinker:
         """Think and learn: add the gradient of sum_i step_weights[i] <weight, loss_i> to the parameters."""
         plan = self.descent.plan
         assert plan is not None
-        if plan.gradient == "detached":  # learn from each step at once, and hold its prediction only
-            for step in range(plan.steps):
+        for kind, step in plan.passes:
+            if kind == "propose":
                 self.propose(step)
-                if step in plan.learned:
-                    self.learn(step)
-        else:  # think to the end, then go back through the steps
-            for step in range(plan.steps):
-                self.propose(step)
-            for step in plan.learned:
+            else:
                 self.learn(step)
         with self.phase("learn"):
             self.descent.finish()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ebt_megatron.config import Recipe
 from ebt_megatron.model.flops import cost
-from ebt_megatron.thinking.dual_stream import Plan
+from ebt_megatron.thinking.plan import Plan
 
 
 def training_flops(recipe: Recipe, vocab_size: int) -> float:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,10 +18,11 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from ebt_megatron.config import Recipe, RecipeError
-from ebt_megatron.parallel.pipeline import MicroBatch, Pipeline
+from ebt_megatron.parallel.pipeline import Pipeline, StageBatch
 from ebt_megatron.parallel.setup import ParallelState
 from ebt_megatron.thinking import double_backward
-from ebt_megatron.thinking.dual_stream import Context, Descent, Plan, Thinker, Thought, step_sizes
+from ebt_megatron.thinking.dual_stream import Context, Descent, Thinker, Thought, step_sizes
+from ebt_megatron.thinking.plan import Plan
 from ebt_megatron.thinking.replay import Entry, ReplayBuffer, reshard, stack_start
 from ebt_megatron.training.graphs import Graphs
 
@@ -157,7 +159,8 @@ class EnergyObjective:
         prediction = model.modality.prediction(sample.targets, sample.sample_ids, options, seed, sample.start)
         length = sample.observed.shape[1]
         alpha, slope = step_sizes(model.step_size, options, sample.sample_ids, length, seed, random)
-        return Descent(prediction, model.step_size, alpha, slope, plan, torch.full_like(alpha, 1 / positions))
+        weight = torch.full_like(alpha, 1 / positions)
+        return Descent(prediction, model.step_size, alpha, slope, plan, weight, separable=model.separable)
 
     def _context(self, sample: Sample, learn: bool) -> Context:
         embed = lambda: self.model.modality.context(sample.observed)  # noqa: E731
@@ -195,7 +198,8 @@ class EnergyObjective:
         descent = self._descent(sample, plan, positions, random=True)
         if self.recipe.thinking.engine == "double_backward":
             context = self.model.modality.context(sample.observed)
-            return double_backward.train(self.model, context, sample.segments, descent), descent
+            energies = partial(double_backward.text_energies, self.model, context, sample.segments)
+            return double_backward.train(energies, descent), descent
         stream = self._context(sample, learn=True)
         return Thinker(self.model, stream, descent, phase, self.recipe.thinking.reuse).train(), descent
 
@@ -214,10 +218,10 @@ class EnergyObjective:
     def _pipeline(self, samples: list[Sample], plan: Plan, positions: int, random: bool) -> Pipeline:
         first = self.state.is_first_stage
 
-        def micro_batch(sample: Sample) -> MicroBatch:
+        def micro_batch(sample: Sample) -> StageBatch:
             embed = (lambda: self.model.modality.context(sample.observed)) if first else None
             descent = self._descent(sample, plan, positions, random) if first else None
-            return MicroBatch(len(sample.observed), embed, descent, sample.segments)
+            return StageBatch(len(sample.observed), embed, descent, sample.segments)
 
         return Pipeline(
             self.model, self.recipe.data.sequence_length, plan, [micro_batch(s) for s in samples],

@@ -4,7 +4,7 @@ import pytest
 
 from ebt_megatron.config import load_recipe
 from ebt_megatron.model.flops import cost
-from ebt_megatron.thinking.dual_stream import Plan
+from ebt_megatron.thinking.plan import Plan
 from ebt_megatron.training.flops import training_flops
 from tools.bench import counted_flops, minimum_flops, training_step
 

@@ -7,7 +7,7 @@ from ebt_megatron import kernels
 from ebt_megatron.config import RecipeError
 from ebt_megatron.kernels.fp8 import round_rows
 from ebt_megatron.model import fp8
-from ebt_megatron.thinking.dual_stream import Plan
+from ebt_megatron.thinking.plan import Plan
 from tests import builders
 from tests.distributed_utils import run_ranks
 

@@ -5,7 +5,7 @@ import itertools
 import pytest
 
 from ebt_megatron.parallel.schedule import FORWARD, Task, chain, gpt_bubble, simulate, transformer_chain
-from ebt_megatron.thinking.dual_stream import Plan
+from ebt_megatron.thinking.plan import Plan
 
 PLANS = {
     "S1": Plan((0.5, 0.5), "detached"),

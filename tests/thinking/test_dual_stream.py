@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ebt_megatron.kernels import StepRule
-from ebt_megatron.thinking.dual_stream import Plan
+from ebt_megatron.thinking.plan import Plan
 from ebt_megatron.training.metrics import Timers
 from ebt_megatron.training.objective import build_objective
 from tests import builders
@@ -134,7 +134,7 @@ def test_regenerated_logits_are_never_stored(gradient):
     thinker.train()
     prediction = thinker.descent.prediction
     held = [t for t in vars(prediction).values() if isinstance(t, torch.Tensor)]
-    held += [t for step in prediction.taken for t in vars(step).values()]
+    held += [t for step in prediction.steps for t in vars(step).values()]
     wide = [t for t in held if t.shape[-1] == len(prediction.table)]
     assert len(wide) == (1 if gradient == "full" else 0)  # the adjoint
     assert prediction.logits.shape == (10, 2, len(prediction.table))

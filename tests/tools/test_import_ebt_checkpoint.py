@@ -17,7 +17,8 @@ from ebt_megatron.config import RecipeError, load_recipe, to_yaml
 from ebt_megatron.data.folder import ShardFolder
 from ebt_megatron.model.build import SampleShape, build_model
 from ebt_megatron.parallel.setup import initialize
-from ebt_megatron.thinking.dual_stream import Context, Descent, Plan, Thinker, step_sizes
+from ebt_megatron.thinking.dual_stream import Context, Descent, Thinker, step_sizes
+from ebt_megatron.thinking.plan import Plan
 from ebt_megatron.training.weights import read_weights, set_weights
 from tests.builders import position_weight, relative_error, text_batch, text_shards
 from tools.import_ebt_checkpoint import app, convert, convert_weights, read_checkpoint
@@ -231,7 +232,7 @@ def thinker(model, recipe, batch, logits, plan=None):
     prediction = model.modality.prediction(batch.targets, batch.sample_ids, recipe.thinking, 0, start)
     sizes = step_sizes(model.step_size, recipe.thinking, batch.sample_ids, prediction.length, 0, random=False)
     weight = None if plan is None else position_weight(batch, model.head.dtype)
-    descent = Descent(prediction, model.step_size, *sizes, plan, weight)
+    descent = Descent(prediction, model.step_size, *sizes, plan, weight, separable=model.separable)
     context = Context(model, lambda: model.modality.context(batch.observed), prediction.length, None, plan is not None)
     return Thinker(model, context, descent)
 

@@ -1,0 +1,103 @@
+"""How many steps a micro-batch thinks, which of them it learns from, and in which order."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection
+from dataclasses import dataclass
+
+from ebt_megatron.config import ThinkingConfig
+from ebt_megatron.parallel.randomness import draw_integer, draw_subset
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How one micro-batch thinks.
+
+    Attributes:
+        step_weights: of each step's loss; its length is the number of steps.
+        gradient: "detached" (y is a constant between steps), "full" (through every step) or
+            "truncated" (through the last step's energy only; the step size sees every step).
+    """
+
+    step_weights: tuple[float, ...]
+    gradient: str
+
+    @property
+    def steps(self) -> int:
+        """The number of thinking steps."""
+        return len(self.step_weights)
+
+    @property
+    def learned(self) -> tuple[int, ...]:
+        """The steps whose energy is learned from, in the order they are."""
+        if self.gradient == "detached":
+            return tuple(i for i, weight in enumerate(self.step_weights) if weight)
+        return tuple(reversed(range(self.steps))) if self.gradient == "full" else (self.steps - 1,)
+
+    @property
+    def passes(self) -> list[tuple[str, int]]:
+        """What is done, in order: ("propose" or "learn", step).
+
+        Detached, each step is learned from at once, so that its prediction alone is held. Else thinking goes to its
+        end first, and then back through the steps.
+        """
+        if self.gradient != "detached":
+            return [("propose", i) for i in range(self.steps)] + [("learn", i) for i in self.learned]
+        each = [("propose", "learn") if i in self.learned else ("propose",) for i in range(self.steps)]
+        return [(kind, i) for i, kinds in enumerate(each) for kind in kinds]
+
+    @classmethod
+    def of(cls, options: ThinkingConfig, steps: int, drawn: Collection[int] | None = None) -> Plan:
+        """The recipe's plan for `steps` steps.
+
+        Args:
+            options: the recipe's.
+            steps: n.
+            drawn: with thinking.loss=every: the steps whose losses are learned from; None: all. Thinking ends with
+                the last of them.
+        """
+        gradient = options.gradient
+        if gradient == "truncated" and options.loss == "last" and not options.learn_step_size:
+            gradient = "detached"  # the same, for less: nothing that is learned acts before the last step
+        if options.loss == "last":
+            return cls((0.0,) * (steps - 1) + (1.0,), gradient)
+        drawn = range(steps) if drawn is None else drawn
+        return cls(tuple(1 / len(drawn) if i in drawn else 0.0 for i in range(max(drawn) + 1)), gradient)
+
+    @classmethod
+    def draw(cls, options: ThinkingConfig, seed: int, iteration: int) -> Plan:
+        """The plan of a training iteration, the same on every rank.
+
+        The number of steps n is drawn from [min_steps, max_steps]. With `learned_steps` = k < n, k of the n losses are,
+        each subset with the same probability; weights of 1 / k instead of 1 / n make the gradient's mean over the
+        draws that of all losses.
+        """
+        steps = draw_integer(seed, iteration, options.min_steps, options.max_steps)
+        learned = _drawn_losses(options, steps)
+        return cls.of(options, steps, draw_subset(seed, iteration, steps, learned) if learned else None)
+
+    @classmethod
+    def distribution(cls, options: ThinkingConfig) -> list[tuple[float, Plan]]:
+        """What `draw` gives, as (probability, plan): one plan stands for all of the same cost.
+
+        Of the C(n, k) subsets of n steps, C(i, k - 1) have step i as their last.
+        """
+        out = []
+        lengths = range(options.min_steps, options.max_steps + 1)
+        for steps in lengths:
+            learned = _drawn_losses(options, steps)
+            if not learned:
+                out.append((1 / len(lengths), cls.of(options, steps)))
+                continue
+            for last in range(learned - 1, steps):
+                share = math.comb(last, learned - 1) / math.comb(steps, learned)
+                drawn = range(last + 1 - learned, last + 1)
+                out.append((share / len(lengths), cls.of(options, steps, drawn)))
+        return out
+
+
+def _drawn_losses(options: ThinkingConfig, steps: int) -> int:
+    """How many losses of `steps` steps are drawn to be learned from; 0: there is nothing to draw."""
+    k = options.learned_steps
+    return k if options.loss == "every" and k is not None and k < steps else 0
