@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -18,6 +19,24 @@ def quiet_libraries() -> None:
     """Silence warnings of libraries about optional accelerators that this program does not need."""
     warnings.filterwarnings("ignore", category=UserWarning, module="megatron")
     warnings.filterwarnings("ignore", category=FutureWarning)
+
+
+def user_path(value: str) -> Path:
+    """A path as a shell would read it, also where quotes or `--option=` kept the shell from it."""
+    return Path(value).expanduser()
+
+
+def command(work: Callable[[], Any], quiet: bool = False) -> None:
+    """Run a command on files; those that cannot be read or written are a user's mistake too."""
+
+    def one_line() -> None:
+        try:
+            work()
+        except OSError as error:
+            where = error.filename or "a file"
+            raise DataError(f"{where} cannot be read or written ({error.strerror or error})") from None
+
+    guarded(one_line, quiet)
 
 
 def guarded(work: Callable[[], Any], quiet: bool = False) -> None:

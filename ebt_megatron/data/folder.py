@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import json
 import tempfile
 import threading
@@ -24,6 +25,7 @@ from ebt_megatron.data.shards import (
     ShardInfo,
     content_of,
     is_remote,
+    out_of_range,
     read_manifest,
     sha256_of,
 )
@@ -93,8 +95,9 @@ class ShardFolder:
         readers: remote shards read at a time.
 
     Raises:
-        DataError: no manifest, a shard missing or of the wrong size, a wrong checksum (folders of up to
-            VERIFY_BYTES are read whole; for larger ones there is `tools/shards.py verify`).
+        DataError: no manifest, a shard missing or of the wrong size, a wrong checksum, tokens outside the
+            vocabulary or labels outside the classes (folders of up to VERIFY_BYTES are read whole; larger ones
+            as they are used, or by `tools/shards.py verify`).
     """
 
     def __init__(self, folder: str, cache: Cache | None = None, readers: int = 4):
@@ -121,6 +124,16 @@ class ShardFolder:
                 if not Path(self._at(name)).exists():
                     raise DataError(f"shard {self._at(name)} is missing: copy it again, or prepare the data again")
             self._check_tar(Path(self._at(shard.name)), shard, verify)
+        if verify and self.manifest.kind != "video":
+            for number, what in itertools.product(range(len(self.sizes)), ("samples", LABELS)):
+                opened = self._shard(number)
+                for member in range(len(opened.members[what])):
+                    self._check_values(opened.block(what, member), what)
+
+    def _check_values(self, block: np.ndarray, what: str) -> None:
+        problem = out_of_range(block, self.manifest, what == LABELS)
+        if problem:
+            raise DataError(f"{self.folder} holds {problem} (tools/shards.py verify says where): prepare it again")
 
     @staticmethod
     def _check_tar(path: Path, shard: ShardInfo, verify: bool) -> None:
@@ -225,11 +238,13 @@ class ShardFolder:
     def gather(self, indices: np.ndarray, out: np.ndarray) -> None:
         """Copy samples `indices` [N] to out [N, *manifest.shape], of any dtype that holds them."""
         self._take("samples", indices, out)
+        self._check_values(out, "samples")
 
     def gather_labels(self, indices: np.ndarray) -> np.ndarray:
         """The labels int64 [N] of samples `indices`, of pictures that have classes."""
         out = np.empty(len(indices), np.int64)
         self._take(LABELS, indices, out)
+        self._check_values(out, LABELS)
         return out
 
     def row(self, index: int) -> np.ndarray:
