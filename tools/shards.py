@@ -213,9 +213,7 @@ def sample(
     folder: Path = FOLDER,
     index: int = typer.Option(0, help="Which sample (the first of those on a contact sheet)."),
     count: int = typer.Option(8, min=1, help="Video, images: samples on the contact sheet."),
-    output: Path = typer.Option(
-        Path("sheet.png"), parser=user_path, help="Video, images: the contact sheet to write."
-    ),
+    output: Path = typer.Option(Path("sheet.png"), parser=user_path, help="Video, images: the contact sheet to write."),
 ) -> None:
     """Print a sample as text, or draw clips (a row each) or pictures as the encoder's decoder sees them."""
 
