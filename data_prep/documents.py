@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
-import gzip
+import functools
 import html.parser
 import io
 import json
 import os
-import zlib
-from collections.abc import Iterator
-from typing import NamedTuple
-
-import zstandard
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from typing import Any, NamedTuple
 
 from ebt_megatron.data.shards import DataError
 
-from .files import InputFile, open_file
+from .files import DAMAGED, InputFile, content_of, open_content, open_file, plain_name
 
-SUFFIXES = (".txt", ".md", ".rst", ".html", ".htm", ".jsonl", ".parquet")
+_PAGES, _LINES = (".html", ".htm"), (".jsonl", ".ndjson", ".json")
+_TEXT = (".txt", ".md", ".rst", *_PAGES)
+_KNOWN = (*_TEXT, *_LINES, ".parquet")
+SUFFIXES = (*_TEXT, ".jsonl", ".ndjson", ".json.gz", ".json.zst", ".parquet")  # plain .json beside data is about it
 _BLOCKS = ("p", "br", "div", "li", "tr", "h1", "h2", "h3", "h4", "pre")
+_SURROGATES = re.compile("[\ud800-\udfff]")
+_BOM = b"\xef\xbb\xbf"
+_HEAD = 8192  # bytes that tell text from what is none
+_NAMED = 100  # skipped lines and files of a piece of work that are named, not only counted
+_ROWS = 1024  # of Parquet, at once
 
 
 class _Text(html.parser.HTMLParser):
@@ -35,7 +42,7 @@ class _Text(html.parser.HTMLParser):
             self.parts.append("\n")
 
     def handle_endtag(self, tag: str) -> None:
-        self.hidden -= tag in ("script", "style")
+        self.hidden = max(0, self.hidden - (tag in ("script", "style")))  # there may be one that nothing began
         if tag in _BLOCKS:
             self.parts.append("\n")
 
@@ -48,90 +55,232 @@ def strip_html(page: str) -> str:
     """The visible text of a page, blank lines collapsed."""
     parser = _Text()
     parser.feed(page)
+    parser.close()  # gives out what might have been half a tag or entity
     lines = (" ".join(line.split()) for line in "".join(parser.parts).splitlines())
     return "\n".join(line for line in lines if line)
 
 
-def _open(path: str) -> tuple[str, io.BufferedIOBase]:
-    """The suffix beneath any compression, and the decompressed bytes."""
-    inner, suffix = os.path.splitext(path)
-    if suffix == ".gz":
-        return os.path.splitext(inner)[1], gzip.open(open_file(path), "rb")  # type: ignore[return-value]
-    if suffix == ".zst":
-        stream = io.BufferedReader(zstandard.open(open_file(path), "rb"))  # type: ignore[type-var, arg-type]
-        return os.path.splitext(inner)[1], stream
-    return suffix, open_file(path)
+@dataclass
+class Tally:
+    """What was not taken as it stood.
+
+    Attributes:
+        skip: leave out lines and files that cannot be read; else they raise DataError.
+        nulls: lines or rows without a text.
+        replaced: characters that became U+FFFD.
+        skipped: lines and files left out.
+        named: the first of them, and why.
+    """
+
+    skip: bool = False
+    nulls: int = 0
+    replaced: int = 0
+    skipped: int = 0
+    named: list[str] = field(default_factory=list)
+
+    def broken(self, why: str) -> None:
+        """Note what is left out.
+
+        Raises:
+            DataError: if nothing may be.
+        """
+        if not self.skip:
+            raise DataError(why)
+        self.skipped += 1
+        if len(self.named) < _NAMED:
+            self.named.append(why)
+
+    def decode(self, data: bytes) -> str:
+        """UTF-8; other bytes become U+FFFD."""
+        text = data.decode("utf-8", errors="replace")
+        self.replaced += text.count("\ufffd") - data.count("\ufffd".encode())
+        return text
+
+    def text_of(self, value: object, where: Callable[[], str]) -> Iterator[str]:
+        """The document of a JSON or Parquet value: none of a null, lone surrogates replaced.
+
+        Raises:
+            DataError: if it is no text.
+        """
+        if value is None:
+            self.nulls += 1
+        elif isinstance(value, bytes):
+            yield self.decode(value)
+        elif isinstance(value, str):
+            text, count = _SURROGATES.subn("\ufffd", value)
+            self.replaced += count
+            yield text
+        else:
+            self.broken(f"{where()}: the text is of type {type(value).__name__}, no string; name the right key with "
+                        "--text-key, or pass --skip-broken")  # fmt: skip
+
+    def counts(self) -> dict[str, Any]:
+        """As JSON."""
+        return {k: v for k, v in asdict(self).items() if k != "skip"}
 
 
 class Part(NamedTuple):
-    """A file that holds documents, or a range of its bytes."""
+    """A file that holds documents, or a range of its bytes.
+
+    Attributes:
+        path: or URL.
+        begin, end: of the bytes (of a plain file of JSON lines); 0: to the end.
+        version: tells the file from what is at its path after a change.
+    """
 
     path: str
     begin: int = 0
-    end: int = 0  # 0: to the end
+    end: int = 0
+    version: str = ""
+
+
+def _suffix(path: str) -> str:
+    return os.path.splitext(plain_name(path)[0])[1]
+
+
+def holds_one_document(path: str) -> bool:
+    """Whether a file is a text or a page, rather than lines or rows of them."""
+    return _suffix(path) not in (*_LINES, ".parquet")
 
 
 def split_files(files: list[InputFile], unit_bytes: int) -> list[list[Part]]:
-    """Files in order, in pieces of work of about unit_bytes; big plain JSONL files are cut at line ends."""
+    """Files in order, in pieces of work of about unit_bytes; big plain files of JSON lines are cut at line ends."""
     units: list[list[Part]] = []
     size = unit_bytes
     for file in files:
-        cut = unit_bytes if file.path.endswith(".jsonl") else file.bytes
-        for begin in range(0, max(file.bytes, 1), max(cut, 1)):
+        version = f"{file.bytes} {file.changed}"
+        ranges = [(0, 0)]
+        if _suffix(file.path) in _LINES and not plain_name(file.path)[1]:  # bytes of an archive are no bytes of text
+            ranges = [(b, min(b + unit_bytes, file.bytes)) for b in range(0, max(file.bytes, 1), unit_bytes)]
+        for begin, end in ranges:
             if size >= unit_bytes:
                 units.append([])
                 size = 0
-            end = min(begin + cut, file.bytes)
-            units[-1].append(Part(file.path, begin, end))
-            size += end - begin
+            units[-1].append(Part(file.path, begin, end, version))
+            size += end - begin or file.bytes
     return units
 
 
-def _json_lines(stream: io.BufferedIOBase, part: Part, text_key: str) -> Iterator[str]:
-    if part.begin:
-        stream.seek(part.begin - 1)
-        stream.readline()  # the rest of a line that the range before this one has read
-    while not part.end or stream.tell() < part.end:
-        begin = stream.tell()
-        line = stream.readline()
-        if not line:
-            return
-        if not line.strip():
-            continue
-        try:
-            yield str(json.loads(line)[text_key])
-        except (json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError) as error:
-            stream.seek(0)
-            number = stream.read(begin).count(b"\n") + 1
-            raise DataError(f"{part.path}, line {number}: no JSON object with a '{text_key}' ({error}); fix the line, "
-                            "or name the key with --text-key") from None  # fmt: skip
+def _no_text(head: bytes, suffix: str) -> bool:
+    """Whether a file that begins like this is no text; of one with a suffix of text only a zero byte says so."""
+    if b"\0" in head or suffix in _TEXT:
+        return b"\0" in head
+    text = head.decode("utf-8", errors="replace")
+    odd = sum(c == "\ufffd" or (c < " " and c not in "\t\n\r\f") for c in text)
+    return odd > 0.3 * len(text)
 
 
-def read_part(part: Part, text_key: str = "text") -> Iterator[str]:
-    """The documents of a part: one for a text file or page, one a line or row for JSONL and Parquet.
+def _refusal(path: str) -> str:
+    kinds = ", ".join(SUFFIXES)
+    return f"{path} is no text in UTF-8: leave it out of --input, or convert it (read are {kinds}, also .gz and .zst)"
 
-    Bytes that are not UTF-8 become U+FFFD.
+
+def check_kinds(files: list[InputFile]) -> None:
+    """Look into files of unknown suffix, before work starts.
 
     Raises:
-        DataError: naming the file, and the line of broken JSON, a damaged archive or a missing text column.
+        DataError: naming one that is no text (an archive, a picture, a program) or cannot be read, or that there
+            is no pyarrow for a Parquet file.
     """
-    suffix, stream = _open(part.path)
-    with stream:
-        try:
-            if suffix == ".jsonl":
-                yield from _json_lines(stream, part, text_key)
-            elif suffix == ".parquet":
-                import pyarrow
-                import pyarrow.parquet as parquet
+    for file in files:
+        suffix = _suffix(file.path)
+        if suffix == ".parquet":
+            _pyarrow()
+        elif suffix not in _KNOWN and _no_text(content_of(file.path, _HEAD), suffix):
+            raise DataError(_refusal(file.path))
 
-                try:
-                    for batch in parquet.ParquetFile(stream).iter_batches(columns=[text_key]):
-                        yield from map(str, batch.column(0).to_pylist())
-                except (pyarrow.ArrowException, IndexError) as error:
-                    raise DataError(f"{part.path}: no Parquet file with a column '{text_key}' ({error}); name the "
-                                    "column with --text-key") from None  # fmt: skip
+
+@functools.lru_cache(16)
+def _lines_before(part: Part) -> int:
+    with open_file(part.path) as stream:
+        count, left = 0, part.begin
+        while left and (block := stream.read(min(left, 1 << 20))):
+            count, left = count + block.count(b"\n"), left - len(block)
+        return count
+
+
+def _json_lines(stream: io.BufferedIOBase, part: Part, text_key: str, tally: Tally) -> Iterator[str]:
+    number, position = 0, part.begin
+    if part.begin:
+        stream.seek(part.begin - 1)
+        rest = stream.readline()  # of a line that the range before this one has read
+        number, position = int(rest != b"\n"), part.begin - 1 + len(rest)
+
+    def where() -> str:
+        return f"{part.path}, line {_lines_before(part) + number}"
+
+    while (not part.end or position < part.end) and (line := stream.readline()):
+        text = line if position else line.removeprefix(_BOM)
+        number, position = number + 1, position + len(line)
+        if not text.strip():
+            continue
+        try:
+            value = json.loads(tally.decode(text))[text_key]
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            tally.broken(f"{where()}: no JSON object with a '{text_key}' ({error}); fix the line, or name the key with "
+                         "--text-key, or pass --skip-broken")  # fmt: skip
+        else:
+            yield from tally.text_of(value, where)
+
+
+def _pyarrow() -> tuple[Any, Any]:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError as error:
+        raise DataError(f"reading Parquet needs pyarrow ({error}): pip install pyarrow") from None
+    return pyarrow, pyarrow.parquet
+
+
+def _parquet_rows(stream: io.BufferedIOBase, part: Part, text_key: str, tally: Tally) -> Iterator[str]:
+    pyarrow, parquet = _pyarrow()
+    source: Any = io.BytesIO(stream.read()) if plain_name(part.path)[1] else stream  # it is read from its end
+    number, types = 0, pyarrow.types
+
+    def where() -> str:
+        return f"{part.path}, row {number}"
+
+    try:
+        for batch in parquet.ParquetFile(source).iter_batches(_ROWS, columns=[text_key]):
+            column = batch.column(0)
+            if types.is_dictionary(column.type):
+                column = column.dictionary_decode()
+            if types.is_string(column.type) or types.is_large_string(column.type):
+                column = column.cast(pyarrow.large_binary())  # strings of a file may be no UTF-8
+            for value in column.to_pylist():
+                number += 1
+                yield from tally.text_of(value, where)
+    except (pyarrow.ArrowException, IndexError) as error:
+        tally.broken(f"{part.path}: no Parquet file with a column '{text_key}' ({' '.join(str(error).split())}); name "
+                     "the column with --text-key")  # fmt: skip
+
+
+def read_part(part: Part, text_key: str = "text", tally: Tally | None = None) -> Iterator[str]:
+    """The documents of a part: one for a text file or page, one a line or row for JSON lines and Parquet.
+
+    Bytes that are not UTF-8 and lone surrogates become U+FFFD, nulls are dropped; `tally` counts them.
+
+    Raises:
+        DataError: naming the file, and the line or row of what is no text; a damaged archive, or a file that is
+            no text. Where `tally` lets it, the line or the rest of the file is left out instead.
+    """
+    tally, suffix = tally or Tally(), _suffix(part.path)
+    try:
+        opened = open_content(part.path)
+    except DataError as error:
+        tally.broken(str(error))
+        return
+    try:
+        with opened as stream:
+            if suffix in _LINES:
+                yield from _json_lines(stream, part, text_key, tally)
+            elif suffix == ".parquet":
+                yield from _parquet_rows(stream, part, text_key, tally)
+            elif _no_text((data := stream.read())[:_HEAD], suffix):
+                tally.broken(_refusal(part.path))
             else:
-                text = stream.read().decode("utf-8", errors="replace")
-                yield strip_html(text) if suffix in (".html", ".htm") else text
-        except (EOFError, OSError, zlib.error, zstandard.ZstdError) as error:
-            raise DataError(f"{part.path} cannot be read ({error}): copy it again") from None
+                text = tally.decode(data)
+                del data
+                yield strip_html(text) if suffix in _PAGES else text
+    except DAMAGED as error:
+        tally.broken(f"{part.path} cannot be read ({error}): copy it again")

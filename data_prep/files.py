@@ -1,15 +1,25 @@
-"""Input files: local globs and folders, and URLs of any fsspec scheme."""
+"""Input files: local globs and folders, and URLs of any fsspec scheme; plain, gzip or zstd."""
 
 from __future__ import annotations
 
 import glob
+import gzip
 import io
+import os
+import zlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import fsspec
+import zstandard
 
 from ebt_megatron.data.shards import DataError
+
+DAMAGED = (EOFError, OSError, zlib.error, zstandard.ZstdError)  # what reading a file or archive may raise
+_PACKINGS = (".gz", ".zst")
+_CHUNK = 1 << 14  # compressed bytes at a time: zstd may make ten thousand times as many of them
+_ZSTD_WINDOW = 1 << 31  # of `zstd --long=31`, which public dumps are made with
 
 
 class InputFile(NamedTuple):
@@ -20,14 +30,27 @@ class InputFile(NamedTuple):
     changed: int
 
 
+def described(files: list[InputFile]) -> str:
+    """How many and how large."""
+    return f"{len(files)} files, {sum(f.bytes for f in files) / 1e6:,.1f} MB"
+
+
+def plain_name(path: str) -> tuple[str, str]:
+    """A path or URL in small letters without the suffix of a compression, and that suffix or ""."""
+    name = (path.partition("?")[0] if "://" in path else path).lower()
+    packing = next((p for p in _PACKINGS if name.endswith(p)), "")
+    return name.removesuffix(packing), packing
+
+
 def _matches(path: str, suffixes: tuple[str, ...]) -> bool:
-    return path.removesuffix(".gz").removesuffix(".zst").lower().endswith(suffixes)
+    name, packing = plain_name(path)
+    return name.endswith(suffixes) or (name + packing).endswith(suffixes)
 
 
 def _remote(pattern: str, suffixes: tuple[str, ...]) -> list[InputFile]:
     try:
         system, root = fsspec.core.url_to_fs(pattern)
-        if glob.has_magic(root):
+        if glob.has_magic(root) and not system.exists(root):
             paths = [p for p in system.glob(root) if not system.isdir(p)]
         elif system.isdir(root):
             paths = [p for p in system.find(root) if _matches(p, suffixes)]
@@ -41,16 +64,26 @@ def _remote(pattern: str, suffixes: tuple[str, ...]) -> list[InputFile]:
         raise DataError(f"--input {pattern} cannot be read ({' '.join(str(error).split())})") from None
 
 
+def _below(folder: Path, above: tuple[Path, ...] = ()) -> Iterator[Path]:
+    """The files of a folder and of those in it, links followed; a link to a folder that it is in leads nowhere."""
+    here = folder.resolve()
+    if here not in above:
+        for path in folder.iterdir():
+            yield from _below(path, (*above, here)) if path.is_dir() else [path]
+
+
 def _local(pattern: str, suffixes: tuple[str, ...]) -> list[InputFile]:
-    paths = [Path(p) for p in glob.glob(pattern, recursive=True)]
+    pattern = os.path.expanduser(pattern)
+    named = Path(pattern)  # also where brackets in its name look like a pattern
+    paths = [named] if named.exists() else [Path(p) for p in glob.glob(pattern, recursive=True)]
     files = [p for p in paths if p.is_file()]
     for folder in (p for p in paths if p.is_dir()):
-        files += [p for p in folder.rglob("*") if p.is_file() and _matches(p.name, suffixes)]
+        files += [p for p in _below(folder) if p.is_file() and _matches(p.name, suffixes)]
     return [InputFile(str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in files]
 
 
 def find_files(patterns: list[str], suffixes: tuple[str, ...]) -> list[InputFile]:
-    """Files matching the globs or URLs, sorted; folders are searched for the suffixes.
+    """Files matching the globs or URLs, sorted; folders are searched for the suffixes, in capital letters or small.
 
     Raises:
         DataError: if a pattern matches nothing, or a URL cannot be read.
@@ -73,5 +106,69 @@ def open_file(path: str) -> io.BufferedIOBase:
     try:
         stream: Any = fsspec.open(path, "rb").open() if "://" in path else open(path, "rb")  # noqa: SIM115
     except OSError as error:
-        raise DataError(f"{path} cannot be read ({error})") from None
+        raise DataError(f"{path} cannot be read ({error.strerror or error})") from None
     return stream
+
+
+class _Zstandard(io.RawIOBase):
+    """The content of all frames of a zstd stream; raises EOFError where the last one is cut."""
+
+    def __init__(self, stream: io.BufferedIOBase):
+        self.stream = stream
+        self.frame: Any = None  # the one that is being read
+        self.packed, self.ready = b"", memoryview(b"")  # read but not unpacked; unpacked but not given out
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self.ready:
+            data, self.packed = self.packed or self.stream.read(_CHUNK), b""
+            if not data and self.frame is None:
+                return 0
+            if not data:
+                raise EOFError("it ends in the middle of a zstd frame")
+            if self.frame is None:
+                self.frame = zstandard.ZstdDecompressor(max_window_size=_ZSTD_WINDOW).decompressobj()
+            self.ready = memoryview(self.frame.decompress(data))
+            if self.frame.eof:
+                self.packed, self.frame = self.frame.unused_data, None
+        count = min(len(buffer), len(self.ready))
+        buffer[:count], self.ready = self.ready[:count], self.ready[count:]
+        return count
+
+    def close(self) -> None:
+        self.stream.close()
+        super().close()
+
+
+def open_content(path: str) -> io.BufferedIOBase:
+    """The bytes of a file or URL, unpacked if its name ends in .gz or .zst: all members or frames of it.
+
+    Reading raises one of DAMAGED where an archive is cut or has other bytes behind it.
+
+    Raises:
+        DataError: if it cannot be opened, or is an archive of no bytes.
+    """
+    stream, packing = open_file(path), plain_name(path)[1]
+    if not packing:
+        return stream
+    if not stream.read(1):
+        raise DataError(f"{path} cannot be read (it is empty, no archive): copy it again")
+    stream.seek(0)
+    if packing == ".gz":
+        return gzip.GzipFile(fileobj=stream)  # type: ignore[return-value]
+    return io.BufferedReader(_Zstandard(stream), 1 << 17)
+
+
+def content_of(path: str, size: int = -1) -> bytes:
+    """What open_content gives: all of it, or the first `size` bytes.
+
+    Raises:
+        DataError: if it cannot be read.
+    """
+    try:
+        with open_content(path) as stream:
+            return stream.read(size)
+    except DAMAGED as error:
+        raise DataError(f"{path} cannot be read ({error}): copy it again") from None

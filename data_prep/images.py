@@ -11,7 +11,6 @@ tiles of a picture are in the same.
 
 from __future__ import annotations
 
-import gzip
 import io
 import itertools
 import math
@@ -26,12 +25,12 @@ import fsspec
 import numpy as np
 import typer
 
-from ebt_megatron.cli import guarded
 from ebt_megatron.data.shards import DataError
 
 from . import options
-from .files import InputFile, find_files, open_file
-from .latents import NO_LABEL, LatentSettings, Piece, prepare_latents
+from .files import InputFile, content_of, described, find_files, plain_name
+from .latents import LatentSettings, prepare_latents
+from .pieces import NO_LABEL, Piece
 
 _PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
 _ARRAYS = (".npy", ".npz", "idx3-ubyte")
@@ -49,21 +48,12 @@ def _pillow() -> Any:
 
 
 def _is_array(path: str) -> bool:
-    return path.removesuffix(".gz").lower().endswith(_ARRAYS)
-
-
-def _bytes_of(path: str) -> bytes:
-    try:
-        with open_file(path) as stream:
-            data = stream.read()
-        return gzip.decompress(data) if path.endswith(".gz") else data
-    except (OSError, EOFError, zlib.error) as error:
-        raise DataError(f"{path} cannot be read ({error})") from None
+    return plain_name(path)[0].endswith(_ARRAYS)
 
 
 def _idx(path: str) -> np.ndarray:
     """uint8 [N, ...] of an idx file: two zeros, 8 for bytes, the number of dimensions, each as 32 bits, the bytes."""
-    data = _bytes_of(path)
+    data = content_of(path)
     shape = np.frombuffer(data[4 : 4 + 4 * data[3]], ">u4").tolist() if data[:3] == b"\0\0\x08" else []
     values = np.frombuffer(data, np.uint8)[4 + 4 * len(shape) :]
     if not shape or len(values) != math.prod(shape):
@@ -72,9 +62,9 @@ def _idx(path: str) -> np.ndarray:
 
 
 def _npz_or_npy(path: str, array_key: str, labels_key: str) -> tuple[np.ndarray, np.ndarray | None]:
-    if path.endswith(".npy") and "://" not in path:
+    if path.lower().endswith(".npy") and "://" not in path:
         return np.load(path, mmap_mode="r"), None
-    loaded = np.load(io.BytesIO(_bytes_of(path)))
+    loaded = np.load(io.BytesIO(content_of(path)))
     if isinstance(loaded, np.ndarray):
         return loaded, None
     if array_key not in loaded:
@@ -102,7 +92,7 @@ def read_array(
         DataError: if it cannot be read, or is not of that shape.
     """
     try:
-        if path.removesuffix(".gz").lower().endswith("idx3-ubyte"):
+        if plain_name(path)[0].endswith("idx3-ubyte"):
             pictures, labels = _idx_and_labels(path)
         else:
             pictures, labels = _npz_or_npy(path, array_key, labels_key)
@@ -118,6 +108,20 @@ def read_array(
         raise DataError(f"the labels of {path} are {labels.dtype} {list(labels.shape)}, not {len(pictures)} integers "
                         "from 0 on")  # fmt: skip
     return pictures, labels
+
+
+def _rgb(picture: Any, format: str) -> Any:
+    """A picture of 8 bits a channel; of one with 16 bits of grey the upper ones.
+
+    Raises:
+        ValueError: values of 32 bits, which could be anything.
+    """
+    if picture.mode.startswith("I;16") or (picture.mode == "I" and format in ("PNG", "PPM")):  # Pillow would clip
+        grey = np.asarray(picture).astype(np.uint32)
+        picture = _pillow().Image.fromarray(((grey * 255 + 32767) // 65535).astype(np.uint8))
+    if picture.mode in ("I", "F"):
+        raise ValueError("its values have 32 bits: convert it to 8 or 16")
+    return picture.convert("RGB")
 
 
 def _class_of(path: str) -> str:
@@ -142,6 +146,7 @@ class PictureSource:
     array_key: str = "images"
     labels_key: str = "labels"
     kind: ClassVar[str] = "images"
+    piece: ClassVar[str] = "picture"
     frames: ClassVar[None] = None
 
     def read(self, files: list[InputFile]) -> Iterator[Piece]:
@@ -154,7 +159,7 @@ class PictureSource:
                     yield Piece(picture.tobytes(), self._of_array(picture, where),
                                 NO_LABEL if labels is None else int(labels[i]))  # fmt: skip
             else:
-                data = _bytes_of(path)
+                data = content_of(path)
                 label = self.classes.index(_class_of(path)) if self.classes else NO_LABEL
                 yield Piece(data, self._of_file(data, path), label)
 
@@ -170,7 +175,7 @@ class PictureSource:
         pillow = _pillow()
         try:
             with pillow.Image.open(io.BytesIO(data)) as opened:
-                picture = pillow.ImageOps.exif_transpose(opened).convert("RGB")
+                picture = _rgb(pillow.ImageOps.exif_transpose(opened), opened.format)
         except (OSError, ValueError, SyntaxError, EOFError, pillow.Image.DecompressionBombError) as error:
             said = str(error) if "BytesIO" not in str(error) else "no format of pictures that Pillow knows"
             raise DataError(f"{path} cannot be decoded ({said})") from None
@@ -239,12 +244,12 @@ def main(
         source = PictureSource(height, width, tile, names, array_key, labels_key)
         settings = LatentSettings(encoder, patch, channels, model, pictures_per_shard, validation_fraction, seed,
                                   skip_broken)  # fmt: skip
-        described = f"{len(files)} files, {sum(f.bytes for f in files) / 1e6:,.1f} MB"
-        if options.announce(output, described, settings.splits, f"pictures of {height} x {width}", dry_run):
-            prepare_latents(output, split_files(files), source, settings, described, workers=workers, resume=resume,
+        said = described(files)
+        if options.announce(output, said, settings.splits, f"pictures of {height} x {width}", dry_run):
+            prepare_latents(output, split_files(files), source, settings, said, workers=workers, resume=resume,
                             overwrite=overwrite)  # fmt: skip
 
-    guarded(work, quiet=not options.first_rank())
+    options.command(work)
 
 
 if __name__ == "__main__":

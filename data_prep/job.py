@@ -1,10 +1,10 @@
 """Preparation spread over processes and MPI ranks, restartable, with output that no layout changes.
 
 A preparation is a few passes over lists of items; each item makes one file, which is renamed into
-place when complete. So a killed job goes on by making the files that are missing, and the number
-of processes changes nothing but the time:
+place when complete. So a job that was killed, or stopped by a file it could not read, goes on by making
+the files that are missing, and the number of processes changes nothing but the time:
 
-    with Job(output, settings, workers=4, resume=True, overwrite=False) as job:
+    with Job(output, settings, files, workers=4, resume=True, overwrite=False) as job:
         job.each("encoding", encode, units, target=file_of_unit)
         shards = job.once(plan)
         job.each("writing", write, shards, target=file_of_shard)
@@ -17,7 +17,6 @@ rank's own processes.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import multiprocessing
 import os
@@ -30,17 +29,14 @@ from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any, TypeVar
 
+from filelock import FileLock, Timeout
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from ebt_megatron.data.shards import DataError
+from ebt_megatron.data.shards import DataError, made_in
 
 T = TypeVar("T")
 _MPI_VARIABLES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "PMIX_RANK")
-
-
-class WorkerKilled(DataError):
-    """A process died; what is finished is good."""
 
 
 def _communicator() -> Any:
@@ -65,57 +61,93 @@ def _follow(parent: int) -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
+def _content(record: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads(record.read_text()))
+    except (ValueError, TypeError):
+        return {}  # no job's
+
+
 class Job:
     """One preparation, in this process, in `workers` processes, or in those of every MPI rank.
 
     Args:
         output: folder to make; OUTPUT/.work holds intermediate files until the end, OUTPUT/job.json the settings.
-        settings: everything the result depends on (options, input files and their sizes), as JSON; a job
-            is only resumed with the same.
+        settings: everything but the input that the result depends on, as JSON; a job is only resumed with the same.
+        input: the files, each with what tells it from another at its path; a job is resumed with the same
+            paths, and once complete only with the same files.
         workers: processes (of each MPI rank); 1: this one.
         resume: go on with an interrupted job.
-        overwrite: remove what OUTPUT holds.
+        overwrite: replace what OUTPUT holds. Shards stay until there are others to write (see Passes.clear).
 
     Raises:
         DataError: OUTPUT holds finished data, or an interrupted job that was not asked to go on, or one
-            with other settings.
+            with other settings, or shards of no known job; another process writes it; the input is in it.
     """
 
-    def __init__(self, output: Path, settings: dict[str, Any], workers: int, resume: bool, overwrite: bool):
+    def __init__(
+        self, output: Path, settings: dict[str, Any], input: Sequence[Any], workers: int, resume: bool, overwrite: bool
+    ):
         self.output, self.work = output, output / ".work"
         self.workers = workers
         self.world = _communicator()
         self.rank = self.world.rank if self.world else 0
         self.ranks = self.world.size if self.world else 1
-        self.console = Console(stderr=True, quiet=self.rank > 0)
+        self.console = Console(stderr=True, quiet=self.rank > 0, soft_wrap=True, highlight=False, markup=False)
         self._pool: ProcessPoolExecutor | None = None
-        self.once(lambda: self._start(settings, resume, overwrite))
+        self._lock = FileLock(output / ".lock")
+        try:
+            self.once(lambda: self._start(settings, input, resume, overwrite))
+        except DataError:
+            self._unlock()
+            raise
 
     @property
     def complete(self) -> bool:
         """Whether this very job was finished before."""
         return not self.work.exists()
 
-    def _start(self, settings: dict[str, Any], resume: bool, overwrite: bool) -> None:
-        digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+    def _start(self, settings: dict[str, Any], input: Sequence[Any], resume: bool, overwrite: bool) -> None:
+        self.output.mkdir(parents=True, exist_ok=True)
+        try:
+            self._lock.acquire(timeout=0)
+        except Timeout:
+            said = f"another preparation writes {self.output}: wait for it, or choose another --output"
+            raise DataError(said) from None
+        ours = [self.output / "train", self.output / "validation", self.work]
+        for path in {str(file[0]) for file in input}:
+            if "://" not in path and any(Path(path).resolve().is_relative_to(folder.resolve()) for folder in ours):
+                raise DataError(f"the input {path} is in a folder that is written: choose another --output")
         record = self.output / "job.json"
+        now = json.loads(json.dumps({"settings": settings, "input": input}))
         if overwrite:
             record.unlink(missing_ok=True)
-            for folder in (self.output / "train", self.output / "validation", self.work):
-                shutil.rmtree(folder, ignore_errors=True)
-        if record.exists():
-            what = "an interrupted preparation" if self.work.exists() else "prepared data"
-            if not resume:
-                raise DataError(f"{self.output} already holds {what}: choose another --output, or pass --resume to "
-                                "complete it or --overwrite to start again")  # fmt: skip
-            if json.loads(record.read_text())["digest"] != digest:
-                raise DataError(f"{self.output} holds {what} of other input or made with other options: repeat those "
-                                "to resume it, or pass --overwrite to start again")  # fmt: skip
-            return
-        self.work.mkdir(parents=True, exist_ok=True)
-        partial = self.work / "job.json.partial"
-        partial.write_text(json.dumps({"digest": digest, "settings": settings}, indent=1) + "\n")
-        os.replace(partial, record)
+            shutil.rmtree(self.work, ignore_errors=True)
+        elif record.exists():
+            self._compare(_content(record), now, resume)
+        elif found := [p for folder in ours for p in (*made_in(folder), *folder.glob("*.npy"))]:
+            raise DataError(f"{self.output} holds {found[0].relative_to(self.output)}, of a preparation that is not "
+                            "known: choose another --output, or pass --overwrite to replace it")  # fmt: skip
+        if not record.exists() or not self.complete:
+            self.work.mkdir(exist_ok=True)
+            partial = self.work / "job.json.partial"
+            partial.write_text(json.dumps(now, indent=1) + "\n")
+            os.replace(partial, record)
+
+    def _compare(self, before: dict[str, Any], now: dict[str, Any], resume: bool) -> None:
+        """Whether the job that OUTPUT holds is this one."""
+        what = "prepared data" if self.complete else "an interrupted preparation"
+        if not resume:
+            raise DataError(f"{self.output} already holds {what}: choose another --output, or pass --resume to "
+                            "complete it or --overwrite to start again")  # fmt: skip
+        other = before.get("settings") != now["settings"]
+        old, new = before.get("input", []), now["input"]
+        if other or [f[0] for f in old] != [f[0] for f in new] or (self.complete and old != new):
+            raise DataError(f"{self.output} holds {what} of other input or made with other options: repeat those "
+                            "to resume it, or pass --overwrite to start again")  # fmt: skip
+        changed = [f[0] for f in new if f not in old]
+        if changed:
+            self.console.print(f"{len(changed)} input files have changed ({changed[0]}): they are read again")
 
     def __enter__(self) -> Job:
         return self
@@ -123,13 +155,21 @@ class Job:
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if self._pool:
             self._pool.shutdown(cancel_futures=True)
-        if isinstance(error, DataError) and not isinstance(error, WorkerKilled) and self.rank == 0:
-            # what was made from input or options that must change is of no use
+        if isinstance(error, DataError) and self.rank == 0 and not any(self.work.rglob("*.np[yz]")):
+            shutil.rmtree(self.work, ignore_errors=True)  # nothing is finished: the next try need not resume
             (self.output / "job.json").unlink(missing_ok=True)
-            shutil.rmtree(self.work, ignore_errors=True)
+        self._unlock()
+
+    def _unlock(self) -> None:
+        if self._lock.is_locked:
+            (self.output / ".lock").unlink(missing_ok=True)
+            self._lock.release()
 
     def _agree(self, error: Exception | None) -> None:
-        """Raise on every rank what went wrong on any."""
+        """Raise on every rank what went wrong on any; a file that cannot be written is a DataError."""
+        if isinstance(error, OSError):  # one of the input would be a DataError
+            error = DataError(f"{error.filename or self.output} cannot be written ({error.strerror or error}); what is "
+                              "finished is kept for --resume")  # fmt: skip
         errors = self.world.allgather(error) if self.world else [error]
         for found in errors:
             if found is not None:
@@ -191,7 +231,7 @@ class Job:
                     future.result()
                     advance()
         except BrokenProcessPool:
-            raise WorkerKilled(
+            raise DataError(
                 "a worker process was killed (out of memory?): go on with --resume and fewer --workers"
             ) from None
 
@@ -202,6 +242,6 @@ class Job:
             for left in self.output.glob("*/*.partial"):  # of processes that were killed
                 left.unlink()
             shutil.rmtree(self.work, ignore_errors=True)
-            self.console.print(f"complete: {self.output}", soft_wrap=True, highlight=False)
+            self.console.print(f"complete: {self.output}")
 
         self.once(remove)

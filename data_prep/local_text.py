@@ -21,7 +21,6 @@ import typer
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from ebt_megatron.cli import guarded
 from ebt_megatron.data.shards import DataError
 
 from . import options
@@ -38,7 +37,7 @@ def docstrings(path: str) -> str:
     """The prose of a Python file."""
     try:
         tree = ast.parse(Path(path).read_text("utf-8", errors="replace"))
-    except (SyntaxError, ValueError):
+    except (SyntaxError, ValueError, OSError, RecursionError, MemoryError):
         return ""
     nodes = (
         n for n in ast.walk(tree) if isinstance(n, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)
@@ -71,15 +70,15 @@ def local_documents(pool: ProcessPoolExecutor) -> tuple[str, Iterator[str]]:
 
 
 def main(
-    output: Path = typer.Option(..., help="JSONL file to write, with a 'text' in each line."),
-    max_bytes: int = typer.Option(16_000_000, help="Stop after this many bytes of text."),
+    output: Path = typer.Option(..., parser=options.path, help="JSONL file to write, with a 'text' in each line."),
+    max_bytes: int = typer.Option(16_000_000, min=1, help="Stop after this many bytes of text."),
     workers: int = typer.Option(os.cpu_count() or 1, min=1, help="Processes that parse."),
     dry_run: bool = options.DRY_RUN,
 ) -> None:
     """Collect text that this machine already has."""
 
     def work() -> None:
-        console = Console(stderr=True, soft_wrap=True, highlight=False)
+        console = Console(stderr=True, soft_wrap=True, highlight=False, markup=False)
         columns = (SpinnerColumn(), TextColumn("{task.description} {task.completed:,.1f} MB"), TimeElapsedColumn())
         with ProcessPoolExecutor(workers) as pool, Progress(*columns, console=console) as bar:
             what, documents = local_documents(pool)
@@ -101,7 +100,7 @@ def main(
                 raise DataError("this machine has no text to start with: use ebt-prepare text with --input")
             os.replace(partial, output)
 
-    guarded(work)
+    options.command(work)
 
 
 if __name__ == "__main__":

@@ -3,24 +3,37 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import typer
 from rich.console import Console
 
-OUTPUT: Path = typer.Option(..., help="Folder for train/ and validation/.")
+from ebt_megatron import cli
+from ebt_megatron.cli import user_path as path
+
+
+def name(value: str) -> str:
+    """What may be a path, as a shell would read it."""
+    return os.path.expanduser(value)
+
+
+OUTPUT: Path = typer.Option(..., parser=path, help="Folder for train/ and validation/.")
 VALIDATION_FRACTION: float = typer.Option(0.02, min=0.0, max=0.5, help="Share held out; 0: no validation folder.")
-SEED: int = typer.Option(0, help="Of the split and of what is fitted.")
+SEED: int = typer.Option(0, min=0, help="Of the split and of what is fitted.")
 WORKERS: int = typer.Option(1, min=1, help="Processes (under mpirun: of each rank).")
 RESUME: bool = typer.Option(False, help="Go on with an interrupted preparation of the same input and options.")
 OVERWRITE: bool = typer.Option(False, help="Replace what OUTPUT holds.")
 DRY_RUN: bool = typer.Option(False, help="Say what would be read and written, and stop.")
 
-ENCODER: str = typer.Option("pca", help="pixels, pca, vae, dinov2, or the encoder.npz of other shards.")
-MODEL: str | None = typer.Option(None, help="Folder of a diffusers AutoencoderKL or a transformers Dinov2Model.")
+ENCODER: str = typer.Option("pca", parser=name, help="pixels, pca, vae, dinov2, or the encoder.npz of other shards.")
+MODEL: str | None = typer.Option(
+    None, parser=name, help="Folder of a diffusers AutoencoderKL or a transformers Dinov2Model."
+)
 PATCH: int | None = typer.Option(None, min=1, help="Side of a patch in pixels [default: 8, or the model's].")
 CHANNELS: int | None = typer.Option(None, min=1, help="Principal components kept of a patch [default: 16].")
-SKIP_BROKEN: bool = typer.Option(False, help="Leave out files that cannot be decoded; OUTPUT/skipped.txt names them.")
+SKIP_BROKEN: bool = typer.Option(False, help="Leave out what cannot be read or decoded; OUTPUT/skipped.txt names it.")
 
 
 def first_rank() -> bool:
@@ -30,8 +43,13 @@ def first_rank() -> bool:
 
 def announce(output: Path, source: str, splits: list[str], what: str, dry_run: bool) -> bool:
     """Say what is read and written; whether to go on."""
-    console = Console(stderr=True, quiet=not first_rank(), soft_wrap=True, highlight=False)
+    console = Console(stderr=True, quiet=not first_rank(), soft_wrap=True, highlight=False, markup=False)
     console.print(f"reading {source}")
     if dry_run:
         console.print(f"would write {' and '.join(str(output / s) for s in splits)}, {what}")
     return not dry_run
+
+
+def command(work: Callable[[], Any]) -> None:
+    """Run a preparation; the first rank says in one line what was wrong."""
+    cli.command(work, quiet=not first_rank())

@@ -19,12 +19,12 @@ from typing import Any, ClassVar
 import numpy as np
 import typer
 
-from ebt_megatron.cli import guarded
 from ebt_megatron.data.shards import DataError
 
 from . import options
-from .files import InputFile, find_files, open_file
-from .latents import LatentSettings, Piece, fingerprint, prepare_latents
+from .files import InputFile, described, find_files, open_file
+from .latents import LatentSettings, prepare_latents
+from .pieces import Piece, fingerprint
 
 SUFFIXES = (".mp4", ".mkv", ".webm", ".avi", ".mov", ".m4v", ".mpg", ".mpeg", ".ts", ".ogv", ".gif")
 
@@ -73,6 +73,7 @@ class VideoSource:
     frame_rate: float = 0.0
     classes: list[str] = field(default_factory=list)
     kind: ClassVar[str] = "video"
+    piece: ClassVar[str] = "video"
 
     def read(self, files: list[InputFile]) -> Iterator[Piece]:
         """A piece for each file."""
@@ -169,13 +170,13 @@ def main(
         settings = LatentSettings(encoder, patch, channels, model, clips_per_shard, validation_fraction, seed,
                                   skip_broken)  # fmt: skip
         files = find_files(input, SUFFIXES)
-        described = f"{len(files)} files, {sum(f.bytes for f in files) / 1e6:,.1f} MB"
+        said = described(files)
         what = f"clips of {frames} frames of {height} x {width}"
-        if options.announce(output, described, settings.splits, what, dry_run):
-            prepare_latents(output, [[file] for file in files], source, settings, described, workers=workers,
+        if options.announce(output, said, settings.splits, what, dry_run):
+            prepare_latents(output, [[file] for file in files], source, settings, said, workers=workers,
                             resume=resume, overwrite=overwrite)  # fmt: skip
 
-    guarded(work, quiet=not options.first_rank())
+    options.command(work)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ import traceback
 import warnings
 from collections.abc import Callable
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -42,6 +43,24 @@ def say(text: str, style: str = "", head: str = "") -> None:
     line = Text.assemble((head, style), " ", text) if head else Text(text, style)
     with contextlib.suppress(OSError, ValueError):
         Console(stderr=True, highlight=False, soft_wrap=True).print(line)
+
+
+def user_path(value: str) -> Path:
+    """A path as a shell would read it, also where quotes or `--option=` kept the shell from it."""
+    return Path(value).expanduser()
+
+
+def command(work: Callable[[], Any], quiet: bool = False) -> None:
+    """Run a command on files; those that cannot be read or written are a user's mistake too."""
+
+    def one_line() -> None:
+        try:
+            work()
+        except OSError as error:
+            where = error.filename or "a file"
+            raise DataError(f"{where} cannot be read or written ({error.strerror or error})") from None
+
+    guarded(one_line, quiet)
 
 
 def guarded(work: Callable[[], Any], quiet: bool = False) -> None:

@@ -15,7 +15,16 @@ from rich.console import Console
 from rich.progress import track
 
 from ebt_megatron.data.folder import ShardFolder
-from ebt_megatron.data.shards import DataError, Manifest, index_name, shard_infos, shard_name, write_shard
+from ebt_megatron.data.shards import (
+    DataError,
+    Manifest,
+    clear_shards,
+    index_name,
+    made_in,
+    shard_infos,
+    shard_name,
+    write_shard,
+)
 
 
 def _common(sources: list[ShardFolder]) -> Manifest:
@@ -65,18 +74,23 @@ def rewrite(folders: list[str], output: Path, samples_per_shard: int, overwrite:
         folders: prepared, of one kind, shape and tokenizer or encoder.
         output: folder to make.
         samples_per_shard: in every tar but the last.
-        overwrite: replace what output holds.
+        overwrite: remove the shards that output holds.
 
     Raises:
-        DataError: folders that cannot be one, or an output that holds other data.
+        DataError: folders that cannot be one, an output that holds other data, or that is one of the folders.
     """
     sources = [ShardFolder(folder) for folder in folders]
     first, total = _common(sources), sum(len(s) for s in sources)
     made_from = [[s.folder, hashlib.sha256(Path(s.folder, "manifest.json").read_bytes()).hexdigest()] for s in sources]
+    for source in sources:
+        if not source.remote and Path(source.folder).resolve() == output.resolve():
+            raise DataError(f"{output} is read and written: choose another --output")
     record, wanted = output / "rewrite.json", json.dumps([made_from, samples_per_shard])
     if overwrite:
-        shutil.rmtree(output, ignore_errors=True)
-    if (output / "manifest.json").exists() or (record.exists() and record.read_text() != wanted):
+        clear_shards(output)
+        record.unlink(missing_ok=True)
+    half_done = record.exists() and record.read_text() == wanted
+    if (output / "manifest.json").exists() or (not half_done and (record.exists() or made_in(output))):
         raise DataError(f"{output} already holds data: choose another --output, or pass --overwrite")
     output.mkdir(parents=True, exist_ok=True)
     record.write_text(wanted)

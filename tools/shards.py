@@ -22,17 +22,31 @@ from rich.progress import track
 from rich.table import Table
 from tokenizers import Tokenizer
 
-from ebt_megatron.cli import guarded
+from ebt_megatron.cli import command, user_path
 from ebt_megatron.data.folder import ShardFolder
-from ebt_megatron.data.shards import LABELS, DataError, Manifest, Member, ShardInfo, read_manifest, sha256_of
+from ebt_megatron.data.shards import (
+    LABELS,
+    DataError,
+    Manifest,
+    Member,
+    ShardInfo,
+    out_of_range,
+    read_manifest,
+    sha256_of,
+)
 
 from .rewrite import rewrite
 
 if TYPE_CHECKING:
     from data_prep.encoders import Encoder
 
+
+def _console(stderr: bool = False) -> Console:
+    return Console(stderr=stderr, highlight=False, soft_wrap=True, markup=False)
+
+
 app = typer.Typer(add_completion=False, help=__doc__, no_args_is_help=True)
-FOLDER = typer.Argument(..., help="A folder with manifest.json, e.g. data/text/train.")
+FOLDER = typer.Argument(..., parser=user_path, help="A folder with manifest.json, e.g. data/text/train.")
 
 
 def _encoder_of(data: ShardFolder) -> Encoder:
@@ -51,13 +65,28 @@ def _member_problem(data: bytes, member: Member, manifest: Manifest) -> str:
     labels = member.name.endswith(f".{LABELS}.npy")
     if list(block.shape) != [member.samples, *([] if labels else manifest.shape)]:
         return f"has shape {list(block.shape)}"
-    if manifest.kind == "text" and block.size and int(block.max()) >= manifest.vocab_size:
-        return "has a token outside the vocabulary"
-    return ""
+    if not labels and block.dtype != manifest.dtype:
+        return f"is {block.dtype}, the manifest says {manifest.dtype}"
+    if not labels and not np.isfinite(block).all():
+        return "has values that are not finite"
+    outside = out_of_range(block, manifest, labels)
+    return f"holds {outside}" if outside else ""
+
+
+def _vocabulary_problems(sidecar: Path, manifest: Manifest) -> list[str]:
+    """Whether a tokenizer has ids that the manifest does not count."""
+    if manifest.kind != "text":
+        return []
+    try:
+        ids = max(Tokenizer.from_file(str(sidecar)).get_vocab().values()) + 1
+    except Exception as error:  # the library raises bare exceptions
+        return [f"{sidecar}: not a tokenizer.json ({error})"]
+    return [f"{sidecar}: has ids up to {ids - 1}, the manifest a vocabulary of {manifest.vocab_size}"
+            ] if ids > manifest.vocab_size else []  # fmt: skip
 
 
 def shard_problems(folder: Path, shard: ShardInfo, manifest: Manifest) -> list[str]:
-    """What is wrong with one shard: truncation, changed bytes, duplicate or missing members, wrong counts."""
+    """What is wrong with one shard: truncation, changed bytes, duplicate or missing members, wrong counts or values."""
     path, index = folder / shard.name, folder / shard.index_name
     missing = [f"{p}: missing" for p in (path, index) if not p.exists()]
     if missing:
@@ -69,8 +98,6 @@ def shard_problems(folder: Path, shard: ShardInfo, manifest: Manifest) -> list[s
         problems.append(f"{path}: checksum differs")
     if sha256_of(index) != shard.index_sha256:
         return [*problems, f"{index}: checksum differs"]
-    if not problems:
-        return []
     seen: set[str] = set()
     expected = {m[0]: Member(*m) for m in json.loads(index.read_text())["members"]}
     try:
@@ -105,9 +132,9 @@ def inspect(folder: Path = FOLDER) -> None:
                            *([("classes", ", ".join(m.classes))] if m.classes else []),
                            *m.provenance.items()):  # fmt: skip
             table.add_row(str(key), str(value))
-        Console().print(table)
+        _console().print(table)
 
-    guarded(work)
+    command(work)
 
 
 @app.command()
@@ -115,13 +142,15 @@ def verify(folder: Path = FOLDER) -> None:
     """Read everything; names shard and member of whatever is wrong, and exits 1."""
 
     def work() -> None:
-        m, console = read_manifest(str(folder)), Console(soft_wrap=True, highlight=False)
+        m, console = read_manifest(str(folder)), _console()
         problems = []
         for shard in track(m.shards, description="verifying", console=Console(stderr=True)):
             problems += shard_problems(folder, shard, m)
         sidecar = folder / m.sidecar["file"]
         if not sidecar.exists() or sha256_of(sidecar) != m.sidecar["sha256"]:
             problems.append(f"{sidecar}: missing, or not the one the shards were made with")
+        else:
+            problems += _vocabulary_problems(sidecar, m)
         if sum(s.samples for s in m.shards) != m.samples:
             problems.append(f"{folder}/manifest.json: {m.samples} samples, its shards have "
                             f"{sum(s.samples for s in m.shards)}")  # fmt: skip
@@ -131,13 +160,16 @@ def verify(folder: Path = FOLDER) -> None:
             sys.exit(1)
         console.print(f"{m.samples:,} samples in {len(m.shards)} shards: all good")
 
-    guarded(work)
+    command(work)
 
 
 def _token_stats(data: ShardFolder, top: int, console: Console) -> None:
     counts = np.zeros(data.manifest.vocab_size, dtype=np.int64)
     for i in track(range(len(data)), description="counting", console=Console(stderr=True)):
-        counts += np.bincount(data.row(i)[1:], minlength=len(counts))
+        found = np.bincount(data.row(i)[1:], minlength=len(counts))
+        if len(found) > len(counts):
+            raise DataError(f"{data.folder} holds token {len(found) - 1}, outside the vocabulary: prepare it again")
+        counts += found
     p = counts[counts > 0] / counts.sum()
     tokenizer = Tokenizer.from_file(str(data.sidecar()))
     console.print(f"tokens {counts.sum():,}; unigram entropy {-(p * np.log(p)).sum():.4f} nats; "
@@ -170,10 +202,10 @@ def stats(folder: Path = FOLDER, top: int = typer.Option(10, help="Tokens or cha
     """Text: unigram entropy and the most frequent tokens. Video, images: means by channel, and classes."""
 
     def work() -> None:
-        data, console = ShardFolder(str(folder)), Console(highlight=False, soft_wrap=True)
+        data, console = ShardFolder(str(folder)), _console()
         (_token_stats if data.manifest.kind == "text" else _latent_stats)(data, top, console)
 
-    guarded(work)
+    command(work)
 
 
 @app.command()
@@ -181,7 +213,7 @@ def sample(
     folder: Path = FOLDER,
     index: int = typer.Option(0, help="Which sample (the first of those on a contact sheet)."),
     count: int = typer.Option(8, min=1, help="Video, images: samples on the contact sheet."),
-    output: Path = typer.Option(Path("sheet.png"), help="Video, images: the contact sheet to write."),
+    output: Path = typer.Option(Path("sheet.png"), parser=user_path, help="Video, images: the contact sheet to write."),
 ) -> None:
     """Print a sample as text, or draw clips (a row each) or pictures as the encoder's decoder sees them."""
 
@@ -204,18 +236,18 @@ def sample(
 
         output.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(np.concatenate(np.concatenate(grid, 1), 1)).save(output)
-        Console(stderr=True, highlight=False, soft_wrap=True).print(f"{len(grid)} x {grid.shape[1]} frames: {output}")
+        _console(stderr=True).print(f"{len(grid)} x {grid.shape[1]} frames: {output}")
 
-    guarded(work)
+    command(work)
 
 
-OUTPUT = typer.Option(..., help="Folder to make.")
-OVERWRITE = typer.Option(False, help="Replace what OUTPUT holds.")
+OUTPUT = typer.Option(..., parser=user_path, help="Folder to make.")
+OVERWRITE = typer.Option(False, help="Replace the shards that OUTPUT holds.")
 DRY_RUN = typer.Option(False, help="Say what would be written, and stop.")
 
 
 def _rewrite(folders: list[Path], output: Path, samples_per_shard: int, overwrite: bool, dry_run: bool) -> None:
-    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    console = _console(stderr=True)
     if dry_run:
         total = sum(read_manifest(str(f)).samples for f in folders)
         console.print(f"would write {total:,} samples to {output}, {samples_per_shard:,} in each shard")
@@ -233,19 +265,21 @@ def reshard(
     dry_run: bool = DRY_RUN,
 ) -> None:
     """The same samples in the same order, in larger or smaller shards; repeat the command after a kill."""
-    guarded(lambda: _rewrite([folder], output, samples_per_shard, overwrite, dry_run))
+    command(lambda: _rewrite([folder], output, samples_per_shard, overwrite, dry_run))
 
 
 @app.command()
 def merge(
-    folders: list[Path] = typer.Argument(..., help="Prepared folders of one kind and tokenizer or encoder."),
+    folders: list[Path] = typer.Argument(
+        ..., parser=user_path, help="Prepared folders of one kind and tokenizer or encoder."
+    ),
     output: Path = OUTPUT,
     samples_per_shard: int = typer.Option(8192, min=1, help="Samples in each tar but the last."),
     overwrite: bool = OVERWRITE,
     dry_run: bool = DRY_RUN,
 ) -> None:
     """Several folders as one, one after the other; repeat the command after a kill."""
-    guarded(lambda: _rewrite(folders, output, samples_per_shard, overwrite, dry_run))
+    command(lambda: _rewrite(folders, output, samples_per_shard, overwrite, dry_run))
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import json
 import tempfile
 import threading
@@ -24,11 +25,13 @@ from ebt_megatron.data.shards import (
     ShardInfo,
     content_of,
     is_remote,
+    out_of_range,
     read_manifest,
     sha256_of,
 )
 
 VERIFY_BYTES = 512 << 20  # folders up to this size have their checksums verified when training starts
+SAMPLES_CHECKED = 20_000  # of a larger folder, whose tokens are compared with the vocabulary at start
 _OPEN_SHARDS = 256  # mapped at once: a map holds a file descriptor
 
 
@@ -93,8 +96,9 @@ class ShardFolder:
         readers: remote shards read at a time.
 
     Raises:
-        DataError: no manifest, a shard missing or of the wrong size, a wrong checksum (folders of up to
-            VERIFY_BYTES are read whole; for larger ones there is `tools/shards.py verify`).
+        DataError: no manifest, a shard missing or of the wrong size, a wrong checksum, tokens outside the
+            vocabulary or labels outside the classes (folders of up to VERIFY_BYTES are read whole; larger ones
+            as they are used, or by `tools/shards.py verify`).
     """
 
     def __init__(self, folder: str, cache: Cache | None = None, readers: int = 4):
@@ -106,6 +110,7 @@ class ShardFolder:
             raise DataError(f"no shards at {folder}: the manifest lists none; prepare the data again")
         self._rows = ROWS_PER_MEMBER[self.manifest.kind]
         self._open: OrderedDict[int, _OpenShard] = OrderedDict()
+        self._all_checked = False
         self._ahead: dict[int, Future[_OpenShard]] = {}
         self._slots = threading.Semaphore(readers)
         if not self.remote:
@@ -121,6 +126,30 @@ class ShardFolder:
                 if not Path(self._at(name)).exists():
                     raise DataError(f"shard {self._at(name)} is missing: copy it again, or prepare the data again")
             self._check_tar(Path(self._at(shard.name)), shard, verify)
+        if self.manifest.kind == "video":
+            return
+        if not verify:
+            self._check_some()
+            return
+        for number, what in itertools.product(range(len(self.sizes)), ("samples", LABELS)):
+            opened = self._shard(number)
+            for member in range(len(opened.members[what])):
+                self._check_values(opened.block(what, member), what)
+        self._all_checked = True
+
+    def _check_some(self) -> None:
+        """Look at samples spread over every shard of a large folder; `gather` looks at all as they are read."""
+        stride = max(1, len(self) // SAMPLES_CHECKED)
+        for first, size in zip(self.first.tolist(), self.sizes, strict=False):
+            indices = np.arange(first, first + size, min(stride, max(1, size)))
+            for begin in range(0, len(indices), 1024):
+                some = indices[begin : begin + 1024]
+                self.gather(some, np.empty((len(some), *self.manifest.shape), self.manifest.dtype))
+
+    def _check_values(self, block: np.ndarray, what: str) -> None:
+        problem = out_of_range(block, self.manifest, what == LABELS)
+        if problem:
+            raise DataError(f"{self.folder} holds {problem} (tools/shards.py verify says where): prepare it again")
 
     @staticmethod
     def _check_tar(path: Path, shard: ShardInfo, verify: bool) -> None:
@@ -225,11 +254,14 @@ class ShardFolder:
     def gather(self, indices: np.ndarray, out: np.ndarray) -> None:
         """Copy samples `indices` [N] to out [N, *manifest.shape], of any dtype that holds them."""
         self._take("samples", indices, out)
+        if not self._all_checked:
+            self._check_values(out, "samples")
 
     def gather_labels(self, indices: np.ndarray) -> np.ndarray:
         """The labels int64 [N] of samples `indices`, of pictures that have classes."""
         out = np.empty(len(indices), np.int64)
         self._take(LABELS, indices, out)
+        self._check_values(out, LABELS)
         return out
 
     def row(self, index: int) -> np.ndarray:

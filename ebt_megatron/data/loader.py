@@ -90,7 +90,6 @@ def open_sources(recipe: Recipe, split: str) -> list[ShardFolder]:
                             f"{sources[0].folder} of {first.shape} and {len(first.classes)}, or others: prepare one "
                             "again")  # fmt: skip
         source.sidecar()
-        check_some_tokens(source)
     return sources
 
 
@@ -121,28 +120,6 @@ def identity(manifest: Manifest) -> str:
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
-def check_tokens(source: ShardFolder, rows: np.ndarray, where: str = "") -> None:
-    """Raise DataError if any of the rows [N, S + 1] of a source of text has a token that its tokenizer lacks."""
-    vocabulary, worst = source.manifest.vocab_size, int(rows.max())  # stored tokens have no sign
-    if worst >= vocabulary:
-        raise DataError(f"{source.folder}{where} has token {worst}, its tokenizer {vocabulary} entries: prepare the "
-                        "data again, with that tokenizer")  # fmt: skip
-
-
-def check_some_tokens(source: ShardFolder) -> None:
-    """Look at samples of every local shard, at all of those of a small folder; see `check_tokens`."""
-    if source.manifest.kind != "text" or source.remote:
-        return
-    stride = max(1, len(source) // _LOOKED_AT)
-    for shard, first, size in zip(source.manifest.shards, source.first.tolist(), source.sizes, strict=False):
-        indices = np.arange(first, first + size, max(1, min(stride, size)))
-        for begin in range(0, len(indices), 1024):
-            rows = np.empty((len(indices[begin : begin + 1024]), *source.manifest.shape), np.int64)
-            source.gather(indices[begin : begin + 1024], rows)
-            check_tokens(source, rows, f"/{shard.name}")
-
-
-_LOOKED_AT = 20_000  # samples of a folder whose tokens are compared with the vocabulary at start
 _PATIENCE = 10.0  # seconds for a thread to end: only a slow remote shard takes so long
 
 
@@ -240,8 +217,6 @@ class Loader:
             source, whole = self.sources[number], len(at) == len(rows)
             mine = rows if whole else np.empty((len(at), *manifest.shape), rows.dtype)
             source.gather(samples, mine)
-            if text and (source.remote or len(source) > _LOOKED_AT):  # of others all were looked at
-                check_tokens(source, mine)
             if not whole:
                 rows[at] = mine
             if manifest.classes:

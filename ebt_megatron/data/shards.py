@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ebt_megatron.data.remote import RemoteError, open_url, retry
+from ebt_megatron.data.remote import open_url, retry
 
 SCHEMA_VERSION = 2
 ROWS_PER_MEMBER = {"text": 64, "video": 1, "images": 64}
@@ -113,6 +113,19 @@ def _checksum(manifest: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
+def out_of_range(block: np.ndarray, manifest: Manifest, labels: bool) -> str:
+    """What is wrong with the values of tokens or `labels`: ids that the manifest knows nothing of; or ""."""
+    if not block.size or not (labels or manifest.kind == "text"):
+        return ""
+    low, high = int(block.min()), int(block.max())
+    what, count = ("label", len(manifest.classes)) if labels else ("token", manifest.vocab_size)
+    if low >= 0 and high < count:
+        return ""
+    return (
+        f"{what} {low if low < 0 else high}, outside the {count} {'classes' if labels else 'entries of the vocabulary'}"
+    )
+
+
 def sha256_of(path: Path) -> str:
     """Hex digest of a file."""
     with path.open("rb") as stream:
@@ -127,6 +140,18 @@ def shard_name(number: int) -> str:
 def index_name(shard: str) -> str:
     """The name of the offset index beside a tar."""
     return shard.removesuffix(".tar") + ".index.json"
+
+
+def made_in(folder: Path) -> list[Path]:
+    """A folder's manifest, shards and what a killed process left of them."""
+    patterns = ("manifest.json", "shard-*.tar", "shard-*.index.json", "*.partial")
+    return [path for pattern in patterns for path in sorted(folder.glob(pattern))]
+
+
+def clear_shards(folder: Path) -> None:
+    """Remove what made_in names, and no other file: the manifest first, as what has none is not complete."""
+    for path in made_in(folder):
+        path.unlink()
 
 
 def is_remote(folder: str) -> bool:
@@ -159,7 +184,7 @@ def read_manifest(folder: str) -> Manifest:
         recorded = raw.pop("checksum", None)
     except FileNotFoundError:
         raise DataError(f"no shards at {folder}: manifest.json is missing; make them with data_prep/") from None
-    except RemoteError as error:
+    except OSError as error:
         raise DataError(f"no shards at {folder}: {error}") from None
     except (ValueError, AttributeError, TypeError) as error:
         raise DataError(f"{path} is not a manifest ({' '.join(str(error).split())}); {again}") from None

@@ -246,12 +246,15 @@ def test_a_token_beyond_the_vocabulary_is_found_at_start(copied, monkeypatch):
         return rows
 
     rewrite(copied / "train", change)
-    refuse(copied, "/train/shard-0.* has token 5000, its tokenizer 400 entries: prepare the data again")
-    from ebt_megatron.data import loader
+    said = "holds token 5000, outside the 400 entries"
+    refuse(copied, said)
+    from ebt_megatron.data import folder
 
-    monkeypatch.setattr(loader, "_LOOKED_AT", 1)  # a large folder: one that is not looked at is found when it is read
+    monkeypatch.setattr(folder, "VERIFY_BYTES", 0)  # a large folder
+    refuse(copied, said)
+    monkeypatch.setattr(folder, "SAMPLES_CHECKED", 1)  # one that is not looked at is found when it is read
     stream = iter(Loader(recipe_for(copied), "train", 0, 1))
-    with pytest.raises(DataError, match="has token 5000"):
+    with pytest.raises(DataError, match=said):
         for _ in range(2000):
             next(stream)
     stream.close()

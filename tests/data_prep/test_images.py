@@ -148,7 +148,7 @@ def test_a_broken_picture_is_named_or_left_out(tmp_path):
     result = prepare(tmp_path / "raw", tmp_path / "out")
     assert result.exit_code == 2 and "bad.png cannot be decoded" in said(result) and "Traceback" not in result.output
     assert not list((tmp_path / "out").rglob("*.tar"))
-    assert prepare(tmp_path / "raw", tmp_path / "out", "--skip-broken").exit_code == 0
+    assert prepare(tmp_path / "raw", tmp_path / "out", "--skip-broken", "--resume").exit_code == 0
     assert sum(decoded(tmp_path / "out")[1]) == 20
     lines = (tmp_path / "out/skipped.txt").read_text().splitlines()
     assert ["bad.png" in lines[0], "text.jpg cannot be decoded (no format" in lines[1]] == [True, True]

@@ -215,7 +215,8 @@ def test_a_given_tokenizer_is_kept_beside_the_shards(tmp_path):
     ],
 )
 def test_bad_input_gives_one_line_and_writes_nothing(tmp_path, arguments, said):
-    (tmp_path / "empty.txt").write_text("")
+    for name in ("empty.txt", "blank.txt"):
+        (tmp_path / name).write_text("")
     result = command(*(str(a).format(here=tmp_path) for a in arguments), "--output", tmp_path / "out")
     assert result.exit_code == 2
     assert said in " ".join(result.output.split())

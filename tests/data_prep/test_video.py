@@ -179,7 +179,9 @@ def test_a_broken_file_is_named_or_left_out(kind, videos, shards, tmp_path):
     assert result.exit_code == 2 and f"{folder / name}" in said(result) and "Traceback" not in result.output
     assert result.output.count("error:") == 1
     assert not list((tmp_path / "out").rglob("manifest.json")) and not list((tmp_path / "out").rglob("*.tar"))
-    result = prepare(folder, tmp_path / "out", "--skip-broken", "--encoder", shards / "train/encoder.npz")
+    result = prepare(
+        folder, tmp_path / "out", "--skip-broken", "--overwrite", "--encoder", shards / "train/encoder.npz"
+    )
     assert result.exit_code == 0, result.output
     assert (tmp_path / "out/skipped.txt").read_text().count("\n") == 1
     for split in ("train", "validation"):

@@ -123,3 +123,24 @@ def test_a_contact_sheet_shows_the_pictures(tmp_path):
 def test_statistics_of_pictures(tmp_path):
     said = run(app, ["stats", str(pictures(tmp_path / "a", 1))]).output
     assert "10 samples of [4, 48]" in said and "cat" in said and "dog" in said
+
+
+def test_what_is_read_or_belongs_to_others_is_not_removed(text, tmp_path):
+    source = shutil.copytree(text / "train", tmp_path / "[odd] source")
+    before = bytes_of(source)
+    for output in (source, tmp_path / "elsewhere/../[odd] source"):
+        result = run(app, ["reshard", str(source), "--output", str(output), "--samples-per-shard", "9", "--overwrite"])
+        assert result.exit_code == 2 and "is read and written" in result.output
+    (tmp_path / "notes.md").write_text("mine")
+    rewrite([str(source)], tmp_path, 9, True)  # the folder that its source is in
+    assert bytes_of(source) == before and (tmp_path / "notes.md").read_text() == "mine"
+    assert np.array_equal(samples(tmp_path), samples(source))
+
+
+def test_shards_of_no_known_work_are_not_taken_over(text, tmp_path):
+    rewrite([str(text / "validation")], tmp_path, 9, False)
+    (tmp_path / "manifest.json").unlink()
+    with pytest.raises(DataError, match="already holds data"):
+        rewrite([str(text / "train")], tmp_path, 9, False)
+    rewrite([str(text / "train")], tmp_path, 9, True)
+    assert np.array_equal(samples(tmp_path), samples(text / "train"))

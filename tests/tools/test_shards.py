@@ -10,7 +10,7 @@ import pytest
 from typer.testing import CliRunner
 
 from ebt_megatron.data.folder import ShardFolder
-from ebt_megatron.data.shards import DataError, read_manifest
+from ebt_megatron.data.shards import DataError, Manifest, made_in, read_manifest, shard_infos, write_shard
 from tests.builders import text_shards
 from tools.shards import app
 
@@ -83,6 +83,86 @@ def test_verify_finds_a_missing_and_a_damaged_index(folder):
     path.write_text(path.read_text().replace("tokens", "takens"))
     said = " ".join(run(app, ["verify", str(folder)]).output.split())
     assert "shard-000000.index.json: missing" in said and "shard-000001.index.json: checksum differs" in said
+
+
+def rewritten(folder, kind, change, **manifest):
+    """Shards whose values were changed before they were written, with checksums that fit."""
+    data = ShardFolder(str(folder))
+    samples = np.stack(list(data.rows()))
+    labels = np.zeros(len(samples), np.int64) if manifest.get("classes") else None
+    change(samples, labels)
+    old = read_manifest(str(folder))
+    for path in made_in(folder):
+        path.unlink()
+    write_shard(folder, 0, kind, samples, labels)
+    made = {**vars(old), "kind": kind, "shards": shard_infos(folder, 1), **manifest}
+    Manifest(**made).write(folder)
+
+
+def set_token(samples, _):
+    samples[3, 5] = 60_000
+
+
+def set_label(_, labels):
+    labels[70] = 2
+
+
+def set_infinite(samples, _):
+    samples[70, 0] = np.inf
+
+
+@pytest.mark.parametrize("change", [set_token, set_label, set_infinite])
+def test_values_that_mean_nothing_are_found(folder, change, tmp_path):
+    """Checksums fit, as they do after a preparation that did not look."""
+    if change is set_token:
+        rewritten(folder, "text", change)
+        said = "member 000000-000000.tokens.npy holds token 60000, outside the 400 entries"
+    elif change is set_label:
+        rewritten(folder, "images", change, classes=["a", "b"])
+        said = "member 000000-000001.labels.npy holds label 2, outside the 2 classes"
+    else:
+        data = ShardFolder(str(folder)).manifest
+        samples = np.zeros((100, 4), np.float16)
+        change(samples, None)
+        [path.unlink() for path in made_in(folder)]
+        write_shard(folder, 0, "images", samples)
+        encoder = {**data.tokenizer, "kind": "pixels"}
+        Manifest("images", [4], "float16", 100, shard_infos(folder, 1), {}, encoder=encoder).write(folder)
+        said = "member 000000-000001.latents.npy has values that are not finite"
+    result = run(app, ["verify", str(folder)])
+    assert result.exit_code == 1 and said in " ".join(result.output.split())
+    if change is not set_infinite:
+        with pytest.raises(DataError, match="outside the"):  # small: when it is opened, so also by a dry run
+            ShardFolder(str(folder))
+
+
+def test_tokens_of_a_large_folder_are_looked_at_as_they_are_read(folder, monkeypatch):
+    rewritten(folder, "text", set_token)
+    monkeypatch.setattr("ebt_megatron.data.folder.VERIFY_BYTES", 0)
+    monkeypatch.setattr("ebt_megatron.data.folder.SAMPLES_CHECKED", 1)
+    data = ShardFolder(str(folder))
+    out = np.empty((1, *data.manifest.shape), np.int64)
+    data.gather(np.array([2]), out)
+    with pytest.raises(DataError, match="holds token 60000, outside the 400 entries"):
+        data.gather(np.array([3]), out)
+    result = run(app, ["stats", str(folder)])
+    assert result.exit_code == 2 and "token 60000" in result.output
+
+
+def test_verify_finds_a_manifest_that_counts_too_few_entries(folder):
+    manifest = read_manifest(str(folder))
+    manifest.tokenizer["vocab_size"] = 399
+    manifest.write(folder)
+    assert "has ids up to 399, the manifest a vocabulary of 399" in run(app, ["verify", str(folder)]).output
+
+
+@pytest.mark.parametrize("command", ["inspect", "verify", "stats", "sample"])
+def test_a_missing_folder_with_brackets_is_one_line(tmp_path, command):
+    (tmp_path / "file").write_text("")
+    for name in ("[/none] here", "file"):
+        result = run(app, [command, str(tmp_path / name)])
+        assert result.exit_code == 2 and f"no shards at {tmp_path / name}" in result.output
+        assert result.output.count("\n") == 1 and "Traceback" not in result.output
 
 
 def corrupt(folder, generator):

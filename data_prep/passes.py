@@ -1,0 +1,114 @@
+"""What the passes of every preparation share: pieces of work, their files, and shards made anew.
+
+In OUTPUT/.work a pass keeps what it made of a piece of work under that piece's key, which changes with its
+files. What depends on the whole input is in a folder named by all keys. So a preparation of input of which
+some files have changed goes on, and nothing is mixed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ebt_megatron.data.shards import DataError, clear_shards, index_name, shard_name
+
+
+def key_of(*what: Any) -> str:
+    """Sixteen letters that are others for other things."""
+    return hashlib.blake2b(repr(what).encode("utf-8", "surrogateescape"), digest_size=8).hexdigest()
+
+
+@dataclass(frozen=True)
+class Unit:
+    """A piece of work: consecutive files of the input, or parts of them; plain tuples that repr() tells apart."""
+
+    number: int
+    parts: Sequence[Any]
+
+    @property
+    def key(self) -> str:
+        """Of its files as they are now."""
+        return key_of(*map(tuple, self.parts))
+
+
+def units_of(parts: Sequence[Sequence[Any]]) -> list[Unit]:
+    """The input, in order, in pieces of work."""
+    return [Unit(i, part) for i, part in enumerate(parts)]
+
+
+@dataclass(frozen=True)
+class Passes:
+    """Where every process finds the files of a preparation.
+
+    Attributes:
+        output: folder of the splits.
+        input: the key of all pieces of work.
+    """
+
+    output: Path
+    input: str = field(kw_only=True)
+
+    def file(self, what: str, key: str, suffix: str = "npy") -> Path:
+        """What a pass makes of a piece of work."""
+        return self.output / ".work" / f"{what}-{key}.{suffix}"
+
+    def whole(self, name: str) -> Path:
+        """A file that depends on the whole input."""
+        return self.output / ".work" / self.input / name
+
+    def shard_index(self, item: tuple[str, int]) -> Path:
+        """The file that shows shard (split, number) is finished."""
+        return self.output / item[0] / index_name(shard_name(item[1]))
+
+    def save(self, path: Path, array: np.ndarray) -> None:
+        """Write and rename into place."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(f".{os.getpid()}.partial")
+        with partial.open("wb") as stream:
+            np.save(stream, array)
+        os.replace(partial, path)
+
+    def clear(self) -> None:
+        """Remove the shards that were there before, once, before the first of this input is written."""
+        done = self.whole("cleared")
+        if not done.exists():
+            for split in ("train", "validation"):
+                clear_shards(self.output / split)
+            done.parent.mkdir(parents=True, exist_ok=True)
+            done.touch()
+
+
+def threshold(hashes: np.ndarray, fraction: float, what: str) -> float:
+    """Below which a hash in [0, 1) means held out: the fraction, or so that both splits get something.
+
+    Args:
+        hashes: of all that is split, or enough of it to find something for both.
+        fraction: share held out; 0: nothing.
+        what: is split, for the message.
+
+    Raises:
+        DataError: if there is nothing, or only one to be split.
+    """
+    if not len(hashes):
+        raise DataError(f"the input has no {what} that can be read")
+    if not fraction or ((hashes < fraction).any() and (hashes >= fraction).any()):
+        return fraction
+    found = np.unique(hashes)
+    if len(found) < 2:
+        raise DataError(f"the input is one {what}, which cannot be split: give more, or pass --validation-fraction 0 "
+                        "for no validation folder")  # fmt: skip
+    return float(found[1] if found[0] >= fraction else found[-1])
+
+
+def write_skipped(output: Path, lines: list[str]) -> None:
+    """Name what was left out in OUTPUT/skipped.txt; none, no file."""
+    path = output / "skipped.txt"
+    path.unlink(missing_ok=True)
+    if lines:
+        path.write_text("".join(f"{line}\n" for line in lines), "utf-8", "backslashreplace")

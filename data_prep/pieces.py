@@ -1,0 +1,86 @@
+"""What videos and pictures are to a preparation: pieces, each of which goes to one split."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from typing import NamedTuple, Protocol
+
+import numpy as np
+
+from ebt_megatron.data.shards import DataError
+
+from .files import InputFile, open_file
+
+NO_LABEL = -1
+
+
+class Piece(NamedTuple):
+    """What goes to one split as a whole: a video or a picture.
+
+    Attributes:
+        content: bytes that its split is a hash of.
+        samples: uint8 [frames, height, width, 3] of every clip or tile (of a picture one frame), in order,
+            and the seconds it lasts; raises DataError where the file is broken.
+        label: of every sample, or NO_LABEL.
+    """
+
+    content: bytes
+    samples: Iterator[tuple[np.ndarray, float]]
+    label: int = NO_LABEL
+
+
+class Source(Protocol):
+    """A kind of input: a frozen dataclass of options, the same in every process."""
+
+    @property
+    def kind(self) -> str:
+        """Of the manifest."""
+
+    @property
+    def piece(self) -> str:
+        """What goes to one split, in words."""
+
+    @property
+    def frames(self) -> int | None:
+        """Of a sample of video, none of a picture."""
+
+    @property
+    def height(self) -> int:
+        """Of a frame."""
+
+    @property
+    def width(self) -> int:
+        """Of a frame."""
+
+    @property
+    def classes(self) -> list[str]:
+        """Names of the labels; empty: their numbers."""
+
+    def read(self, files: list[InputFile]) -> Iterator[Piece]:
+        """The pieces of some files, in order."""
+        ...
+
+
+def fingerprint(file: InputFile) -> bytes:
+    """What tells a file from others: its size, and its first and last megabyte (all of it, up to two).
+
+    A path is no part of it, and the rest of a long video behind a URL need not be fetched.
+
+    Raises:
+        DataError: if it cannot be read.
+    """
+    size, megabyte = file.bytes, 1 << 20
+    try:
+        with open_file(file.path) as stream:
+            first = stream.read(megabyte)
+            stream.seek(max(len(first), size - megabyte))
+            return b"%d " % size + first + stream.read(megabyte)
+    except OSError as error:
+        raise DataError(f"{file.path} cannot be read ({error})") from None
+
+
+def place_of(seed: int, content: bytes) -> float:
+    """In [0, 1): a piece of a lower place is held out first."""
+    digest = hashlib.blake2b(content, digest_size=6, salt=seed.to_bytes(16, "little")).digest()
+    return int.from_bytes(digest, "little") / 2.0**48
