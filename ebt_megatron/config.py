@@ -19,7 +19,7 @@ from omegaconf.errors import InterpolationKeyError, OmegaConfBaseException
 
 from ebt_megatron.catalog import find_recipe
 from ebt_megatron.errors import RecipeError
-from ebt_megatron.values import as_meant, check_ranges, expand_paths
+from ebt_megatron.values import as_meant, check_ranges, expand_paths, with_today_names
 
 __all__ = ["Recipe", "RecipeError", "all_keys", "check", "load_recipe", "resolve", "to_yaml"]
 
@@ -244,9 +244,10 @@ def load_recipe(path: str | Path | None, overrides: Sequence[str] = ()) -> Recip
     """
     layers = []
     if path is not None:
-        file = find_recipe(path)
         try:
-            layers.append((str(path), OmegaConf.load(file)))
+            layers.append((str(path), OmegaConf.load(find_recipe(path))))
+        except RecipeError:
+            raise
         except Exception as error:  # yaml raises its own family of errors
             raise RecipeError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
     for item in overrides:
@@ -263,6 +264,7 @@ def load_recipe(path: str | Path | None, overrides: Sequence[str] = ()) -> Recip
         given = OmegaConf.to_container(layer)
         if not isinstance(given, dict):
             raise RecipeError(f"{where}: a recipe is a mapping of keys to values")
+        given = with_today_names(given)
         _check_keys(given, where)
         try:
             merged = OmegaConf.merge(merged, OmegaConf.create(as_meant(given, Recipe)))

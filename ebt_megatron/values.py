@@ -110,3 +110,13 @@ def check_ranges(recipe: Any) -> None:
         raise RecipeError(f"data.train_weights has {len(weights)} entries for {len(d.train)} sources in data.train")
     if any(w < 0 for w in weights) or (weights and not sum(weights)):
         raise RecipeError(f"data.train_weights={weights}: must be at least 0, and not all 0")
+
+
+def with_today_names(given: dict[Any, Any]) -> dict[Any, Any]:
+    """A recipe of an earlier version, with its settings under today's names; e.g. the recipe.yaml of an old run."""
+    thinking = given.get("thinking")
+    if isinstance(thinking, dict) and "descend_on" in thinking:
+        rules = {"logits": "logit_descent", "probabilities": "probability_descent"}
+        before = thinking.pop("descend_on")
+        thinking["step_rule"] = rules.get(before, before)
+    return given

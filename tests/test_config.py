@@ -125,3 +125,10 @@ def test_every_key_is_read_somewhere():
     text = "".join(p.read_text() for p in sources if p.name != "config.py")
     unread = [key for key in all_keys() if f".{key.split('.')[-1]}" not in text and key not in ("model.size",)]
     assert not unread
+
+
+def test_a_run_of_an_earlier_version_keeps_its_step_rule(tmp_path):
+    saved = tmp_path / "recipe.yaml"
+    for before, now in (("logits", "logit_descent"), ("probabilities", "probability_descent")):
+        saved.write_text(f"model: {{size: tiny}}\nthinking: {{descend_on: {before}}}\n")
+        assert load_recipe(saved).thinking.step_rule == now

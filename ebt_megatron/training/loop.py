@@ -390,4 +390,5 @@ def fingerprint(recipe: Recipe, tokenizer: str) -> dict[str, Any]:
     out["tokenizer"] = tokenizer
     if recipe.model.architecture == "ebt":
         out["thinking.max_steps"] = recipe.thinking.max_steps
+        out["thinking.step_rule"] = recipe.thinking.step_rule
     return out
