@@ -15,7 +15,7 @@ app = typer.Typer(add_completion=False)
 
 
 def evaluate(recipe: Recipe, run_dir: Path, steps: int | None, example: bool) -> dict[str, Any]:
-    """Validation loss, perplexity and energy at every number of thinking steps.
+    """Validation loss, perplexity, energy, and what the most likely token does, at every number of thinking steps.
 
     Args:
         recipe: the run's, possibly with another layout.
@@ -58,6 +58,8 @@ def evaluate(recipe: Recipe, run_dir: Path, steps: int | None, example: bool) ->
             "loss": result.losses[i].item(),
             "perplexity": perplexity(result.losses[i].item()),
             "energy": result.energies[i].item() if thinks else None,
+            "accuracy": result.right[i].item() if thinks else None,
+            "changed": result.changed[i].item() if thinks and i else None,
         }
         for i in range(most)
     ]
@@ -81,7 +83,7 @@ def main(
     output: Path | None = typer.Option(None, help="Where to write; default: RUN_DIR/evaluation.json."),
     example: bool = typer.Option(True, help="Work out one token, too."),
 ) -> None:
-    """Write validation loss, perplexity and energy against thinking steps as JSON.
+    """Write validation loss, perplexity, energy and accuracy against thinking steps as JSON.
 
     The layout of the evaluation is its own: one process unless started by torchrun with
     parallel.* overrides.
@@ -106,7 +108,8 @@ def main(
         if dist.get_rank() == 0:
             target.write_text(json.dumps(result, indent=1) + "\n")
             for row in result["thinking"]:
-                print(f"{row['steps']:>3} steps: loss {row['loss']:.4f}, perplexity {row['perplexity']:.2f}")
+                changed = "" if row["changed"] is None else f", most likely token changed {100 * row['changed']:.1f} %"
+                print(f"{row['steps']:>3} steps: loss {row['loss']:.4f}, perplexity {row['perplexity']:.2f}{changed}")
             print(f"unigram entropy of the targets {result['unigram_entropy']:.4f}")
         shutdown()
 

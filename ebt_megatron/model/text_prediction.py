@@ -15,6 +15,7 @@ embedded prediction x = p W, and by `thinking.step_rule`
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -164,6 +165,19 @@ class TextPrediction:
     def logits(self) -> Tensor:
         """The current logits [S, B, V / TP]."""
         return self._whole().to(self.dtype).view(self.length, self.batch, -1)
+
+    def most_likely(self) -> Tensor:
+        """The token that the current prediction gives the highest probability; int64 [S, B], the same on every rank."""
+        parts = [y[:, : self.valid].max(1) for _, y in self._parts()] if self.valid else []
+        if parts:
+            values, columns = _join([v for v, _ in parts]), _join([c for _, c in parts]) + self.column_offset
+        else:  # a rank that holds padding alone
+            values = torch.full_like(self.target, -math.inf, dtype=self.dtype)
+            columns = self.target
+        best = self.group.max(values)
+        # Of ranks that have it, the one of the lowest token.
+        token = -self.group.max(torch.where(values == best, -columns, torch.iinfo(torch.int64).min))
+        return token.view(self.length, self.batch)
 
     @property
     def final(self) -> Tensor:

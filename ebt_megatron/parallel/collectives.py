@@ -33,12 +33,19 @@ class TensorGroup:
             dist.all_reduce(x, group=self.group)
         return x
 
-    def log_sum_exp(self, x: Tensor) -> Tensor:
-        """Combine each rank's log-sum-exp of its part into that of the whole."""
+    def max(self, x: Tensor) -> Tensor:
+        """Elementwise maximum over the group."""
         if self.size == 1:
             return x
         top = x.clone()
         dist.all_reduce(top, op=dist.ReduceOp.MAX, group=self.group)
+        return top
+
+    def log_sum_exp(self, x: Tensor) -> Tensor:
+        """Combine each rank's log-sum-exp of its part into that of the whole."""
+        if self.size == 1:
+            return x
+        top = self.max(x)
         return self.sum((x - top).exp()).log() + top
 
     def to_hidden(self, partial: Tensor) -> Tensor:

@@ -186,6 +186,7 @@ class Descent:
         plan, weight: for training: what to learn from, and each position's weight [S, B] in the
             loss (usually 1 / the number of positions in the global batch).
         separable: as the model's.
+        observe: called with the prediction after each step that is not learned from.
     """
 
     def __init__(
@@ -198,10 +199,11 @@ class Descent:
         weight: Tensor | None = None,
         *,
         separable: bool,
+        observe: Callable[[Prediction], None] | None = None,
     ):
         self.prediction, self.step_size = prediction, step_size
         self.alpha, self.alpha_slope = alpha, alpha_slope
-        self.plan, self.weight, self.separable = plan, weight, separable
+        self.plan, self.weight, self.separable, self.observe = plan, weight, separable, observe
         self.losses: list[Tensor] = []
         self._adjoint_step: int | None = None  # on the way back: the last step whose adjoint is known
         self._on_tangent: Tensor | None = None  # what `learn_input` multiplied the tangents with, [S(/TP), B, 1]
@@ -220,6 +222,8 @@ class Descent:
         self.losses.append(self.prediction.refine(energy_grad, self.alpha))
         if self._through or self.plan is None or step not in self.plan.learned:
             self.prediction.advance(keep=self._through)
+            if self.observe is not None:
+                self.observe(self.prediction)
 
     def learn_input(self, step: int) -> tuple[Tensor, Tensor]:
         """What to differentiate: the weighted sum of energies' tangents.

@@ -7,7 +7,7 @@ over micro-batches and data-parallel ranks gives means, and no layout changes th
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -152,7 +152,14 @@ class EnergyObjective:
             return 0
         return (self.recipe.training.global_batch_size + 1) // 2
 
-    def _descent(self, sample: Sample, plan: Plan | None, positions: int, random: bool) -> Descent:
+    def _descent(
+        self,
+        sample: Sample,
+        plan: Plan | None,
+        positions: int,
+        random: bool,
+        observe: Callable[[Any], None] | None = None,
+    ) -> Descent:
         model, options, seed = self.model, self.recipe.thinking, self.recipe.training.seed
         if not random and not options.langevin_in_evaluation:
             options = replace(options, langevin_noise=0.0)
@@ -160,7 +167,9 @@ class EnergyObjective:
         length = sample.observed.shape[1]
         alpha, slope = step_sizes(model.step_size, options, sample.sample_ids, length, seed, random)
         weight = torch.full_like(alpha, 1 / positions)
-        return Descent(prediction, model.step_size, alpha, slope, plan, weight, separable=model.separable)
+        return Descent(
+            prediction, model.step_size, alpha, slope, plan, weight, separable=model.separable, observe=observe
+        )
 
     def _context(self, sample: Sample, learn: bool) -> Context:
         embed = lambda: self.model.modality.context(sample.observed)  # noqa: E731
@@ -215,12 +224,19 @@ class EnergyObjective:
         with self.timers.phase("graph"):
             return Thought(*graphs.run((plan, positions), work, *inputs))
 
-    def _pipeline(self, samples: list[Sample], plan: Plan, positions: int, random: bool) -> Pipeline:
+    def _pipeline(
+        self,
+        samples: list[Sample],
+        plan: Plan,
+        positions: int,
+        random: bool,
+        observe: Callable[[Any], None] | None = None,
+    ) -> Pipeline:
         first = self.state.is_first_stage
 
         def micro_batch(sample: Sample) -> StageBatch:
             embed = (lambda: self.model.modality.context(sample.observed)) if first else None
-            descent = self._descent(sample, plan, positions, random) if first else None
+            descent = self._descent(sample, plan, positions, random, observe) if first else None
             return StageBatch(len(sample.observed), embed, descent, sample.segments)
 
         return Pipeline(
@@ -236,22 +252,27 @@ class EnergyObjective:
         return thoughts
 
     @torch.no_grad()
-    def evaluate(self, micro_batch: Any, steps: int) -> Thought:
+    def evaluate(self, micro_batch: Any, steps: int, observe: Callable[[Any], None] | None = None) -> Thought:
         """Per-position losses and energies [steps, S, B] of a micro-batch; nothing is learned.
 
         With pipeline stages, losses are on the first and energies on the last, zeros elsewhere.
-        """
-        sample = split(micro_batch, self.state.device)
-        if self.state.pipeline_size > 1:
-            only_think = Plan((0.0,) * steps, "detached")
-            (thought,) = self._pipeline([sample], only_think, 1, random=False).run()
-            return thought
-        return self.thinker(micro_batch).think(steps)
 
-    def thinker(self, micro_batch: Any) -> Thinker:
-        """A micro-batch ready to think without learning (one pipeline stage)."""
+        Args:
+            micro_batch: from the loader.
+            steps: thinking steps.
+            observe: called with the prediction after each step (on the first pipeline stage).
+        """
+        if self.state.pipeline_size > 1:
+            sample = split(micro_batch, self.state.device)
+            only_think = Plan((0.0,) * steps, "detached")
+            (thought,) = self._pipeline([sample], only_think, 1, random=False, observe=observe).run()
+            return thought
+        return self.thinker(micro_batch, observe).think(steps)
+
+    def thinker(self, micro_batch: Any, observe: Callable[[Any], None] | None = None) -> Thinker:
+        """A micro-batch ready to think without learning (one pipeline stage); `observe` as in `evaluate`."""
         sample = split(micro_batch, self.state.device)
-        descent = self._descent(sample, None, 1, random=False)
+        descent = self._descent(sample, None, 1, random=False, observe=observe)
         return Thinker(self.model, self._context(sample, learn=False), descent, self.timers.phase)
 
 
@@ -311,7 +332,7 @@ class FeedForwardObjective:
         return Totals(total.view(1), total.new_zeros(0), total, positions)
 
     @torch.no_grad()
-    def evaluate(self, micro_batch: Any, steps: int) -> Thought:
+    def evaluate(self, micro_batch: Any, steps: int, observe: Callable[[Any], None] | None = None) -> Thought:
         """Per-position losses [1, S, B]; a feed-forward model has one step and no energy."""
         losses = self._losses([micro_batch], None)
         shape = 1, self.recipe.data.sequence_length, len(micro_batch.sample_ids)

@@ -15,7 +15,7 @@ def data(tmp_path_factory):
 
 
 def _losses(data, layouts):
-    """Per layout, per number of samples: losses, energies and the targets' entropy."""
+    """Per layout, per number of samples: losses, energies, the targets' entropy, and right and changed answers."""
     from ebt_megatron.data.loader import Loader
     from ebt_megatron.evaluation.perplexity import validate
     from ebt_megatron.model.build import SampleShape
@@ -35,6 +35,7 @@ def _losses(data, layouts):
             result = validate(trainer.objective, loader, steps, 300, state.data_group, state.pipeline_group)
             assert result.positions == 10 * count == int(result.counts.sum())
             values = [*result.losses.tolist(), *result.energies.tolist(), result.unigram_entropy()]
+            values += [*result.right.tolist(), *result.changed[1:].tolist()]
             out[recipe.model.architecture, layout[1:], count] = values
         setup.shutdown()
     return out
