@@ -64,7 +64,7 @@ class ThinkingConfig:
     loss: str = "every"  # every (mean over the steps' losses) | last
     learned_steps: int | None = None  # of the losses of every step, learn from so many, drawn anew each iteration
     gradient: str = "detached"  # detached | full | truncated; see docs/design.md
-    step_size: float = 10.0
+    step_size: float = 30.0
     learn_step_size: bool = True
     step_size_lr_multiplier: float | None = None  # default: 3 x step_size, as the paper's 1500 for 500
     step_size_min: float = 1e-4
