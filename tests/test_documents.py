@@ -94,7 +94,7 @@ def try_command(words: list[str], patch: pytest.MonkeyPatch) -> None:
     elif program == "tensorboard":
         assert shutil.which(program) or importlib.util.find_spec(program)
     elif program == "mpirun":
-        try_command(rest[rest.index("python") :], patch)
+        try_command(rest[next(i for i, w in enumerate(rest) if w == "python" or w.startswith("ebt-")) :], patch)
     elif program == "torchrun":
         from torch.distributed.run import get_args_parser
 
@@ -107,7 +107,7 @@ def try_command(words: list[str], patch: pytest.MonkeyPatch) -> None:
     else:
         module, attribute, rest = (rest[1], "app", rest[2:]) if program == "python" else (
             *script_of(program).split(":"), rest)  # fmt: skip
-        if module == "ebt_megatron.train" and rest and not rest[0].startswith("-"):
+        if module == "ebt_megatron.train" and rest and not rest[0].startswith("-") and "--help" not in rest:
             trains(rest, 1)
         run = "plan" in module or "--list" in rest
         for choice in itertools.product(*(word.split("|") for word in rest)):

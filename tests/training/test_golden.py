@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import typer
 
 from ebt_megatron.data.loader import MicroBatch
 from ebt_megatron.model.build import SampleShape
@@ -120,7 +121,7 @@ def test_golden(name):
             assert ours[key] == pytest.approx([float.fromhex(x) for x in values], rel=ELSEWHERE, abs=ELSEWHERE)
 
 
-def write() -> None:
+def main() -> None:
     """Write the golden file with what this checkout computes."""
     torch.set_num_threads(1)
     recipes = {
@@ -132,4 +133,4 @@ def write() -> None:
 
 
 if __name__ == "__main__":
-    write()
+    typer.run(main)
