@@ -10,6 +10,7 @@ faster meanwhile does so for all. All numbers of a table come from one run on on
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
@@ -17,7 +18,7 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -50,6 +51,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "Transformer++": {"overrides": ["model.architecture=transformer"]},
     "dual stream": {"overrides": []},
     "dual stream, reuse": {"overrides": ["thinking.reuse=true"]},
+    "dual stream, reuse, one of two losses drawn": {"overrides": ["thinking.reuse=true", "thinking.learned_steps=1"]},
     "dual stream, logits in bf16": {"overrides": ["thinking.logits_dtype=bfloat16"]},
     "dual stream, regenerated logits": {"overrides": ["thinking.regenerate=256"]},
     "dual stream, 8 steps": {
@@ -92,14 +94,29 @@ def training_step(recipe: Recipe, vocab: int) -> Callable[[int], float]:
     return step
 
 
+def draws(recipe: Recipe) -> list[tuple[float, int]]:
+    """Steps that stand for all that training draws, as (probability, seed)."""
+    from ebt_megatron.thinking.plan import Plan
+
+    distribution = Plan.distribution(recipe.thinking)
+    wanted, seed_of = {plan.steps for _, plan in distribution}, dict[int, int]()
+    for seed in itertools.count():
+        seed_of.setdefault(Plan.draw(recipe.thinking, recipe.training.seed, seed).steps, seed)
+        if seed_of.keys() >= wanted:
+            break
+    return [(chance, seed_of[plan.steps]) for chance, plan in distribution]
+
+
 def minimum_flops(recipe: Recipe, vocab: int) -> float:
-    """Of one micro-batch: the least a first-order method needs."""
+    """Of one micro-batch: the least a first-order method needs, in the mean over what training draws."""
     from ebt_megatron.model.flops import cost
+    from ebt_megatron.thinking.plan import Plan
 
     per_sample, batch = cost(recipe, vocab), recipe.training.micro_batch_size
     if recipe.model.architecture == "transformer":
         return batch * per_sample.transformer()
-    return batch * per_sample.minimum(recipe.thinking.max_steps, recipe.thinking.max_steps)
+    plans = Plan.distribution(recipe.thinking)
+    return batch * sum(chance * per_sample.minimum(plan.steps, len(plan.learned)) for chance, plan in plans)
 
 
 def counted_flops(step: Callable[[int], float], seed: int = 0) -> int:
@@ -117,12 +134,12 @@ def counted_flops(step: Callable[[int], float], seed: int = 0) -> int:
     return counter.get_total_flops()
 
 
-def median_seconds(step: Callable[[int], float], repeats: int) -> float:
-    """Of a step, after those that were run before."""
+def median_seconds(step: Callable[[int], float], seeds: Iterable[int]) -> float:
+    """Of steps with these seeds, after those that were run before."""
     seconds = []
-    for i in range(repeats):
+    for seed in seeds:
         begin = time.perf_counter()
-        step(i + 1)
+        step(seed)
         seconds.append(time.perf_counter() - begin)
     return sorted(seconds)[len(seconds) // 2]
 
@@ -152,8 +169,9 @@ def _child(case: str, variant: str, timed: bool) -> dict[str, Any]:
             step(0)
             out["memory"] = _peak_rss() - base
         return out
-    out["flops"] = counted_flops(step)
-    out["seconds"] = median_seconds(step, 1)
+    drawn = draws(recipe)
+    out["flops"] = sum(chance * counted_flops(step, seed) for chance, seed in drawn)
+    out["seconds"] = sum(chance * median_seconds(step, [seed]) for chance, seed in drawn)
     out["minimum_flops"] = minimum_flops(recipe, vocab)
     return out
 

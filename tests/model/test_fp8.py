@@ -162,7 +162,7 @@ def test_what_fp8_cannot_do_is_said_at_once(overrides, reason):
 def trained(precision: str, *layout: str) -> list[float]:
     from tests.training.test_layouts import losses_of
 
-    recipe = f"training.precision={precision}", "model.hidden_size=64", "thinking.max_steps=2"
+    recipe = f"training.precision={precision}", "model.hidden_size=64", "thinking.max_steps=2", "thinking.step_size=1"
     return losses_of((*recipe, *layout), steps=4)
 
 
