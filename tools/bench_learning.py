@@ -30,6 +30,7 @@ from ebt_megatron.config import Recipe, load_recipe
 from ebt_megatron.training.flops import training_flops
 
 from .bench import machine
+from .quickstart import DATA, prepare
 
 # Two-sided 95 % quantiles of Student's t by degrees of freedom (n - 1 seeds).
 STUDENT_T = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
@@ -213,7 +214,7 @@ def main(
     model: list[str] = typer.Option(list(MODELS), help="Which: " + "; ".join(MODELS)),
     seeds: int = typer.Option(3, min=1, max=10, help="Runs of each model."),
     steps: int = typer.Option(1200, min=1, help="Optimizer steps of 8 x 128 tokens."),
-    data: Path = typer.Option(Path("data/quickstart"), help="Shards; `make quickstart` prepares them."),
+    data: Path = typer.Option(DATA, help="Shards of text; the quickstart's are prepared if they are not there."),
     runs: Path = typer.Option(Path("runs/learning"), help="Where the runs go; what is done there is not repeated."),
     output: Path | None = typer.Option(None, help="Folder for the results; default: only printed and in --runs."),
 ) -> None:
@@ -224,8 +225,10 @@ def main(
     for name in model:
         if name not in MODELS:
             raise typer.BadParameter(f"no model '{name}': choose of {'; '.join(MODELS)}")
-    if not (data / "train" / "manifest.json").exists():
-        raise typer.BadParameter(f"no shards at {data}: run `make quickstart` first, or give --data")
+    if data == DATA:
+        prepare(console, os.cpu_count() or 1, 16)
+    elif not (data / "train" / "manifest.json").exists():
+        raise typer.BadParameter(f"no shards at {data}: ebt-prepare text makes them")
     vocab_size = read_manifest(str(data / "train")).vocab_size
     jobs = [(name, seed) for seed in range(seeds) for name in model]
     done: dict[str, list[dict[str, Any]]] = {name: [] for name in model}

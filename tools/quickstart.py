@@ -34,6 +34,23 @@ def _run(console: Console, title: str, command: list[str]) -> float:
     return time.perf_counter() - begin
 
 
+def prepare(console: Console, processes: int, megabytes: int) -> dict[str, float]:
+    """Text of this machine as shards at DATA, unless they are there; returns seconds by part."""
+    if (DATA / "train" / "manifest.json").exists():
+        return {}
+    python, raw, seconds = sys.executable, DATA / "raw.jsonl", {}
+    if not raw.exists():
+        seconds["collect"] = _run(console, "1. text this machine already has", [
+            python, "-m", "data_prep.local_text", "--output", str(raw), "--max-bytes",
+            str(megabytes * 1_000_000), "--workers", str(processes),
+        ])  # fmt: skip
+    seconds["prepare"] = _run(console, "1. real text to shards", [
+        python, "-m", "data_prep.text", "--input", str(raw), "--train-bpe", "1024", "--sequence-length", "128",
+        "--unit-megabytes", "4", "--output", str(DATA), "--workers", str(processes), "--resume",
+    ])  # fmt: skip
+    return seconds
+
+
 def main(
     processes: int = typer.Option(2, help="Ranks; the recipes use tensor parallel 2."),
     megabytes: int = typer.Option(16, help="How much text to prepare."),
@@ -41,18 +58,7 @@ def main(
     """Prepare data, pretrain the models, evaluate them and write the report."""
     console = Console()
     python = sys.executable
-    seconds: dict[str, float] = {}
-    if not (DATA / "train" / "manifest.json").exists():
-        raw = DATA / "raw.jsonl"
-        if not raw.exists():
-            seconds["collect"] = _run(console, "1. text this machine already has", [
-                python, "-m", "data_prep.local_text", "--output", str(raw), "--max-bytes",
-                str(megabytes * 1_000_000), "--workers", str(processes),
-            ])  # fmt: skip
-        seconds["prepare"] = _run(console, "1. real text to shards", [
-            python, "-m", "data_prep.text", "--input", str(raw), "--train-bpe", "1024", "--sequence-length", "128",
-            "--unit-megabytes", "4", "--output", str(DATA), "--workers", str(processes), "--resume",
-        ])  # fmt: skip
+    seconds = prepare(console, processes, megabytes)
     for i, (name, recipe) in enumerate(RECIPES.items()):
         seconds[f"train {name}"] = _run(console, f"{i + 2}. pretrain: {name}", [
             python, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes),
