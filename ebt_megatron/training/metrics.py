@@ -7,6 +7,7 @@ import importlib.util
 import json
 import os
 import resource
+import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
@@ -19,6 +20,8 @@ import torch
 from omegaconf import OmegaConf
 
 from ebt_megatron.errors import RecipeError
+
+PAUSE_SECONDS = 60.0  # before a writer that failed is made anew
 
 
 class Timers:
@@ -144,12 +147,19 @@ class JsonlWriter:
             self.stream.close()
 
 
+def _but_tensorboards(failed: threading.ExceptHookArgs) -> None:
+    """Print the traceback of a thread; what ends TensorBoard's is raised again where a row is written."""
+    if not type(failed.thread).__module__.startswith("tensorboard."):
+        threading.__excepthook__(failed)
+
+
 class TensorBoardWriter:
     """tensorboard/: curves of every number."""
 
     def __init__(self, folder: Path, first_step: int):
         from torch.utils.tensorboard import SummaryWriter
 
+        threading.excepthook = _but_tensorboards
         self.board = SummaryWriter(folder / "tensorboard", purge_step=first_step + 1)
 
     def write(self, row: dict[str, Any]) -> None:
@@ -201,7 +211,7 @@ class Lenient:
 
     Args:
         name: of what is written.
-        make: makes the writer that goes on from a step; called again after a row that failed.
+        make: makes the writer that goes on from a step; called again after one that failed, and a pause.
         first_step: the first one.
         say: prints a line.
     """
@@ -210,6 +220,7 @@ class Lenient:
         self.name, self.make, self.say = name, make, say
         self.writer: Writer | None = make(first_step)
         self.failures = 0
+        self.again = 0.0  # when a writer may be made
 
     def _attempt(self, work: Callable[[], None]) -> None:
         try:
@@ -224,13 +235,15 @@ class Lenient:
         self._attempt(lambda: self._write(row))
 
     def _write(self, row: dict[str, Any]) -> None:
-        if self.writer is None:
-            self.writer = self.make(row["step"] - 1)
+        if self.writer is None and time.monotonic() < self.again:
+            self.failures += 1
+            return
         try:
+            self.writer = self.writer or self.make(row["step"] - 1)
             self.writer.write(row)
         except Exception:
             if not getattr(self.writer, "pending", None):  # one that holds nothing back is broken
-                self.writer = None
+                self.writer, self.again = None, time.monotonic() + PAUSE_SECONDS
             raise
 
     def close(self) -> None:

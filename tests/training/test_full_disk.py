@@ -2,6 +2,7 @@
 
 import errno
 import json
+import resource
 
 from ebt_megatron.training import metrics
 from ebt_megatron.training.metrics import MetricsWriter, last_step
@@ -27,6 +28,7 @@ class Board:
 def test_metrics_fail_and_come_back(tmp_path, monkeypatch):
     monkeypatch.setattr(Board, "rows", [])
     monkeypatch.setattr(Board, "begun", [])
+    monkeypatch.setattr(metrics, "PAUSE_SECONDS", 0)
     monkeypatch.setitem(metrics.WRITERS, "tensorboard", ("tensorboard/", Board))
     said = []
     writer = MetricsWriter(tmp_path, 0, said.append, ["jsonl", "tensorboard"])
@@ -59,6 +61,24 @@ def test_metrics_fail_and_come_back(tmp_path, monkeypatch):
     assert "metrics.jsonl not written" in said[0] and "No space left" in said[0]
     assert "tensorboard/ not written" in said[1]
     assert "metrics.jsonl: writing failed 2 times" in said[2] and "tensorboard/: writing failed 2 times" in said[3]
+
+
+def test_the_real_tensorboard_says_once_that_it_has_no_room(tmp_path, capfd):
+    said, limit = [], resource.getrlimit(resource.RLIMIT_FSIZE)
+    writer = MetricsWriter(tmp_path, 0, said.append, ["jsonl", "tensorboard"])
+    writer.write({"step": 1, "loss": 1.0})
+    writer.writers[1].writer.close()
+    writer.writers[1].writer = None
+    resource.setrlimit(resource.RLIMIT_FSIZE, (40, limit[1]))  # bytes a file may have: as on a full disk
+    try:
+        for step in range(2, 9):
+            writer.write({"step": step, "loss": 1.0})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    writer.close()
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 8
+    assert len(list((tmp_path / "tensorboard").iterdir())) == 2, "one that has no room is not made anew for every row"
+    assert capfd.readouterr().err == "" and len(said) == 4, said
 
 
 def test_rows_of_another_history_are_kept(tmp_path):
