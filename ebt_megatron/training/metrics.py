@@ -69,12 +69,15 @@ def peak_memory_bytes() -> int:
 
 def last_step(folder: Path) -> int:
     """The last step that a run directory's metrics.jsonl has a row of; 0 without one."""
-    path, last = folder / "metrics.jsonl", 0
+    return max((step for step, _ in _recorded(folder / "metrics.jsonl")), default=0)
+
+
+def _recorded(path: Path) -> Iterator[tuple[int, str]]:
+    """The steps and lines of a metrics.jsonl, but those that a killed run or a machine that stopped left half written."""
     if path.exists():
-        for line in path.read_text().splitlines():
-            with suppress(json.JSONDecodeError):
-                last = max(last, json.loads(line)["step"])
-    return last
+        for line in path.read_text("utf-8", "replace").splitlines():
+            with suppress(ValueError, TypeError, KeyError):
+                yield int(json.loads(line)["step"]), line + "\n"
 
 
 class Writer(Protocol):
@@ -110,13 +113,8 @@ class JsonlWriter:
         path = folder / "metrics.jsonl"
         kept: list[str] = []
         replaced: list[str] = []
-        if path.exists():
-            for line in path.read_text().splitlines():
-                try:
-                    row = json.loads(line)
-                except json.JSONDecodeError:
-                    continue  # the last line of a killed run
-                (kept if row["step"] <= first_step else replaced).append(line + "\n")
+        for step, line in _recorded(path):
+            (kept if step <= first_step else replaced).append(line)
         if replaced:
             with path.with_name("metrics-replaced.jsonl").open("a") as stream:
                 stream.writelines(replaced)

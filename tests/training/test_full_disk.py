@@ -83,7 +83,9 @@ def test_the_real_tensorboard_says_once_that_it_has_no_room(tmp_path, capfd):
 
 def test_rows_of_another_history_are_kept(tmp_path):
     path = tmp_path / "metrics.jsonl"
-    path.write_text("".join(json.dumps({"step": s}) + "\n" for s in (1, 2, 3)) + '{"step": 4, "lo')
+    path.write_text("".join(json.dumps({"step": s}) + "\n" for s in (1, 2, 3)) + '5\n{"loss": 1}\n')
+    with path.open("ab") as stream:
+        stream.write(b'\0\0\xff\n{"step": 4, "lo')  # of a machine that stopped, and of a killed run
     assert last_step(tmp_path) == 3
     MetricsWriter(tmp_path, 1, print, ["jsonl"]).close()
     assert [json.loads(x) for x in path.read_text().splitlines()] == [{"step": 1}]
