@@ -73,7 +73,7 @@ def last_step(folder: Path) -> int:
 
 
 def _recorded(path: Path) -> Iterator[tuple[int, str]]:
-    """The steps and lines of a metrics.jsonl, but those that a killed run or a machine that stopped left half written."""
+    """The steps and lines of a metrics.jsonl, but those that a killed run or a machine that stopped left half."""
     if path.exists():
         for line in path.read_text("utf-8", "replace").splitlines():
             with suppress(ValueError, TypeError, KeyError):
