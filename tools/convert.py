@@ -73,12 +73,14 @@ def import_weights(source: Path, recipe: Path, output: Path, overrides: list[str
         overrides: key=value pairs.
 
     Raises:
-        RecipeError: if the weights are not of the recipe's model, or the folder has checkpoints already.
+        RecipeError: if the weights are not of the recipe's model, or the folder has checkpoints already, or a run
+            is using it.
     """
     if list((output / "checkpoints").glob("step-????????")):
         raise RecipeError(f"{output} holds checkpoints already: choose another --output")
     overrides = [*overrides, f"training.output_dir={output}"]
     resolved = load_recipe(recipe, overrides)
+    from ebt_megatron.training.lock import RunLock
     from ebt_megatron.training.loop import Run, fingerprint
     from ebt_megatron.training.weights import check_fingerprint, read_weights, set_weights
 
@@ -89,10 +91,15 @@ def import_weights(source: Path, recipe: Path, output: Path, overrides: list[str
     needed = fingerprint(resolved, manifest.tokenizer["sha256"]) | {"vocab_size": manifest.vocab_size}
     check_fingerprint(source, metadata, needed)
     set_weights(source, run.trainer.model, weights)
-    run.save()
-    if not run.checkpoints.published():
-        raise RecipeError(f"{output}: no checkpoint could be written")
-    (output / "recipe.yaml").write_text(to_yaml(resolved))
+    lock = RunLock(output)
+    try:
+        lock.acquire()
+        run.save()
+        if not run.checkpoints.published():
+            raise RecipeError(f"{output}: no checkpoint could be written")
+        (output / "recipe.yaml").write_text(to_yaml(resolved))
+    finally:
+        lock.release()
 
 
 @app.command("export")

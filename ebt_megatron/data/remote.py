@@ -21,6 +21,7 @@ from webdataset.tariterators import tar_file_iterator
 T = TypeVar("T")
 ATTEMPTS = 6
 _CHUNK = 1 << 20  # bytes read at a time
+_KEY = 16  # letters of the name of a remote folder in a cache
 PAUSE_SECONDS = 0.5  # before the second attempt; each later pause is twice as long
 
 
@@ -137,7 +138,7 @@ class Cache:
     def path(self, url: str) -> Path:
         """Where the file of a URL is, or will be."""
         parent, name = url.rsplit("/", 1)
-        return self.folder / hashlib.sha256(parent.encode()).hexdigest()[:16] / name
+        return self.folder / hashlib.sha256(parent.encode()).hexdigest()[:_KEY] / name
 
     def want(self, url: str) -> None:
         """Note that the file is in use, if it is here."""
@@ -182,7 +183,7 @@ class Cache:
         if self.limit_bytes is None:
             return
         found = []
-        for path in self.folder.glob("*/*.tar"):
+        for path in self.folder.glob(f"{'[0-9a-f]' * _KEY}/*.tar"):  # other folders are not the cache's
             with contextlib.suppress(FileNotFoundError):  # another process makes room, too
                 found.append((path.stat().st_mtime_ns, path.stat().st_size, path))
         total = sum(size for _, size, _ in found)

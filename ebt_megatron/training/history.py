@@ -19,7 +19,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 _NAME = re.compile(r"step-(\d{8,})")
-_RUN_FILES = ("checkpoints", "metrics.jsonl", "metrics-replaced.jsonl", "tensorboard", "recipe.yaml", "evaluation.json")
+_RUN_FILES = ("checkpoints", "metrics.jsonl", "metrics-replaced.jsonl", "tensorboard", "recipe.yaml", "evaluation.json",
+              "trace", "wandb", "wandb-id")  # fmt: skip
 
 
 class CheckpointError(RuntimeError):

@@ -7,6 +7,7 @@ import importlib.util
 import json
 import os
 import resource
+import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
@@ -19,6 +20,8 @@ import torch
 from omegaconf import OmegaConf
 
 from ebt_megatron.errors import RecipeError
+
+PAUSE_SECONDS = 60.0  # before a writer that failed is made anew
 
 
 class Timers:
@@ -66,12 +69,15 @@ def peak_memory_bytes() -> int:
 
 def last_step(folder: Path) -> int:
     """The last step that a run directory's metrics.jsonl has a row of; 0 without one."""
-    path, last = folder / "metrics.jsonl", 0
+    return max((step for step, _ in _recorded(folder / "metrics.jsonl")), default=0)
+
+
+def _recorded(path: Path) -> Iterator[tuple[int, str]]:
+    """The steps and lines of a metrics.jsonl, but those that a killed run or a machine that stopped left half."""
     if path.exists():
-        for line in path.read_text().splitlines():
-            with suppress(json.JSONDecodeError):
-                last = max(last, json.loads(line)["step"])
-    return last
+        for line in path.read_text("utf-8", "replace").splitlines():
+            with suppress(ValueError, TypeError, KeyError):
+                yield int(json.loads(line)["step"]), line + "\n"
 
 
 class Writer(Protocol):
@@ -107,13 +113,8 @@ class JsonlWriter:
         path = folder / "metrics.jsonl"
         kept: list[str] = []
         replaced: list[str] = []
-        if path.exists():
-            for line in path.read_text().splitlines():
-                try:
-                    row = json.loads(line)
-                except json.JSONDecodeError:
-                    continue  # the last line of a killed run
-                (kept if row["step"] <= first_step else replaced).append(line + "\n")
+        for step, line in _recorded(path):
+            (kept if step <= first_step else replaced).append(line)
         if replaced:
             with path.with_name("metrics-replaced.jsonl").open("a") as stream:
                 stream.writelines(replaced)
@@ -144,12 +145,19 @@ class JsonlWriter:
             self.stream.close()
 
 
+def _but_tensorboards(failed: threading.ExceptHookArgs) -> None:
+    """Print the traceback of a thread; what ends TensorBoard's is raised again where a row is written."""
+    if not type(failed.thread).__module__.startswith("tensorboard."):
+        threading.__excepthook__(failed)
+
+
 class TensorBoardWriter:
     """tensorboard/: curves of every number."""
 
     def __init__(self, folder: Path, first_step: int):
         from torch.utils.tensorboard import SummaryWriter
 
+        threading.excepthook = _but_tensorboards
         self.board = SummaryWriter(folder / "tensorboard", purge_step=first_step + 1)
 
     def write(self, row: dict[str, Any]) -> None:
@@ -201,7 +209,7 @@ class Lenient:
 
     Args:
         name: of what is written.
-        make: makes the writer that goes on from a step; called again after a row that failed.
+        make: makes the writer that goes on from a step; called again after one that failed, and a pause.
         first_step: the first one.
         say: prints a line.
     """
@@ -210,6 +218,7 @@ class Lenient:
         self.name, self.make, self.say = name, make, say
         self.writer: Writer | None = make(first_step)
         self.failures = 0
+        self.again = 0.0  # when a writer may be made
 
     def _attempt(self, work: Callable[[], None]) -> None:
         try:
@@ -224,13 +233,15 @@ class Lenient:
         self._attempt(lambda: self._write(row))
 
     def _write(self, row: dict[str, Any]) -> None:
-        if self.writer is None:
-            self.writer = self.make(row["step"] - 1)
+        if self.writer is None and time.monotonic() < self.again:
+            self.failures += 1
+            return
         try:
+            self.writer = self.writer or self.make(row["step"] - 1)
             self.writer.write(row)
         except Exception:
             if not getattr(self.writer, "pending", None):  # one that holds nothing back is broken
-                self.writer = None
+                self.writer, self.again = None, time.monotonic() + PAUSE_SECONDS
             raise
 
     def close(self) -> None:

@@ -50,12 +50,22 @@ def write_weights(path: Path, weights: dict[str, Tensor], recipe: str, fingerpri
         weights: whole tensors by name.
         recipe: YAML.
         fingerprint, step: see the module's text.
+
+    Raises:
+        RecipeError: if it cannot be written; a file that was there stays.
     """
     metadata = {"format": "pt", "recipe": recipe, "fingerprint": json.dumps(fingerprint)}
     if step is not None:
         metadata["step"] = str(step)
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_file({name: w.detach().cpu().contiguous() for name, w in weights.items()}, path, metadata)
+    partial = path.with_name(f"{path.name}.partial")
+    try:
+        save_file({name: w.detach().cpu().contiguous() for name, w in weights.items()}, partial, metadata)
+        partial.replace(path)
+    except (OSError, SafetensorError) as error:
+        raise RecipeError(f"{path} cannot be written ({error})") from None
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -99,6 +99,14 @@ def test_the_cache_is_verified_shared_and_bounded(shards, memory, tmp_path):
     assert not list(tmp_path.rglob("*.partial"))
 
 
+def test_room_is_made_among_what_the_cache_brought_only(memory, tmp_path):
+    own = tmp_path / "mine/shard-000000.tar"  # data.cache_dir may be the folder that prepared data is in
+    own.parent.mkdir()
+    own.write_bytes(b"x" * 999)
+    list(ShardFolder("memory://bucket/train", Cache(tmp_path, 1)).rows())
+    assert own.exists() and len(list(tmp_path.glob("*/*.tar"))) == 2
+
+
 def test_without_a_limit_the_cache_keeps_every_shard_and_reads_it_once(shards, memory, tmp_path, monkeypatch):
     opened = []
     monkeypatch.setattr(remote, "open_url", lambda url, real=remote.open_url: opened.append(url) or real(url))

@@ -1,5 +1,6 @@
 """Weights leave a run of any layout and start another, bit for bit."""
 
+import resource
 from pathlib import Path
 
 import pytest
@@ -7,7 +8,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from ebt_megatron.config import RecipeError, load_recipe, to_yaml
-from ebt_megatron.training.weights import read_weights
+from ebt_megatron.training.lock import RunLock
+from ebt_megatron.training.weights import read_weights, write_weights
 from tests.builders import small_recipe, text_shards
 from tests.distributed_utils import run_ranks
 from tools.convert import export_weights, import_weights
@@ -108,6 +110,18 @@ def test_runs_start_from_it(recipe, weights, tmp_path, capfd):
     assert all(0 < m < 0.01 for m in moved.values()), moved
 
 
+def test_a_full_disk_leaves_the_file_that_was_there(tmp_path):
+    path, limit = tmp_path / "w.safetensors", resource.getrlimit(resource.RLIMIT_FSIZE)
+    write_weights(path, {"a": torch.ones(3)}, "", {})
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limit[1]))  # bytes a file may have
+    try:
+        with pytest.raises(RecipeError, match=r"w\.safetensors cannot be written"):
+            write_weights(path, {"a": torch.zeros(1 << 16)}, "", {})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert read_weights(path)[0]["a"].tolist() == [1, 1, 1] and list(tmp_path.iterdir()) == [path]
+
+
 def test_what_does_not_fit_is_named(recipe, weights, tmp_path):
     tensors, metadata = read_weights(weights)
 
@@ -129,6 +143,12 @@ def test_what_does_not_fit_is_named(recipe, weights, tmp_path):
         import_weights(tmp_path / "text", recipe, tmp_path / "run", [])
     with pytest.raises(RecipeError, match="neither a run"):
         export_weights(tmp_path, tmp_path / "out.safetensors")
+    run = RunLock(tmp_path / "run")
+    run.acquire()
+    with pytest.raises(RecipeError, match="is in use by process"):
+        import_weights(weights, recipe, tmp_path / "run", [])
+    run.release()
+    assert not list((tmp_path / "run").iterdir())
     started(recipe, tmp_path / "run")
     with pytest.raises(RecipeError, match="holds checkpoints already"):
         import_weights(weights, recipe, tmp_path / "run", [])

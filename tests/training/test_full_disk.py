@@ -2,6 +2,7 @@
 
 import errno
 import json
+import resource
 
 from ebt_megatron.training import metrics
 from ebt_megatron.training.metrics import MetricsWriter, last_step
@@ -27,6 +28,7 @@ class Board:
 def test_metrics_fail_and_come_back(tmp_path, monkeypatch):
     monkeypatch.setattr(Board, "rows", [])
     monkeypatch.setattr(Board, "begun", [])
+    monkeypatch.setattr(metrics, "PAUSE_SECONDS", 0)
     monkeypatch.setitem(metrics.WRITERS, "tensorboard", ("tensorboard/", Board))
     said = []
     writer = MetricsWriter(tmp_path, 0, said.append, ["jsonl", "tensorboard"])
@@ -61,9 +63,29 @@ def test_metrics_fail_and_come_back(tmp_path, monkeypatch):
     assert "metrics.jsonl: writing failed 2 times" in said[2] and "tensorboard/: writing failed 2 times" in said[3]
 
 
+def test_the_real_tensorboard_says_once_that_it_has_no_room(tmp_path, capfd):
+    said, limit = [], resource.getrlimit(resource.RLIMIT_FSIZE)
+    writer = MetricsWriter(tmp_path, 0, said.append, ["jsonl", "tensorboard"])
+    writer.write({"step": 1, "loss": 1.0})
+    writer.writers[1].writer.close()
+    writer.writers[1].writer = None
+    resource.setrlimit(resource.RLIMIT_FSIZE, (40, limit[1]))  # bytes a file may have: as on a full disk
+    try:
+        for step in range(2, 9):
+            writer.write({"step": step, "loss": 1.0})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    writer.close()
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 8
+    assert len(list((tmp_path / "tensorboard").iterdir())) == 2, "one that has no room is not made anew for every row"
+    assert capfd.readouterr().err == "" and len(said) == 4, said
+
+
 def test_rows_of_another_history_are_kept(tmp_path):
     path = tmp_path / "metrics.jsonl"
-    path.write_text("".join(json.dumps({"step": s}) + "\n" for s in (1, 2, 3)) + '{"step": 4, "lo')
+    path.write_text("".join(json.dumps({"step": s}) + "\n" for s in (1, 2, 3)) + '5\n{"loss": 1}\n')
+    with path.open("ab") as stream:
+        stream.write(b'\0\0\xff\n{"step": 4, "lo')  # of a machine that stopped, and of a killed run
     assert last_step(tmp_path) == 3
     MetricsWriter(tmp_path, 1, print, ["jsonl"]).close()
     assert [json.loads(x) for x in path.read_text().splitlines()] == [{"step": 1}]

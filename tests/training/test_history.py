@@ -187,3 +187,18 @@ def test_steps_past_eight_digits_sort_by_number(tmp_path):
         (tmp_path / f"step-{step:08d}").mkdir()
     (tmp_path / "step-00000007.partial").mkdir()
     assert [step_of(p) for p in History(tmp_path, 1).published()] == [5, 99999999, 100000000]
+
+
+def test_nothing_of_an_earlier_run_stays_but_earlier_ones(tmp_path):
+    left = ["checkpoints", "metrics.jsonl", "metrics-replaced.jsonl", "tensorboard", "recipe.yaml", "evaluation.json",
+            "trace", "wandb", "wandb-id"]  # fmt: skip
+    for number in (1, 2):
+        for name in left:
+            (tmp_path / name).write_text(str(number))
+        (tmp_path / "run.lock").write_text("held")
+        assert move_earlier_run(tmp_path) == tmp_path / "earlier" / str(number)
+        assert {p.name: p.read_text() for p in (tmp_path / "earlier" / str(number)).iterdir()} == dict.fromkeys(
+            left, str(number)
+        )
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["earlier", "run.lock"]
+    assert move_earlier_run(tmp_path) is None

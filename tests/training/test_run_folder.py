@@ -3,12 +3,13 @@
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from ebt_megatron.config import RecipeError
 from ebt_megatron.data.shards import DataError
-from tests.builders import text_shards
+from tests.builders import small_recipe, text_shards
 from tests.distributed_utils import run_ranks
 from tests.training import runs
 
@@ -140,7 +141,23 @@ def test_validation(data, tmp_path):
     assert "training.validation_samples=0: must be at least 1" in empty["error"]
 
 
-def test_epochs_are_shown_and_many_are_warned_of(data, tmp_path, capfd):
+@pytest.mark.parametrize(("steps", "warned"), [(20, False), (21, True)])
+def test_more_than_four_epochs_are_warned_of(steps, warned):
+    from ebt_megatron.training.loop import Run
+
+    said: list[str] = []
+    run = SimpleNamespace(
+        recipe=small_recipe(f"training.steps={steps}", "training.validation_samples=9"), warn=said.append,
+        say=said.append, validation_data=SimpleNamespace(validation_samples=5),
+        train_data=SimpleNamespace(most_repeated=lambda samples: (samples / 10, "data/train")),
+    )  # fmt: skip
+    Run._look_at_amounts(run)
+    *warnings, validation = said
+    assert "validation is on all 5 samples" in validation and len(warnings) == warned
+    assert all("training.steps=21 goes 4.2 times through data/train" in line for line in warnings)
+
+
+def test_epochs_are_shown(data, tmp_path):
     (answer,) = life(data, tmp_path, ("run", ("training.steps=3", "training.validation_samples=4000"), ""))
     rows = runs.rows(tmp_path / "run")
     samples = json.loads((data / "train/manifest.json").read_text())["samples"]
