@@ -15,7 +15,8 @@ from tests.distributed_utils import RankError, run_ranks
     [
         ({}, ("single", 0, 1, 0, "")),
         (
-            {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "SLURM_PROCID": "0"},
+            {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "SLURM_PROCID": "0", "MASTER_ADDR": "head",
+             "MASTER_PORT": "29500"},
             ("torchrun", 3, 4, 1, "env"),
         ),
         (

@@ -59,10 +59,11 @@ class World:
     def start(self, resume: bool) -> None:
         before, published, self.said = self.everything(), self.published(), []
         expected = next((p for p in reversed(published) if good(p)), None)
+        left = (self.run / "checkpoints").exists()  # a save that failed leaves its folder
         moved = None if resume else move_earlier_run(self.run)
         self.checkpoints = Checkpoints(self.run / "checkpoints", self.keep, {}, report=self.said.append)
         if not resume:
-            assert (moved is not None) == bool(published) and not self.published()
+            assert (moved is not None) == left and (left or not published) and not self.published()
             expected, published = None, []
         try:
             newest = self.checkpoints.resume_point()
