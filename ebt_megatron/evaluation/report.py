@@ -138,6 +138,7 @@ def plot_energy(ebts: Sequence[Run]) -> bytes:
             axes.set_title(f"step {step + 1}: {change:+.3g}", fontsize=9)
             axes.set(xticks=[0, 1], xlim=(-0.3, 1.3))
             axes.set_xticklabels(["before", "after"], fontsize=8)
+            axes.ticklabel_format(axis="y", useOffset=False)
             axes.tick_params(axis="y", labelsize=7)
             _plain(axes)
         row[0].set_ylabel(f"{run.label}\nmean energy", fontsize=9)
