@@ -244,10 +244,9 @@ def load_recipe(path: str | Path | None, overrides: Sequence[str] = ()) -> Recip
     """
     layers = []
     if path is not None:
+        file = find_recipe(path)
         try:
-            layers.append((str(path), OmegaConf.load(find_recipe(path))))
-        except RecipeError:
-            raise
+            layers.append((str(path), OmegaConf.load(file)))
         except Exception as error:  # yaml raises its own family of errors
             raise RecipeError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
     for item in overrides:
