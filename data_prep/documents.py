@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
 
-from ebt_megatron.data.shards import DataError
+from ebt_megatron.core.errors import DataError
 
 from .files import DAMAGED, InputFile, content_of, open_content, open_file, plain_name
 

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from ebt_megatron.data.shards import DataError
+from ebt_megatron.core.errors import DataError
 
 if TYPE_CHECKING:
     from torch import Tensor

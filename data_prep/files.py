@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import fsspec
 import zstandard
 
-from ebt_megatron.data.shards import DataError
+from ebt_megatron.core.errors import DataError
 
 DAMAGED = (EOFError, OSError, zlib.error, zstandard.ZstdError)  # what reading a file or archive may raise
 _PACKINGS = (".gz", ".zst")

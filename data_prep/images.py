@@ -25,7 +25,7 @@ import fsspec
 import numpy as np
 import typer
 
-from ebt_megatron.data.shards import DataError
+from ebt_megatron.core.errors import DataError
 
 from . import options
 from .files import InputFile, content_of, described, find_files, plain_name

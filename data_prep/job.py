@@ -33,7 +33,8 @@ from filelock import FileLock, Timeout
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from ebt_megatron.data.shards import DataError, made_in
+from ebt_megatron.core.errors import DataError
+from ebt_megatron.data.shards import made_in
 
 T = TypeVar("T")
 _MPI_VARIABLES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "PMIX_RANK")

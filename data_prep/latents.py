@@ -17,7 +17,8 @@ from typing import Any
 
 import numpy as np
 
-from ebt_megatron.data.shards import DataError, Manifest, read_manifest, sha256_of, shard_infos, write_shard
+from ebt_megatron.core.errors import DataError
+from ebt_megatron.data.shards import Manifest, read_manifest, sha256_of, shard_infos, write_shard
 
 from .encoders import KINDS, Encoder, load_encoder, new_encoder
 from .files import InputFile

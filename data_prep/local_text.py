@@ -21,7 +21,7 @@ import typer
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from ebt_megatron.data.shards import DataError
+from ebt_megatron.core.errors import DataError
 
 from . import options
 from .documents import Part, read_part

@@ -10,8 +10,8 @@ from typing import Any
 import typer
 from rich.console import Console
 
-from ebt_megatron import cli
-from ebt_megatron.cli import user_path as path
+from ebt_megatron.core import cli
+from ebt_megatron.core.cli import user_path as path
 
 
 def name(value: str) -> str:

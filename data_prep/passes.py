@@ -16,7 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from ebt_megatron.data.shards import DataError, clear_shards, index_name, shard_name
+from ebt_megatron.core.errors import DataError
+from ebt_megatron.data.shards import clear_shards, index_name, shard_name
 
 
 def key_of(*what: Any) -> str:

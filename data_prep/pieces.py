@@ -8,7 +8,7 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from ebt_megatron.data.shards import DataError
+from ebt_megatron.core.errors import DataError
 
 from .files import InputFile, open_file
 

@@ -25,7 +25,8 @@ from pathlib import Path
 import numpy as np
 import typer
 
-from ebt_megatron.data.shards import DataError, Manifest, read_manifest, sha256_of, shard_infos, write_shard
+from ebt_megatron.core.errors import DataError
+from ebt_megatron.data.shards import Manifest, read_manifest, sha256_of, shard_infos, write_shard
 
 from . import options
 from .documents import SUFFIXES, Part, Tally, check_kinds, holds_one_document, read_part, split_files

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from ebt_megatron.data.shards import DataError
+from ebt_megatron.core.errors import DataError
 
 END_OF_TEXT = "<|endoftext|>"
 _BATCH = 1 << 20  # characters encoded at once by tokenizers' own threads; each takes about 200 bytes meanwhile

@@ -19,7 +19,7 @@ from typing import Any, ClassVar
 import numpy as np
 import typer
 
-from ebt_megatron.data.shards import DataError
+from ebt_megatron.core.errors import DataError
 
 from . import options
 from .files import InputFile, described, find_files, open_file

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import typer
 
-from ebt_megatron.catalog import describe_recipes
-from ebt_megatron.cli import guarded, quiet_libraries
 from ebt_megatron.config import all_keys, load_recipe, to_yaml
+from ebt_megatron.config.catalog import describe_recipes
+from ebt_megatron.core.cli import guarded, quiet_libraries
 
 app = typer.Typer(add_completion=False)
 
@@ -44,8 +44,9 @@ def main(
             return
         quiet_libraries()
         from ebt_megatron.parallel.setup import shutdown
-        from ebt_megatron.training.loop import Run, StoppedRun
+        from ebt_megatron.training.hooks import train_to_end
         from ebt_megatron.training.metrics import require_writers
+        from ebt_megatron.training.run import Run, StoppedRun
 
         require_writers(resolved.training.metrics)
         run = Run(resolved)
@@ -53,7 +54,7 @@ def main(
             run.say(f"{resolved.name}: recipe, data and layout fit; nothing was trained")
         else:
             try:
-                run.run()
+                train_to_end(run)
             except StoppedRun as error:
                 run.say(f"stopped: {error}", "red")
                 sys.exit(3)

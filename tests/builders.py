@@ -13,10 +13,15 @@ from torch import Tensor
 from data_prep.documents import Part
 from data_prep.text import TextSettings, prepare_text
 from ebt_megatron.config import Recipe, load_recipe
+from ebt_megatron.core.timing import Timers
 from ebt_megatron.data.loader import MicroBatch
-from ebt_megatron.model.build import SampleShape, build_model
+from ebt_megatron.objectives import build_objective
+from ebt_megatron.objectives.interface import Objective
 from ebt_megatron.parallel.setup import ParallelState, initialize
-from ebt_megatron.thinking.dual_stream import Context, Descent, Thinker, Thought, step_sizes
+from ebt_megatron.tasks.build import build_model
+from ebt_megatron.tasks.interface import Sample
+from ebt_megatron.tasks.text import Text
+from ebt_megatron.thinking.dual_stream import Descent, Thinker, Thought, step_sizes
 from ebt_megatron.thinking.plan import Plan
 
 VOCAB = 61
@@ -55,6 +60,11 @@ def micro_batch(batch: int = 2, length: int = 10) -> MicroBatch:
     return MicroBatch(b.sample_ids, torch.cat([b.observed, b.targets[:, -1:]], 1))
 
 
+def sample(recipe: Recipe) -> Sample:
+    """And as a model sees them."""
+    return Text(recipe, VOCAB).sample(micro_batch(), torch.device("cpu"))
+
+
 def text_shards(
     folder: Path, documents: list[str], sequence_length: int, samples_per_shard: int, vocab: int = 400,
     validation_fraction: float = 0.1,
@@ -76,7 +86,7 @@ def state(recipe: Recipe) -> ParallelState:
 def build(recipe: Recipe, dtype: torch.dtype = torch.float64):
     """A single-process model whose norms and adaLN are away from their special initial values."""
     state(recipe)
-    model = build_model(recipe, SampleShape(vocab_size=VOCAB)).to(dtype)
+    model = build_model(recipe, Text(recipe, VOCAB)).to(dtype)
     generator = torch.Generator().manual_seed(11)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -84,6 +94,11 @@ def build(recipe: Recipe, dtype: torch.dtype = torch.float64):
                 noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
                 parameter.add_(0.3 * noise / max(parameter.shape[-1], 1) ** 0.5)
     return model
+
+
+def objective(model, recipe: Recipe) -> Objective:
+    """What trains and evaluates a model on one process."""
+    return build_objective(model, recipe, Text(recipe, VOCAB), state(recipe), Timers())
 
 
 def new_descent(model, recipe: Recipe, batch: Batch, plan: Plan | None = None) -> Descent:
@@ -96,9 +111,9 @@ def new_descent(model, recipe: Recipe, batch: Batch, plan: Plan | None = None) -
 
 def new_thinker(model, recipe: Recipe, batch: Batch, plan: Plan | None = None) -> Thinker:
     """A micro-batch ready to think with the dual-stream engine."""
-    length = batch.observed.shape[1]
-    context = Context(model, lambda: model.modality.context(batch.observed), length, batch.segments, plan is not None)
-    return Thinker(model, context, new_descent(model, recipe, batch, plan), reuse=recipe.thinking.reuse)
+    (size, length), learned = batch.observed.shape, plan.learned if plan else ()
+    embed, descent = lambda: model.modality.context(batch.observed), new_descent(model, recipe, batch, plan)
+    return Thinker(model, size, length, batch.segments, learned, embed, descent, recipe.thinking.reuse)
 
 
 def position_weight(batch: Batch, dtype: torch.dtype = torch.float64) -> Tensor:

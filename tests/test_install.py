@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from ebt_megatron.catalog import RECIPES, describe_recipes, find_recipe, recipe_names
 from ebt_megatron.config import RecipeError, load_recipe
+from ebt_megatron.config.catalog import RECIPES, describe_recipes, find_recipe, recipe_names
 
 ROOT = Path(__file__).parents[1]
 COMMANDS = ("train", "evaluate", "prepare", "shards", "plan", "convert", "import", "report")

@@ -72,15 +72,17 @@ def training_step(recipe: Recipe, vocab: int) -> Callable[[int], float]:
     """A function of a seed that does forward and backward of one micro-batch of random tokens; it returns the loss."""
     import torch
 
+    from ebt_megatron.core.timing import Timers
     from ebt_megatron.data.loader import MicroBatch
-    from ebt_megatron.model.build import SampleShape, build_model
+    from ebt_megatron.objectives import build_objective
     from ebt_megatron.parallel.setup import initialize
-    from ebt_megatron.training.metrics import Timers
-    from ebt_megatron.training.objective import build_objective
+    from ebt_megatron.tasks.build import build_model
+    from ebt_megatron.tasks.text import Text
 
     state = initialize(recipe.parallel, recipe.training.seed)
-    model = build_model(recipe, SampleShape(vocab_size=vocab)).to(state.device)
-    objective = build_objective(model, recipe, state, Timers())
+    task = Text(recipe, vocab)
+    model = build_model(recipe, task).to(state.device)
+    objective = build_objective(model, recipe, task, state, Timers())
     shape = recipe.training.micro_batch_size, recipe.data.sequence_length + 1
 
     def step(seed: int) -> float:

@@ -27,7 +27,8 @@ from rich.console import Console
 from rich.progress import track
 
 from ebt_megatron.config import Recipe, load_recipe
-from ebt_megatron.training.flops import training_flops
+from ebt_megatron.model.flops import cost
+from ebt_megatron.objectives.flops import training_flops
 
 from .bench import machine
 from .quickstart import DATA, prepare
@@ -84,11 +85,14 @@ def recipe_of(name: str, seed: int, data: Path, runs: Path, steps: int, vocab_si
             f"training.seed={1234 + seed}", f"training.steps={steps}", f"training.output_dir={folder}",
         ])  # fmt: skip
 
+    def flops_of(recipe: Recipe) -> float:
+        return training_flops(recipe, cost(recipe, vocab_size))
+
     model = MODELS[name]
     recipe = load(model, steps)
     if model.equal_flops:
-        budget = training_flops(load(MODELS["S1"], steps), vocab_size)
-        recipe = load(model, round(steps * budget / training_flops(recipe, vocab_size)))
+        budget = flops_of(load(MODELS["S1"], steps))
+        recipe = load(model, round(steps * budget / flops_of(recipe)))
     return recipe
 
 
@@ -236,7 +240,7 @@ def main(
     for name, seed in track(jobs, description="train", console=console, transient=True):
         recipe = recipe_of(name, seed, data, runs, steps, vocab_size)
         thinks = recipe.thinking.max_steps
-        flops[name] = recipe.training.steps * training_flops(recipe, vocab_size)
+        flops[name] = recipe.training.steps * training_flops(recipe, cost(recipe, vocab_size))
         done[name].append(run(recipe, max(10, 3 * thinks)))
         console.print(f"{name}, seed {seed}: loss {done[name][-1]['thinking'][thinks - 1]['loss']:.4f}"
                       if recipe.model.architecture == "ebt" else

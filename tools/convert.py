@@ -10,8 +10,9 @@ from pathlib import Path
 import typer
 from rich.console import Console
 
-from ebt_megatron.cli import guarded, quiet_libraries
 from ebt_megatron.config import ParallelConfig, RecipeError, load_recipe, to_yaml
+from ebt_megatron.core.cli import guarded, quiet_libraries
+from ebt_megatron.core.files import write_whole
 
 app = typer.Typer(add_completion=False, help=__doc__, no_args_is_help=True)
 
@@ -34,10 +35,10 @@ def export_weights(source: Path, output: Path) -> tuple[Path, int]:
     """
     from megatron.core import dist_checkpointing
 
+    from ebt_megatron.checkpoint.checkpoints import Checkpoints
+    from ebt_megatron.checkpoint.history import CheckpointError, verify
+    from ebt_megatron.checkpoint.weights import checkpoint_weights, write_weights
     from ebt_megatron.parallel.setup import initialize
-    from ebt_megatron.training.checkpoint import Checkpoints
-    from ebt_megatron.training.history import CheckpointError, verify
-    from ebt_megatron.training.weights import checkpoint_weights, write_weights
 
     source = source.resolve()
     is_checkpoint = (source / "checksums.json").exists()
@@ -80,24 +81,23 @@ def import_weights(source: Path, recipe: Path, output: Path, overrides: list[str
         raise RecipeError(f"{output} holds checkpoints already: choose another --output")
     overrides = [*overrides, f"training.output_dir={output}"]
     resolved = load_recipe(recipe, overrides)
+    from ebt_megatron.checkpoint.checkpoints import fingerprint
+    from ebt_megatron.checkpoint.weights import check_fingerprint, read_weights, set_weights
     from ebt_megatron.training.lock import RunLock
-    from ebt_megatron.training.loop import Run, fingerprint
-    from ebt_megatron.training.weights import check_fingerprint, read_weights, set_weights
+    from ebt_megatron.training.run import Run
 
     weights, metadata = read_weights(source)
     # A checkpoint fits every layout, so one process writes it; the run keeps the recipe's layout.
     run = Run(load_recipe(recipe, [*overrides, *_ONE_PROCESS]))
-    manifest = run.train_data.sources[0].manifest
-    needed = fingerprint(resolved, manifest.tokenizer["sha256"]) | {"vocab_size": manifest.vocab_size}
+    needed = fingerprint(resolved, run.task.identity) | {"vocab_size": run.train_data.sources[0].manifest.vocab_size}
     check_fingerprint(source, metadata, needed)
     set_weights(source, run.trainer.model, weights)
     lock = RunLock(output)
     try:
         lock.acquire()
-        run.save()
-        if not run.checkpoints.published():
-            raise RecipeError(f"{output}: no checkpoint could be written")
-        (output / "recipe.yaml").write_text(to_yaml(resolved))
+        if error := run.write_checkpoint(None) or run.checkpoints.wait():
+            raise RecipeError(f"{output}: no checkpoint could be written: {error}")
+        write_whole(output / "recipe.yaml", to_yaml(resolved))
     finally:
         lock.release()
 

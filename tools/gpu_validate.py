@@ -191,11 +191,12 @@ def whole_model_error(precision: str, *overrides: str) -> float:
         precision: "fp32", "bf16" or "fp8", of the model under test.
         overrides: of the recipe.
     """
+    from ebt_megatron.core.timing import Timers
     from ebt_megatron.data.loader import MicroBatch
-    from ebt_megatron.model.build import SampleShape, build_model
+    from ebt_megatron.objectives import build_objective
     from ebt_megatron.parallel.setup import initialize
-    from ebt_megatron.training.metrics import Timers
-    from ebt_megatron.training.objective import build_objective
+    from ebt_megatron.tasks.build import build_model
+    from ebt_megatron.tasks.text import Text
 
     size = ["model.num_layers=3", "model.num_attention_heads=4", "model.num_query_groups=2", "optimizer.lr=1e-3",
             "model.hidden_size=128", "data.sequence_length=65", "training.micro_batch_size=2",
@@ -210,14 +211,15 @@ def whole_model_error(precision: str, *overrides: str) -> float:
     shape = tested.training.micro_batch_size, tested.data.sequence_length + 1
     tokens = torch.randint(vocab, shape, generator=torch.Generator().manual_seed(1))
     state = initialize(tested.parallel, tested.training.seed)
-    models = [build_model(r, SampleShape(vocab_size=vocab)).to(state.device) for r in (tested, judge)]
+    models = [build_model(r, Text(r, vocab)).to(state.device) for r in (tested, judge)]
     models[1].double()
     with torch.no_grad():
         for ours, exact in zip(models[0].parameters(), models[1].parameters(), strict=True):
             exact.copy_(ours)
     gradients = []
     for model, recipe in zip(models, (tested, judge), strict=True):
-        batch, objective = MicroBatch(torch.arange(shape[0]), tokens), build_objective(model, recipe, state, Timers())
+        batch = MicroBatch(torch.arange(shape[0]), tokens)
+        objective = build_objective(model, recipe, Text(recipe, vocab), state, Timers())
         for _ in range(3 if recipe.training.cuda_graphs else 1):  # run, record, replay
             model.zero_grad(set_to_none=False)
             objective.train_batch([batch], 0)

@@ -20,8 +20,8 @@ import typer
 from rich.console import Console
 from torch import Tensor
 
-from ebt_megatron.cli import guarded, quiet_libraries
 from ebt_megatron.config import Recipe, RecipeError, resolve, to_yaml
+from ebt_megatron.core.cli import guarded, quiet_libraries
 
 app = typer.Typer(add_completion=False)
 
@@ -252,8 +252,8 @@ def convert(checkpoint: Path, output: Path, trust: bool = False) -> tuple[Recipe
     Raises:
         RecipeError: see `read_checkpoint`, `make_recipe` and `convert_weights`.
     """
-    from ebt_megatron.training.loop import fingerprint
-    from ebt_megatron.training.weights import write_weights
+    from ebt_megatron.checkpoint.checkpoints import fingerprint
+    from ebt_megatron.checkpoint.weights import write_weights
 
     stored, hyper = read_checkpoint(checkpoint, trust)
     left_out = [name for name in stored if name.startswith(_METRICS)]
@@ -264,9 +264,8 @@ def convert(checkpoint: Path, output: Path, trust: bool = False) -> tuple[Recipe
         weights = convert_weights(stored, recipe)
     except RecipeError as error:
         raise RecipeError(f"{checkpoint}: {error}") from None
-    identity = fingerprint(recipe, "") | {"vocab_size": len(stored["model.embeddings.weight"])}
-    for key in ("tokenizer", "thinking.max_steps"):  # not known; free, where there is no step embedding to say it
-        identity.pop(key, None)
+    identity = fingerprint(recipe, {"vocab_size": len(stored["model.embeddings.weight"])})
+    identity.pop("thinking.max_steps", None)  # free, where there is no step embedding to say it
     write_weights(output, weights, to_yaml(recipe), identity)
     output.with_suffix(".yaml").write_text(to_yaml(recipe))
     return recipe, left_out

@@ -4,7 +4,7 @@
     ebt-plan text/s1_xl --gpus 64 --tflops 400 --bandwidth 400 --network 50
 
 Everything printed is an estimate from the figures given; the pipeline part is the simulation
-that real runs execute (`ebt_megatron.parallel.schedule`).
+that real runs execute (`ebt_megatron.thinking.schedule`).
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from ebt_megatron.cli import guarded
 from ebt_megatron.config import Recipe, check, load_recipe
-from ebt_megatron.model.build import padded
+from ebt_megatron.core.cli import guarded
 from ebt_megatron.model.flops import cost
-from ebt_megatron.parallel.schedule import FLOP_DURATIONS, chain, gpt_bubble, simulate, transformer_chain
+from ebt_megatron.tasks.text import padded
 from ebt_megatron.thinking.plan import Plan
+from ebt_megatron.thinking.schedule import FLOP_DURATIONS, feed_forward_sweeps, gpt_bubble, simulate
 
 
 @dataclass(frozen=True)
@@ -82,9 +82,9 @@ def estimate(recipe: Recipe, vocab_size: int, gpus: int, hardware: Hardware) -> 
     ebt = m.architecture == "ebt"
     sees_step = m.conditioning.endswith("_sequence")
     chains = (
-        [(chance, chain(plan, sees_step)) for chance, plan in Plan.distribution(options)]
+        [(chance, plan.sweeps(sees_step)) for chance, plan in Plan.distribution(options)]
         if ebt
-        else [(1.0, transformer_chain())]
+        else [(1.0, feed_forward_sweeps())]
     )
     parts = cost(recipe, vocab_size)
     unit = t.micro_batch_size * parts.layers / (p.tensor * p.pipeline) / (hardware.tflops * 1e12)  # C on one stage

@@ -7,8 +7,8 @@ from pathlib import Path
 import typer
 from rich.console import Console
 
-from ebt_megatron.cli import guarded
 from ebt_megatron.config import RecipeError
+from ebt_megatron.core.cli import guarded
 
 app = typer.Typer(add_completion=False)
 

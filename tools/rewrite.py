@@ -14,17 +14,9 @@ import numpy as np
 from rich.console import Console
 from rich.progress import track
 
+from ebt_megatron.core.errors import DataError
 from ebt_megatron.data.folder import ShardFolder
-from ebt_megatron.data.shards import (
-    DataError,
-    Manifest,
-    clear_shards,
-    index_name,
-    made_in,
-    shard_infos,
-    shard_name,
-    write_shard,
-)
+from ebt_megatron.data.shards import Manifest, clear_shards, index_name, made_in, shard_infos, shard_name, write_shard
 
 
 def _common(sources: list[ShardFolder]) -> Manifest:

@@ -22,18 +22,10 @@ from rich.progress import track
 from rich.table import Table
 from tokenizers import Tokenizer
 
-from ebt_megatron.cli import command, user_path
+from ebt_megatron.core.cli import command, user_path
+from ebt_megatron.core.errors import DataError
 from ebt_megatron.data.folder import ShardFolder
-from ebt_megatron.data.shards import (
-    LABELS,
-    DataError,
-    Manifest,
-    Member,
-    ShardInfo,
-    out_of_range,
-    read_manifest,
-    sha256_of,
-)
+from ebt_megatron.data.shards import LABELS, Manifest, Member, ShardInfo, out_of_range, read_manifest, sha256_of
 
 from .rewrite import rewrite
 

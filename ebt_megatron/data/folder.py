@@ -16,11 +16,11 @@ from typing import Any
 
 import numpy as np
 
+from ebt_megatron.core.errors import DataError
 from ebt_megatron.data.remote import Cache, RemoteError, in_background, stream_tar
 from ebt_megatron.data.shards import (
     LABELS,
     ROWS_PER_MEMBER,
-    DataError,
     Member,
     ShardInfo,
     content_of,

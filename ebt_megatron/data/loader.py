@@ -23,10 +23,11 @@ import torch
 from torch import Tensor
 
 from ebt_megatron.config import Recipe
+from ebt_megatron.core.errors import DataError
 from ebt_megatron.data.folder import ShardFolder
 from ebt_megatron.data.order import Blend
 from ebt_megatron.data.remote import Cache
-from ebt_megatron.data.shards import DataError, Manifest
+from ebt_megatron.data.shards import Manifest
 
 VALIDATION_IDS = 1 << 50  # sample ids of validation samples start here, apart from training's
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from ebt_megatron.parallel.randomness import stable_seed
+from ebt_megatron.core.randomness import stable_seed
 
 _BLOCK = 1 << 16  # positions between two running counts of a blend's sources
 

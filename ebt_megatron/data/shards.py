@@ -18,16 +18,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from ebt_megatron.core.errors import DataError
 from ebt_megatron.data.remote import open_url, retry
 
 SCHEMA_VERSION = 2
 ROWS_PER_MEMBER = {"text": 64, "video": 1, "images": 64}
 ARRAY_NAME = {"text": "tokens", "video": "latents", "images": "latents"}
 LABELS = "labels"
-
-
-class DataError(ValueError):
-    """Data that cannot be used; the message is one line saying what is wrong, where, and what to do."""
 
 
 class Member(NamedTuple):

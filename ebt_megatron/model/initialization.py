@@ -18,7 +18,7 @@ from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinea
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from torch import nn
 
-from ebt_megatron.parallel.randomness import stable_seed
+from ebt_megatron.core.randomness import stable_seed
 
 
 @dataclass(frozen=True)

@@ -22,8 +22,8 @@ from megatron.core import parallel_state, tensor_parallel
 from megatron.core.transformer import TransformerConfig
 
 from ebt_megatron.config import ParallelConfig, Recipe, RecipeError
+from ebt_megatron.core.launch import Launch, detect_launch
 from ebt_megatron.parallel import cpu_backend
-from ebt_megatron.parallel.launch import Launch, detect_launch
 
 _bring_ups = itertools.count()
 

@@ -22,13 +22,13 @@ on the tangent. Where a position's energy depends on its own prediction alone th
 before its energy instead, and do: `split_factor`.
 
 This file is the whole algorithm. It knows nothing of text, video or images: a
-*prediction* (`ebt_megatron.thinking.prediction`) holds y and answers for its embedding, its
+*prediction* (`ebt_megatron.prediction.interface`) holds y and answers for its embedding, its
 update and its loss.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 
@@ -36,11 +36,11 @@ import torch
 from torch import Tensor, nn
 
 from ebt_megatron.config import ThinkingConfig
+from ebt_megatron.core.randomness import STEP_SIZE_STREAM, uniform
 from ebt_megatron.model.reuse import Tape
 from ebt_megatron.parallel.collectives import TensorGroup, add_gradient
-from ebt_megatron.parallel.randomness import STEP_SIZE_STREAM, uniform
+from ebt_megatron.prediction.interface import EnergyModel, Prediction
 from ebt_megatron.thinking.plan import Plan
-from ebt_megatron.thinking.prediction import EnergyModel, Prediction
 
 
 @dataclass
@@ -91,89 +91,15 @@ def split_factor(factor: Tensor, separable: bool) -> tuple[Tensor | None, Tensor
 
 
 @contextmanager
-def frozen(model: EnergyModel) -> Iterator[None]:
+def frozen(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
     """Leave parameters out of autograd, so that a backward pass computes no weight gradients."""
-    live = [p for p in model.parameters() if p.requires_grad]
-    for p in live:
+    for p in parameters:
         p.requires_grad_(False)
     try:
         yield
     finally:
-        for p in live:
+        for p in parameters:
             p.requires_grad_(True)
-
-
-class ContextPass:
-    """One run of the context stream through a pipeline stage, for all that read its keys and values.
-
-    Args:
-        model: the energy.
-        h: embedded context on the first stage, else the previous stage's output; [S(/TP), B, D].
-        length, segments, step: as `EnergyModel.context` takes them.
-        learn: whether gradients will be asked for.
-
-    Attributes:
-        out: the stage's output.
-    """
-
-    def __init__(self, model: EnergyModel, h: Tensor, length: int, segments: Tensor | None, step: int, learn: bool):
-        with torch.set_grad_enabled(learn):
-            self.out, key_values = model.context(h, length, segments, step)
-        self._tensors = [t for key_value in key_values for t in key_value]
-        self._leaves = [t.detach().requires_grad_(learn) for t in self._tensors]
-
-    def key_values(self, constant: bool) -> list[tuple[Tensor, Tensor]]:
-        """Keys and values of every layer; not `constant`: they collect gradients."""
-        tensors = [t.detach() for t in self._leaves] if constant else self._leaves
-        return list(zip(tensors[::2], tensors[1::2], strict=True))
-
-    def backward(self, out_grad: Tensor | None = None) -> None:
-        """Send the collected gradients, and that at `out` if there is one, through the stage."""
-        pairs = [(t, leaf.grad) for t, leaf in zip(self._tensors, self._leaves, strict=True) if leaf.grad is not None]
-        if out_grad is not None:
-            pairs.append((self.out, out_grad))
-        if pairs:
-            torch.autograd.backward([t for t, _ in pairs], [grad for _, grad in pairs])
-
-
-class Context:
-    """The context stream of a micro-batch: run once, read at every step, differentiated once.
-
-    Where the context itself depends on the step (`time_embed_sequence`, `adaln_sequence`), it is run anew,
-    and differentiated, for each step.
-
-    Args:
-        model: the energy.
-        embed: returns the embedded context [S(/TP), B, D]; called inside autograd.
-        length, segments: as `EnergyModel.context` takes them.
-        learn: whether gradients will be asked for.
-    """
-
-    def __init__(
-        self, model: EnergyModel, embed: Callable[[], Tensor], length: int, segments: Tensor | None, learn: bool
-    ):
-        self.model, self.embed, self.learn = model, embed, learn
-        self.length, self.segments = length, segments
-        self._at_hand: tuple[int, ContextPass] | None = None
-
-    def run(self, step: int) -> ContextPass:
-        """The context for `step`, computed unless it is at hand."""
-        if self._at_hand is None or (self.model.context_sees_step and self._at_hand[0] != step):
-            self.backward()
-            with torch.set_grad_enabled(self.learn):
-                h = self.embed()
-            self._at_hand = step, ContextPass(self.model, h, self.length, self.segments, step, self.learn)
-        return self._at_hand[1]
-
-    def key_values(self, step: int, constant: bool) -> list[tuple[Tensor, Tensor]]:
-        """Keys and values of every layer for `step`; not `constant`: they collect gradients."""
-        return self.run(step).key_values(constant)
-
-    def backward(self) -> None:
-        """Send the collected gradients through the context stream."""
-        if self._at_hand is not None:
-            self._at_hand[1].backward()
-        self._at_hand = None
 
 
 class Descent:
@@ -287,83 +213,174 @@ class Descent:
 
 
 class Thinker:
-    """Thinks, and learns, on one micro-batch with the whole model on this pipeline stage.
+    """Thinks, and learns, on one micro-batch on one pipeline stage, which may be the whole model.
 
-    `ebt_megatron.parallel.pipeline` does the same with the model split over stages.
+    Six passes do all of it, in the order of `Plan.sweeps`: the context, proposals and learn passes, each forward and
+    backward. A pass is given what the neighbouring stage hands over, and returns what to hand on; at the ends of the
+    pipeline both are None. The prediction, its update and the loss are on the first stage, energies on the last. With
+    one stage, `think` and `train` run the passes; with more, `ebt_megatron.thinking.pipeline` does.
+
+    The context stream runs once, is read at every step, and is differentiated once; where it depends on the step
+    (`EnergyModel.context_sees_step`) it is run anew, and differentiated, for each.
 
     Args:
-        model: the energy.
-        context: its context stream.
-        descent: the prediction's side.
-        phase: a context manager told what is being done ("context", "propose", "learn"), for timing.
+        model: this stage of the energy.
+        size, length: B samples of S positions.
+        segments: int32 [B, S] documents, or None.
+        learned: the steps that will be learned from.
+        embed_context: on the first stage: returns the embedded context [S(/TP), B, D]; called inside autograd.
+        descent: on the first stage: the prediction's side.
         reuse: learn passes take the values' outputs and the tangents' gradients from propose passes.
+        phase: a context manager told what is being done ("context", "propose", "learn"), for timing.
     """
 
     def __init__(
         self,
         model: EnergyModel,
-        context: Context,
-        descent: Descent,
-        phase: Callable[[str], AbstractContextManager] = nullcontext,
+        size: int,
+        length: int,
+        segments: Tensor | None,
+        learned: Collection[int] = (),
+        embed_context: Callable[[], Tensor] | None = None,
+        descent: Descent | None = None,
         reuse: bool = False,
+        phase: Callable[[str], AbstractContextManager] = nullcontext,
     ):
-        self.model, self.context, self.descent, self.phase = model, context, descent, phase
-        self.group = TensorGroup(bool(model.config.sequence_parallel))
+        self.model, self.size, self.length, self.segments = model, size, length, segments
+        self.learned, self.embed_context, self._descent, self.phase = learned, embed_context, descent, phase
+        self.group, self.device = TensorGroup(bool(model.config.sequence_parallel)), next(model.parameters()).device
+        self.tapes = {step: Tape(self.group) for step in learned} if reuse else {}
         self.energies: list[Tensor] = []
-        plan = descent.plan
-        self.tapes = {step: Tape(self.group) for step in plan.learned} if reuse and plan is not None else {}
+        self._trained = [p for p in model.parameters() if p.requires_grad]
+        self._context: tuple[Tensor, Tensor, list[Tensor], list[Tensor]]  # what went in and out; keys and values, as
+        # the stream made them and as the prediction stream reads them
+        self._pass: tuple[Tensor, Tensor]  # what went into the last forward pass of the prediction stream, and came out
+        self._weight: Tensor | None = None
 
-    def _energy(self, x: Tensor, step: int, tangent: bool) -> Tensor:
-        key_values, context = self.context.key_values(step, constant=not tangent), self.context
-        tape = self.tapes.get(step)
-        return self.model.predict(x, key_values, context.length, context.segments, step, tangent, tape)
+    @property
+    def descent(self) -> Descent:
+        """The prediction's side; on the first stage."""
+        assert self._descent is not None
+        return self._descent
 
-    def propose(self, step: int) -> None:
-        """Improve the prediction once: a forward pass, and a backward pass to the prediction only."""
-        with self.phase("context"):  # outside `frozen`: it is learned from later
-            self.context.run(step)
-        with self.phase("propose"), frozen(self.model), torch.enable_grad():
-            x = self.descent.propose_input(step).detach().requires_grad_()
-            energy = self._energy(x, step, tangent=False)
-            (energy_grad,) = torch.autograd.grad(energy.sum(), x)
-            self.descent.propose_output(step, energy_grad)
-        self.energies.append(self.group.from_hidden(energy.detach()))
+    # --- the passes -------------------------------------------------------------------------
 
-    def learn(self, step: int) -> None:
-        """Learn from a step: a forward pass of value and tangent, and an ordinary backward pass."""
-        with self.phase("context"):
-            self.context.run(step)
-        with self.phase("learn"):
+    def context_forward(self, step: int, h: Tensor | None = None) -> Tensor:
+        """Run the context stream [S(/TP), B, D]."""
+        learn = bool(self.learned)
+        with torch.set_grad_enabled(learn):
+            if h is None:
+                assert self.embed_context is not None
+                h = self.embed_context()
+            else:
+                h.requires_grad_(learn)
+            out, key_values = self.model.context(h, self.length, self.segments, step)
+        tensors = [t for key_value in key_values for t in key_value]
+        self._context = h, out, tensors, [t.detach().requires_grad_(learn) for t in tensors]
+        return out
+
+    def context_backward(self, step: int, grad: Tensor | None = None) -> Tensor | None:
+        """Send the gradients that keys and values have collected through the context stream."""
+        h, out, tensors, leaves = self._context
+        del self._context
+        pairs = [(t, leaf.grad) for t, leaf in zip(tensors, leaves, strict=True) if leaf.grad is not None]
+        if grad is not None:
+            pairs.append((out, grad))
+        if pairs:
+            torch.autograd.backward([t for t, _ in pairs], [g for _, g in pairs])
+        return h.grad if h.is_leaf else None
+
+    def key_values(self, constant: bool) -> list[tuple[Tensor, Tensor]]:
+        """Keys and values of every layer; not `constant`: they collect gradients."""
+        leaves = self._context[3]
+        tensors = [t.detach() for t in leaves] if constant else leaves
+        return list(zip(tensors[::2], tensors[1::2], strict=True))
+
+    def _predict(self, x: Tensor, step: int, tangent: bool) -> Tensor:
+        x = x.detach().requires_grad_()
+        out = self.model.predict(
+            x, self.key_values(constant=not tangent), self.length, self.segments, step, tangent, self.tapes.get(step)
+        )
+        self._pass = x, out
+        return out
+
+    def propose_forward(self, step: int, x: Tensor | None = None) -> Tensor:
+        """The energy of the prediction [S(/TP), B, D]."""
+        with frozen(self._trained), torch.enable_grad():
+            return self._predict(self.descent.propose_input(step) if x is None else x, step, tangent=False)
+
+    def propose_backward(self, step: int, grad: Tensor | None = None) -> Tensor | None:
+        """The energy's gradient, to the prediction only; and the next prediction."""
+        x, energy = self._pass
+        if grad is None:
+            self.energies.append(self.group.from_hidden(energy.detach()))
+            grad = torch.ones_like(energy)
+        with frozen(self._trained):  # layers that are computed again
+            (x_grad,) = torch.autograd.grad(energy, x, grad)
+        if self._descent is None:
+            return x_grad
+        self._descent.propose_output(step, x_grad)
+        return None
+
+    def learn_forward(self, step: int, streams: Tensor | None = None, weight: Tensor | None = None) -> Tensor:
+        """The energy's tangent, of value and tangent stacked [S(/TP), 2B, D], weighted by [S, B]."""
+        if streams is None:
             streams, weight = self.descent.learn_input(step)
-            streams.requires_grad_()
-            if step in self.tapes:
-                self.tapes[step].weight = weight
-            energy_tangent = self._energy(streams, step, tangent=True)
-            weight = self.group.own_positions(weight).to(energy_tangent.dtype)
-            (energy_tangent * weight).sum().backward()
-            assert streams.grad is not None
-            self.descent.learn_output(step, streams.grad)
+        self._weight = weight
+        if step in self.tapes:
+            self.tapes[step].weight = weight
+        with torch.enable_grad():
+            return self._predict(streams, step, tangent=True)
+
+    @property
+    def weight(self) -> Tensor:
+        """Of each position's energy in the learn pass that went forward last, [S, B]."""
+        assert self._weight is not None
+        return self._weight
+
+    def learn_backward(self, step: int, grad: Tensor | None = None) -> Tensor | None:
+        """Ordinary gradients, of the weighted energies' tangents."""
+        streams, out = self._pass
+        if grad is None:
+            (out * self.group.own_positions(self.weight).to(out.dtype)).sum().backward()
+        else:
+            torch.autograd.backward(out, grad)
+        del self._pass
+        assert streams.grad is not None
+        if self._descent is None:
+            return streams.grad
+        self._descent.learn_output(step, streams.grad)
+        return None
+
+    # --- all of them, where this stage is the whole model --------------------------------------
+
+    def run(self, sweeps: Iterable[tuple[str, int]]) -> None:
+        """Run passes one after the other: (kind, step), as `Plan.sweeps` gives them."""
+        for kind, step in sweeps:
+            with self.phase(kind.partition("_")[0]):
+                getattr(self, kind)(step)
 
     def think(self, steps: int) -> Thought:
         """Think without learning."""
-        for step in range(steps):
-            self.propose(step)
-        return self._thought()
+        self.run(Plan.thinking(steps).sweeps(self.model.context_sees_step))
+        return self.thought(steps)
 
     def train(self) -> Thought:
         """Think and learn: add the gradient of sum_i step_weights[i] <weight, loss_i> to the parameters."""
         plan = self.descent.plan
         assert plan is not None
-        for kind, step in plan.passes:
-            if kind == "propose":
-                self.propose(step)
-            else:
-                self.learn(step)
-        with self.phase("learn"):
-            self.descent.finish()
-        with self.phase("context"):
-            self.context.backward()
-        return self._thought()
+        self.run(plan.sweeps(self.model.context_sees_step))
+        self.finish()
+        return self.thought(plan.steps)
 
-    def _thought(self) -> Thought:
-        return Thought(torch.stack(self.descent.losses), torch.stack(self.energies))
+    def finish(self) -> None:
+        """After the last pass."""
+        if self._descent is not None:
+            with self.phase("learn"):
+                self._descent.finish()
+
+    def thought(self, steps: int) -> Thought:
+        """What came of it: losses on the first stage and energies on the last, else zeros."""
+        zeros = torch.zeros(steps, self.length, self.size, device=self.device)
+        losses = torch.stack(self._descent.losses) if self._descent is not None else zeros
+        return Thought(losses, torch.stack(self.energies) if self.energies else zeros)

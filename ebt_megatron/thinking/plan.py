@@ -7,7 +7,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 
 from ebt_megatron.config import ThinkingConfig
-from ebt_megatron.parallel.randomness import draw_integer, draw_subset
+from ebt_megatron.core.randomness import draw_integer, draw_subset
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,31 @@ class Plan:
             return [("propose", i) for i in range(self.steps)] + [("learn", i) for i in self.learned]
         each = [("propose", "learn") if i in self.learned else ("propose",) for i in range(self.steps)]
         return [(kind, i) for i, kinds in enumerate(each) for kind in kinds]
+
+    def sweeps(self, context_sees_step: bool) -> list[tuple[str, int]]:
+        """The sweeps of one micro-batch through the model's stages: (kind, step), in order.
+
+        Args:
+            context_sees_step: the context is run anew for each step (and differentiated after it).
+        """
+        sweeps: list[tuple[str, int]] = []
+        at_hand: int | None = None  # the step whose context is
+        for kind, step in self.passes:
+            if at_hand is None or (context_sees_step and at_hand != step):
+                sweeps.append(("context_forward", step))
+                at_hand = step
+            sweeps += [(f"{kind}_forward", step), (f"{kind}_backward", step)]
+            if context_sees_step and kind == "learn":
+                sweeps.append(("context_backward", step))
+                at_hand = None
+        if self.learned and not context_sees_step:
+            sweeps.append(("context_backward", 0))
+        return sweeps
+
+    @classmethod
+    def thinking(cls, steps: int) -> Plan:
+        """Steps that are not learned from."""
+        return cls((0.0,) * steps, "detached")
 
     @classmethod
     def of(cls, options: ThinkingConfig, steps: int, drawn: Collection[int] | None = None) -> Plan:

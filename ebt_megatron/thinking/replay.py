@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ebt_megatron.parallel.randomness import stable_seed
+from ebt_megatron.core.randomness import stable_seed
 
 # A replayed sample draws new noise each time: its index moves to a range of its own.
 _REUSE = 1 << 40

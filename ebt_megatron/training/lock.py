@@ -16,7 +16,7 @@ from typing import Any
 
 import psutil
 
-from ebt_megatron.errors import RecipeError
+from ebt_megatron.core.errors import RecipeError
 
 BEAT_SECONDS = 5.0  # the holder shows that it is alive
 WATCH_SECONDS = 45.0  # a holder on another machine that shows nothing for so long is dead

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from ebt_megatron.config import Recipe, check
-from ebt_megatron.model.build import SampleShape, build_model
+from ebt_megatron.core.timing import Timers
+from ebt_megatron.data.loader import MicroBatch
+from ebt_megatron.objectives import build_objective
+from ebt_megatron.objectives.interface import Totals
 from ebt_megatron.parallel.setup import initialize
-from ebt_megatron.training.metrics import Timers
-from ebt_megatron.training.objective import Totals, build_objective
+from ebt_megatron.tasks.build import build_model
+from ebt_megatron.tasks.interface import Task
 from ebt_megatron.training.optimizer import apply_gradients, build_optimizer, build_scheduler, wrap, zero_gradients
 
 
@@ -41,21 +43,21 @@ class Trainer:
 
     Args:
         recipe: the run.
-        shape: facts of the data that fix the model's sizes.
+        task: its modality.
     """
 
-    def __init__(self, recipe: Recipe, shape: SampleShape):
+    def __init__(self, recipe: Recipe, task: Task):
         self.recipe = recipe
         self.state = initialize(recipe.parallel, recipe.training.seed)
         check(recipe, self.state.world_size)
         self.timers = Timers()
-        self.model = build_model(recipe, shape).to(self.state.device)
-        self.objective = build_objective(self.model, recipe, self.state, self.timers)
+        self.model = build_model(recipe, task).to(self.state.device)
+        self.objective = build_objective(self.model, recipe, task, self.state, self.timers)
         self.chunks = wrap([self.model], recipe)
         self.optimizer = build_optimizer(self.chunks, recipe)
         self.scheduler = build_scheduler(self.optimizer, recipe)
 
-    def train_step(self, micro_batches: Sequence[Any], iteration: int) -> StepResult:
+    def train_step(self, micro_batches: Sequence[MicroBatch], iteration: int) -> StepResult:
         """One optimizer step on this rank's micro-batches of a global batch.
 
         Args:

@@ -9,10 +9,10 @@ import torch
 from data_prep.images import PictureSource
 from data_prep.latents import LatentSettings, prepare_latents
 from data_prep.video import VideoSource
+from ebt_megatron.core.errors import DataError
 from ebt_megatron.data.folder import ShardFolder
 from ebt_megatron.data.loader import VALIDATION_IDS, Loader
 from ebt_megatron.data.order import Blend
-from ebt_megatron.data.shards import DataError
 from tests.data.test_loader import recipe_for
 from tests.data_prep.media import moving_square, write_videos
 

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from ebt_megatron.config import load_recipe
+from ebt_megatron.core.errors import DataError
 from ebt_megatron.data.folder import ShardFolder
 from ebt_megatron.data.loader import Loader
-from ebt_megatron.data.shards import DataError
 from tests.builders import text_shards
 
 DOCUMENTS = [f"Document {i} says " + " ".join(f"word{j * i % 97}" for j in range(40)) for i in range(120)]

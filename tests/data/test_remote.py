@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 
 from ebt_megatron.config import RecipeError
+from ebt_megatron.core.errors import DataError
 from ebt_megatron.data import remote
 from ebt_megatron.data.folder import ShardFolder
 from ebt_megatron.data.loader import Loader
 from ebt_megatron.data.remote import Cache
-from ebt_megatron.data.shards import DataError
 from tests.builders import text_shards
 from tests.data.test_loader import DOCUMENTS, recipe_for
 

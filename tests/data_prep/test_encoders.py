@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from data_prep.encoders import frames_of, load_encoder, new_encoder, patches_of
-from ebt_megatron.data.shards import DataError
+from ebt_megatron.core.errors import DataError
 from tests.data_prep.media import moving_square, psnr
 
 FRAMES = moving_square(12, seed=3)

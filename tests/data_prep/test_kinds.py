@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from data_prep import text
 from data_prep.documents import SUFFIXES, Part, Tally, read_part, split_files, strip_html
 from data_prep.files import find_files
+from ebt_megatron.core.errors import DataError
 from ebt_megatron.data.folder import ShardFolder
-from ebt_megatron.data.shards import DataError, read_manifest
+from ebt_megatron.data.shards import read_manifest
 from tests.data_prep.media import invoke, said
 
 pyarrow = pytest.importorskip("pyarrow")

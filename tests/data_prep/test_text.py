@@ -16,8 +16,9 @@ from typer.testing import CliRunner
 from data_prep import text
 from data_prep.documents import SUFFIXES, Part, read_part, split_files, strip_html
 from data_prep.files import find_files
+from ebt_megatron.core.errors import DataError
 from ebt_megatron.data.folder import ShardFolder
-from ebt_megatron.data.shards import DataError, read_manifest
+from ebt_megatron.data.shards import read_manifest
 from tests.builders import text_shards
 
 runner = CliRunner()

@@ -13,8 +13,9 @@ from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizer
 
 from data_prep import images, text, tokens
 from data_prep.passes import threshold
+from ebt_megatron.core.errors import DataError
 from ebt_megatron.data.folder import ShardFolder
-from ebt_megatron.data.shards import DataError, read_manifest
+from ebt_megatron.data.shards import read_manifest
 from tests.data_prep.media import contents, invoke, said
 from tests.data_prep.test_images import pictures, save
 from tests.data_prep.test_images import prepare as prepare_images

@@ -4,8 +4,8 @@ import pytest
 
 from ebt_megatron.config import load_recipe
 from ebt_megatron.model.flops import cost
+from ebt_megatron.objectives.flops import training_flops
 from ebt_megatron.thinking.plan import Plan
-from ebt_megatron.training.flops import training_flops
 from tools.bench import counted_flops, minimum_flops, training_step
 
 SIZE = [
@@ -38,7 +38,7 @@ def test_learning_drawn_steps_costs_what_is_said():
     flops = {plan.step_weights: counted_flops(step, seed) for seed, plan in enumerate(plans)}
     assert len(flops) == 3
     mean = sum(flops.values()) / 3  # each subset is as likely
-    assert mean == pytest.approx(training_flops(recipe, VOCAB), rel=0.15)
+    assert mean == pytest.approx(training_flops(recipe, cost(recipe, VOCAB)), rel=0.15)
 
 
 @pytest.mark.parametrize(("loss", "learned"), [("every", 3), ("last", 1)])

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from ebt_megatron.config import load_recipe
-from ebt_megatron.model.build import SampleShape, build_model
+from ebt_megatron.tasks.build import build_model
+from ebt_megatron.tasks.text import Text
 from tests import builders
 
 SIZES = {96: (2, 2), 256: (4, 4), 384: (6, 6)}  # width: layers, heads
@@ -18,7 +19,7 @@ def first_logits(width: int, vocab: int, *overrides: str) -> torch.Tensor:
         "optimizer.lr=1e-3", "data.sequence_length=16", "model.kernels=torch", *overrides,
     ])  # fmt: skip
     builders.state(recipe)
-    model = build_model(recipe, SampleShape(vocab_size=vocab))
+    model = build_model(recipe, Text(recipe, vocab))
     tokens = torch.randint(vocab, (1, 17), generator=torch.Generator().manual_seed(0))
     batch = builders.Batch(tokens[:, :-1], tokens[:, 1:], torch.arange(1))
     thinker = builders.new_thinker(model, recipe, batch)
@@ -46,7 +47,7 @@ def test_the_step_size_sets_how_fast_logits_are_learned_but_not_how_large_they_s
 def test_the_papers_draws():
     recipe = builders.small_recipe("model.initialization=paper", "model.hidden_size=128")
     builders.state(recipe)
-    model = build_model(recipe, SampleShape(vocab_size=4000))
+    model = build_model(recipe, Text(recipe, 4000))
     std = {name: parameter.std().item() for name, parameter in model.named_parameters() if parameter.dim() == 2}
     assert std["modality.context.table.weight"] == pytest.approx(1, rel=0.02)
     assert std["step_embedding"] == pytest.approx(1, rel=0.2)

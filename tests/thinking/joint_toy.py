@@ -16,10 +16,10 @@ from megatron.core.transformer import MegatronModule
 from torch import Tensor, nn
 
 from ebt_megatron import kernels
+from ebt_megatron.core.randomness import stable_seed
 from ebt_megatron.model.initialization import mark_tensor_parallel, named_weights
 from ebt_megatron.model.layers import modulate, replicated
 from ebt_megatron.parallel.collectives import TensorGroup, gradient_buffer
-from ebt_megatron.parallel.randomness import stable_seed
 from ebt_megatron.parallel.setup import transformer_config
 from tests import builders
 

@@ -5,10 +5,11 @@ import itertools
 import pytest
 import torch
 
+from ebt_megatron.core.timing import Timers
 from ebt_megatron.kernels import StepRule
+from ebt_megatron.objectives import build_objective
+from ebt_megatron.tasks.text import Text
 from ebt_megatron.thinking.plan import Plan
-from ebt_megatron.training.metrics import Timers
-from ebt_megatron.training.objective import build_objective
 from tests import builders
 
 MODES = [
@@ -119,11 +120,15 @@ def test_langevin_noise_in_evaluation_can_be_switched_off():
     losses = []
     for switch in ("true", "false"):
         recipe = builders.small_recipe("thinking.langevin_noise=3", f"thinking.langevin_in_evaluation={switch}")
-        objective = build_objective(builders.build(recipe), recipe, builders.state(recipe), Timers())
-        losses.append(objective.evaluate(builders.micro_batch(), 3).losses)
+        objective = build_objective(
+            builders.build(recipe), recipe, Text(recipe, builders.VOCAB), builders.state(recipe), Timers()
+        )
+        losses.append(objective.evaluate(builders.sample(recipe), 3).losses)
     recipe = builders.small_recipe()
-    objective = build_objective(builders.build(recipe), recipe, builders.state(recipe), Timers())
-    quiet = objective.evaluate(builders.micro_batch(), 3).losses
+    objective = build_objective(
+        builders.build(recipe), recipe, Text(recipe, builders.VOCAB), builders.state(recipe), Timers()
+    )
+    quiet = objective.evaluate(builders.sample(recipe), 3).losses
     assert torch.equal(losses[1], quiet) and not torch.equal(losses[0], quiet)
 
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from ebt_megatron.parallel.collectives import TensorGroup
-from ebt_megatron.parallel.pipeline import Pipeline, StageBatch
 from ebt_megatron.thinking import double_backward
-from ebt_megatron.thinking.dual_stream import Context, Descent, Thinker
+from ebt_megatron.thinking.dual_stream import Descent, Thinker
+from ebt_megatron.thinking.pipeline import Pipeline
 from ebt_megatron.thinking.plan import Plan
 from tests import builders
 from tests.distributed_utils import run_ranks
@@ -22,6 +22,7 @@ LAYOUTS = {
     "TP 2": ["parallel.tensor=2"],
     "TP 2 + SP": ["parallel.tensor=2", "parallel.sequence_parallel=true"],
     "PP 2": ["parallel.pipeline=2"],
+    "PP 2, reuse": ["parallel.pipeline=2", "thinking.reuse=true"],
 }
 LAST = [Plan((0.0, 0.0, 1.0), gradient) for gradient in GRADIENTS]
 
@@ -50,8 +51,8 @@ def embedded(model, rows=slice(None)):
 
 
 def think(model, plan, reuse=False, separable=False):
-    context = Context(model, partial(embedded, model), LENGTH, None, learn=True)
-    return Thinker(model, context, descent(model, plan, separable=separable), reuse=reuse).train()
+    side = descent(model, plan, separable=separable)
+    return Thinker(model, BATCH, LENGTH, None, plan.learned, partial(embedded, model), side, reuse).train()
 
 
 def named_gradients(model):
@@ -107,12 +108,15 @@ def on_layout(overrides):
     for plan in PLANS:
         model = JointToy(recipe)
         if recipe.parallel.pipeline == 1:
-            think(model, plan)
+            think(model, plan, recipe.thinking.reuse)
         else:
-            micro_batches = [StageBatch(2, partial(embedded, model, rows), descent(model, plan, rows), None)
-                             if model.first else StageBatch(2, None, None, None)
-                             for rows in (slice(0, 2), slice(2, 4))]  # fmt: skip
-            Pipeline(model, LENGTH, plan, micro_batches, None).run()
+            micro_batches = [
+                Thinker(model, 2, LENGTH, None, plan.learned, *(
+                    (partial(embedded, model, rows), descent(model, plan, rows)) if model.first else (None, None)
+                ), recipe.thinking.reuse)
+                for rows in (slice(0, 2), slice(2, 4))
+            ]  # fmt: skip
+            Pipeline(model, plan, micro_batches, None).run()
         gradients = zip(named_gradients(model).items(), map(how_to_join, model.parameters()), strict=True)
         out.append({name: (how, gradient.numpy()) for (name, gradient), how in gradients})
     return out

@@ -7,9 +7,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from ebt_megatron.checkpoint.weights import read_weights, write_weights
 from ebt_megatron.config import RecipeError, load_recipe, to_yaml
 from ebt_megatron.training.lock import RunLock
-from ebt_megatron.training.weights import read_weights, write_weights
 from tests.builders import small_recipe, text_shards
 from tests.distributed_utils import run_ranks
 from tools.convert import export_weights, import_weights
@@ -33,7 +33,7 @@ def recipe(tmp_path_factory):
 
 def started(recipe, output, *overrides):
     """A run's folder with one checkpoint of random weights, as the recipe's layout saves it."""
-    from ebt_megatron.training.loop import Run
+    from ebt_megatron.training.run import Run
 
     run = Run(load_recipe(recipe, [f"training.output_dir={output}", *overrides]))
     run.save()
@@ -95,7 +95,7 @@ def test_every_layout_exports_the_same(recipe, weights, tmp_path, overrides):
 
 def test_runs_start_from_it(recipe, weights, tmp_path, capfd):
     from ebt_megatron.evaluate import evaluate
-    from ebt_megatron.training.loop import Run
+    from ebt_megatron.training.run import Run
 
     import_weights(weights, recipe, tmp_path / "run", ["thinking.step_size=7"])
     saved = load_recipe(tmp_path / "run" / "recipe.yaml")

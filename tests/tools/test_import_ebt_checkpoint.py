@@ -13,13 +13,14 @@ import torch.nn.functional as F
 from torch import nn
 from typer.testing import CliRunner
 
+from ebt_megatron.checkpoint.weights import read_weights, set_weights
 from ebt_megatron.config import RecipeError, load_recipe, to_yaml
 from ebt_megatron.data.folder import ShardFolder
-from ebt_megatron.model.build import SampleShape, build_model
 from ebt_megatron.parallel.setup import initialize
-from ebt_megatron.thinking.dual_stream import Context, Descent, Thinker, step_sizes
+from ebt_megatron.tasks.build import build_model
+from ebt_megatron.tasks.text import Text
+from ebt_megatron.thinking.dual_stream import Descent, Thinker, step_sizes
 from ebt_megatron.thinking.plan import Plan
-from ebt_megatron.training.weights import read_weights, set_weights
 from tests.builders import position_weight, relative_error, text_batch, text_shards
 from tools.import_ebt_checkpoint import app, convert, convert_weights, read_checkpoint
 
@@ -221,7 +222,7 @@ def imported(original, folder, kind, dtype, **hyper):
     convert(checkpoint, folder / "weights.safetensors")
     recipe = load_recipe(folder / "weights.yaml", ["model.kernels=reference"])
     initialize(recipe.parallel, 0)
-    model = build_model(recipe, SampleShape(vocab_size=VOCAB)).to(dtype)
+    model = build_model(recipe, Text(recipe, VOCAB)).to(dtype)
     set_weights(folder / "weights.safetensors", model, read_weights(folder / "weights.safetensors")[0])
     return model, recipe
 
@@ -233,8 +234,9 @@ def thinker(model, recipe, batch, logits, plan=None):
     sizes = step_sizes(model.step_size, recipe.thinking, batch.sample_ids, prediction.length, 0, random=False)
     weight = None if plan is None else position_weight(batch, model.head.dtype)
     descent = Descent(prediction, model.step_size, *sizes, plan, weight, separable=model.separable)
-    context = Context(model, lambda: model.modality.context(batch.observed), prediction.length, None, plan is not None)
-    return Thinker(model, context, descent)
+    embed = lambda: model.modality.context(batch.observed)  # noqa: E731
+    learned = plan.learned if plan else ()
+    return Thinker(model, len(batch.sample_ids), prediction.length, None, learned, embed, descent)
 
 
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-10}

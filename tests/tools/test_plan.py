@@ -15,12 +15,13 @@ def recipe(*overrides):
 
 
 def test_parameters_are_those_of_the_model():
-    from ebt_megatron.model.build import SampleShape, build_model
     from ebt_megatron.parallel.setup import initialize
+    from ebt_megatron.tasks.build import build_model
+    from ebt_megatron.tasks.text import Text
 
     r = recipe("model.conditioning=none")
     initialize(r.parallel, 0)
-    built = sum(p.numel() for p in build_model(r, SampleShape(vocab_size=1000)).parameters() if p.dim() == 2)
+    built = sum(p.numel() for p in build_model(r, Text(r, 1000)).parameters() if p.dim() == 2)
     assert parameter_count(r, 1000) == built
 
 

@@ -9,8 +9,9 @@ import pytest
 from typer.testing import CliRunner
 
 from data_prep.encoders import PixelEncoder
+from ebt_megatron.core.errors import DataError
 from ebt_megatron.data.folder import ShardFolder
-from ebt_megatron.data.shards import DataError, Manifest, sha256_of, shard_infos, write_shard
+from ebt_megatron.data.shards import Manifest, sha256_of, shard_infos, write_shard
 from tests.builders import text_shards
 from tools.rewrite import rewrite
 from tools.shards import app

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
+from ebt_megatron.core.errors import DataError
 from ebt_megatron.data.folder import ShardFolder
-from ebt_megatron.data.shards import DataError, Manifest, made_in, read_manifest, shard_infos, write_shard
+from ebt_megatron.data.shards import Manifest, made_in, read_manifest, shard_infos, write_shard
 from tests.builders import text_shards
 from tools.shards import app
 

@@ -67,7 +67,7 @@ def train(data: Path, output: Path, overrides: tuple[str, ...] = (), trouble: st
     Returns:
         The final digest; the digest after each step; the samples of each step; what was said; why it stopped.
     """
-    from ebt_megatron.training.loop import Run, StoppedRun
+    from ebt_megatron.training.run import Run, StoppedRun
 
     run = Run(recipe_of(data, output, *overrides))
     out: dict = {"after": [], "samples": [], "said": [], "stopped": ""}
@@ -150,7 +150,7 @@ def full_disk(run) -> None:
 def _no_space(run, steps) -> None:
     import errno
 
-    from ebt_megatron.training import checkpoint
+    from ebt_megatron.checkpoint import checkpoints as checkpoint
 
     original = checkpoint._write
 

@@ -33,7 +33,7 @@ import time, torch, torch.distributed as dist
 from ebt_megatron.config import ParallelConfig
 from ebt_megatron.parallel.setup import initialize
 from ebt_megatron.training.faults import Watchdog
-from ebt_megatron.training.metrics import Timers
+from ebt_megatron.core.timing import Timers
 state, timers = initialize(ParallelConfig(timeout_seconds=100), 0), Timers()
 Watchdog(timers, 3.0).step = 7
 with timers.phase("data"):

@@ -18,8 +18,8 @@ import torch
 import typer
 
 from ebt_megatron.data.loader import MicroBatch
-from ebt_megatron.model.build import SampleShape
-from ebt_megatron.training.loop import Trainer
+from ebt_megatron.tasks.text import Text
+from ebt_megatron.training.trainer import Trainer
 from tests import builders
 
 FILE = Path(__file__).parents[1] / "golden" / "losses.json"
@@ -86,7 +86,8 @@ def micro_batches(iteration: int) -> list[MicroBatch]:
 
 def numbers(overrides: tuple[str, ...]) -> dict[str, list[float]]:
     """Train for two steps, evaluate, and tell what was computed."""
-    trainer = Trainer(builders.small_recipe(*BASE, *overrides), SampleShape(vocab_size=builders.VOCAB))
+    recipe = builders.small_recipe(*BASE, *overrides)
+    trainer = Trainer(recipe, Text(recipe, builders.VOCAB))
     masked = trainer.recipe.data.document_mask
     out: dict[str, list[float]] = {}
     for iteration in range(2):
@@ -96,7 +97,8 @@ def numbers(overrides: tuple[str, ...]) -> dict[str, list[float]]:
         result = trainer.train_step(batches, iteration)
         assert result.applied
         out[f"step {iteration}"] = [result.loss, *result.step_losses, *result.energies, result.alpha, result.grad_norm]
-    thought = trainer.objective.evaluate(batches[0], 3)
+    objective = trainer.objective
+    thought = objective.evaluate(objective.task.sample(batches[0], trainer.state.device), 3)
     out["evaluation"] = [x.double().mean().item() for tensors in (thought.losses, thought.energies) for x in tensors]
     return out
 

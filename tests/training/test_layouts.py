@@ -54,14 +54,14 @@ def micro_batches_of(trainer, step: int) -> list[MicroBatch]:
 
 def losses_of(overrides: tuple[str, ...], steps: int) -> list[float]:
     """Losses of `steps` optimizer steps on this rank's share of random tokens."""
-    from ebt_megatron.model.build import SampleShape
-    from ebt_megatron.training.loop import Trainer
+    from ebt_megatron.tasks.text import Text
+    from ebt_megatron.training.trainer import Trainer
 
     recipe = builders.small_recipe(
         "model.num_layers=4", "optimizer.warmup_steps=2", "thinking.step_size_lr_multiplier=100",
         "training.global_batch_size=8", "optimizer.epsilon=1e-4", "data.sequence_length=8", *overrides,
     )  # fmt: skip
-    trainer = Trainer(recipe, SampleShape(vocab_size=builders.VOCAB))
+    trainer = Trainer(recipe, Text(recipe, builders.VOCAB))
     return [trainer.train_step(micro_batches_of(trainer, step), step).loss for step in range(steps)]
 
 

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 from ebt_megatron.config import RecipeError
-from ebt_megatron.data.shards import DataError
+from ebt_megatron.core.errors import DataError
 from tests.builders import small_recipe, text_shards
 from tests.distributed_utils import run_ranks
 from tests.training import runs
@@ -23,7 +23,7 @@ def data(tmp_path_factory):
 
 def _one_after_another(data, root, plan):
     """What `runs.train` gives, or the error it raises, for every (folder, overrides, trouble) or function of `plan`."""
-    from ebt_megatron.training import checkpoint
+    from ebt_megatron.checkpoint import checkpoints as checkpoint
 
     answers, write = [], checkpoint._write
     for step in plan:
@@ -143,7 +143,7 @@ def test_validation(data, tmp_path):
 
 @pytest.mark.parametrize(("steps", "warned"), [(20, False), (21, True)])
 def test_more_than_four_epochs_are_warned_of(steps, warned):
-    from ebt_megatron.training.loop import Run
+    from ebt_megatron.training.run import Run
 
     said: list[str] = []
     run = SimpleNamespace(

@@ -17,9 +17,9 @@ def data(tmp_path_factory):
 def _losses(data, layouts):
     """Per layout, per number of samples: losses, energies, the targets' entropy, and right and changed answers."""
     from ebt_megatron.data.loader import Loader
-    from ebt_megatron.evaluation.perplexity import validate
-    from ebt_megatron.model.build import SampleShape
+    from ebt_megatron.evaluation.validation import validate
     from ebt_megatron.parallel import setup
+    from ebt_megatron.tasks.text import Text
     from ebt_megatron.training.trainer import Trainer
 
     out = {}
@@ -29,13 +29,13 @@ def _losses(data, layouts):
             recipe = small_recipe(f"data.train=[{data}/train]", f"data.validation=[{data}/validation]", *layout,
                                   "training.global_batch_size=12", "training.micro_batch_size=3",
                                   f"training.validation_samples={count}")  # fmt: skip
-            state = (trainer := trainer or Trainer(recipe, SampleShape(vocab_size=300))).state
+            state = (trainer := trainer or Trainer(recipe, Text(recipe, 300))).state
             loader = Loader(recipe, "validation", state.data_rank, state.data_size)
             steps = 2 if recipe.model.architecture == "ebt" else 1
-            result = validate(trainer.objective, loader, steps, 300, state.data_group, state.pipeline_group)
-            assert result.positions == 10 * count == int(result.counts.sum())
-            values = [*result.losses.tolist(), *result.energies.tolist(), result.unigram_entropy()]
-            values += [*result.right.tolist(), *result.changed[1:].tolist()]
+            result = validate(trainer.objective, loader, steps)
+            assert result.positions == 10 * count
+            values, measures = [*result.losses.tolist(), *result.energies.tolist()], result.measures
+            values += [measures["unigram_entropy"], *measures.get("accuracy", ()), *measures.get("changed", ())[1:]]
             out[recipe.model.architecture, layout[1:], count] = values
         setup.shutdown()
     return out

@@ -1,0 +1,1 @@
+"""Checkpoints: written atomically, verified, kept or removed; and weights alone as safetensors."""

@@ -1,0 +1,45 @@
+"""Recipes found by name: `text/s1_xxs` is recipes/text/s1_xxs.yaml, from any folder and where this is installed."""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+
+from ebt_megatron.core.errors import RecipeError
+
+_PACKAGE = Path(__file__).parents[1]
+# setup.py installs recipes/ into the package; in a checkout it stands beside it
+RECIPES = next((p for p in (_PACKAGE / "recipes", _PACKAGE.parent / "recipes") if p.is_dir()), _PACKAGE / "recipes")
+
+
+def recipe_names() -> dict[str, Path]:
+    """The file of every recipe that comes with this project, by its name."""
+    return {path.relative_to(RECIPES).with_suffix("").as_posix(): path for path in sorted(RECIPES.rglob("*.yaml"))}
+
+
+def find_recipe(given: str | Path) -> Path:
+    """The file that is meant by a path, or by a name with or without `recipes/` and `.yaml`.
+
+    Raises:
+        RecipeError: with one line that names recipes like it.
+    """
+    if Path(given).is_file():
+        return Path(given)
+    names = recipe_names()
+    name = Path(given).as_posix().removeprefix("recipes/").removesuffix(".yaml")
+    if name in names:
+        return names[name]
+    short = {full.rpartition("/")[2]: full for full in names}
+    near = difflib.get_close_matches(name, names, n=3) or [
+        short[match] for match in difflib.get_close_matches(name.rpartition("/")[2], short, n=3)
+    ]
+    hint = f"; did you mean {' or '.join(near)}?" if near else "; ebt-train --list shows those that come with it"
+    raise RecipeError(f"no recipe at {given}{hint}")
+
+
+def describe_recipes() -> str:
+    """Every recipe's name and the first line of its comment, and where they are."""
+    names = recipe_names()
+    width = max(map(len, names), default=0)
+    lines = [f"{name:<{width}}  {path.read_text().splitlines()[0].lstrip('# ')}" for name, path in names.items()]
+    return "\n".join([*lines, f"\nin {RECIPES}; a path works as well as a name"])

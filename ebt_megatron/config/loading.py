@@ -1,0 +1,140 @@
+"""Reading recipes: files, overrides, and errors of one line.
+
+A recipe is one YAML file whose keys are the fields of `Recipe`. `load_recipe` merges, in this order, the defaults,
+the file, and `key=value` overrides, resolves the model size, and checks that everything fits together before anything
+else starts.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, get_type_hints
+
+from omegaconf import OmegaConf
+from omegaconf.errors import InterpolationKeyError, OmegaConfBaseException
+
+from ebt_megatron.config.catalog import find_recipe
+from ebt_megatron.config.recipe import Recipe, resolve
+from ebt_megatron.core.errors import RecipeError
+
+
+def all_keys(cls: type = Recipe, prefix: str = "") -> list[str]:
+    """Every dotted key a recipe may contain, e.g. 'model.hidden_size'."""
+    keys = []
+    for f in dataclasses.fields(cls):
+        default = f.default_factory() if callable(f.default_factory) else f.default
+        if dataclasses.is_dataclass(default):
+            keys += all_keys(type(default), f"{prefix}{f.name}.")
+        else:
+            keys.append(prefix + f.name)
+    return keys
+
+
+def _check_keys(given: Any, where: str) -> None:
+    """Raise RecipeError on the first key of a nested mapping that no recipe has."""
+    known = set(all_keys())
+
+    def walk(node: Any, prefix: str) -> None:
+        for key, value in node.items():
+            path = f"{prefix}{key}"
+            is_group = any(k.startswith(path + ".") for k in known)
+            if isinstance(value, dict) and is_group:
+                walk(value, path + ".")
+            elif path not in known:
+                near = difflib.get_close_matches(path, sorted(known), n=1, cutoff=0.5)
+                hint = f"; did you mean '{near[0]}'?" if near else "; --help lists the keys"
+                raise RecipeError(f"{where}: unknown key '{path}'{hint}")
+            elif is_group:
+                raise RecipeError(f"{where}: '{path}' is a group of keys, not a value")
+
+    walk(given, "")
+
+
+def _as_meant(given: dict[Any, Any], cls: type) -> dict[str, Any]:
+    """A layer of a recipe with `1e3` where a whole number belongs as 1000, and one name as a list of one.
+
+    Args:
+        given: what a file or the command line says.
+        cls: the dataclass it fills.
+    """
+    hints, out = get_type_hints(cls), {}
+    for key, value in given.items():
+        hint = hints.get(key)
+        if isinstance(value, dict) and dataclasses.is_dataclass(hint):
+            value = _as_meant(value, hint)  # type: ignore[arg-type]
+        elif isinstance(value, float) and value.is_integer() and hint in (int, int | None):
+            value = int(value)
+        elif isinstance(value, str) and hint == list[str] and not value.startswith("${"):
+            value = [value]
+        out[key] = value
+    return out
+
+
+def _with_today_names(given: dict[Any, Any]) -> dict[Any, Any]:
+    """A recipe of an earlier version, with its settings under today's names; e.g. the recipe.yaml of an old run."""
+    thinking = given.get("thinking")
+    if isinstance(thinking, dict) and "descend_on" in thinking:
+        rules = {"logits": "logit_descent", "probabilities": "probability_descent"}
+        before = thinking.pop("descend_on")
+        thinking["step_rule"] = rules.get(before, before)
+    return given
+
+
+def _value_error(where: str, error: OmegaConfBaseException) -> RecipeError:
+    hint = "; environment variables are ${oc.env:NAME}" if isinstance(error, InterpolationKeyError) else ""
+    reason = str(error).splitlines()[0].removeprefix("KeyError raised while resolving interpolation: ").strip('"')
+    return RecipeError(f"{where}: {getattr(error, 'full_key', '')}: {reason}{hint}")
+
+
+def load_recipe(path: str | Path | None, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe file, apply `key=value` overrides, resolve sizes and check it.
+
+    Args:
+        path: a YAML file, or the name of one in recipes/ ("text/s1_xxs"), or None for the defaults alone.
+        overrides: e.g. ["model.hidden_size=256", "parallel.tensor=2"].
+
+    Raises:
+        RecipeError: with one line naming what is wrong and the fix.
+    """
+    layers = []
+    if path is not None:
+        file = find_recipe(path)
+        try:
+            layers.append((str(path), OmegaConf.load(file)))
+        except Exception as error:  # yaml raises its own family of errors
+            raise RecipeError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    for item in overrides:
+        if "=" not in item:
+            raise RecipeError(f"override '{item}' is not key=value")
+        try:
+            layers.append(("command line", OmegaConf.from_dotlist([item])))
+        except Exception as error:
+            reason = getattr(error, "problem", None) or error
+            raise RecipeError(f"override '{item}' is not a YAML value ({reason}): quote it") from None
+
+    merged: Any = OmegaConf.structured(Recipe)
+    for where, layer in layers:
+        given = OmegaConf.to_container(layer)
+        if not isinstance(given, dict):
+            raise RecipeError(f"{where}: a recipe is a mapping of keys to values")
+        given = _with_today_names(given)
+        _check_keys(given, where)
+        try:
+            merged = OmegaConf.merge(merged, OmegaConf.create(_as_meant(given, Recipe)))
+        except OmegaConfBaseException as error:
+            raise _value_error(where, error) from None
+    try:
+        recipe = OmegaConf.to_object(merged)
+    except OmegaConfBaseException as error:
+        raise _value_error(str(path or "recipe"), error) from None
+    assert isinstance(recipe, Recipe)
+    resolve(recipe)
+    return recipe
+
+
+def to_yaml(recipe: Recipe) -> str:
+    """The fully resolved recipe as YAML, loadable again."""
+    return OmegaConf.to_yaml(OmegaConf.structured(recipe))

@@ -1,0 +1,51 @@
+"""How predictions are optimised, and which gradient trains the energy."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from ebt_megatron.config.fields import at_least, one_of, positive
+from ebt_megatron.core.errors import RecipeError
+
+
+@dataclass
+class ReplayConfig:
+    """The replay buffer: earlier samples restart from the prediction they ended with."""
+
+    enabled: bool = False  # one replayed sample for every two fresh ones
+    capacity: int = 4  # predictions kept per replay slot (one slot for two samples of the batch)
+
+
+@dataclass
+class ThinkingConfig:
+    """How predictions are optimised, and which gradient trains the energy."""
+
+    min_steps: int = positive(2)
+    max_steps: int = 2  # evaluation thinks this many steps; training draws from [min, max]
+    # y' = softmax(y) - alpha dE/dp, the public code's | y - alpha dE/dy, the paper's listing | y - alpha dE/dp
+    step_rule: str = one_of("probability_descent", "logit_descent", "mirror_descent", default="probability_descent")
+    loss: str = one_of("every", "last", default="every")  # every: the mean over the steps' losses
+    # of the losses of every step, learn from so many, drawn anew each iteration
+    learned_steps: int | None = at_least(1, None, ", or null for all")
+    gradient: str = one_of("detached", "full", "truncated", default="detached")  # see docs/design.md
+    step_size: float = positive(30.0)
+    learn_step_size: bool = True
+    step_size_lr_multiplier: float | None = None  # default: 3 x step_size, as the paper's 1500 for 500
+    step_size_min: float = positive(1e-4)
+    step_size_scale: float = at_least(1, 1.0)  # alpha is drawn per position from [alpha/scale, alpha*scale]
+    langevin_noise: float = 0.0  # standard deviation added to the prediction before each step
+    langevin_in_evaluation: bool = True  # as the model was trained with it
+    initial: str = one_of("noise", "zeros", default="noise")
+    initial_std: float = 0.3
+    engine: str = one_of("dual_stream", "double_backward", default="dual_stream")  # the latter: the slow reference
+    reuse: bool = False  # learn takes activations and input gradients from propose (more memory)
+    # bfloat16: half the memory; small steps of a logit round away
+    logits_dtype: str = one_of("float32", "bfloat16", default="float32")
+    # > 0: logits are not stored, every pass makes them anew, so many rows at a time (less memory)
+    regenerate: int = at_least(0, 0, ": a number of rows, or 0 to store the logits")
+    replay: ReplayConfig = field(default_factory=ReplayConfig)
+
+    def check(self) -> None:
+        """Raise RecipeError unless there is a number of steps to draw."""
+        if self.max_steps < self.min_steps:
+            raise RecipeError(f"thinking.max_steps={self.max_steps} is below thinking.min_steps={self.min_steps}")

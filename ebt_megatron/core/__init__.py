@@ -1,0 +1,1 @@
+"""What stands below everything: errors, the command lines' shared behaviour, launchers, randomness."""

@@ -1,0 +1,73 @@
+"""Validation loss against thinking, and what the task measures besides."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ebt_megatron.data.loader import MicroBatch
+from ebt_megatron.objectives.interface import Objective
+
+
+@dataclass
+class Validation:
+    """Means over all validation positions.
+
+    Attributes:
+        losses: [n] after 1 .. n thinking steps (nats per token for text).
+        energies: [n] before each step; empty for a feed-forward model.
+        positions: predictions the means are over.
+        measures: the task's own, by name: a number, or one per step.
+    """
+
+    losses: Tensor
+    energies: Tensor
+    positions: int
+    measures: dict[str, Any]
+
+
+def validate(objective: Objective, micro_batches: Iterable[MicroBatch], steps: int, measure: bool = True) -> Validation:
+    """Evaluate on micro-batches, without noise in step size or number of steps.
+
+    A run of n steps passes through every smaller number of steps, so one pass gives all.
+
+    Args:
+        objective: from `ebt_megatron.objectives`.
+        micro_batches: this data-parallel rank's share; samples whose `counts` is False are left out.
+        steps: n.
+        measure: also take the task's own measures.
+    """
+    state, task = objective.state, objective.task
+    losses: Tensor | None = None
+    energies: Tensor | None = None
+    positions = torch.zeros(1, dtype=torch.float64, device=state.device)
+    meter = task.meter(steps, state.device)
+    for micro_batch in micro_batches:
+        sample = task.sample(micro_batch, state.device)
+        size = len(micro_batch.sample_ids)
+        valid = torch.ones(size, dtype=torch.bool) if micro_batch.counts is None else micro_batch.counts
+        observe = meter.watch(sample, valid.to(state.device)) if measure else None
+        thought = objective.evaluate(sample, steps, observe)
+        parts = [thought.losses, thought.energies]
+        if not valid.all():
+            zero = torch.zeros((), device=state.device)
+            parts = [x.where(valid.to(state.device), zero.to(x.dtype)) for x in parts]
+        sums = [x.double().sum((1, 2)) for x in parts]
+        losses = sums[0] if losses is None else losses + sums[0]
+        energies = sums[1] if energies is None else energies + sums[1]
+        positions += thought.losses.shape[1] * int(valid.sum())
+    if losses is None or energies is None:
+        raise ValueError("no validation samples on this rank")
+    over_data, over_stages = meter.sums()
+    # Losses are on the first pipeline stage and energies on the last, zeros elsewhere.
+    for tensor in (losses, energies, positions, *over_data, *over_stages):
+        dist.all_reduce(tensor, group=state.data_group)
+    for tensor in (losses, energies, *over_stages):
+        dist.all_reduce(tensor, group=state.pipeline_group)
+    measures = meter.results(int(positions), objective.thinks) if measure else {}
+    return Validation(losses / positions, energies / positions, int(positions), measures)

@@ -1,0 +1,179 @@
+"""Training and evaluating an EBT: thinking and learning on the micro-batches of an optimizer step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ebt_megatron.config import Recipe
+from ebt_megatron.data.loader import MicroBatch
+from ebt_megatron.objectives.graphs import Graphs, graphs_of
+from ebt_megatron.objectives.interface import RankState, Timing, Totals
+from ebt_megatron.objectives.replaying import ReplayedSample, Replaying
+from ebt_megatron.parallel.setup import ParallelState
+from ebt_megatron.tasks.interface import Sample, Task
+from ebt_megatron.thinking import double_backward
+from ebt_megatron.thinking.dual_stream import Descent, Thinker, Thought, step_sizes
+from ebt_megatron.thinking.pipeline import Pipeline
+from ebt_megatron.thinking.plan import Plan
+
+
+class EnergyObjective:
+    """An EBT on one pipeline stage, an `Objective`.
+
+    Args:
+        model: this stage of the energy, not wrapped.
+        recipe: the run.
+        task: its modality.
+        state: the layout.
+        timers: told what is being done.
+    """
+
+    thinks = True
+
+    def __init__(self, model: Any, recipe: Recipe, task: Task, state: ParallelState, timers: Timing):
+        self.model, self.recipe, self.task, self.state, self.timers = model, recipe, task, state, timers
+        self.graphs = graphs_of(recipe, state)
+        self.replaying = Replaying(recipe, state) if recipe.thinking.replay.enabled else None
+
+    def rank_state(self) -> RankState | None:
+        """What a checkpoint must keep of this rank besides weights."""
+        return None if self.replaying is None else self.replaying.state()
+
+    def load_rank_states(self, states: list[RankState]) -> None:
+        """Take this rank's part of what all ranks of the saving run kept, whatever their layout."""
+        if self.replaying is not None:
+            self.replaying.load(states)
+
+    # --- training -------------------------------------------------------------------------------
+
+    def train_batch(self, micro_batches: list[MicroBatch], iteration: int) -> Totals:
+        """Add the gradients of this rank's micro-batches of one optimizer step."""
+        plan = Plan.draw(self.recipe.thinking, self.recipe.training.seed, iteration)
+        samples = [self.task.sample(micro_batch, self.state.device) for micro_batch in micro_batches]
+        count = self.recipe.training.global_batch_size
+        if self.replaying is not None:
+            samples = [self.replaying.extend(sample, i, iteration) for i, sample in enumerate(samples)]
+            count += self.replaying.in_batch()
+        positions = count * self.task.length
+        if self.graphs is not None:
+            thoughts = [self._train_recorded(self.graphs, sample, plan, positions) for sample in samples]
+        elif self.state.pipeline_size > 1:
+            thoughts = self._train_pipeline(samples, plan, positions)
+        else:
+            thoughts = [
+                self._train_one(sample, i, plan, positions, self.timers.phase) for i, sample in enumerate(samples)
+            ]
+        if self.replaying is not None:
+            self.replaying.begun = True
+        losses = torch.stack([t.losses.double().sum((1, 2)) for t in thoughts]).sum(0) / positions
+        energies = torch.stack([t.energies.double().sum((1, 2)) for t in thoughts]).sum(0) / positions
+        loss = (losses * losses.new_tensor(plan.step_weights)).sum()
+        return Totals(losses, energies, loss, positions)
+
+    def _train_one(self, sample: Sample, index: int, plan: Plan, positions: int, phase: Any) -> Thought:
+        if self.recipe.thinking.engine == "double_backward":
+            descent = self._descent(sample, plan, positions, random=True)
+            context = self.model.modality.context(sample.observed)
+            energies = partial(double_backward.text_energies, self.model, context, sample.segments)
+            thought = double_backward.train(energies, descent)
+        else:
+            thinker = self._thinker(sample, plan, positions, random=True, phase=phase)
+            thought, descent = thinker.train(), thinker.descent
+        self._keep(sample, index, descent)
+        return thought
+
+    def _train_recorded(self, graphs: Graphs, sample: Sample, plan: Plan, positions: int) -> Thought:
+        def work(
+            observed: Tensor, targets: Tensor, sample_ids: Tensor, segments: Tensor | None
+        ) -> tuple[Tensor, Tensor]:
+            recorded = Sample(observed, targets, sample_ids, segments)
+            thought = self._train_one(recorded, 0, plan, positions, nullcontext)  # a phase would wait for the device
+            return thought.losses, thought.energies
+
+        inputs = sample.observed, sample.targets, sample.sample_ids, sample.segments
+        with self.timers.phase("graph"):
+            return Thought(*graphs.run((plan, positions), work, *inputs))
+
+    def _train_pipeline(self, samples: list[Sample], plan: Plan, positions: int) -> list[Thought]:
+        thinkers = [self._thinker(sample, plan, positions, random=True) for sample in samples]
+        self.pipeline = self._pipeline(thinkers, plan)
+        thoughts = self.pipeline.run()
+        for index, (sample, thinker) in enumerate(zip(samples, thinkers, strict=True)):
+            self._keep(sample, index, thinker.descent if self.state.is_first_stage else None)
+        return thoughts
+
+    def _keep(self, sample: Sample, index: int, descent: Descent | None) -> None:
+        if self.replaying is not None:
+            self.replaying.keep(sample, index, None if descent is None else descent.prediction.final)
+
+    # --- evaluation -----------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def evaluate(self, sample: Sample, steps: int, observe: Callable[[Any], None] | None = None) -> Thought:
+        """Per-position losses and energies [steps, S, B] of a micro-batch; nothing is learned.
+
+        With pipeline stages, losses are on the first and energies on the last, zeros elsewhere.
+
+        Args:
+            sample: from the task.
+            steps: thinking steps.
+            observe: called with the prediction after each step (on the first pipeline stage).
+        """
+        thinker = self.thinker(sample, observe)
+        if self.state.pipeline_size == 1:
+            return thinker.think(steps)
+        (thought,) = self._pipeline([thinker], Plan.thinking(steps)).run()
+        return thought
+
+    def thinker(self, sample: Sample, observe: Callable[[Any], None] | None = None) -> Thinker:
+        """A micro-batch ready to think without learning; `observe` as in `evaluate`."""
+        return self._thinker(sample, None, 1, random=False, observe=observe, phase=self.timers.phase)
+
+    # --- what both are made of ------------------------------------------------------------------
+
+    def _thinker(
+        self,
+        sample: Sample,
+        plan: Plan | None,
+        positions: int,
+        random: bool,
+        observe: Callable[[Any], None] | None = None,
+        phase: Any = nullcontext,
+    ) -> Thinker:
+        first = self.state.is_first_stage
+        return Thinker(
+            self.model, len(sample.sample_ids), self.task.length, sample.segments, plan.learned if plan else (),
+            (lambda: self.model.modality.context(sample.observed)) if first else None,
+            self._descent(sample, plan, positions, random, observe) if first else None,
+            self.recipe.thinking.reuse, phase,
+        )  # fmt: skip
+
+    def _descent(
+        self,
+        sample: Sample,
+        plan: Plan | None,
+        positions: int,
+        random: bool,
+        observe: Callable[[Any], None] | None = None,
+    ) -> Descent:
+        model, options, seed = self.model, self.recipe.thinking, self.recipe.training.seed
+        if not random and not options.langevin_in_evaluation:
+            options = replace(options, langevin_noise=0.0)
+        start = sample.start if isinstance(sample, ReplayedSample) else None
+        prediction = model.modality.prediction(sample.targets, sample.sample_ids, options, seed, start)
+        alpha, slope = step_sizes(model.step_size, options, sample.sample_ids, self.task.length, seed, random)
+        weight = torch.full_like(alpha, 1 / positions)
+        return Descent(
+            prediction, model.step_size, alpha, slope, plan, weight, separable=model.separable, observe=observe
+        )
+
+    def _pipeline(self, thinkers: list[Thinker], plan: Plan) -> Pipeline:
+        in_flight = self.recipe.parallel.micro_batches_in_flight
+        return Pipeline(self.model, plan, thinkers, in_flight, self.timers.phase)

@@ -1,0 +1,1 @@
+"""The state that thinking improves: its interface, and one module per kind of state."""

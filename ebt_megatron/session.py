@@ -1,0 +1,115 @@
+"""Opens a recipe or a run: the one bring-up of training, evaluation, inference and tools."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron.core.transformer import MegatronModule
+
+from ebt_megatron.checkpoint.checkpoints import Checkpoints, fingerprint
+from ebt_megatron.config import Recipe, RecipeError, check, load_recipe
+from ebt_megatron.core.timing import Timers
+from ebt_megatron.data.loader import Loader
+from ebt_megatron.objectives import build_objective
+from ebt_megatron.objectives.interface import Objective
+from ebt_megatron.parallel.setup import ParallelState, initialize, shutdown
+from ebt_megatron.tasks import Task, open_task
+from ebt_megatron.tasks.build import build_model
+
+# A run is opened on a layout of its own: one process, unless started by torchrun with overrides.
+_ONE_PROCESS = ("parallel.tensor=1", "parallel.pipeline=1", "parallel.sequence_parallel=false",
+                "parallel.distributed_optimizer=false", "training.cuda_graphs=false")  # fmt: skip
+
+
+@dataclass
+class Session:
+    """A recipe on its ranks, with its data.
+
+    Attributes:
+        recipe: resolved, and checked against the number of ranks.
+        state: this rank's place in the layout.
+        data: this data-parallel rank's loader of each split that was asked for.
+        task: the modality.
+    """
+
+    recipe: Recipe
+    state: ParallelState
+    data: dict[str, Loader]
+    task: Task
+
+    @classmethod
+    def open(cls, recipe: Recipe, splits: Sequence[str]) -> Session:
+        """Join the other ranks and open the data.
+
+        Args:
+            recipe: resolved.
+            splits: "train", "validation"; at least one.
+
+        Raises:
+            RecipeError, DataError: where layout or data do not do.
+        """
+        state = initialize(recipe.parallel, recipe.training.seed)
+        check(recipe, state.world_size)
+        data = {split: Loader(recipe, split, state.data_rank, state.data_size) for split in splits}
+        tasks = [open_task(recipe, loader.sources[0]) for loader in data.values()]
+        for other in tasks[1:]:
+            if other.identity != tasks[0].identity:
+                raise RecipeError(f"data.{splits[0]} and data.{splits[1]} were not prepared alike "
+                                  f"({', '.join(other.identity)}): prepare one again")  # fmt: skip
+        return cls(recipe, state, data, tasks[0])
+
+    @property
+    def identity(self) -> dict[str, object]:
+        """What a checkpoint must have in common with this recipe and data."""
+        return fingerprint(self.recipe, self.task.identity)
+
+
+@dataclass
+class TrainedRun(Session):
+    """A run directory opened to be used: its model with the newest good weights.
+
+    Attributes:
+        model: this pipeline stage.
+        objective: evaluates it.
+        step, tokens: how far it was trained.
+    """
+
+    model: MegatronModule
+    objective: Objective
+    step: int
+    tokens: int
+
+
+@contextmanager
+def open_run(
+    run_dir: Path, overrides: Sequence[str] = (), splits: Sequence[str] = ("validation",)
+) -> Iterator[TrainedRun]:
+    """A run's model, ready to be used, until the context ends.
+
+    Args:
+        run_dir: a training.output_dir.
+        overrides: of its recipe: key=value.
+        splits: which data to open besides.
+
+    Raises:
+        RecipeError: where it is no run directory, or holds no checkpoint.
+        DataError: where the data does not fit.
+    """
+    saved = run_dir / "recipe.yaml"
+    if not saved.exists():
+        raise RecipeError(f"{run_dir} is not a run directory: recipe.yaml is missing")
+    recipe = load_recipe(saved, [*_ONE_PROCESS, *overrides])
+    session = Session.open(recipe, splits)
+    model = build_model(recipe, session.task).to(session.state.device)
+    checkpoints = Checkpoints(run_dir / "checkpoints", 1, session.identity)
+    newest = checkpoints.newest_good()
+    if newest is None:
+        raise RecipeError(f"{run_dir} holds no good checkpoint: train it first")
+    step, extra, _ = checkpoints.load(newest, model)
+    model.eval()
+    objective = build_objective(model, recipe, session.task, session.state, Timers())
+    yield TrainedRun(recipe, session.state, session.data, session.task, model, objective, step, extra["tokens"])
+    shutdown()

@@ -1,0 +1,142 @@
+"""Text: next-token prediction, and what its evaluation counts."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core.transformer import TransformerConfig
+from torch import Tensor
+
+from ebt_megatron.config import Recipe
+from ebt_megatron.data.folder import ShardFolder
+from ebt_megatron.data.loader import MicroBatch
+from ebt_megatron.kernels import Kernels
+from ebt_megatron.model.energy import EnergyTransformer
+from ebt_megatron.model.flops import Cost, cost
+from ebt_megatron.model.transformer import TransformerLM
+from ebt_megatron.tasks.interface import Sample
+from ebt_megatron.tasks.text_model import TextEmbeddings, TextOutput, TokenEmbedding
+
+
+def padded(vocab_size: int, multiple: int) -> int:
+    """The vocabulary's size in the tables: the same for every tensor-parallel size that divides `multiple`."""
+    return -(-vocab_size // multiple) * multiple
+
+
+class Text:
+    """Next-token prediction, a `Task`.
+
+    Args:
+        recipe: the run.
+        vocab_size: tokens.
+        tokenizer: its file and SHA-256, where they are known.
+    """
+
+    kind = "text"
+
+    def __init__(self, recipe: Recipe, vocab_size: int, tokenizer: tuple[Path | None, str] = (None, "")):
+        self.recipe, self.vocab_size = recipe, vocab_size
+        self.tokenizer_file, checksum = tokenizer
+        self.length = recipe.data.sequence_length
+        self.identity = {"tokenizer": checksum}
+        self._vocab = vocab_size, padded(vocab_size, recipe.model.vocab_multiple)
+
+    @classmethod
+    def from_data(cls, recipe: Recipe, source: ShardFolder) -> Text:
+        """See `Task`."""
+        manifest = source.manifest
+        return cls(recipe, manifest.vocab_size, (source.sidecar(), manifest.tokenizer["sha256"]))
+
+    def sample(self, batch: MicroBatch, device: torch.device) -> Sample:
+        """Every token but the last is observed, and every one but the first is to be predicted."""
+        tokens, documents = batch.tokens, batch.documents
+        return Sample(
+            observed=tokens[:, :-1].to(device),
+            targets=tokens[:, 1:].to(device),
+            sample_ids=batch.sample_ids.to(device),
+            segments=None if documents is None else documents[:, :-1].to(device=device, dtype=torch.int32),
+        )
+
+    def energy_model(self, config: TransformerConfig, kernels: Kernels, first: bool, last: bool) -> EnergyTransformer:
+        """See `Task`."""
+        embeddings = TextEmbeddings(config, self.recipe, *self._vocab, kernels) if first else None
+        return EnergyTransformer(config, self.recipe, kernels, embeddings, first, last)
+
+    def feed_forward_model(self, config: TransformerConfig, kernels: Kernels, first: bool, last: bool) -> TransformerLM:
+        """See `Task`: Transformer++."""
+        embedding = TokenEmbedding(config, *self._vocab, self.recipe.model.initialization) if first else None
+        output = TextOutput(config, *self._vocab) if last else None
+        return TransformerLM(config, self.recipe, kernels, embedding, output, first, last)
+
+    def cost(self) -> Cost:
+        """See `Task`."""
+        return cost(self.recipe, self.vocab_size)
+
+    def meter(self, steps: int, device: torch.device) -> TextMeter:
+        """See `Task`."""
+        return TextMeter(steps, self.vocab_size, device)
+
+    def describe(self, loss: float) -> dict[str, float]:
+        """Perplexity: exp of the mean loss per token (of the mean, not a mean of exponentials)."""
+        return {"perplexity": math.exp(min(loss, 700.0))}
+
+    def example(self, objective: Any, sample: Sample, steps: int) -> dict[str, Any] | None:
+        """See `Task`."""
+        if self.tokenizer_file is None:
+            return None
+        from tokenizers import Tokenizer
+
+        from ebt_megatron.tasks.text_example import worked_example
+
+        return worked_example(objective, sample, steps, Tokenizer.from_file(str(self.tokenizer_file)))
+
+
+class TextMeter:
+    """How often each token was a target; and, after every step, how many most likely tokens are right, or changed.
+
+    Args:
+        steps: n.
+        vocab_size: V.
+        device: of the counts.
+    """
+
+    def __init__(self, steps: int, vocab_size: int, device: torch.device):
+        self.counts = torch.zeros(vocab_size, dtype=torch.float64, device=device)
+        self.right, self.changed = torch.zeros(2, steps, dtype=torch.float64, device=device)
+
+    def watch(self, sample: Sample, valid: Tensor) -> Callable[[Any], None]:
+        """See `Meter`."""
+        valid = valid.to(self.counts.device)
+        seen = torch.bincount(sample.targets[valid].reshape(-1), minlength=len(self.counts))
+        self.counts += seen.double()
+        targets = sample.targets.t()
+        taken: list[Tensor] = []
+
+        def observe(prediction: Any) -> None:
+            token, step = prediction.most_likely(), len(taken)
+            self.right[step] += ((token == targets) & valid).sum()
+            if taken:
+                self.changed[step] += ((token != taken[-1]) & valid).sum()
+            taken.append(token)
+
+        return observe
+
+    def sums(self) -> tuple[list[Tensor], list[Tensor]]:
+        """See `Meter`: predictions are on the first pipeline stage alone."""
+        return [self.counts], [self.right, self.changed]
+
+    def results(self, positions: int, thinks: bool) -> dict[str, Any]:
+        """Accuracy and changed [n], the first of changed NaN; the entropy of the targets, in nats.
+
+        That entropy is the loss of the best prediction that ignores the context.
+        """
+        p = self.counts[self.counts > 0] / self.counts.sum()
+        out: dict[str, Any] = {"unigram_entropy": float(-(p * p.log()).sum())}
+        if thinks:
+            self.changed[:1] = torch.nan
+            out["accuracy"], out["changed"] = (self.right / positions).tolist(), (self.changed / positions).tolist()
+        return out

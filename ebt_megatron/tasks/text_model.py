@@ -1,0 +1,109 @@
+"""What text adds to a model: embeddings of tokens and of predicted distributions, and the output of Transformer++."""
+
+from __future__ import annotations
+
+import torch
+from megatron.core.tensor_parallel import (
+    ColumnParallelLinear,
+    VocabParallelEmbedding,
+    vocab_parallel_cross_entropy,
+)
+from megatron.core.transformer import MegatronModule, TransformerConfig
+from torch import Tensor
+
+from ebt_megatron.config import Recipe, ThinkingConfig
+from ebt_megatron.kernels import Kernels
+from ebt_megatron.model.initialization import Draw, draw_of_embedding, draw_of_predictions
+from ebt_megatron.parallel.collectives import TensorGroup
+from ebt_megatron.prediction.logits import TextPrediction
+
+
+def _embedding_table(config: TransformerConfig, padded_vocab_size: int, draw: Draw, scatter: bool):
+    table = VocabParallelEmbedding(
+        padded_vocab_size, config.hidden_size, init_method=config.init_method,
+        reduce_scatter_embeddings=scatter, config=config,
+    )  # fmt: skip
+    table.weight.draw = draw
+    return table
+
+
+class TokenEmbedding(MegatronModule):
+    """Observed tokens [B, S] -> hidden [S(/TP), B, D]."""
+
+    def __init__(self, config: TransformerConfig, vocab_size: int, padded_vocab_size: int, initialization: str):
+        super().__init__(config)
+        draw = draw_of_embedding(vocab_size, config.hidden_size, initialization)
+        self.table = _embedding_table(config, padded_vocab_size, draw, bool(config.sequence_parallel))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Tokens [B, S] -> [S(/TP), B, D]."""
+        embedded = self.table(tokens)
+        return embedded if self.config.sequence_parallel else embedded.transpose(0, 1).contiguous()
+
+
+class TextOutput(MegatronModule):
+    """Transformer++'s output: hidden states -> next-token cross-entropy, vocabulary-parallel."""
+
+    def __init__(self, config: TransformerConfig, vocab_size: int, padded_vocab_size: int):
+        super().__init__(config)
+        self.vocab_size = vocab_size
+        self.projection = ColumnParallelLinear(
+            config.hidden_size, padded_vocab_size, config=config, init_method=config.init_method,
+            bias=False, gather_output=False,
+        )  # fmt: skip
+        self.projection.weight.draw = Draw.xavier(config.hidden_size, vocab_size)
+
+    def logits(self, h: Tensor) -> Tensor:
+        """Hidden [S(/TP), B, D] -> logits [S, B, V / TP]; padded entries never win."""
+        logits, _ = self.projection(h)
+        local = logits.shape[-1]
+        valid = self.vocab_size - local * TensorGroup().rank
+        if valid < local:
+            padded = torch.arange(local, device=logits.device) >= valid
+            logits = logits.masked_fill(padded, torch.finfo(logits.dtype).min / 2)
+        return logits
+
+    def forward(self, h: Tensor, targets: Tensor) -> Tensor:
+        """Cross-entropy [S, B] of targets [B, S]."""
+        return vocab_parallel_cross_entropy(self.logits(h).float(), targets.t().contiguous())
+
+
+class TextEmbeddings(MegatronModule):
+    """The EBT's view of text: embeddings of observed tokens and of predicted distributions; `Embeddings`."""
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        recipe: Recipe,
+        vocab_size: int,
+        padded_vocab_size: int,
+        kernels: Kernels,
+    ):
+        super().__init__(config)
+        self.kernels = kernels
+        self.vocab_size = vocab_size
+        rule = recipe.model.initialization
+        self.context = TokenEmbedding(config, vocab_size, padded_vocab_size, rule)
+        # Never looked up by token: the vocabulary kernels multiply distributions with its weight.
+        draw = draw_of_predictions(vocab_size, config.hidden_size, recipe.thinking.step_size, rule)
+        self.prediction_embedding = _embedding_table(config, padded_vocab_size, draw, scatter=False)
+
+    def prediction(
+        self,
+        targets: Tensor,
+        sample_ids: Tensor,
+        thinking: ThinkingConfig,
+        seed: int,
+        start: Tensor | None = None,
+    ) -> TextPrediction:
+        """The initial state of a micro-batch of predictions.
+
+        Args:
+            targets: [B, S] the next tokens.
+            sample_ids: [B] global sample indices, which fix the noise.
+            thinking: how it starts and steps.
+            seed: the run's seed.
+            start: [S, B, V / TP] initial logits instead of noise where not NaN (replayed samples).
+        """
+        table, group = self.prediction_embedding.weight, TensorGroup(bool(self.config.sequence_parallel))
+        return TextPrediction(self.kernels, table, self.vocab_size, group, targets, sample_ids, thinking, seed, start)

@@ -1,0 +1,186 @@
+"""Thinking with the model split over pipeline stages.
+
+What each pass does is `ebt_megatron.thinking.dual_stream.Thinker`'s; here is when, and what goes
+from stage to stage. Keys and values of the context stay on the stage of their layers. Each stage runs
+its passes in the order `ebt_megatron.thinking.schedule.simulate` gives, the same on every
+rank, so receives are posted in the order in which the sender sends.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from torch import Tensor
+
+from ebt_megatron.parallel.collectives import TensorGroup
+from ebt_megatron.prediction.interface import EnergyModel
+from ebt_megatron.thinking.dual_stream import Thinker, Thought
+from ebt_megatron.thinking.plan import Plan
+from ebt_megatron.thinking.schedule import FORWARD, Schedule, StagePass, simulate
+
+_groups: dict[str, dist.ProcessGroup] = {}
+
+
+def direction_groups() -> dict[str, dist.ProcessGroup]:
+    """A pipeline group for messages down the stages and one for messages up.
+
+    Two, because NCCL runs a communicator's messages in the order they were posted on each
+    side: opposite directions on one communicator could wait for each other. All ranks must
+    call this together the first time.
+    """
+    if not _groups:
+        own = parallel_state.get_pipeline_model_parallel_group()
+        members: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(members, dist.get_process_group_ranks(own))
+        for ranks in sorted({tuple(m) for m in members}):
+            for direction in ("down", "up"):
+                group = dist.new_group(list(ranks))
+                if dist.get_rank() in ranks:
+                    _groups[direction] = group
+    return _groups
+
+
+@dataclass(frozen=True)
+class Message:
+    """What a pass sends, and where: `part` is "hidden" or "weight"."""
+
+    work: StagePass
+    part: str
+    destination: int
+
+
+class Mail:
+    """Point-to-point messages of one optimizer step, in the order the schedule fixes."""
+
+    def __init__(
+        self,
+        schedule: Schedule,
+        stage: int,
+        sent_by: Callable[[StagePass], list[Message]],
+        shape_of: Callable[[Message], tuple[tuple, torch.dtype]],
+    ):
+        self.stage, self.shape_of = stage, shape_of
+        self.ranks = dist.get_process_group_ranks(parallel_state.get_pipeline_model_parallel_group())
+        self.inbound = {
+            source: [message for work in order for message in sent_by(work) if message.destination == stage]
+            for source, order in enumerate(schedule.order) if source != stage
+        }  # fmt: skip
+        self.received: dict[Message, Tensor] = {}
+        self.sending: list[tuple[Any, Tensor]] = []
+
+    def _group(self, source: int, destination: int) -> dist.ProcessGroup:
+        return direction_groups()["down" if destination > source else "up"]
+
+    def send(self, message: Message, tensor: Tensor) -> None:
+        """Start sending; the tensor is kept until it has left."""
+        self.sending = [(work, kept) for work, kept in self.sending if not work.is_completed()]
+        tensor = tensor.detach().contiguous()
+        group = self._group(self.stage, message.destination)
+        work = dist.isend(tensor, self.ranks[message.destination], group=group)
+        self.sending.append((work, tensor))
+
+    def receive(self, wanted: Message, source: int, device: torch.device) -> Tensor:
+        """Wait for a message; earlier ones of the same sender are put by."""
+        while wanted not in self.received:
+            message = self.inbound[source].pop(0)
+            shape, dtype = self.shape_of(message)
+            buffer = torch.empty(shape, dtype=dtype, device=device)
+            dist.recv(buffer, self.ranks[source], group=self._group(source, self.stage))
+            self.received[message] = buffer
+        return self.received.pop(wanted)
+
+    def finish(self) -> None:
+        """Wait until everything sent has left."""
+        for work, _ in self.sending:
+            work.wait()
+        self.sending.clear()
+
+
+class Pipeline:
+    """Runs the micro-batches of one optimizer step through this stage.
+
+    Args:
+        model: this stage of the energy.
+        plan: what to think and learn.
+        micro_batches: of this rank.
+        in_flight: bound on live contexts; None: all micro-batches.
+        phase: a context manager told what is being done, for timing.
+    """
+
+    def __init__(
+        self,
+        model: EnergyModel,
+        plan: Plan,
+        micro_batches: list[Thinker],
+        in_flight: int | None,
+        phase: Callable[[str], AbstractContextManager] = nullcontext,
+    ):
+        self.model, self.plan, self.phase, self.micro_batches = model, plan, phase, micro_batches
+        self.stage = parallel_state.get_pipeline_model_parallel_rank()
+        self.stages = parallel_state.get_pipeline_model_parallel_world_size()
+        self.group, self.device = TensorGroup(bool(model.config.sequence_parallel)), next(model.parameters()).device
+        self.schedule = simulate(
+            self.stages, len(micro_batches), plan.sweeps(model.context_sees_step), in_flight=in_flight
+        )
+        # The weight of each energy's tangent is known where the loss is, and used where the energy is, and by tapes.
+        self._to_weigh = range(1, self.stages) if micro_batches[0].tapes else range(self.stages - 1, self.stages)
+        self.mail = Mail(self.schedule, self.stage, self._sent_by, self._shape)
+        self.events: list[tuple[StagePass, float, float]] = []  # what ran when, for checking the planner
+
+    def _shape(self, message: Message) -> tuple[tuple, torch.dtype]:
+        batch = self.micro_batches[message.work.micro_batch]
+        if message.part == "weight":
+            return (batch.length, batch.size), torch.promote_types(self.model.config.params_dtype, torch.float32)
+        length = batch.length + self.model.step_tokens
+        local = length // self.group.size if self.group.sequence_parallel else length
+        streams = 2 if message.work.kind.startswith("learn") else 1
+        return (local, streams * batch.size, self.model.config.hidden_size), self.model.config.params_dtype
+
+    def _sent_by(self, work: StagePass) -> list[Message]:
+        """What the stage that did `work` sends, in order."""
+        out = []
+        if work.kind == "learn_forward" and work.stage == 0:
+            out += [Message(work, "weight", stage) for stage in self._to_weigh if stage]
+        forward = work.kind in FORWARD
+        neighbour = work.stage + (1 if forward else -1)
+        if 0 <= neighbour < self.stages:
+            out.append(Message(work, "hidden", neighbour))
+        return out
+
+    def run(self) -> list[Thought]:
+        """Execute the schedule; thoughts are complete on the first stage (losses) and last (energies)."""
+        direction_groups()
+        for work in self.schedule.order[self.stage]:
+            begin = time.perf_counter()
+            with self.phase(work.kind.partition("_")[0]):
+                self._run(work, self.micro_batches[work.micro_batch])
+            self.events.append((work, begin, time.perf_counter()))
+        self.mail.finish()
+        for micro_batch in self.micro_batches:
+            micro_batch.finish()
+        return [m.thought(self.plan.steps) for m in self.micro_batches]
+
+    def _receive(self, work: StagePass, source: int, part: str) -> Tensor:
+        with self.phase("communication"):
+            return self.mail.receive(Message(replace(work, stage=source), part, self.stage), source, self.device)
+
+    def _run(self, work: StagePass, batch: Thinker) -> None:
+        given: list[Tensor] = []
+        source = self.stage - (1 if work.kind in FORWARD else -1)
+        if 0 <= source < self.stages:
+            given.append(self._receive(work, source, "hidden"))
+            if work.kind == "learn_forward" and self.stage in self._to_weigh:
+                given.append(self._receive(work, 0, "weight"))
+        out = getattr(batch, work.kind)(work.step, *given)
+        for message in self._sent_by(work):
+            if message.part == "weight":
+                self.mail.send(message, batch.weight.to(self._shape(message)[1]))
+            else:
+                self.mail.send(message, out)

@@ -1,0 +1,134 @@
+"""A recipe that cannot run is refused at once, with one line that names the key and the fix."""
+
+import pytest
+
+from ebt_megatron.config import MODEL_SIZES, RecipeError, all_keys, check, load_recipe, to_yaml
+
+
+def test_sizes_fill_in_layers_heads_width_and_learning_rate():
+    for name, (layers, heads, width, lr) in MODEL_SIZES.items():
+        recipe = load_recipe(None, [f"model.size={name}"])
+        m = recipe.model
+        assert (m.num_layers, m.num_attention_heads, m.hidden_size, recipe.optimizer.lr) == (layers, heads, width, lr)
+        assert m.ffn_hidden_size == width
+
+
+def test_explicit_fields_win_over_the_size():
+    assert load_recipe(None, ["model.size=xxs", "model.num_layers=2"]).model.num_layers == 2
+
+
+def test_overrides_win_over_the_file(tmp_path):
+    file = tmp_path / "r.yaml"
+    file.write_text("model: {size: xxs}\ntraining: {steps: 5}\n")
+    assert load_recipe(file).training.steps == 5
+    assert load_recipe(file, ["training.steps=7"]).training.steps == 7
+
+
+def test_the_resolved_recipe_loads_again(tmp_path):
+    recipe = load_recipe(None, ["model.size=xs", "thinking.replay.enabled=true"])
+    file = tmp_path / "r.yaml"
+    file.write_text(to_yaml(recipe))
+    assert load_recipe(file) == recipe
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["model.hiden_size=256"], "did you mean 'model.hidden_size'"),
+        (["thinking.replay.capcity=3"], "did you mean 'thinking.replay.capacity'"),
+        (["model.num_layers=many"], "model.num_layers"),
+        (["model.size=huge"], "choose one of"),
+        (["model.conditioning=adalm"], "model.conditioning=adalm: choose one of"),
+        (["training.metrics=[jsonl,tensorbord]"], "training.metrics=tensorbord: choose one of jsonl, tensorboard"),
+        (["parallel.tensor=5"], "model.num_attention_heads=6 is not divisible by parallel.tensor=5"),
+        (["parallel.pipeline=4"], "model.num_layers=6 is not divisible by parallel.pipeline=4"),
+        (["model.num_query_groups=4"], "not divisible by model.num_query_groups=4"),
+        (["model.vocab_multiple=3", "parallel.tensor=2"], "model.vocab_multiple"),
+        (["parallel.sequence_parallel=true"], "needs parallel.tensor > 1"),
+        (["parallel.tensor=2", "parallel.sequence_parallel=true", "model.conditioning=time_embed_sequence"],
+         "set parallel.sequence_parallel=false"),
+        (["thinking.min_steps=4"], "below thinking.min_steps=4"),
+        (["thinking.engine=double_backward", "parallel.tensor=2"], "single-process"),
+        (["thinking.regenerate=-1"], "a number of rows"),
+        (["thinking.learned_steps=0"], "at least 1, or null for all"),
+        (["thinking.step_rule=logits"], "choose one of probability_descent, logit_descent, mirror_descent"),
+        (["training.cuda_graphs=true", "parallel.tensor=2"], "records no parallel.tensor > 1"),
+        (["training.cuda_graphs=true", "thinking.replay.enabled=true"], "records no thinking.replay.enabled"),
+        (["data.train=[a,b]", "data.train_weights=[1.0]"], "1 entries for 2"),
+        (["training.steps=0"], "training.steps=0: must be greater than 0"),
+        (["training.steps"], "not key=value"),
+        (["name=${oc.env:EBT_NOT_SET}"], "name: Environment variable 'EBT_NOT_SET' not found"),
+        (["name=${EBT_NOT_SET}"], "environment variables are ${oc.env:NAME}"),
+        (["data.train=[$EBT_NOT_SET/a]"], "data.train=$EBT_NOT_SET/a: the environment variable EBT_NOT_SET is not set"),
+        (["name=a: b: c"], "override 'name=a: b: c' is not a YAML value"),
+        (["name={a"], "override 'name={a' is not a YAML value"),
+        (["data.train=[a,b]", "data.train_weights=[.nan,1]"], "data.train_weights=nan: must be a finite number"),
+        (["data.train=[a,b]", "data.train_weights=[-1,2]"], "must be at least 0, and not all 0"),
+        (["data.train=[a,b]", "data.train_weights=[0,0]"], "must be at least 0, and not all 0"),
+        (["training.seed=-1"], "training.seed=-1: must be at least 0"),
+        (["training.keep_checkpoints=-1"], "training.keep_checkpoints=-1: must be a number of checkpoints, or 0"),
+        (["training.max_bad_steps=0"], "training.max_bad_steps=0: must be at least 1"),
+        (["training.save_interval=-5"], "training.save_interval=-5: must be at least 0"),
+        (["training.steps=1.5"], "training.steps: Value '1.5'"),
+        (["optimizer.lr=.nan"], "optimizer.lr=nan: must be a finite number"),
+        (["optimizer.beta2=1"], "optimizer.beta2=1.0: must be at least 0 and below 1"),
+    ],
+)  # fmt: skip
+def test_one_line_names_the_key_and_the_fix(overrides, said):
+    with pytest.raises(RecipeError) as error:
+        load_recipe(None, ["model.size=xxs", *overrides])
+    assert said in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_numbers_and_paths_as_people_write_them(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/ann")
+    monkeypatch.setenv("EBT_DATA", "/data")
+    file = tmp_path / "r.yaml"
+    file.write_text("model: {size: xxs}\ntraining: {steps: 1e3, output_dir: ~/runs/a}\n"
+                    "data: {train: '~/one', validation: [$EBT_DATA/two, 's3://~/${oc.env:EBT_DATA}']}")  # fmt: skip
+    recipe = load_recipe(file, ["training.global_batch_size=6.4e1", "name=run [1]"])
+    assert (recipe.training.steps, recipe.training.global_batch_size, recipe.name) == (1000, 64, "run [1]")
+    assert recipe.training.output_dir == "/home/ann/runs/a"
+    assert recipe.data.train == ["/home/ann/one"]
+    assert recipe.data.validation == ["/data/two", "s3://~//data"]
+
+
+def test_a_size_or_its_parts_must_be_given():
+    with pytest.raises(RecipeError, match=r"model\.num_layers is not set"):
+        load_recipe(None)
+
+
+def test_the_layout_must_fit_the_number_of_ranks():
+    recipe = load_recipe(None, ["model.size=xxs", "parallel.tensor=2", "training.global_batch_size=24"])
+    check(recipe, world_size=6)
+    with pytest.raises(RecipeError, match=r"number of ranks=3 is not divisible by .*=2"):
+        check(recipe, world_size=3)
+    with pytest.raises(RecipeError, match=r"training.global_batch_size=24 is not divisible by .*=32"):
+        check(recipe, world_size=8)
+
+
+def test_every_shipped_recipe_loads():
+    from pathlib import Path
+
+    recipes = sorted(Path(__file__).parents[2].glob("recipes/*/*.yaml"))
+    assert len(recipes) >= 5
+    for recipe in recipes:
+        load_recipe(recipe)
+
+
+def test_every_key_is_read_somewhere():
+    """No flag that nothing reads."""
+    from pathlib import Path
+
+    sources = Path(__file__).parents[2].glob("ebt_megatron/**/*.py")
+    text = "".join(p.read_text() for p in sources if p.parent.name != "config")
+    unread = [key for key in all_keys() if f".{key.split('.')[-1]}" not in text and key not in ("model.size",)]
+    assert not unread
+
+
+def test_a_run_of_an_earlier_version_keeps_its_step_rule(tmp_path):
+    saved = tmp_path / "recipe.yaml"
+    for before, now in (("logits", "logit_descent"), ("probabilities", "probability_descent")):
+        saved.write_text(f"model: {{size: tiny}}\nthinking: {{descend_on: {before}}}\n")
+        assert load_recipe(saved).thinking.step_rule == now

@@ -1,0 +1,124 @@
+"""Errors at the command line: one line, once, as it is, whatever the number of ranks."""
+
+import errno
+import io
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from ebt_megatron.core import cli
+from ebt_megatron.core.errors import RecipeError
+from ebt_megatron.core.launch import detect_launch
+
+ROOT = Path(__file__).parents[2]
+
+
+def ended(work, capsys, **options):
+    with pytest.raises(SystemExit) as end:
+        cli.guarded(work, **options)
+    return end.value.code, capsys.readouterr().err
+
+
+def raising(error):
+    def work():
+        raise error
+
+    return work
+
+
+def test_brackets_are_no_markup(capsys):
+    message = "data.train=[bold]a[/bold] and [/nothing]: no"
+    assert ended(raising(RecipeError(message)), capsys) == (2, f"error: {message}\n")
+    cli.say("run [red]x[/red]", "yellow")
+    assert capsys.readouterr().err == "run [red]x[/red]\n"
+
+
+def test_a_file_that_cannot_be_used_is_one_line(capsys, tmp_path):
+    code, said = ended(lambda: (tmp_path / "none" / "x").write_text(""), capsys)
+    assert code == 2 and said.count("\n") == 1 and "No such file or directory" in said and "none/x" in said
+
+
+def test_ctrl_c_before_training_shows_no_traceback(capsys):
+    assert ended(raising(KeyboardInterrupt()), capsys) == (130, "")
+
+
+def test_a_bug_of_a_process_alone_is_raised():
+    with pytest.raises(ZeroDivisionError):
+        cli.guarded(raising(ZeroDivisionError()))
+
+
+def test_a_log_on_a_full_disk_loses_lines_only(monkeypatch):
+    class Full(io.StringIO):
+        def write(self, text):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(sys, "stderr", Full())
+    cli.say("a line")
+
+
+@pytest.mark.parametrize(
+    ("environ", "said"),
+    [
+        ({"RANK": "0", "WORLD_SIZE": "2"}, "RANK=0 and WORLD_SIZE=2 are set, MASTER_ADDR and MASTER_PORT not: unset"),
+        ({"RANK": "2", "WORLD_SIZE": "2", "MASTER_ADDR": "a", "MASTER_PORT": "1"}, "does not fit: unset"),
+        ({"RANK": "x", "WORLD_SIZE": "2", "MASTER_ADDR": "a", "MASTER_PORT": "1"}, "does not fit: unset"),
+    ],
+)
+def test_variables_left_over_from_another_program(environ, said):
+    with pytest.raises(RecipeError, match=said):
+        detect_launch(environ)
+
+
+def test_a_port_in_use_is_one_line():
+    import socket
+
+    from ebt_megatron.config import ParallelConfig
+    from ebt_megatron.parallel import setup
+
+    setup.shutdown()
+    with socket.socket() as taken, pytest.MonkeyPatch.context() as patch:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        for name, value in {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}.items():
+            patch.setenv(name, value)
+        with pytest.raises(RecipeError, match=f"127.0.0.1:{port} is in use by another program: export another MASTER"):
+            setup.initialize(ParallelConfig(timeout_seconds=5), 0)
+
+
+FAILING = """
+import sys, torch, torch.distributed as dist
+from ebt_megatron.core.cli import guarded
+from ebt_megatron.config import ParallelConfig, RecipeError
+from ebt_megatron.parallel.setup import initialize
+def work():
+    if sys.argv[1] == "every rank":
+        raise RecipeError("no such key [x]")
+    state = initialize(ParallelConfig(), 0)
+    if state.rank == 1:
+        raise RecipeError("no disk here") if sys.argv[1] == "one rank" else RuntimeError("a bug")
+    dist.all_reduce(torch.zeros(1))
+guarded(work)
+"""
+
+
+@pytest.mark.parametrize(
+    ("where", "said"),
+    [("every rank", "): no such key [x]\n"), ("one rank", "error (rank 1 on "), ("bug", "RuntimeError: a bug\n")],
+)
+def test_the_first_error_of_several_ranks_is_printed_once_with_its_rank(where, said, tmp_path):
+    script = tmp_path / "failing.py"
+    script.write_text(FAILING)
+    restarts = ["--max-restarts=1"] if where == "every rank" else []  # a mistake that is made again is not said again
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", *restarts,
+         "--monitor-interval=0.1", str(script), where],
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"},
+        capture_output=True, text=True, timeout=250,
+    )  # fmt: skip
+    assert done.returncode != 0
+    assert done.stderr.count("error (rank") == 1 and said in done.stderr, done.stderr
+    assert "exitcode  : 2" in done.stderr or where == "bug"
