@@ -36,7 +36,7 @@ def started(recipe, output, *overrides):
     from ebt_megatron.training.run import Run
 
     run = Run(load_recipe(recipe, [f"training.output_dir={output}", *overrides]))
-    run.save()
+    run.write_checkpoint(None)
     if run.is_main:
         (output / "recipe.yaml").write_text(to_yaml(run.recipe))
     return run
@@ -80,7 +80,7 @@ def _saved_again(recipe, source, output, overrides):
     run = started(recipe, output / "unused", *overrides)
     run.restore(next((source / "checkpoints").glob("step-*")))
     run.checkpoints.folder = output / "checkpoints"
-    run.save()
+    run.write_checkpoint(None)
     if run.is_main:
         (output / "recipe.yaml").write_text(to_yaml(run.recipe))
 
@@ -95,14 +95,17 @@ def test_every_layout_exports_the_same(recipe, weights, tmp_path, overrides):
 
 def test_runs_start_from_it(recipe, weights, tmp_path, capfd):
     from ebt_megatron.evaluate import evaluate
+    from ebt_megatron.session import open_run
+    from ebt_megatron.training.hooks import train_to_end
     from ebt_megatron.training.run import Run
 
     import_weights(weights, recipe, tmp_path / "run", ["thinking.step_size=7"])
     saved = load_recipe(tmp_path / "run" / "recipe.yaml")
     assert saved.thinking.step_size == 7 and saved.training.output_dir == str(tmp_path / "run")
-    assert evaluate(saved, tmp_path / "run", steps=1, example=False)["step"] == 0
+    with open_run(tmp_path / "run") as opened:
+        assert evaluate(opened, steps=1, example=False)["step"] == 0
     run = Run(saved)
-    run.run()
+    train_to_end(run)
     assert run.step == 2 and "resumed from" in capfd.readouterr().err
     assert export_weights(tmp_path / "run", tmp_path / "after.safetensors")[0].name == "step-00000002"
     before, after = load_file(weights), load_file(tmp_path / "after.safetensors")

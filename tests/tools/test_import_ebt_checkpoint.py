@@ -261,8 +261,9 @@ def test_energies_and_steps_of_the_public_code(kind, dtype, tmp_path):
     steps = list(original.think(batch.observed, batch.targets, noise(batch, dtype), from_probabilities=True))
     for i, (before, energies, after, losses) in enumerate(steps):
         ours = thinker(model, recipe, batch, before)
+        ours.context_forward(i)
         x = ours.descent.propose_input(0).detach().requires_grad_()
-        energy = ours._energy(x, i, tangent=False)
+        energy = model.predict(x, ours.key_values(constant=True), ours.length, None, i, tangent=False)
         (gradient,) = torch.autograd.grad(energy.sum(), x)
         close(energy.t(), energies, dtype)
         table = model.modality.prediction_embedding.weight[:VOCAB]
@@ -408,6 +409,7 @@ def test_files_that_are_not_such_checkpoints(tmp_path):
 
 def test_from_the_command_line_to_an_evaluation(tmp_path):
     from ebt_megatron.evaluate import evaluate
+    from ebt_megatron.session import open_run
     from tools.convert import app as convert_app
 
     shards = text_shards(tmp_path, [f"Document {i} says {i % 7} words" * 9 for i in range(60)], 10, 500)
@@ -422,5 +424,6 @@ def test_from_the_command_line_to_an_evaluation(tmp_path):
         "training.global_batch_size=4", "training.micro_batch_size=2", "training.validation_samples=4",
     ])  # fmt: skip
     assert done.exit_code == 0, done.output
-    result = evaluate(load_recipe(run / "recipe.yaml"), run, steps=2, example=False)
+    with open_run(run) as opened:
+        result = evaluate(opened, steps=2, example=False)
     assert result["step"] == 0 and all(math.isfinite(row["loss"]) for row in result["thinking"])

@@ -67,6 +67,7 @@ def train(data: Path, output: Path, overrides: tuple[str, ...] = (), trouble: st
     Returns:
         The final digest; the digest after each step; the samples of each step; what was said; why it stopped.
     """
+    from ebt_megatron.training.hooks import train_to_end
     from ebt_megatron.training.run import Run, StoppedRun
 
     run = Run(recipe_of(data, output, *overrides))
@@ -84,7 +85,7 @@ def train(data: Path, output: Path, overrides: tuple[str, ...] = (), trouble: st
 
     run.trainer.train_step = watched
     try:
-        run.run()
+        train_to_end(run)
     except (StoppedRun, StoppedHere) as reason:
         out["stopped"] = str(reason)
     return out | {"digest": digest(run)}
@@ -214,12 +215,15 @@ def bad_end(run) -> None:
 def killed_between_saving_and_recording(run) -> None:
     """Ends, as by a kill, when validation at step 8 begins."""
 
-    def killed(row):
-        if run.step == 8:
-            raise StoppedHere
-        original(row)
+    from ebt_megatron.training.hooks import Validating
 
-    original, run._validate = run._validate, killed
+    def killed(hook, row):
+        if run.step == 8:
+            Validating._validate = original
+            raise StoppedHere
+        original(hook, row)
+
+    original, Validating._validate = Validating._validate, killed
 
 
 class StoppedHere(RuntimeError):
