@@ -61,10 +61,7 @@ class Prediction(Protocol):
     """The state y of a micro-batch of predictions: where it starts, how it enters the model, steps and is judged.
 
     `Descent` calls, for each step, `perturb`, `embed`, `refine`; then `slope`, `tangent` and `backward` if the step is
-    learned from; then `advance`. To train through steps it advances to the end, calls `begin_adjoint`, and goes back:
-    for each step `add_loss_gradient`, `rewind`, `adjoint_slope`, then `embed`, `adjoint_tangent` and
-    `adjoint_backward` if its energy is learned from, else `adjoint_past`. The adjoint is dL/dy, of y's shape, and
-    stays inside.
+    learned from; then `advance`. To train through steps it advances to the end, and goes back with `begin_adjoint`.
 
     With s what the energy's gradient is taken by and b where a step starts, the step is y' = b(y) - alpha g,
     g = dE/ds; lambda stands for dloss/dy'.
@@ -124,7 +121,7 @@ class Prediction(Protocol):
         ...
 
     def advance(self, keep: bool) -> None:
-        """End the step: y' becomes the current state. With `keep`, `rewind` can come back before it."""
+        """End the step: y' becomes the current state. With `keep`, the adjoint can come back before it."""
         ...
 
     @property
@@ -132,40 +129,46 @@ class Prediction(Protocol):
         """The state at the end of thinking, [S, B, ...], from which a replayed sample starts."""
         ...
 
-    # --- back through the steps -------------------------------------------------------------
-
-    def begin_adjoint(self) -> None:
-        """Start the way back after the last `advance`: the adjoint is zero."""
-        ...
-
-    def add_loss_gradient(self, step: int, weight: Tensor) -> None:
-        """adjoint += weight * lambda at the state that step `step` ended with; weight [S, B]."""
-        ...
-
-    def rewind(self, step: int) -> None:
-        """Return to the state that step `step` began with, its noise included; the adjoint is still that by y'."""
-        ...
-
-    def adjoint_slope(self) -> Tensor:
-        """<adjoint, g> of the rewound step, [S, B]."""
-        ...
-
-    def adjoint_tangent(self) -> tuple[Tensor, Tensor]:
-        """As `tangent`, along the adjoint."""
-        ...
-
-    def adjoint_backward(self, x_grad: Tensor, xt_grad: Tensor) -> None:
-        """As `backward`; the adjoint becomes that by y: through b, through `embed` and through `adjoint_tangent`."""
-        ...
-
-    def adjoint_past(self) -> None:
-        """The adjoint becomes that by y where g is a constant: through b alone."""
+    def begin_adjoint(self) -> PredictionAdjoint:
+        """The way back through the steps, after the last `advance`; the adjoint is zero."""
         ...
 
     # --- for the judge ----------------------------------------------------------------------
 
     def plain(self) -> PlainPrediction:
         """The same state as functions in plain torch."""
+        ...
+
+
+class PredictionAdjoint(Protocol):
+    """dL/dy, carried back through the steps of a `Prediction` whose state it rewinds.
+
+    For each step from the last: `add_loss_gradient`, `rewind`, `slope`; then the prediction's `embed`, and `tangent`
+    and `backward`, if its energy is learned from, else `past`.
+    """
+
+    def add_loss_gradient(self, step: int, weight: Tensor) -> None:
+        """+= weight * dloss/dy at the state that step `step` ended with; weight [S, B]."""
+        ...
+
+    def rewind(self, step: int) -> None:
+        """Return to the state that step `step` began with, its noise included; the adjoint is still that by y'."""
+        ...
+
+    def slope(self) -> Tensor:
+        """<adjoint, g> of the rewound step, [S, B]."""
+        ...
+
+    def tangent(self) -> tuple[Tensor, Tensor]:
+        """As `Prediction.tangent`, along the adjoint."""
+        ...
+
+    def backward(self, x_grad: Tensor, xt_grad: Tensor) -> None:
+        """As `Prediction.backward`; the adjoint becomes that by y: through b, `embed` and `tangent`."""
+        ...
+
+    def past(self) -> None:
+        """The adjoint becomes that by y where g is a constant: through b alone."""
         ...
 
 

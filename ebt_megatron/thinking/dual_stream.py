@@ -39,7 +39,7 @@ from ebt_megatron.config import ThinkingConfig
 from ebt_megatron.core.randomness import STEP_SIZE_STREAM, uniform
 from ebt_megatron.model.reuse import Tape
 from ebt_megatron.parallel.collectives import TensorGroup, add_gradient
-from ebt_megatron.prediction.interface import EnergyModel, Prediction
+from ebt_megatron.prediction.interface import EnergyModel, Prediction, PredictionAdjoint
 from ebt_megatron.thinking.plan import Plan
 
 
@@ -131,7 +131,8 @@ class Descent:
         self.alpha, self.alpha_slope = alpha, alpha_slope
         self.plan, self.weight, self.separable, self.observe = plan, weight, separable, observe
         self.losses: list[Tensor] = []
-        self._adjoint_step: int | None = None  # on the way back: the last step whose adjoint is known
+        self._adjoint: PredictionAdjoint  # on the way back, and the last step whose adjoint is known
+        self._adjoint_step: int | None = None
         self._on_tangent: Tensor | None = None  # what `learn_input` multiplied the tangents with, [S(/TP), B, 1]
 
     @property
@@ -161,7 +162,7 @@ class Descent:
         if self._through:
             self._go_back(step)
             x = self.prediction.embed()
-            xt, norm = self.prediction.adjoint_tangent()
+            xt, norm = self._adjoint.tangent()
         else:
             weight = self.plan.step_weights[step] * self.weight
             self._add_step_size_gradient(self.prediction.slope() * weight)
@@ -180,7 +181,7 @@ class Descent:
         if self._on_tangent is not None:
             xt_grad = xt_grad * self._on_tangent
         if self._through:
-            self.prediction.adjoint_backward(x_grad, xt_grad)
+            self._adjoint.backward(x_grad, xt_grad)
         else:
             self.prediction.backward(x_grad, xt_grad)
             self.prediction.advance(keep=False)
@@ -194,17 +195,16 @@ class Descent:
         """Carry the adjoint dL/dy back to just after `step`, and return to the prediction before it."""
         assert self.plan is not None and self.weight is not None
         if self._adjoint_step is None:
-            self.prediction.begin_adjoint()
-            self._adjoint_step = self.plan.steps
+            self._adjoint, self._adjoint_step = self.prediction.begin_adjoint(), self.plan.steps
         while self._adjoint_step > step:
             if self._adjoint_step < self.plan.steps and self._adjoint_step not in self.plan.learned:
-                self.prediction.adjoint_past()
+                self._adjoint.past()
             self._adjoint_step -= 1
             step_weight = self.plan.step_weights[self._adjoint_step]
             if step_weight:
-                self.prediction.add_loss_gradient(self._adjoint_step, step_weight * self.weight)
-            self.prediction.rewind(self._adjoint_step)
-            self._add_step_size_gradient(self.prediction.adjoint_slope())
+                self._adjoint.add_loss_gradient(self._adjoint_step, step_weight * self.weight)
+            self._adjoint.rewind(self._adjoint_step)
+            self._add_step_size_gradient(self._adjoint.slope())
 
     def _add_step_size_gradient(self, slope: Tensor) -> None:
         """dL/dalpha = -<lambda, g>; slope [S, B] = <lambda, g> per position."""

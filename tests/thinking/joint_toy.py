@@ -192,29 +192,38 @@ class LatentPrediction:
         return self.y
 
     def begin_adjoint(self):
-        self.adjoint = torch.zeros_like(self.y)
-
-    def add_loss_gradient(self, step, weight):
-        self.adjoint = self.adjoint + weight[..., None] * self._loss_gradient(self.history[step][2])
-
-    def rewind(self, step):
-        self.y, self.g, _ = self.history[step]
-
-    def adjoint_slope(self):
-        return (self.adjoint * self.g).sum(-1)
-
-    def adjoint_tangent(self):
-        return self._direction(self.adjoint)
-
-    def adjoint_backward(self, x_grad, xt_grad):
-        self.backward(x_grad, xt_grad)
-        self.adjoint = self.adjoint + self.group.from_hidden(x_grad) @ self.weight.detach()
-
-    def adjoint_past(self):
-        """A step starts at y itself."""
+        return LatentAdjoint(self)
 
     def plain(self):
         return PlainLatent(self.weight, self.start, self.target)
+
+
+class LatentAdjoint:
+    """Its `PredictionAdjoint`."""
+
+    def __init__(self, prediction):
+        self.prediction, self.value = prediction, torch.zeros_like(prediction.y)
+
+    def add_loss_gradient(self, step, weight):
+        p = self.prediction
+        self.value = self.value + weight[..., None] * p._loss_gradient(p.history[step][2])
+
+    def rewind(self, step):
+        self.prediction.y, self.prediction.g, _ = self.prediction.history[step]
+
+    def slope(self):
+        return (self.value * self.prediction.g).sum(-1)
+
+    def tangent(self):
+        return self.prediction._direction(self.value)
+
+    def backward(self, x_grad, xt_grad):
+        p = self.prediction
+        p.backward(x_grad, xt_grad)
+        self.value = self.value + p.group.from_hidden(x_grad) @ p.weight.detach()
+
+    def past(self):
+        """A step starts at y itself."""
 
 
 class PlainLatent:

@@ -138,8 +138,9 @@ def test_regenerated_logits_are_never_stored(gradient):
     thinker = builders.new_thinker(builders.build(recipe), recipe, builders.text_batch(), Plan.of(recipe.thinking, 3))
     thinker.train()
     prediction = thinker.descent.prediction
-    held = [t for t in vars(prediction).values() if isinstance(t, torch.Tensor)]
-    held += [t for step in prediction.steps for t in vars(step).values()]
+    holders = [prediction, prediction.stored, *prediction.stored.steps]
+    holders += [thinker.descent._adjoint] if gradient == "full" else []
+    held = [t for holder in holders for t in vars(holder).values() if isinstance(t, torch.Tensor)]
     wide = [t for t in held if t.shape[-1] == len(prediction.table)]
     assert len(wide) == (1 if gradient == "full" else 0)  # the adjoint
     assert prediction.logits.shape == (10, 2, len(prediction.table))
