@@ -8,24 +8,22 @@ stream never depends on any prediction.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
-from megatron.core.transformer import TransformerConfig, build_module
+from megatron.core.transformer import TransformerConfig
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from ebt_megatron.config import Recipe
 from ebt_megatron.kernels import Kernels
+from ebt_megatron.model.backbone import Backbone
 from ebt_megatron.model.initialization import Draw, draw_of_embedding
-from ebt_megatron.model.layers import Modulation, RMSNorm, Rotary, TransformerLayer, layer_spec, modulate, replicated
+from ebt_megatron.model.layers import Modulation, TransformerLayer, modulate, replicated
 from ebt_megatron.model.reuse import Tape
-from ebt_megatron.model.sharding import StageModule
 
 KeyValues = Sequence[tuple[Tensor, Tensor]]
 
 
-class EnergyTransformer(StageModule):
+class EnergyTransformer(Backbone):
     """One pipeline stage of an EBT (the whole model when there is one stage), an `EnergyModel`.
 
     Attributes:
@@ -51,11 +49,9 @@ class EnergyTransformer(StageModule):
         pre_process: bool = True,
         post_process: bool = True,
     ):
-        super().__init__(config)
+        super().__init__(config, recipe, kernels, pre_process, post_process)
         model, thinking = recipe.model, recipe.thinking
-        self.pre_process, self.post_process = pre_process, post_process
         self.conditioning = model.conditioning
-        self.recompute_layers = model.recompute_layers
         self.num_landscapes = thinking.max_steps
         self.modality = modality
         width, dtype = config.hidden_size, config.params_dtype
@@ -71,18 +67,12 @@ class EnergyTransformer(StageModule):
             self.step_size.requires_grad_(thinking.learn_step_size)
             self.step_size.lr_multiplier = thinking.step_size_lr_multiplier  # type: ignore[attr-defined]
             self.step_size.no_weight_decay = True  # type: ignore[attr-defined]
-        assert config.num_layers
-        local_layers = config.num_layers // config.pipeline_model_parallel_size
-        spec = layer_spec(model, kernels, fp8=recipe.training.precision == "fp8")
-        self.layers = nn.ModuleList(build_module(spec, config) for _ in range(local_layers))
+        self.add_layers()
         if post_process:
-            self.final_norm = RMSNorm(config, kernels)
             if model.conditioning == "adaln_sequence":
                 self.final_modulation = Modulation(config, parts=2, zero=False)
             self.head = replicated(torch.empty(width, dtype=dtype), config)
             self.head.draw = Draw.xavier(width, 1)  # type: ignore[attr-defined]
-        assert config.kv_channels
-        self.rotary = Rotary(config.kv_channels, model.rotary_base)
 
     @property
     def context_sees_step(self) -> bool:
@@ -101,11 +91,6 @@ class EnergyTransformer(StageModule):
     def landscape(self, step: int) -> int:
         """Which energy landscape step `step` descends: its own, the last one beyond those trained."""
         return min(step, self.num_landscapes - 1)
-
-    def _maybe_recompute(self, function: Any, *args: Any, **kwargs: Any) -> Any:
-        if self.recompute_layers and torch.is_grad_enabled():  # nothing in a layer is random
-            return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
-        return function(*args, **kwargs)
 
     def context(self, h: Tensor, length: int, segments: Tensor | None, step: int = 0) -> tuple[Tensor, KeyValues]:
         """Run the context stream through this stage.
@@ -128,7 +113,7 @@ class EnergyTransformer(StageModule):
         rotations = self.rotary.table(length, 0, h)
         key_values = []
         for layer in self.layers:
-            h, k, v = self._maybe_recompute(layer.context, h, rotations, segments, condition)
+            h, k, v = self.maybe_recomputed(layer.context, h, rotations, segments, condition)
             key_values.append((k, v))
         return h, key_values
 
@@ -173,8 +158,8 @@ class EnergyTransformer(StageModule):
         rotations = self.rotary.table(length, 1, h)
         for layer, key_value in zip(self.layers, key_values, strict=True):
             assert isinstance(layer, TransformerLayer)
-            h = self._maybe_recompute(layer.predict, h, key_value, rotations, tangent=tangent,
-                                      condition=condition, segments=segments, tape=tape)  # fmt: skip
+            h = self.maybe_recomputed(layer.predict, h, key_value, rotations, tangent=tangent, condition=condition,
+                                      segments=segments, tape=tape, kept=tape is not None)  # fmt: skip
         if not self.post_process:
             return h
         n = self.final_norm(h, tangent)

@@ -8,19 +8,16 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from megatron.core.enums import ModelType
-from megatron.core.transformer import TransformerConfig, build_module
+from megatron.core.transformer import TransformerConfig
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from ebt_megatron.config import Recipe
 from ebt_megatron.kernels import Kernels
-from ebt_megatron.model.layers import RMSNorm, Rotary, layer_spec
-from ebt_megatron.model.sharding import StageModule
+from ebt_megatron.model.backbone import Backbone
 
 
-class TransformerLM(StageModule):
+class TransformerLM(Backbone):
     """One pipeline stage of Transformer++.
 
     Args:
@@ -39,17 +36,9 @@ class TransformerLM(StageModule):
         pre_process: bool = True,
         post_process: bool = True,
     ):
-        super().__init__(config)
-        self.pre_process, self.post_process = pre_process, post_process
+        super().__init__(config, recipe, kernels, pre_process, post_process)
         self.embedding, self.output = embedding, output
-        self.recompute_layers = recipe.model.recompute_layers
-        assert config.num_layers and config.kv_channels
-        local_layers = config.num_layers // config.pipeline_model_parallel_size
-        spec = layer_spec(recipe.model, kernels, fp8=recipe.training.precision == "fp8")
-        self.layers = nn.ModuleList(build_module(spec, config) for _ in range(local_layers))
-        if post_process:
-            self.final_norm = RMSNorm(config, kernels)
-        self.rotary = Rotary(config.kv_channels, recipe.model.rotary_base)
+        self.add_layers()
         self.input_tensor: Tensor | None = None
         self.model_type = ModelType.encoder_or_decoder  # Megatron's schedules ask
 
@@ -61,10 +50,7 @@ class TransformerLM(StageModule):
         """Run this stage: [S(/TP), B, D] -> the same, normalised on the last stage."""
         rotations = self.rotary.table(length, 0, h)
         for layer in self.layers:
-            if self.recompute_layers and torch.is_grad_enabled():
-                h = checkpoint(layer.context, h, rotations, segments, use_reentrant=False, preserve_rng_state=False)[0]
-            else:
-                h = layer.context(h, rotations, segments)[0]
+            h = self.maybe_recomputed(layer.context, h, rotations, segments)[0]
         return self.final_norm(h) if self.post_process else h
 
     def forward(self, observed: Tensor, targets: Tensor, segments: Tensor | None = None) -> Tensor:

@@ -146,8 +146,9 @@ def test_regenerated_logits_are_never_stored(gradient):
     assert prediction.logits.shape == (10, 2, len(prediction.table))
 
 
-def test_recomputed_layers_give_the_same_gradient():
-    compare("model.recompute_layers=true")
+@pytest.mark.parametrize("reuse", ["true", "false"])
+def test_recomputed_layers_give_the_same_gradient(reuse):
+    compare("model.recompute_layers=true", f"thinking.reuse={reuse}")
 
 
 def test_a_clamped_step_size_gets_no_gradient():

@@ -93,8 +93,6 @@ def test_losses_equal_those_of_a_single_process(layout, single):
     recipes = dict(RECIPES)
     if "parallel.sequence_parallel=true" in overrides:
         del recipes["time_embed_sequence"]  # refused: its extra token cannot be split
-    if any(o.startswith("parallel.pipeline") for o in overrides):
-        del recipes["reuse"]  # refused: it needs all layers on one stage
     for results in run_ranks(several, ranks, recipes, overrides, len(single["S1"])):
         for name, losses in results.items():
             torch.testing.assert_close(
