@@ -20,7 +20,7 @@ def stable_seed(*parts: object) -> int:
     return int.from_bytes(digest[:8], "little") >> 1
 
 
-def _mix(x: torch.Tensor) -> torch.Tensor:
+def mix64(x: torch.Tensor) -> torch.Tensor:
     """SplitMix64's finaliser on int64 (Steele et al. 2014, doi:10.1145/2660193.2660195)."""
 
     def shifted(value: torch.Tensor, bits: int) -> torch.Tensor:  # logical, not arithmetic
@@ -44,8 +44,8 @@ def uniform(seed: int, sample_ids: torch.Tensor, positions: torch.Tensor, stream
         float64 [S, B].
     """
     golden = -7046029254386353131  # 0x9E3779B97F4A7C15
-    per_sample = _mix(sample_ids * golden + stable_seed(seed, stream))
-    bits = _mix(per_sample[None, :] + (positions[:, None] + 1) * golden)
+    per_sample = mix64(sample_ids * golden + stable_seed(seed, stream))
+    bits = mix64(per_sample[None, :] + (positions[:, None] + 1) * golden)
     return ((bits >> 11) & ((1 << 53) - 1)).double() * 2.0**-53
 
 

@@ -14,6 +14,8 @@ import functools
 import torch
 from torch import Tensor
 
+from ebt_megatron.core.randomness import mix64
+
 _TILE = 1 << 18  # elements worked on at once: they stay in cache
 GOLDEN = -1640531535  # 0x9E3779B1, odd: consecutive columns spread over all 32 bits
 
@@ -23,13 +25,6 @@ def quantiles(device: torch.device) -> Tensor:
     """Midpoint quantiles of N(0, 1), scaled to unit variance; float32 [65536]."""
     z = torch.special.ndtri((torch.arange(65536, dtype=torch.float64) + 0.5) / 65536)
     return (z / z.square().mean().sqrt()).float().to(device)
-
-
-def _mix64(x: Tensor) -> Tensor:
-    """SplitMix64's finaliser on int64 (Steele et al. 2014)."""
-    x = (x ^ ((x >> 30) & ((1 << 34) - 1))) * -4658895280553007687
-    x = (x ^ ((x >> 27) & ((1 << 37) - 1))) * -7723592293110705685
-    return x ^ ((x >> 31) & ((1 << 33) - 1))
 
 
 def _wrap(value: int) -> int:
@@ -49,13 +44,13 @@ def row_keys(sample_ids: Tensor, positions: Tensor, stream: int) -> Tensor:
         int64 [S * B].
     """
     golden = -7046029254386353131  # 0x9E3779B97F4A7C15
-    per_sample = _mix64(sample_ids.long() * golden + _wrap((stream + 1) * 0x632BE59BD9B4E019))
-    return _mix64(per_sample[None, :] + (positions.long()[:, None] + 1) * golden).flatten()
+    per_sample = mix64(sample_ids.long() * golden + _wrap((stream + 1) * 0x632BE59BD9B4E019))
+    return mix64(per_sample[None, :] + (positions.long()[:, None] + 1) * golden).flatten()
 
 
 def seeded_halves(keys: Tensor, seed: int) -> tuple[Tensor, Tensor]:
     """The two 32-bit numbers that a row's hash starts from; int64 keys [R] -> int32 [R] each."""
-    mixed = _mix64(keys + _wrap(seed * 0x9E3779B97F4A7C15))
+    mixed = mix64(keys + _wrap(seed * 0x9E3779B97F4A7C15))
     return (mixed & 0xFFFFFFFF).int(), (mixed >> 32).int()
 
 
