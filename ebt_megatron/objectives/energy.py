@@ -78,15 +78,14 @@ class EnergyObjective:
         return Totals(losses, energies, loss, positions)
 
     def _train_one(self, sample: Sample, index: int, plan: Plan, positions: int, phase: Any) -> Thought:
+        thinker = self._thinker(sample, plan, positions, random=True, phase=phase)
         if self.recipe.thinking.engine == "double_backward":
-            descent = self._descent(sample, plan, positions, random=True)
             context = self.model.modality.context(sample.observed)
             energies = partial(double_backward.text_energies, self.model, context, sample.segments)
-            thought = double_backward.train(energies, descent)
+            thought = double_backward.train(energies, thinker.descent)
         else:
-            thinker = self._thinker(sample, plan, positions, random=True, phase=phase)
-            thought, descent = thinker.train(), thinker.descent
-        self._keep(sample, index, descent)
+            thought = thinker.train()
+        self._keep(sample, index, thinker.descent)
         return thought
 
     def _train_recorded(self, graphs: Graphs, sample: Sample, plan: Plan, positions: int) -> Thought:
@@ -147,32 +146,25 @@ class EnergyObjective:
         observe: Callable[[Any], None] | None = None,
         phase: Any = nullcontext,
     ) -> Thinker:
-        first = self.state.is_first_stage
-        return Thinker(
-            self.model, len(sample.sample_ids), self.task.length, sample.segments, plan.learned if plan else (),
-            (lambda: self.model.modality.context(sample.observed)) if first else None,
-            self._descent(sample, plan, positions, random, observe) if first else None,
-            self.recipe.thinking.reuse, phase,
-        )  # fmt: skip
-
-    def _descent(
-        self,
-        sample: Sample,
-        plan: Plan | None,
-        positions: int,
-        random: bool,
-        observe: Callable[[Any], None] | None = None,
-    ) -> Descent:
+        """A micro-batch on this stage; `random`: step sizes and noise as in training."""
         model, options, seed = self.model, self.recipe.thinking, self.recipe.training.seed
-        if not random and not options.langevin_in_evaluation:
-            options = replace(options, langevin_noise=0.0)
-        start = sample.start if isinstance(sample, ReplayedSample) else None
-        prediction = model.modality.prediction(sample.targets, sample.sample_ids, options, seed, start)
-        alpha, slope = step_sizes(model.step_size, options, sample.sample_ids, self.task.length, seed, random)
-        weight = torch.full_like(alpha, 1 / positions)
-        return Descent(
-            prediction, model.step_size, alpha, slope, plan, weight, separable=model.separable, observe=observe
-        )
+        context = descent = None
+        if self.state.is_first_stage:
+            if not random and not options.langevin_in_evaluation:
+                options = replace(options, langevin_noise=0.0)
+            start = sample.start if isinstance(sample, ReplayedSample) else None
+            prediction = model.modality.prediction(sample.targets, sample.sample_ids, options, seed, start)
+            alpha, slope = step_sizes(model.step_size, options, sample.sample_ids, self.task.length, seed, random)
+            weight = torch.full_like(alpha, 1 / positions)
+            descent = Descent(
+                prediction, model.step_size, alpha, slope, plan, weight, separable=model.separable, observe=observe
+            )
+            context = partial(model.modality.context, sample.observed)
+        learned = plan.learned if plan is not None else ()
+        return Thinker(
+            model, len(sample.sample_ids), self.task.length, sample.segments, learned, context, descent,
+            options.reuse, phase,
+        )  # fmt: skip
 
     def _pipeline(self, thinkers: list[Thinker], plan: Plan) -> Pipeline:
         in_flight = self.recipe.parallel.micro_batches_in_flight
