@@ -45,6 +45,7 @@ setup(
         "safetensors>=0.5",
         "zstandard>=0.23",
         "matplotlib>=3.9",
+        "scikit-learn>=1.4",
     ],
     extras_require={
         "gpu": ["triton>=3.3", "flash-attn>=2.7"],

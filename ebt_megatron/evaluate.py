@@ -14,6 +14,7 @@ from ebt_megatron.core.errors import RecipeError
 from ebt_megatron.core.files import write_whole
 
 if TYPE_CHECKING:
+    from ebt_megatron.evaluation.suite import SuiteOptions
     from ebt_megatron.session import TrainedRun
 
 app = typer.Typer(add_completion=False)
@@ -66,25 +67,57 @@ def _line(row: dict[str, Any]) -> str:
     return f"{row['steps']:>3} steps: {', '.join(parts)}"
 
 
+def _suite(run_dir: Path, overrides: list[str], options: SuiteOptions, target: Path) -> None:
+    """Write the suite's numbers, and show what they come to."""
+    from rich.console import Console
+
+    from ebt_megatron.evaluation.suite import evaluate_suite
+    from ebt_megatron.evaluation.tables import suite_tables
+
+    numbers = evaluate_suite(run_dir, overrides, options)
+    write_whole(target, json.dumps(numbers, indent=1) + "\n")
+    console = Console(soft_wrap=True, highlight=False)
+    for table in suite_tables(numbers):
+        console.print(table.rich())
+    console.print(f"{target} has all numbers")
+
+
 @app.command()
 def main(
     run_dir: Path = typer.Argument(..., help="A training.output_dir."),
     overrides: list[str] = typer.Argument(None, help="key=value pairs, e.g. training.validation_samples=1024."),
-    steps: int | None = typer.Option(None, help="The most thinking steps; default: twice those trained with."),
-    output: Path | None = typer.Option(None, help="Where to write; default: RUN_DIR/evaluation.json."),
+    steps: int | None = typer.Option(
+        None, min=1, help="The most thinking steps; default: twice those trained with (the suite: three times)."
+    ),
+    output: Path | None = typer.Option(None, help="Where to write; default: RUN_DIR/evaluation.json, or suite.json."),
     example: bool = typer.Option(True, help="Work out one token, too."),
+    suite: bool = typer.Option(False, "--suite", help="Thinking, starts, energies, uncertainty and shifts (text)."),
+    rival: list[Path] = typer.Option([], help="Of the suite: runs of Transformer++; the first measures shifts."),
+    shift: list[str] = typer.Option([], help="Of the suite: NAME=FOLDER of other text, of the run's tokenizer."),
+    starts: int = typer.Option(8, min=1, help="Of the suite: the most starts to choose among."),
 ) -> None:
     """Write validation loss, perplexity, energy and accuracy against thinking steps as JSON.
 
     The layout of the evaluation is its own: one process unless started by torchrun with
-    parallel.* overrides.
+    parallel.* overrides. With --suite: what longer thinking, several starts and energies are good for, beside
+    Transformer++ (docs/evaluation.md).
     """
 
     def work() -> None:
-        target = output or run_dir / "evaluation.json"
+        target = output or run_dir / ("suite.json" if suite else "evaluation.json")
         if not target.absolute().parent.is_dir():
             raise RecipeError(f"--output {target}: {target.parent} is not a folder")
+        if (rival or shift) and not suite:
+            raise RecipeError("--rival and --shift are of the suite: add --suite")
+        if wrong := [item for item in shift if "=" not in item]:
+            raise RecipeError(f"--shift {wrong[0]}: give NAME=FOLDER")
         quiet_libraries()
+        if suite:
+            from ebt_megatron.evaluation.suite import SuiteOptions
+
+            shifts = dict(item.split("=", 1) for item in shift)
+            _suite(run_dir, overrides or [], SuiteOptions(steps, starts, rival, shifts), target)
+            return
         from ebt_megatron.session import open_run
 
         with open_run(run_dir, overrides or []) as run:

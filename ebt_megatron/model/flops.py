@@ -53,6 +53,13 @@ class Cost:
             vocabulary += steps
         return layers * self.layers + vocabulary * self.vocabulary
 
+    def inference(self, steps: int = 0) -> float:
+        """One pass over a sample without learning: Transformer++ with 0 steps, an EBT with n.
+
+        In units of U: Transformer++'s output 1; each step embeds the prediction 1 and takes its gradient 1.
+        """
+        return (1 + 2 * steps) * self.layers + (2 * steps or 1) * self.vocabulary
+
     def minimum(self, steps: int, learned_steps: int) -> float:
         """The least a first-order method needs: reuse, and no vocabulary product computed twice."""
         return (3 + 2 * steps + 4 * learned_steps) * self.layers + (2 * steps + 3 * learned_steps) * self.vocabulary

@@ -1,0 +1,347 @@
+"""The evaluation suite of a text model: what thinking, energy and Transformer++ each give, measured beside each other.
+
+Every part is a function of per-position scores (`ebt_megatron.evaluation.token_scores`) and returns plain numbers.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.progress import Progress
+
+from ebt_megatron.config import RecipeError
+from ebt_megatron.core.errors import DataError
+from ebt_megatron.data.loader import Loader, MicroBatch
+from ebt_megatron.evaluation import statistics
+from ebt_megatron.evaluation.token_scores import CORRUPTIONS, TokenScores, corrupted, score
+from ebt_megatron.objectives.flops import training_flops
+from ebt_megatron.session import TrainedRun, open_run
+
+Numbers = dict[str, Any]
+TOLERANCES = (0.6, 0.5, 0.4, 0.3, 0.2, 0.1, 0.05, 0.03, 0.02, 0.01, 0.005)
+_CORRUPTED_SHARE, _SEED = 0.15, 0
+
+
+@dataclass
+class SuiteOptions:
+    """What the suite looks at.
+
+    Attributes:
+        steps: the most thinking steps; None: three times those trained.
+        starts: the most starts to choose among.
+        rivals: feed-forward runs to set beside the model; the first says how far a shift is.
+        shifts: other text by name: folders of shards made with the model's tokenizer.
+    """
+
+    steps: int | None = None
+    starts: int = 8
+    rivals: Sequence[Path] = ()
+    shifts: dict[str, str] | None = None
+
+    def check(self) -> None:
+        """Raise RecipeError for numbers that mean nothing."""
+        if self.steps is not None and self.steps < 1:
+            raise RecipeError(f"--steps {self.steps}: at least 1")
+        if self.starts < 1:
+            raise RecipeError(f"--starts {self.starts}: at least 1")
+
+
+def perplexity(loss: np.ndarray) -> float:
+    """Of a mean over positions."""
+    return math.exp(min(float(loss.mean()), 700.0))
+
+
+# --- the parts ----------------------------------------------------------------------------------------
+
+
+def thinking(scores: TokenScores) -> list[Numbers]:
+    """Loss, perplexity, accuracy and changed answers after each step."""
+    rows = []
+    for i, loss in enumerate(scores.loss):
+        flips = float((scores.answer[i] != scores.answer[i - 1]).mean()) if i else None
+        rows.append({"steps": i + 1, "loss": float(loss.mean()), "perplexity": perplexity(loss),
+                     "accuracy": float(scores.right[i].mean()), "changed": flips})  # fmt: skip
+    return rows
+
+
+def starts(each: Sequence[TokenScores], step: int, rivals: Mapping[str, Sequence[TokenScores]]) -> list[Numbers]:
+    """Perplexity and accuracy of M starts by what chooses among them, for M = 1, 2, 4 ... all.
+
+    A feed-forward model starts nowhere: its M candidates are tokens drawn, and the likeliest by itself is kept.
+
+    Args:
+        each: scores from different starts.
+        step: thinking steps that all take.
+        rivals: by name, theirs with different draws.
+    """
+    loss = np.stack([s.loss[step - 1] for s in each])
+    right = np.stack([s.right[step - 1] for s in each])
+    final = np.stack([s.energy[step] for s in each])
+    drop = np.stack([s.energy[0] - s.energy[step] for s in each])
+    counts = [m for m in (2**i for i in range(10)) if m < len(each)] + [len(each)]
+    rows = []
+    for m in counts:
+        of, at = slice(0, m), np.arange(loss.shape[1])
+        temperature = max(float(final[of].std(0).mean()), 1e-12)
+        weight = np.exp(-(final[of] - final[of].min(0)) / temperature)
+        chosen = {"lowest energy": final[of].argmin(0), "largest drop": drop[of].argmax(0),
+                  "best loss (an oracle)": loss[of].argmin(0)}  # fmt: skip
+        by = {name: {"perplexity": perplexity(loss[k, at]), "accuracy": float(right[k, at].mean())}
+              for name, k in chosen.items()}  # fmt: skip
+        for name, w in (("mixture by exp(-E / tau)", weight), ("even mixture", np.ones_like(weight))):
+            by[name] = {"perplexity": perplexity(-np.log((w / w.sum(0) * np.exp(-loss[of])).sum(0)))}
+        for name, draws in {"": each, **rivals}.items():
+            log_p, token = (np.stack([getattr(d, key) for d in draws[:m]]) for key in ("drawn_log_p", "drawn"))
+            likeliest = token[log_p.argmax(0), at]
+            by[f"likeliest of the tokens drawn{name and ', ' + name}"] = {
+                "accuracy": float((likeliest == each[0].target).mean())
+            }
+        rows.append({"starts": m, "by": by})
+    return rows
+
+
+def corruption(
+    scores: Callable[[str], tuple[TokenScores, np.ndarray]], rivals: Mapping[str, Callable[[str], TokenScores]]
+) -> list[Numbers]:
+    """AUROC of "was this token corrupted" by the token's energy, by its improbability, and by rivals' improbability.
+
+    Args:
+        scores: of a kind of corruption, and which positions it made wrong.
+        rivals: by name, theirs on the same text.
+    """
+    rows = []
+    for kind in CORRUPTIONS:
+        ours, wrong = scores(kind)
+        row = {"kind": kind, "token energy": statistics.auroc(ours.token_energy, wrong),
+               "-log p": statistics.auroc(ours.loss[-1], wrong)}  # fmt: skip
+        rows.append(row | {f"-log p, {name}": statistics.auroc(of(kind).loss[-1], wrong)
+                           for name, of in rivals.items()})  # fmt: skip
+    return rows
+
+
+def uncertainty(scores: TokenScores, step: int) -> Numbers:
+    """How well a model knows what it does not know: its energy, entropy and confidence against loss and errors."""
+    i = step - 1
+    doubts = {"entropy": scores.entropy[i], "1 - confidence": 1 - scores.confidence[i]}
+    if len(scores.energy):
+        doubts = {"energy": scores.energy[step], **doubts}
+    return {
+        "error rate": float(1 - scores.right[i].mean()),
+        "calibration error": statistics.calibration_error(scores.confidence[i], scores.right[i]),
+        "by": {
+            name: {
+                "rank correlation with loss": statistics.rank_correlation(doubt, scores.loss[i]),
+                "AUROC of an error": statistics.auroc(doubt, ~scores.right[i]),
+                "area under risk-coverage": statistics.area_under_risk_coverage(doubt, scores.right[i]),
+                "curve": statistics.risk_coverage(doubt, scores.right[i])[:: max(1, len(doubt) // 100)].tolist(),
+            }
+            for name, doubt in doubts.items()
+        },
+    }  # fmt: skip
+
+
+def dynamic_compute(scores: TokenScores, trained: int, flops: Callable[[float], float]) -> Numbers:
+    """Perplexity against mean steps: the same for all positions, or each until its prediction hardly moves.
+
+    Args:
+        scores: of n steps.
+        trained: the steps trained with, whose perplexity adaptive stopping is to reach.
+        flops: of a position that thinks so many steps.
+    """
+    most = len(scores.loss)
+    fixed = [{"steps": i + 1, "perplexity": perplexity(loss), "flops": flops(i + 1)}
+             for i, loss in enumerate(scores.loss)]  # fmt: skip
+    adaptive = []
+    for tolerance in TOLERANCES:
+        still = scores.moved <= tolerance
+        taken = np.where(still.any(0), still.argmax(0), most - 1)
+        loss = scores.loss[taken, np.arange(scores.loss.shape[1])]
+        mean = float(taken.mean()) + 1
+        adaptive.append({"tolerance": tolerance, "steps": mean, "perplexity": perplexity(loss), "flops": flops(mean)})
+    wanted = fixed[trained - 1]
+    enough = [row for row in adaptive if row["perplexity"] <= 1.005 * wanted["perplexity"]]
+    cheapest = min(enough, key=lambda row: row["flops"], default=None)
+    share = None if cheapest is None else cheapest["flops"] / wanted["flops"]
+    return {"fixed": fixed, "adaptive": adaptive, "flops to reach the trained steps' perplexity": share}
+
+
+def shift(inside: dict[str, TokenScores], outside: dict[str, TokenScores], reference: str, step: int) -> Numbers:
+    """How far other text is, and what thinking gives there.
+
+    Args:
+        inside, outside: of every model, on validation and on the other text; the model that thinks is "".
+        reference: the rival by whose perplexities the shift is measured.
+        step: thinking steps.
+    """
+    ours = outside[""]
+    return {
+        "shift": perplexity(outside[reference].loss[-1]) / perplexity(inside[reference].loss[-1]),
+        "perplexity": {name: perplexity(s.loss[step - 1 if not name else -1]) for name, s in outside.items()},
+        "gain over the first step": 1 - perplexity(ours.loss[step - 1]) / perplexity(ours.loss[0]),
+        "energy": float(ours.energy[step].mean()),
+        "AUROC of being other text, by energy": statistics.auroc(
+            np.concatenate([inside[""].energy[step], ours.energy[step]]),
+            np.arange(len(inside[""].target) + len(ours.target)) >= len(inside[""].target),
+        ),
+    }
+
+
+# --- all of them -----------------------------------------------------------------------------------------
+
+
+def evaluate_suite(run_dir: Path, overrides: Sequence[str], options: SuiteOptions) -> Numbers:
+    """Every part, for a run and its rivals; one process.
+
+    Raises:
+        RecipeError: for options that mean nothing, a run that is no text model, or a rival that thinks.
+        DataError: for other text that was made with another tokenizer.
+    """
+    options.check()
+    with Progress(transient=True) as progress:
+        bar = progress.add_task("suite", total=None)
+
+        def doing(what: str) -> None:
+            progress.update(bar, description=what)
+
+        doing(f"{run_dir}")
+        with open_run(run_dir, overrides) as run:
+            if run.recipe.data.modality != "text" or run.state.world_size > 1:
+                raise RecipeError(f"{run_dir}: the suite is for text, on one process")
+            steps = _Steps(run, options.steps)
+            ours = _collect(run, steps, options, doing)
+        rivals: dict[str, _Collected] = {}
+        for folder in options.rivals:
+            doing(f"{folder}")
+            with open_run(folder, overrides) as rival:
+                if rival.objective.thinks or rival.task.identity != ours.identity:
+                    raise RecipeError(f"{folder}: a rival is a feed-forward model with the tokenizer of {run_dir}")
+                rivals[_name(folder, rivals)] = _collect(rival, _Steps(rival, None), options, doing)
+    return _results(ours, rivals, steps)
+
+
+def _name(folder: Path, taken: dict[str, Any]) -> str:
+    return folder.name if folder.name not in taken else str(folder)
+
+
+@dataclass
+class _Collected:
+    """A model's scores on everything, and what it cost."""
+
+    identity: dict[str, Any]
+    about: Numbers
+    plain: TokenScores
+    starts: list[TokenScores]
+    corrupted: dict[str, tuple[TokenScores, np.ndarray]]
+    shifts: dict[str, TokenScores]
+    flops_of: Callable[[float], float]
+
+
+class _Steps:
+    """How many steps a run thinks.
+
+    Attributes:
+        trained: with how many it was trained.
+        most: how many to look at.
+    """
+
+    def __init__(self, run: TrainedRun, asked: int | None):
+        self.trained = run.recipe.thinking.max_steps if run.objective.thinks else 1
+        self.most = max(asked or 3 * self.trained, self.trained) if run.objective.thinks else 1
+
+
+def _collect(run: TrainedRun, steps: _Steps, options: SuiteOptions, doing: Callable[[str], None]) -> _Collected:
+    task: Any = run.task
+
+    def scores(micro_batches: Sequence[MicroBatch], most: int = steps.most, start: int = 0) -> TokenScores:
+        return score(run.objective, [task.sample(b, run.state.device) for b in micro_batches], most, start)
+
+    validation = _whole(run.data["validation"])
+    doing(f"{run.recipe.name}: thinking")
+    plain = scores(validation)
+    more = []
+    for start in range(1, options.starts):
+        doing(f"{run.recipe.name}: start {start + 1} of {options.starts}")
+        more.append(scores(validation, steps.trained, start))
+    wrong = {}
+    for kind in CORRUPTIONS:
+        doing(f"{run.recipe.name}: {kind} tokens")
+        changed = [corrupted(b.tokens, kind, _CORRUPTED_SHARE, task.vocab_size, _SEED + i)
+                   for i, b in enumerate(validation)]  # fmt: skip
+        batches = [replace(b, tokens=tokens) for b, (tokens, _) in zip(validation, changed, strict=True)]
+        masks = np.concatenate([mask[:, 1:].t().reshape(-1).numpy() for _, mask in changed])
+        wrong[kind] = scores(batches, steps.trained), masks
+    other = {}
+    for name, folder in (options.shifts or {}).items():
+        doing(f"{run.recipe.name}: {name}")
+        recipe = replace(run.recipe, data=replace(run.recipe.data, validation=[folder]))
+        loader = Loader(recipe, "validation", 0, 1)
+        if loader.sources[0].manifest.tokenizer["sha256"] != task.identity["tokenizer"]:
+            raise DataError(f"{folder} was made with another tokenizer than the run: prepare it with --tokenizer "
+                            "TRAIN_FOLDER/tokenizer.json")  # fmt: skip
+        other[name] = scores(_whole(loader), steps.trained)
+    cost, length = task.cost(), task.length
+
+    def flops_of(taken: float) -> float:
+        """Of a position: linear in the steps it takes."""
+        one = cost.inference(1) if run.objective.thinks else cost.inference()
+        more = cost.inference(2) - cost.inference(1) if run.objective.thinks else 0.0
+        return (one + (taken - 1) * more) / length
+
+    about = {
+        "name": run.recipe.name, "parameters": sum(p.numel() for p in run.model.parameters()), "steps": run.step,
+        "tokens": run.tokens, "training flops": run.step * training_flops(run.recipe, cost),
+        "inference flops a token": flops_of(steps.trained),
+    }  # fmt: skip
+    return _Collected(run.task.identity, about, plain, [plain, *more], wrong, other, flops_of)
+
+
+def _of_kind(collected: _Collected, kind: str) -> TokenScores:
+    return collected.corrupted[kind][0]
+
+
+def _whole(loader: Loader) -> list[MicroBatch]:
+    """Every sample of validation that counts, once."""
+    out = []
+    for batch in loader:
+        kept = len(batch.sample_ids) if batch.counts is None else int(batch.counts.sum())
+        if kept:
+            out.append(replace(batch.part(0, kept), counts=None))
+    return out
+
+
+def _results(ours: _Collected, rivals: dict[str, _Collected], steps: _Steps) -> Numbers:
+    step = steps.trained
+    thinks = len(ours.plain.energy) > 0
+    models = {"": ours, **rivals}
+    reference = next(iter(rivals), None)
+    kinds = {name: partial(_of_kind, of) for name, of in rivals.items()}
+    out: Numbers = {
+        "positions": len(ours.plain.target),
+        "trained steps": step,
+        "models": [
+            {**of.about, "rival": bool(name), "loss": float(of.plain.loss[(step if not name else 1) - 1].mean()),
+             "perplexity": perplexity(of.plain.loss[(step if not name else 1) - 1]),
+             "accuracy": float(of.plain.right[(step if not name else 1) - 1].mean())}
+            for name, of in models.items()
+        ],
+        "thinking": thinking(ours.plain),
+        "uncertainty": {(of.about["name"]): uncertainty(of.plain, step if not name else 1)
+                        for name, of in models.items()},
+    }  # fmt: skip
+    if thinks:
+        out["starts"] = starts(ours.starts, step, {name: of.starts for name, of in rivals.items()})
+        out["dynamic compute"] = dynamic_compute(ours.plain, step, ours.flops_of)
+        out["corruption"] = corruption(lambda kind: ours.corrupted[kind], kinds)
+        if reference is not None:
+            inside = {name: of.plain for name, of in models.items()}
+            out["shifts"] = {
+                name: shift(inside, {model: of.shifts[name] for model, of in models.items()}, reference, step)
+                for name in ours.shifts
+            }
+    return out
