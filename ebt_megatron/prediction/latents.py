@@ -131,7 +131,8 @@ class LatentPrediction:
         """See `Prediction`."""
         return self._embedded
 
-    def _loss_gradient(self, y: Tensor) -> Tensor:
+    def loss_gradient(self, y: Tensor) -> Tensor:
+        """dloss/dy, [S, B, C]."""
         return (y - self.target).clamp(-1, 1) / y.shape[-1]
 
     def refine(self, energy_grad: Tensor, alpha: Tensor) -> Tensor:
@@ -142,16 +143,17 @@ class LatentPrediction:
 
     def slope(self) -> Tensor:
         """See `Prediction`."""
-        return (self._loss_gradient(self.step.following) * self.step.g).sum(-1)
+        return (self.loss_gradient(self.step.following) * self.step.g).sum(-1)
 
-    def _direction(self, gradient: Tensor) -> tuple[Tensor, Tensor]:
+    def direct(self, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        """A direction [S, B, C] as `tangent` returns it, for `backward` to use."""
         norm = gradient.norm(dim=-1).clamp_min(torch.finfo(gradient.dtype).tiny)
         self._along = gradient / norm[..., None]
         return self.map.direction(self._along), norm
 
     def tangent(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         """See `Prediction`."""
-        return self._direction(weight[..., None].to(self.y.dtype) * self._loss_gradient(self.step.following))
+        return self.direct(weight[..., None].to(self.y.dtype) * self.loss_gradient(self.step.following))
 
     def backward(self, x_grad: Tensor, xt_grad: Tensor) -> None:
         """See `Prediction`."""
@@ -168,37 +170,9 @@ class LatentPrediction:
         """See `Prediction`."""
         return self.history[-1].following if self.history else self.y
 
-    # --- back through the steps -------------------------------------------------------------
-
-    def begin_adjoint(self) -> None:
+    def begin_adjoint(self) -> LatentAdjoint:
         """See `Prediction`."""
-        self.adjoint = torch.zeros_like(self.y)
-
-    def add_loss_gradient(self, step: int, weight: Tensor) -> None:
-        """See `Prediction`."""
-        gradient = self._loss_gradient(self.history[step].following)
-        self.adjoint = self.adjoint + weight[..., None].to(gradient.dtype) * gradient
-
-    def rewind(self, step: int) -> None:
-        """See `Prediction`."""
-        self.step = self.history[step]
-        self.y = self.step.y
-
-    def adjoint_slope(self) -> Tensor:
-        """See `Prediction`."""
-        return (self.adjoint * self.step.g).sum(-1)
-
-    def adjoint_tangent(self) -> tuple[Tensor, Tensor]:
-        """See `Prediction`."""
-        return self._direction(self.adjoint)
-
-    def adjoint_backward(self, x_grad: Tensor, xt_grad: Tensor) -> None:
-        """See `Prediction`."""
-        self.backward(x_grad, xt_grad)
-        self.adjoint = self.adjoint + self.map.back(x_grad).to(self.y.dtype)
-
-    def adjoint_past(self) -> None:
-        """A step starts at y itself."""
+        return LatentAdjoint(self)
 
     # --- for the judge ----------------------------------------------------------------------
 
@@ -206,3 +180,40 @@ class LatentPrediction:
         """See `Prediction`; call it before the first step."""
         noise = self.langevin if self.thinking.langevin_noise > 0 else None
         return PlainLatents(self.y, self.map.weight, self.map.bias, self.map.positions, self.target, noise)
+
+
+class LatentAdjoint:
+    """The adjoint dL/dy [S, B, C] on the way back through the steps, a `PredictionAdjoint`.
+
+    Args:
+        prediction: after its last step.
+    """
+
+    def __init__(self, prediction: LatentPrediction):
+        self.prediction, self.value = prediction, torch.zeros_like(prediction.y)
+
+    def add_loss_gradient(self, step: int, weight: Tensor) -> None:
+        """See `PredictionAdjoint`."""
+        gradient = self.prediction.loss_gradient(self.prediction.history[step].following)
+        self.value = self.value + weight[..., None].to(gradient.dtype) * gradient
+
+    def rewind(self, step: int) -> None:
+        """See `PredictionAdjoint`."""
+        self.prediction.step = self.prediction.history[step]
+        self.prediction.y = self.prediction.step.y
+
+    def slope(self) -> Tensor:
+        """See `PredictionAdjoint`."""
+        return (self.value * self.prediction.step.g).sum(-1)
+
+    def tangent(self) -> tuple[Tensor, Tensor]:
+        """See `PredictionAdjoint`."""
+        return self.prediction.direct(self.value)
+
+    def backward(self, x_grad: Tensor, xt_grad: Tensor) -> None:
+        """See `PredictionAdjoint`."""
+        self.prediction.backward(x_grad, xt_grad)
+        self.value = self.value + self.prediction.map.back(x_grad).to(self.value.dtype)
+
+    def past(self) -> None:
+        """A step starts at y itself."""
