@@ -77,8 +77,8 @@ def open_sources(recipe: Recipe, split: str) -> list[ShardFolder]:
     sidecar = "tokenizer" if first.kind == "text" else "encoder"
     for source in sources:
         m = source.manifest
-        if m.kind != recipe.data.modality:
-            raise DataError(f"{source.folder} holds {m.kind}, data.modality is {recipe.data.modality}: change one")
+        if m.kind != first.kind:
+            raise DataError(f"{source.folder} holds {m.kind}, {sources[0].folder} {first.kind}: give one kind")
         if m.kind != "images" and m.sequence_length != recipe.data.sequence_length:
             unit = "tokens" if m.kind == "text" else "frames"
             raise DataError(f"{source.folder} has sequences of {m.sequence_length} {unit}, data.sequence_length is "

@@ -111,7 +111,7 @@ def test_sources_that_do_not_fit_are_refused(raw, videos, tmp_path):
     assert "has sequences of 5 frames, data.sequence_length is 4" in refusal(videos, **{"data.sequence_length": 4})
     assert "another encoder than" in refusal(videos, other_encoder)
     assert "has sequences of 7 frames" in refusal(videos, longer)
-    assert f"{few}/train holds images, data.modality is video" in refusal(videos, few)
+    assert f"{few}/train holds images, {videos}/train video: give one kind" in refusal(videos, few)
     images = {"data.modality": "images"}
     assert "5 classes" in refusal(few, many, **images) and "of [4, 16] and 3" in refusal(few, many, **images)
 

@@ -1,0 +1,61 @@
+"""A modality of one's own: where does a point that circles in the plane go next?"""
+
+from pathlib import Path
+
+import numpy as np
+
+from ebt_megatron.data.shards import Manifest, sha256_of, shard_infos, write_shard
+from ebt_megatron.model.energy import EnergyTransformer
+from ebt_megatron.model.flops import cost
+from ebt_megatron.model.transformer import TransformerLM
+from ebt_megatron.tasks import NoMeter, Sample
+from ebt_megatron.tasks.latent_model import LatentEmbedding, LatentEmbeddings, LatentOutput
+
+
+class Points:
+    """Next-point prediction, a `Task`: sequences of points (x, y), stored as clips of frames with one patch."""
+
+    kind = "video"
+
+    def __init__(self, recipe, made_by=""):
+        self.recipe, self.length, self.identity = recipe, recipe.data.sequence_length, {"points": made_by}
+
+    @classmethod
+    def from_data(cls, recipe, source):
+        return cls(recipe, source.manifest.encoder["sha256"])
+
+    def sample(self, batch, device):
+        points = batch.latents.flatten(2).to(device)  # [B, S + 1, 2]
+        return Sample(points[:, :-1], points[:, 1:], batch.sample_ids.to(device))
+
+    def energy_model(self, config, kernels, first, last):
+        embeddings = LatentEmbeddings(config, 2, kernels) if first else None
+        return EnergyTransformer(config, self.recipe, kernels, embeddings, first, last)
+
+    def feed_forward_model(self, config, kernels, first, last):
+        embedding, output = (LatentEmbedding(config, 2) if first else None), (LatentOutput(config, 2) if last else None)
+        return TransformerLM(config, self.recipe, kernels, embedding, output, first, last)
+
+    def cost(self):
+        return cost(self.recipe, 2)
+
+    def meter(self, steps, device):
+        return NoMeter()
+
+    def describe(self, loss):
+        return {"distance": 2 * loss**0.5}  # the loss is half the square of one coordinate's error
+
+    def example(self, objective, sample, steps):
+        return None
+
+
+def write_points(folder: Path, count: int, length: int, seed: int) -> None:
+    """Shards of `count` circles of random centre, radius and speed, each length + 1 points long."""
+    draw = np.random.default_rng(seed)
+    angle = draw.uniform(0, 6, (count, 1)) + draw.uniform(0.2, 0.8, (count, 1)) * np.arange(length + 1)
+    circle = np.stack([np.cos(angle), np.sin(angle)], -1) * draw.uniform(0.5, 1.5, (count, 1, 1))
+    points = circle + draw.normal(0, 0.5, (count, 1, 2))
+    write_shard(folder, 0, "video", points[:, :, None].astype(np.float16))
+    (folder / "points.txt").write_text("circles\n")
+    encoder = {"file": "points.txt", "sha256": sha256_of(folder / "points.txt"), "kind": "points"}
+    Manifest("video", [length + 1, 1, 2], "float16", count, shard_infos(folder, 1), {}, encoder=encoder).write(folder)
