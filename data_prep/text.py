@@ -17,7 +17,6 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,11 +25,12 @@ import numpy as np
 import typer
 
 from ebt_megatron.core.errors import DataError
+from ebt_megatron.core.files import replacing
 from ebt_megatron.data.shards import Manifest, read_manifest, sha256_of, shard_infos, write_shard
 
 from . import options
 from .documents import SUFFIXES, Part, Tally, check_kinds, holds_one_document, read_part, split_files
-from .files import described, find_files
+from .files import find_files
 from .job import Job
 from .passes import Passes, Unit, key_of, threshold, units_of, write_skipped
 from .tokens import END_OF_TEXT, dtype_of, encode, entries, load_tokenizer, train_bpe
@@ -189,9 +189,8 @@ class TextPasses(Passes):
 
         given = self.settings.tokenizer
         tokenizer = load_tokenizer(given) if given else train_bpe(some(), self.settings.train_bpe)
-        partial = path.with_suffix(".partial")
-        tokenizer.save(str(partial))
-        os.replace(partial, path)
+        with replacing(path) as partial:
+            tokenizer.save(str(partial))
 
     def streams(self, units: list[Unit]) -> list[tuple[str, int]]:
         """Describe each split's stream; returns the shards to write."""
@@ -227,7 +226,8 @@ class TextPasses(Passes):
         manifests = {}
         for split, name in enumerate(self.settings.splits):
             folder = self.output / name
-            tokenizer.save(str(folder / "tokenizer.json"))
+            with replacing(folder / "tokenizer.json") as partial:
+                tokenizer.save(str(partial))
             stream = np.load(self.whole(f"stream-{name}.npy"), mmap_mode="r")
             tokens, bytes_ = int(stream[-1, 2]), int(size[kept == split].sum())
             infos = shard_infos(folder, sum(s == name for s, _ in shards))
@@ -341,12 +341,15 @@ def main(
                                 text_key, max_bytes, seed, skip_broken)  # fmt: skip
         if tokenizer:
             load_tokenizer(tokenizer)
-        files = find_files(input, SUFFIXES)
+        found = find_files(input, SUFFIXES)
         if not skip_broken:
-            check_kinds(files)
-        units, source = split_files(files, max(1, int(unit_megabytes * 1e6))), described(files)
-        if options.announce(output, source, settings.splits, f"sequences of {sequence_length} tokens", dry_run):
-            prepare_text(output, units, settings, source, workers=workers, resume=resume, overwrite=overwrite)
+            check_kinds(found.files)
+        units, what = (
+            split_files(found.files, max(1, int(unit_megabytes * 1e6))),
+            f"sequences of {sequence_length} tokens",
+        )
+        if options.announce(output, found, SUFFIXES, settings.splits, what, dry_run):
+            prepare_text(output, units, settings, str(found), workers=workers, resume=resume, overwrite=overwrite)
 
     options.command(work)
 

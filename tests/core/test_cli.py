@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from ebt_megatron.core import cli
-from ebt_megatron.core.errors import RecipeError
+from ebt_megatron.core.errors import PeerError, RecipeError
 from ebt_megatron.core.launch import detect_launch
 
 ROOT = Path(__file__).parents[2]
@@ -38,11 +38,24 @@ def test_brackets_are_no_markup(capsys):
 
 def test_a_file_that_cannot_be_used_is_one_line(capsys, tmp_path):
     code, said = ended(lambda: (tmp_path / "none" / "x").write_text(""), capsys)
-    assert code == 2 and said.count("\n") == 1 and "No such file or directory" in said and "none/x" in said
+    wanted = f"error: {tmp_path}/none/x cannot be read or written (No such file or directory)\n"
+    assert (code, said) == (2, wanted)
+
+
+def test_a_full_disk_is_one_line(capsys):
+    with open("/dev/full", "wb", buffering=0) as full:
+        code, said = ended(lambda: full.write(b"x"), capsys)
+    assert (code, said) == (2, "error: a file cannot be read or written (No space left on device)\n")
 
 
 def test_ctrl_c_before_training_shows_no_traceback(capsys):
     assert ended(raising(KeyboardInterrupt()), capsys) == (130, "")
+
+
+def test_a_rank_whose_peer_says_what_is_wrong_says_nothing(capsys, monkeypatch):
+    waited = []
+    monkeypatch.setattr(cli.time, "sleep", waited.append)
+    assert ended(raising(PeerError("rank 1: DataError: x")), capsys) == (2, "") and waited
 
 
 def test_a_bug_of_a_process_alone_is_raised():
@@ -57,6 +70,11 @@ def test_a_log_on_a_full_disk_loses_lines_only(monkeypatch):
 
     monkeypatch.setattr(sys, "stderr", Full())
     cli.say("a line")
+
+
+def test_an_error_of_the_network_is_no_mistake():
+    with pytest.raises(ConnectionResetError):
+        cli.guarded(raising(ConnectionResetError(errno.ECONNRESET, "reset")))
 
 
 @pytest.mark.parametrize(

@@ -116,6 +116,35 @@ def test_old_shards_stay_until_there_are_new_ones_and_other_files_for_ever(tmp_p
     assert (tmp_path / "out/train/notes.md").read_text() == "mine" and contents(tmp_path / "out/train") != before
 
 
+def test_files_of_others_stay_and_what_killed_processes_left_goes(tmp_path, monkeypatch):
+    def left_while_writing(passes, item):
+        (passes.output / "train" / "shard-000009.tar.12.partial").write_text("")
+        write(passes, item)
+
+    write = text.TextPasses.write
+    monkeypatch.setattr(text.TextPasses, "write", left_while_writing)
+    raw, out = corpus(tmp_path / "raw"), tmp_path / "out"
+    mine = ["train/notes.partial", "validation/shard-of-mine.tar", "train/manifest.partial", "models/weights.partial"]
+    ours = ["train/shard-000007.tar.12.partial", "train/tokenizer.json.12.partial", "validation/manifest.json.partial"]
+    good = (raw / "3.jsonl").read_text()
+    (raw / "3.jsonl").write_text("{broken")
+    assert prepare(raw, out).exit_code == 2
+    (raw / "3.jsonl").write_text(good)
+    for more in ("--resume", "--overwrite"):
+        for name in (*mine, *ours):
+            (out / name).parent.mkdir(exist_ok=True)
+            (out / name).write_text(name)
+        assert prepare(raw, out, more).exit_code == 0
+        assert all((out / name).read_text() == name for name in mine)
+        assert not any((out / name).exists() for name in (*ours, "train/shard-000009.tar.12.partial"))
+    (out / ".work").mkdir()
+    (out / ".work/plan.txt").write_text("mine")
+    before = contents(out)
+    for more in ([], ["--overwrite"], ["--resume"]):
+        assert ".work/plan.txt is not of a preparation" in said(prepare(raw, out, *more))
+    assert contents(out) == before
+
+
 def test_input_in_a_folder_that_is_written_is_not_removed(tmp_path):
     (tmp_path / "out").mkdir()
     raw = corpus(tmp_path / "out/train")
@@ -130,7 +159,7 @@ def test_two_preparations_do_not_write_one_folder(tmp_path):
     raw = corpus(tmp_path / "raw")
     (tmp_path / "out").mkdir()
     with FileLock(tmp_path / "out/.lock"):
-        assert "another preparation writes" in said(prepare(raw, tmp_path / "out"))
+        assert "another process writes" in said(prepare(raw, tmp_path / "out"))
     assert prepare(raw, tmp_path / "out").exit_code == 0
 
 
@@ -299,7 +328,9 @@ def test_pictures_of_16_bits_are_scaled(tmp_path, name):
     (tmp_path / "raw").mkdir()
     PIL.fromarray(ramp).save(tmp_path / "raw" / name)
     source = images.PictureSource(16, 16)
-    ((sample, _),) = [s for p in source.read(images.find_files([str(tmp_path / "raw" / name)], ())) for s in p.samples]
+    ((sample, _),) = [
+        s for p in source.read(images.find_files([str(tmp_path / "raw" / name)], ()).files) for s in p.samples
+    ]
     assert np.abs(sample[0, ..., 0] - ramp / 257).max() <= 0.51 and (sample[0, ..., 0] == sample[0, ..., 2]).all()
 
 
