@@ -86,8 +86,9 @@ class Reader:
         else:
             free = psutil.virtual_memory().available
         if needed > free:
-            raise RecipeError(f"the cache of {rows} contexts of {slots} positions takes {needed / 1e9:.3g} GB, of which "
-                              f"{self.device} has {free / 1e9:.3g} left: take fewer or shorter ones at a time")  # fmt: skip
+            what = f"the cache of {rows} contexts of {slots} positions"
+            raise RecipeError(f"{what} takes {needed / 1e9:.3g} GB, {self.device} has {free / 1e9:.3g} left: "
+                              "take fewer or shorter ones at a time")  # fmt: skip
 
     @torch.no_grad()
     def _pass(self, context: Context, landscape: int, queries: Queries, begin: Callable[[], Tensor]) -> Tensor:
