@@ -104,7 +104,7 @@ class ThinkingOptions:
             if value is None:
                 continue
             number = isinstance(value, int | float) and not isinstance(value, bool)
-            fits = {"int": number and int(value) == value, "float": number, "bool": isinstance(value, bool),
+            fits = {"int": number and float(value).is_integer(), "float": number, "bool": isinstance(value, bool),
                     "str": isinstance(value, str)}[types[name]]  # fmt: skip
             if not fits:
                 raise RecipeError(

@@ -39,14 +39,20 @@ class Predictor(Protocol):
     """A model that reads contexts and predicts what follows.
 
     Attributes:
+        thinks: whether its predictions have energies.
         window: the most positions that a prediction sees: those trained with.
         vocab_size: V.
         device: where contexts are.
     """
 
+    thinks: bool
     window: int
     vocab_size: int
     device: torch.device
+
+    def require_memory(self, rows: int, length: int, chunk: int) -> int:
+        """Raises RecipeError where `context` would not do."""
+        ...
 
     def context(self, rows: int, length: int, chunk: int) -> Context:
         """An empty context, as `Reader.context`."""
@@ -78,9 +84,12 @@ class EnergyPredictor:
         vocab_size: V.
     """
 
+    thinks = True
+
     def __init__(self, engine: Engine, options: ThinkingOptions, vocab_size: int):
         self.engine, self.options, self.vocab_size = engine, options, vocab_size
-        self.window, self.device, self.context = engine.window, engine.device, engine.context
+        self.window, self.device = engine.window, engine.device
+        self.context, self.require_memory = engine.context, engine.require_memory
 
     def __call__(
         self, context: Context, rows: Tensor, positions: Tensor, tokens: Tensor, wanted: Tensor, sample_ids: Tensor,
@@ -111,9 +120,12 @@ class FeedForwardPredictor:
         vocabulary: FLOPs of the output, per token.
     """
 
+    thinks = False
+
     def __init__(self, reader: Reader, vocab_size: int, vocabulary: float):
         self.reader, self.vocab_size, self.vocabulary = reader, vocab_size, vocabulary
-        self.window, self.device, self.context = reader.window, reader.device, reader.context
+        self.window, self.device = reader.window, reader.device
+        self.context, self.require_memory = reader.context, reader.require_memory
 
     @torch.no_grad()
     def __call__(

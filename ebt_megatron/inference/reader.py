@@ -57,13 +57,8 @@ class Reader:
         Raises:
             RecipeError: where the device has no memory for it.
         """
-        config = self.model.config
-        groups, size = config.num_query_groups // config.tensor_model_parallel_size, config.kv_channels
-        layers = config.num_layers // config.pipeline_model_parallel_size
-        positions = length + self.sinks
-        slots = ContextCache.slots_for(positions, self.window, chunk, self.sinks)
-        per_layer = 2 * rows * groups * slots * size * self.dtype.itemsize
-        self._require_memory(self.conditions * layers * per_layer, rows, slots)
+        slots = self.require_memory(rows, length, chunk)
+        layers, groups, size = self._sizes
         like = torch.empty(0, dtype=self.dtype, device=self.device)
 
         def cache() -> ContextCache:
@@ -80,7 +75,15 @@ class Reader:
     def _step_token(self, landscape: int, rows: int) -> Tensor:
         return self.model.step_token(landscape, rows).transpose(0, 1)
 
-    def _require_memory(self, needed: int, rows: int, slots: int) -> None:
+    def require_memory(self, rows: int, length: int, chunk: int) -> int:
+        """How many positions of each row `context` holds, for the same arguments.
+
+        Raises:
+            RecipeError: where the device has no memory for it.
+        """
+        slots = ContextCache.slots_for(length + self.sinks, self.window, chunk, self.sinks)
+        layers, groups, size = self._sizes
+        needed = self.conditions * layers * 2 * rows * groups * slots * size * self.dtype.itemsize
         if self.device.type == "cuda":
             free = torch.cuda.mem_get_info(self.device)[0]
         else:
@@ -89,6 +92,14 @@ class Reader:
             what = f"the cache of {rows} contexts of {slots} positions"
             raise RecipeError(f"{what} takes {needed / 1e9:.3g} GB, {self.device} has {free / 1e9:.3g} left: "
                               "take fewer or shorter ones at a time")  # fmt: skip
+        return slots
+
+    @property
+    def _sizes(self) -> tuple[int, int, int]:
+        """Layers of this stage, key heads of this rank, and their size."""
+        config = self.model.config
+        layers = config.num_layers // config.pipeline_model_parallel_size
+        return layers, config.num_query_groups // config.tensor_model_parallel_size, config.kv_channels
 
     @torch.no_grad()
     def _pass(self, context: Context, landscape: int, queries: Queries, begin: Callable[[], Tensor]) -> Tensor:
