@@ -67,6 +67,18 @@ def attention_case(
     return Case(op, args, {"tangent": tangent, "segments": segments}, every, every)
 
 
+def cached_case(
+    queries: int, keys: int, batch: int, heads: int, groups: int, size: int, own: bool, seed: int = 0
+) -> Case:
+    """Random heads for `cached_attention`; every query sees the first key at least."""
+    randn, generator = _randn(seed), torch.Generator().manual_seed(seed)
+    seen = torch.rand(batch, queries, keys, generator=generator) < 0.6
+    seen[:, :, 0] = True
+    args: list[Any] = [randn(batch, queries, heads, size), *(randn(batch, groups, keys, size) for _ in range(2)), seen]
+    args += [randn(batch, queries, groups, size) if own else None for _ in range(2)]
+    return Case("cached_attention", args, {}, (0, 1, 2, 4, 5), (0, 4, 5) if own else ())
+
+
 def elementwise_case(op: str, length: int, batch: int, width: int, tangent: bool, seed: int = 0) -> Case:
     """Random hidden states for `rms_norm`, `layer_norm`, `swiglu` (block: the width) or `gelu`."""
     randn, streams = _randn(seed), batch * (2 if tangent else 1)

@@ -102,6 +102,9 @@ class Kernels:
             row t sees context keys s <= t of its document (segments int32 [B, S]) and its own key;
             k and v carry no tangent.
         full_attention: (q, k, v, *, tangent) -> [S, B*, N*H]; bidirectional, all carry tangents.
+        cached_attention: (q [B, Q, N, H], k and v [B, G, C, H], seen bool [B, Q, C], k_self=None, v_self=None) ->
+            [B, Q, N*H]; over keys kept before: each query sees those of its row of the batch that `seen` says, and its
+            own [B, Q, G, H] if given. No gradient to k and v.
         rms_norm: (x, weight, epsilon, *, tangent).
         layer_norm: (x, epsilon, *, tangent); no affine parameters.
         swiglu: (x, block, *, tangent); [..., 2F] -> [..., F], gate and up alternate in blocks of columns.
@@ -136,6 +139,7 @@ class Kernels:
     context_attention: Callable[..., Tensor]
     prediction_attention: Callable[..., Tensor]
     full_attention: Callable[..., Tensor]
+    cached_attention: Callable[..., Tensor]
     rms_norm: Callable[..., Tensor]
     layer_norm: Callable[..., Tensor]
     swiglu: Callable[..., Tensor]

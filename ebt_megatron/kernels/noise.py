@@ -32,6 +32,13 @@ def _wrap(value: int) -> int:
     return (value + (1 << 63)) % (1 << 64) - (1 << 63)
 
 
+def keys_of(sample_ids: Tensor, positions: Tensor, stream: int) -> Tensor:
+    """The key of each sample's row at each position; int64, of shapes that broadcast."""
+    golden = -7046029254386353131  # 0x9E3779B97F4A7C15
+    per_sample = mix64(sample_ids.long() * golden + _wrap((stream + 1) * 0x632BE59BD9B4E019))
+    return mix64(per_sample + (positions.long() + 1) * golden)
+
+
 def row_keys(sample_ids: Tensor, positions: Tensor, stream: int) -> Tensor:
     """Keys of the rows of a micro-batch, token order (position, sample).
 
@@ -43,9 +50,7 @@ def row_keys(sample_ids: Tensor, positions: Tensor, stream: int) -> Tensor:
     Returns:
         int64 [S * B].
     """
-    golden = -7046029254386353131  # 0x9E3779B97F4A7C15
-    per_sample = mix64(sample_ids.long() * golden + _wrap((stream + 1) * 0x632BE59BD9B4E019))
-    return mix64(per_sample[None, :] + (positions.long()[:, None] + 1) * golden).flatten()
+    return keys_of(sample_ids[None, :], positions[:, None], stream).flatten()
 
 
 def seeded_halves(keys: Tensor, seed: int) -> tuple[Tensor, Tensor]:

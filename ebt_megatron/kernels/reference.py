@@ -128,6 +128,26 @@ def full_attention(q: Tensor, k: Tensor, v: Tensor, *, tangent: bool) -> Tensor:
     return _dual(value, q, k, v) if tangent else value(q, k, v)
 
 
+def cached_attention(
+    q: Tensor, k: Tensor, v: Tensor, seen: Tensor, k_self: Tensor | None = None, v_self: Tensor | None = None
+) -> Tensor:
+    """See `Kernels.cached_attention`."""
+    q = q.transpose(1, 2)
+    keys, values = (t.repeat_interleave(q.shape[1] // t.shape[1], 1) for t in (k, v))
+    scores = q @ keys.mT
+    if k_self is not None and v_self is not None:
+        own_key, own_value = (
+            t.repeat_interleave(q.shape[1] // t.shape[2], 2).transpose(1, 2) for t in (k_self, v_self)
+        )
+        scores = torch.cat([scores, (q * own_key).sum(-1, keepdim=True)], -1)
+        seen = F.pad(seen, (0, 1), value=True)
+    p = (scores / math.sqrt(q.shape[-1])).masked_fill(~seen[:, None], -math.inf).softmax(-1)
+    o = p[..., : k.shape[2]] @ values
+    if k_self is not None:
+        o = o + p[..., -1:] * own_value
+    return o.transpose(1, 2).flatten(2)
+
+
 # --- the vocabulary (see ebt_megatron.kernels.interface for the notation) --------------------
 
 

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from megatron.core.transformer import TransformerConfig, build_module
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ebt_megatron.config import Recipe
 from ebt_megatron.kernels import Kernels
-from ebt_megatron.model.layers import RMSNorm, Rotary, layer_spec
+from ebt_megatron.model.layers import Attend, RMSNorm, Rotary, layer_spec
 from ebt_megatron.model.sharding import StageModule
 
 
@@ -56,3 +56,14 @@ class Backbone(StageModule):
         if self.recompute_layers and not kept and torch.is_grad_enabled():  # nothing in a layer is random
             return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
         return function(*args, **kwargs)
+
+    def stream(self, h: Tensor, rotations: Tensor, attend: Sequence[Attend], condition: Tensor | None = None) -> Tensor:
+        """Any positions [S, B, D] through this stage's layers, with attention given for each: over a cache, say.
+
+        Args:
+            h, rotations, condition: as in `TransformerLayer.stream`.
+            attend: of each layer, likewise.
+        """
+        for layer, attention in zip(self.layers, attend, strict=True):
+            h = layer.stream(h, rotations, attention, condition=condition)
+        return h

@@ -17,7 +17,7 @@ from ebt_megatron.config import Recipe
 from ebt_megatron.kernels import Kernels
 from ebt_megatron.model.backbone import Backbone
 from ebt_megatron.model.initialization import Draw, draw_of_embedding
-from ebt_megatron.model.layers import Modulation, TransformerLayer, modulate, replicated
+from ebt_megatron.model.layers import Attend, Modulation, TransformerLayer, modulate, replicated
 from ebt_megatron.model.reuse import Tape
 
 KeyValues = Sequence[tuple[Tensor, Tensor]]
@@ -106,8 +106,7 @@ class EnergyTransformer(Backbone):
         """
         if self.step_tokens:
             if self.pre_process:
-                token = self.step_embedding[self.landscape(step)].expand(1, h.shape[1], -1)
-                h = torch.cat([token.to(h.dtype), h])
+                h = torch.cat([self.step_token(step, h.shape[1]).to(h.dtype), h])
             length += 1
         condition = self._condition(step) if self.context_sees_step else None
         rotations = self.rotary.table(length, 0, h)
@@ -148,8 +147,7 @@ class EnergyTransformer(Backbone):
             if self.pre_process:
                 h = torch.cat([torch.zeros_like(h[:1]), h])
             length += 1
-        elif self.pre_process and self.conditioning == "time_embed":
-            mark = self.step_embedding[self.landscape(step)].to(h.dtype)
+        elif (mark := self._mark(h, step)) is not None:
             if tangent:
                 value, direction = h.chunk(2, 1)
                 h = torch.cat([value + mark, direction], 1)
@@ -160,8 +158,14 @@ class EnergyTransformer(Backbone):
             assert isinstance(layer, TransformerLayer)
             h = self.maybe_recomputed(layer.predict, h, key_value, rotations, tangent=tangent, condition=condition,
                                       segments=segments, tape=tape, kept=tape is not None)  # fmt: skip
-        if not self.post_process:
-            return h
+        return self._energy(h, condition, tangent)[self.step_tokens :] if self.post_process else h
+
+    def _mark(self, h: Tensor, step: int) -> Tensor | None:
+        """[D], what is added to embedded predictions h to say which step they are at, where it is said so."""
+        marks = self.pre_process and self.conditioning == "time_embed"
+        return self.step_embedding[self.landscape(step)].to(h.dtype) if marks else None
+
+    def _energy(self, h: Tensor, condition: Tensor | None, tangent: bool) -> Tensor:
         n = self.final_norm(h, tangent)
         if self.conditioning == "adaln_sequence":
             shift, scale = self.final_modulation(condition)
@@ -169,5 +173,20 @@ class EnergyTransformer(Backbone):
         if tangent:
             n = n.chunk(2, 1)[1]
         wide = torch.promote_types(n.dtype, torch.float32)
-        energy = n.to(wide) @ self.head.to(wide)
-        return energy[self.step_tokens :]
+        return n.to(wide) @ self.head.to(wide)
+
+    # --- at inference: any positions, over a cache ----------------------------------------------
+
+    def step_token(self, step: int, batch: int) -> Tensor:
+        """What stands before the sequence where `step_tokens`, [1, B, D]; on the first stage."""
+        return self.step_embedding[self.landscape(step)].expand(1, batch, -1)
+
+    def read(self, h: Tensor, rotations: Tensor, attend: Sequence[Attend], step: int) -> Tensor:
+        """The context stream [S, B, D] through this stage; the rest as in `Backbone.stream`."""
+        return self.stream(h, rotations, attend, self._condition(step) if self.context_sees_step else None)
+
+    def weigh(self, h: Tensor, rotations: Tensor, attend: Sequence[Attend], step: int) -> Tensor:
+        """The prediction stream [S, B, D] through this stage: energies [S, B] on the last one."""
+        condition, mark = self._condition(step), self._mark(h, step)
+        h = self.stream(h if mark is None else h + mark, rotations, attend, condition)
+        return self._energy(h, condition, tangent=False) if self.post_process else h

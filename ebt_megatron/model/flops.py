@@ -76,11 +76,18 @@ def cost(recipe: Recipe, vocab_size: int) -> Cost:
         recipe: a resolved recipe.
         vocab_size: 0 for modalities without a vocabulary.
     """
-    m, length = recipe.model, recipe.data.sequence_length
+    length = recipe.data.sequence_length
+    assert recipe.model.hidden_size
+    visible = (length + 1) / 2
+    return Cost(length * position_flops(recipe, visible), 2 * length * recipe.model.hidden_size * vocab_size)
+
+
+def position_flops(recipe: Recipe, visible: float) -> float:
+    """FLOPs of one forward pass of the layers at one position that sees `visible` keys."""
+    m = recipe.model
     assert m.hidden_size and m.num_attention_heads and m.num_query_groups and m.ffn_hidden_size and m.num_layers
     head = m.hidden_size // m.num_attention_heads
     qkv = m.hidden_size * head * (m.num_attention_heads + 2 * m.num_query_groups)
     linear = qkv + m.hidden_size**2 + 3 * m.hidden_size * m.ffn_hidden_size
-    visible = (length + 1) / 2
     attention = 2 * m.hidden_size * visible  # scores and their product with the values
-    return Cost(2 * m.num_layers * length * (linear + attention), 2 * length * m.hidden_size * vocab_size)
+    return 2 * m.num_layers * (linear + attention)

@@ -11,6 +11,7 @@ One set of weights serves three streams, all sequence-first [S, B, D]:
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -23,6 +24,8 @@ from ebt_megatron.kernels import Kernels
 from ebt_megatron.model.fp8 import Fp8ColumnParallelLinear, Fp8RowParallelLinear
 from ebt_megatron.model.initialization import Draw
 from ebt_megatron.model.reuse import Tape
+
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # rotated queries and keys, values -> what the heads read
 
 
 @dataclass
@@ -175,6 +178,37 @@ class TransformerLayer(MegatronModule):
     def _modulation(self, condition: Tensor | None) -> tuple[Tensor | None, ...]:
         return (None,) * 6 if self.modulation is None or condition is None else self.modulation(condition)
 
+    def stream(
+        self,
+        h: Tensor,
+        rotations: Tensor,
+        attend: Attend,
+        *,
+        tangent: bool = False,
+        condition: Tensor | None = None,
+        tape: Tape | None = None,
+    ) -> Tensor:
+        """Any stream, with the attention given.
+
+        Args:
+            h: [S(/TP), B, D], or [S(/TP), 2B, D] with tangent.
+            rotations: of the positions.
+            attend: called with rotated q [S, B*, N, H] and k, and v [S, B*, G, H]; returns [S, B*, N*H].
+            tangent: whether a tangent is stacked behind the value.
+            condition: [1, D] embedding of the step, for adaptive normalisation.
+            tape: what a learn pass takes from the propose pass before it, see `Tape`.
+
+        Returns:
+            The same shape as h.
+        """
+        shift1, scale1, gate1, shift2, scale2, gate2 = self._modulation(condition)
+        n = modulate(self.norm1(h, tangent), shift1, scale1, tangent)
+        o = attend(*self._heads(self._linear("qkv", n, tangent, tape), rotations))
+        h = h + gated(self._linear("proj", o, tangent, tape), gate1, tangent)
+        n = modulate(self.norm2(h, tangent), shift2, scale2, tangent)
+        hidden = self.kernels.swiglu(self._linear("fc1", n, tangent, tape), self.ffn_block, tangent=tangent)
+        return h + gated(self._linear("fc2", hidden, tangent, tape), gate2, tangent)
+
     def context(
         self, h: Tensor, rotations: Tensor, segments: Tensor | None = None, condition: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
@@ -184,19 +218,19 @@ class TransformerLayer(MegatronModule):
             h: [S(/TP), B, D].
             rotations: of positions 0 .. S-1.
             segments: int32 [B, S] document of each position, or None.
-            condition: [1, D] embedding of the step, where it normalises the context, too.
+            condition: as in `stream`, where the step normalises the context, too.
 
         Returns:
             The layer's output, and its rotated keys and values [S, B, G/TP, H].
         """
-        shift1, scale1, gate1, shift2, scale2, gate2 = self._modulation(condition)
-        n = modulate(self.norm1(h), shift1, scale1, False)
-        q, k, v = self._heads(self._linear("qkv", n), rotations)
-        o = self.kernels.context_attention(q, k, v, segments=segments)
-        h = h + gated(self.proj(o)[0], gate1, False)
-        n = modulate(self.norm2(h), shift2, scale2, False)
-        hidden = self.kernels.swiglu(self.fc1(n)[0], self.ffn_block, tangent=False)
-        return h + gated(self.fc2(hidden)[0], gate2, False), k, v
+        key_value: list[Tensor] = []
+
+        def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            key_value[:] = k, v
+            return self.kernels.context_attention(q, k, v, segments=segments)
+
+        h = self.stream(h, rotations, attend, condition=condition)
+        return h, key_value[0], key_value[1]
 
     def predict(
         self,
@@ -212,21 +246,16 @@ class TransformerLayer(MegatronModule):
         """The prediction stream, alone or with its tangent stacked behind it.
 
         Args:
-            h: [S(/TP), B, D], or [S(/TP), 2B, D] with tangent.
+            h, tangent, condition, tape: as in `stream`.
             key_value: the context stream's keys and values at this layer.
             rotations: of positions 1 .. S: a prediction stands one after its last context position.
-            condition: [1, D] embedding of the step, for adaptive normalisation.
             segments: as in `context`.
-            tape: what a learn pass takes from the propose pass before it, see `Tape`.
 
         Returns:
             The same shape as h.
         """
-        shift1, scale1, gate1, shift2, scale2, gate2 = self._modulation(condition)
-        n = modulate(self.norm1(h, tangent), shift1, scale1, tangent)
-        q, k, v = self._heads(self._linear("qkv", n, tangent, tape), rotations)
-        o = self.kernels.prediction_attention(q, k, v, *key_value, tangent=tangent, segments=segments)
-        h = h + gated(self._linear("proj", o, tangent, tape), gate1, tangent)
-        n = modulate(self.norm2(h, tangent), shift2, scale2, tangent)
-        hidden = self.kernels.swiglu(self._linear("fc1", n, tangent, tape), self.ffn_block, tangent=tangent)
-        return h + gated(self._linear("fc2", hidden, tangent, tape), gate2, tangent)
+
+        def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            return self.kernels.prediction_attention(q, k, v, *key_value, tangent=tangent, segments=segments)
+
+        return self.stream(h, rotations, attend, tangent=tangent, condition=condition, tape=tape)

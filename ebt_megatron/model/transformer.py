@@ -6,6 +6,7 @@ with a vocabulary output, so that a comparison differs in the objective and noth
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from megatron.core.enums import ModelType
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from ebt_megatron.config import Recipe
 from ebt_megatron.kernels import Kernels
 from ebt_megatron.model.backbone import Backbone
+from ebt_megatron.model.layers import Attend
 
 
 class TransformerLM(Backbone):
@@ -51,6 +53,11 @@ class TransformerLM(Backbone):
         rotations = self.rotary.table(length, 0, h)
         for layer in self.layers:
             h = self.maybe_recomputed(layer.context, h, rotations, segments)[0]
+        return self.final_norm(h) if self.post_process else h
+
+    def read(self, h: Tensor, rotations: Tensor, attend: Sequence[Attend], step: int = 0) -> Tensor:
+        """Any positions [S, B, D] through this stage, over a cache; as `EnergyTransformer.read`."""
+        h = self.stream(h, rotations, attend)
         return self.final_norm(h) if self.post_process else h
 
     def forward(self, observed: Tensor, targets: Tensor, segments: Tensor | None = None) -> Tensor:

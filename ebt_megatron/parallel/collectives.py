@@ -64,6 +64,14 @@ class TensorGroup:
         dist.all_gather_into_tensor(out, local.contiguous(), group=self.group)
         return out
 
+    def columns(self, part: Tensor) -> Tensor:
+        """The whole of what is split over the group along the last dimension."""
+        if self.size == 1:
+            return part
+        parts = [torch.empty_like(part) for _ in range(self.size)]
+        dist.all_gather(parts, part.contiguous(), group=self.group)
+        return torch.cat(parts, -1)
+
     def own_positions(self, whole: Tensor) -> Tensor:
         """This rank's positions of [S, ...]."""
         if not self.sequence_parallel:

@@ -16,6 +16,7 @@ from ebt_megatron.kernels import Kernels
 from ebt_megatron.model.initialization import Draw, draw_of_embedding, draw_of_predictions
 from ebt_megatron.parallel.collectives import TensorGroup
 from ebt_megatron.prediction.logits import TextPrediction
+from ebt_megatron.prediction.logits_state import LogitsState
 
 
 def _embedding_table(config: TransformerConfig, padded_vocab_size: int, draw: Draw, scatter: bool):
@@ -107,3 +108,8 @@ class TextEmbeddings(MegatronModule):
         """
         table, group = self.prediction_embedding.weight, TensorGroup(bool(self.config.sequence_parallel))
         return TextPrediction(self.kernels, table, self.vocab_size, group, targets, sample_ids, thinking, seed, start)
+
+    def start(self, sample_ids: Tensor, positions: Tensor, thinking: ThinkingConfig, seed: int) -> LogitsState:
+        """Where predictions start at inference, of any positions of any samples, int64 [R]; see `LogitsState`."""
+        table, group = self.prediction_embedding.weight, TensorGroup()
+        return LogitsState(self.kernels, table, self.vocab_size, group, sample_ids, positions, thinking, seed)

@@ -49,6 +49,13 @@ def test_attention(op, tangent, dtype):
     assert_close(check.attention_case(op, 150, 2, 4, 2, 16, tangent), dtype)
 
 
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("own", [False, True])
+@pytest.mark.parametrize(("queries", "keys", "batch", "groups"), [(1, 40, 1, 4), (8, 33, 3, 2)])
+def test_attention_over_a_cache(queries, keys, batch, groups, own, dtype):
+    assert_close(check.cached_case(queries, keys, batch, 4, groups, 16, own), dtype)
+
+
 @settings(max_examples=25, deadline=None)
 @given(
     op=st.sampled_from(ATTENTION), length=st.integers(1, 140), batch=st.integers(1, 3), groups=st.integers(1, 2),

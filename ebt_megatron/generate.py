@@ -1,0 +1,188 @@
+"""Continue texts: `python -m ebt_megatron.generate RUN_DIR --prompt ...`, alone or under torchrun."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from ebt_megatron.core.cli import guarded, quiet_libraries, say
+from ebt_megatron.core.errors import DataError, RecipeError
+from ebt_megatron.core.options import options_of
+from ebt_megatron.inference.options import ThinkingOptions
+
+if TYPE_CHECKING:
+    from ebt_megatron.inference.generation import Continuation
+
+app = typer.Typer(add_completion=False)
+_OUTPUT = "Output"
+_DRAWING = "Drawing tokens"
+
+
+def read_prompts(given: list[str], file: str | None) -> list[str]:
+    """Prompts of the command line, then those of a file, or of stdin ("-").
+
+    A line that is a JSON object with a "prompt", or a JSON string, is that prompt; any other line is one as it is.
+
+    Raises:
+        DataError: where there is none, or a file cannot be read.
+    """
+    prompts = list(given)
+    if file is not None:
+        try:
+            text = sys.stdin.read() if file == "-" else Path(file).expanduser().read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise DataError(f"--prompts {file} is not UTF-8 ({error})") from None
+        prompts += [_prompt(line, file, number) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
+    if not prompts:
+        raise DataError("no prompt: give --prompt TEXT, --prompts FILE, or lines to --prompts -")
+    return prompts
+
+
+def _prompt(line: str, file: str, number: int) -> str:
+    try:
+        value = json.loads(line)
+    except ValueError:
+        return line
+    if isinstance(value, dict):
+        value = value.get("prompt")
+        if not isinstance(value, str):
+            raise DataError(f'--prompts {file}, line {number}: a JSON object without a text "prompt"')
+    return value if isinstance(value, str) else line
+
+
+def as_json(prompt: str, continuation: Continuation, energies: bool) -> dict[str, Any]:
+    """A line of the output."""
+    finite = [e if energies and math.isfinite(e) else None for e in continuation.energies]
+    return {
+        "prompt": prompt, "text": continuation.text, "finish": continuation.finish, "tokens": continuation.tokens,
+        "log_p": continuation.log_p, "energies": finite, "steps": continuation.steps, "flops": continuation.flops,
+    }  # fmt: skip
+
+
+@app.command()
+@options_of(ThinkingOptions, "Thinking (EBTs)")
+def main(
+    run_dir: Path = typer.Argument(..., help="A training.output_dir of text, of an EBT or a Transformer++."),
+    overrides: list[str] = typer.Argument(None, help="key=value pairs, e.g. parallel.tensor=2 under torchrun."),
+    prompt: list[str] = typer.Option([], help="A text to continue; give it again for more."),
+    prompts: str | None = typer.Option(
+        None, help='A file of prompts, or - for stdin: a prompt a line, or JSON with a "prompt" a line.'
+    ),
+    max_tokens: int = typer.Option(64, help="The most tokens of a continuation."),
+    stop: list[str] = typer.Option([], help="A string that ends a continuation; give it again for more."),
+    temperature: float = typer.Option(1.0, help="0: always the most likely token.", rich_help_panel=_DRAWING),
+    top_k: int | None = typer.Option(None, help="Draw among so many most likely tokens.", rich_help_panel=_DRAWING),
+    top_p: float = typer.Option(
+        1.0, help="Draw among the fewest most likely tokens of this probability together.", rich_help_panel=_DRAWING
+    ),
+    seed: int = typer.Option(0, help="Of draws and noise.", rich_help_panel=_DRAWING),
+    continuations: int = typer.Option(
+        1, help="N continuations of each prompt, of which one is kept.", rich_help_panel=_DRAWING
+    ),
+    keep: str | None = typer.Option(
+        None,
+        help="'energy': of the N, the lowest sum of energies; 'log_p': the highest log-probability. "
+        "Default: energy if there is one.",
+        rich_help_panel=_DRAWING,
+    ),
+    batch: int = typer.Option(16, help="Prompts at a time."),
+    chunk: int = typer.Option(256, help="Tokens of each prompt that are read at a time."),
+    output: Path | None = typer.Option(
+        None,
+        help="Write JSON lines (tokens, energies, steps, FLOPs) there; - for stdout.",
+        rich_help_panel=_OUTPUT,
+    ),
+    stream: bool = typer.Option(
+        False,
+        "--stream",
+        help="Show each token as it comes, its energy and steps, on stderr.",
+        rich_help_panel=_OUTPUT,
+    ),
+    energies: bool = typer.Option(
+        True, help="Take the energy of each prediction drawn from: one forward pass more.", rich_help_panel=_OUTPUT
+    ),
+    **thinking: Any,
+) -> None:
+    """Continue texts.
+
+    An EBT thinks about each token; by default as its run's evaluation does. Texts see the last positions only, as
+    many as the run was trained with. The same seed gives the same text in any batch and on any layout.
+
+    Examples:
+
+      ebt-generate RUN_DIR --prompt "Return the" --steps 8 --stream
+
+      ebt-generate RUN_DIR --prompts prompts.jsonl --candidates 4 --choose energy --output out.jsonl
+    """
+
+    def work() -> None:
+        options = ThinkingOptions.of(thinking)
+        quiet_libraries()
+        from ebt_megatron.inference.generation import GenerationOptions
+        from ebt_megatron.inference.sampling import Sampling
+
+        how = GenerationOptions(max_tokens, tuple(stop), Sampling(temperature, top_k, top_p, seed), continuations,
+                                keep or "energy", batch, chunk)  # fmt: skip
+        how.check()
+        given = read_prompts(prompt, prompts)
+        if output is not None and str(output) != "-" and not output.absolute().parent.is_dir():
+            raise RecipeError(f"--output {output}: {output.parent} is not a folder")
+        _generate(run_dir, overrides or [], given, options, how, keep, output, stream, energies)
+
+    guarded(work)
+
+
+def _generate(
+    run_dir: Path, overrides: list[str], given: list[str], options: ThinkingOptions, how: Any, keep: str | None,
+    output: Path | None, stream: bool, energies: bool,
+) -> None:  # fmt: skip
+    from dataclasses import replace
+
+    from ebt_megatron.inference.generation import generate
+    from ebt_megatron.inference.predictor import predictor_of
+    from ebt_megatron.inference.texts import Texts
+    from ebt_megatron.session import open_run
+
+    with open_run(run_dir, overrides) as run:
+        thinks = run.objective.thinks
+        options = replace(options, final_energy=thinks and (energies or how.continuations > 1))
+        how = replace(how, keep=keep or ("energy" if thinks else "log_p"))
+        predictor, texts = predictor_of(run, options), Texts(run)
+        tokens = [texts.prompt(text, number) for number, text in enumerate(given, 1)]
+        speaks = run.state.rank == 0
+        longest = max(map(len, tokens)) + how.max_tokens
+        if speaks and longest > predictor.window:
+            say(f"texts get as long as {longest} tokens, the run was trained with {predictor.window}: a token is "
+                f"predicted from the last {predictor.window} alone", "yellow", "note:")  # fmt: skip
+
+        def watch(draft: Continuation, text: str) -> None:
+            energy = f"  energy {draft.energies[-1]:.4f}" if thinks and energies else ""
+            steps = f"  {draft.steps[-1]} steps" if thinks else ""
+            say(f"{draft.prompt + 1:>3}  {text!r:<16}  p {math.exp(draft.log_p[-1]):.3f}{energy}{steps}")
+
+        found = generate(predictor, texts, tokens, how, watch if stream and speaks else None)
+        lines = (json.dumps(as_json(given[c.prompt], c, energies and thinks)) for c in found)
+        if output is not None and str(output) != "-":
+            whole = [line + "\n" for line in lines]
+            if speaks:
+                from ebt_megatron.core.files import write_whole
+
+                write_whole(output, "".join(whole))
+            return
+        for line in lines:
+            if not speaks:
+                continue
+            if output is not None:
+                print(line, flush=True)
+            else:
+                row = json.loads(line)
+                print(row["prompt"] + row["text"], flush=True)
+
+
+if __name__ == "__main__":
+    app()

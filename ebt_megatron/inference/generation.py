@@ -1,0 +1,187 @@
+"""Continuing texts, token by token, in batches of any lengths."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from ebt_megatron.core.errors import RecipeError
+from ebt_megatron.inference.predictor import Predictor
+from ebt_megatron.inference.reader import chunks
+from ebt_megatron.inference.sampling import Sampling
+from ebt_megatron.inference.texts import Texts
+
+_SEVERAL = 1 << 40  # continuations of one text are that far apart in what fixes their draws
+
+
+@dataclass(frozen=True)
+class GenerationOptions:
+    """How texts are continued.
+
+    Attributes:
+        max_tokens: the most tokens of a continuation.
+        stop: strings that end one, and are not part of it.
+        sampling: how tokens are drawn.
+        continuations: N for each prompt, of which one is kept.
+        keep: by what: "energy", the lowest sum of the predictions' energies, or "log_p", the highest sum of the tokens'
+            log-probabilities.
+        batch: texts at a time.
+        chunk: prompt positions of each text that are read at a time.
+    """
+
+    max_tokens: int = 64
+    stop: tuple[str, ...] = ()
+    sampling: Sampling = field(default_factory=Sampling)
+    continuations: int = 1
+    keep: str = "energy"
+    batch: int = 16
+    chunk: int = 256
+
+    def check(self) -> None:
+        """Raise RecipeError for the first option that does not do."""
+        for name in ("max_tokens", "continuations", "batch", "chunk"):
+            if getattr(self, name) < 1:
+                raise RecipeError(f"{name}={getattr(self, name)}: must be at least 1")
+        if self.keep not in ("energy", "log_p"):
+            raise RecipeError(f"keep={self.keep}: choose one of energy, log_p")
+        if "" in self.stop:
+            raise RecipeError("stop='': an empty string stops everything: leave it out")
+        self.sampling.check()
+
+
+@dataclass
+class Continuation:
+    """What was generated after a prompt.
+
+    Attributes:
+        prompt: its number, from 0.
+        text: without what stopped it.
+        tokens: all that were drawn.
+        finish: "length", "stop" or "end" (of the text, as the model says).
+        log_p: of each token, under the model's prediction.
+        energies, steps: of the prediction that each token was drawn from.
+        flops: of a batch's reading and thinking, its share.
+    """
+
+    prompt: int
+    text: str = ""
+    tokens: list[int] = field(default_factory=list)
+    finish: str = "length"
+    log_p: list[float] = field(default_factory=list)
+    energies: list[float] = field(default_factory=list)
+    steps: list[int] = field(default_factory=list)
+    flops: float = 0.0
+
+
+Watch = Callable[[Continuation, str], None]  # told of every token: the continuation with it, and its text
+
+
+def generate(
+    predictor: Predictor, texts: Texts, prompts: Sequence[Sequence[int]], options: GenerationOptions,
+    watch: Watch | None = None,
+) -> Iterator[Continuation]:  # fmt: skip
+    """Continue prompts; yields a continuation for each, in their order.
+
+    Args:
+        predictor: the model.
+        texts: its tokenizer.
+        prompts: tokens of each, one at least.
+        options: how.
+        watch: told of every token as it comes.
+
+    Raises:
+        RecipeError: where there is no memory for a batch, or continuations are kept by an energy that there is not.
+    """
+    if options.continuations > 1 and options.keep == "energy" and not predictor.thinks:
+        raise RecipeError("keep=energy: the model has no energies: keep=log_p")
+    starts = range(0, len(prompts), options.batch)
+    for part in (prompts[begin : begin + options.batch] for begin in starts):
+        length = max(map(len, part)) + options.max_tokens
+        predictor.require_memory(len(part) * options.continuations, length, options.chunk)
+    for begin in starts:
+        batch = _Batch(predictor, texts, prompts[begin : begin + options.batch], options, begin)
+        for several in batch.run(watch):
+            yield _best(several, options.keep)
+
+
+def _best(several: list[Continuation], keep: str) -> Continuation:
+    if keep == "log_p":
+        return max(several, key=lambda c: sum(c.log_p))
+    return min(several, key=lambda c: sum(c.energies))
+
+
+class _Batch:
+    """Prompts that are continued together."""
+
+    def __init__(
+        self, predictor: Predictor, texts: Texts, prompts: Sequence[Sequence[int]], options: GenerationOptions,
+        first: int,
+    ):  # fmt: skip
+        self.predictor, self.texts, self.prompts, self.options = predictor, texts, prompts, options
+        self.numbers, self.device = range(first, first + len(prompts)), predictor.device
+        self.drafts = [Continuation(n) for n in self.numbers for _ in range(options.continuations)]
+
+    def run(self, watch: Watch | None) -> list[list[Continuation]]:
+        """Of each prompt, all its continuations."""
+        several, device = self.options.continuations, self.device
+        rows = len(self.prompts)
+        chunk = self.options.chunk
+        context = self.predictor.context(rows, max(map(len, self.prompts)) + self.options.max_tokens, chunk)
+        lengths = torch.tensor([len(p) for p in self.prompts], device=device)
+        ids = torch.tensor(self.numbers, device=device)
+        log_p = torch.empty(rows, self.predictor.vocab_size, dtype=torch.float64, device=device)
+        energy, steps = log_p.new_empty(rows), lengths.clone()
+        for at, positions, tokens in chunks(self.prompts, chunk, device):
+            wanted = positions == lengths[at] - 1
+            forecast = self.predictor(context, at, positions, tokens, wanted, ids, self.options.sampling.seed)
+            log_p[at[wanted]] = forecast.log_p.to(log_p)
+            energy[at[wanted]], steps[at[wanted]] = forecast.energy.to(energy), forecast.steps
+            self._share(forecast.flops, range(len(self.drafts)))
+        each = torch.arange(rows, device=device).repeat_interleave(several)
+        if several > 1:
+            context.select(each)
+        ids = ids[each] + torch.arange(several, device=device).repeat(rows) * _SEVERAL
+        positions, log_p, energy, steps = lengths[each], log_p[each], energy[each], steps[each]
+        alive = torch.arange(len(each), device=device)
+        while True:
+            drawn = self.options.sampling.draw(log_p, ids[alive], positions[alive])
+            chosen = log_p.gather(1, drawn[:, None])[:, 0]
+            done = [
+                self._add(row, int(drawn[i]), float(chosen[i]), float(energy[i]), int(steps[i]), watch)
+                for i, row in enumerate(alive.tolist())
+            ]
+            going = ~torch.tensor(done, device=device)
+            alive, drawn = alive[going], drawn[going]
+            if not len(alive):
+                break
+            wanted = torch.ones_like(alive, dtype=torch.bool)
+            forecast = self.predictor(context, alive, positions[alive], drawn, wanted, ids, self.options.sampling.seed)
+            positions[alive] += 1
+            log_p, energy, steps = forecast.log_p.to(log_p), forecast.energy, forecast.steps
+            self._share(forecast.flops, alive.tolist())
+        return [self.drafts[i : i + several] for i in range(0, len(self.drafts), several)]
+
+    def _share(self, flops: float, rows: Sequence[int]) -> None:
+        for row in rows:
+            self.drafts[row].flops += flops / len(rows)
+
+    def _add(self, row: int, token: int, log_p: float, energy: float, steps: int, watch: Watch | None) -> bool:
+        """Put a token to a continuation; returns whether it is complete."""
+        draft, before = self.drafts[row], self.prompts[row // self.options.continuations][-1]
+        draft.tokens.append(token)
+        draft.log_p.append(log_p)
+        draft.energies.append(energy)
+        draft.steps.append(steps)
+        old = draft.text
+        if token == self.texts.end:
+            draft.finish = "end"
+        else:
+            draft.text = self.texts.decode(draft.tokens, before).rstrip("\ufffd")  # half a character, as yet
+            found = [place for s in self.options.stop if (place := draft.text.find(s)) >= 0]
+            if found:
+                draft.text, draft.finish = draft.text[: min(found)], "stop"
+        if watch is not None:
+            watch(draft, draft.text[len(old) :])
+        return draft.finish != "length" or len(draft.tokens) >= self.options.max_tokens

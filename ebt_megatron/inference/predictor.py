@@ -1,0 +1,184 @@
+"""What follows a context, by either architecture: the one interface of generation and of scoring."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from ebt_megatron.core.errors import RecipeError
+from ebt_megatron.inference.cache import Context
+from ebt_megatron.inference.engine import Engine
+from ebt_megatron.inference.options import ThinkingOptions
+from ebt_megatron.inference.reader import Reader
+from ebt_megatron.inference.stages import Stages
+from ebt_megatron.parallel.collectives import TensorGroup
+from ebt_megatron.session import TrainedRun
+
+
+@dataclass
+class Forecast:
+    """Predictions of what follows R positions; the same on every rank.
+
+    Attributes:
+        log_p: [R, V] log-probabilities.
+        energy: [R] of the predictions; NaN where a model has none.
+        steps: int64 [R] thinking steps; 0 where a model takes none.
+        flops: that reading and predicting cost.
+    """
+
+    log_p: Tensor
+    energy: Tensor
+    steps: Tensor
+    flops: float
+
+
+class Predictor(Protocol):
+    """A model that reads contexts and predicts what follows.
+
+    Attributes:
+        thinks: whether its predictions have energies.
+        window: the most positions that a prediction sees: those trained with.
+        vocab_size: V.
+        device: where contexts are.
+    """
+
+    thinks: bool
+    window: int
+    vocab_size: int
+    device: torch.device
+
+    def require_memory(self, rows: int, length: int, chunk: int) -> int:
+        """Raises RecipeError where `context` would not do."""
+        ...
+
+    def context(self, rows: int, length: int, chunk: int) -> Context:
+        """An empty context, as `Reader.context`."""
+        ...
+
+    def __call__(
+        self, context: Context, rows: Tensor, positions: Tensor, tokens: Tensor, wanted: Tensor, sample_ids: Tensor,
+        seed: int | None = None,
+    ) -> Forecast:  # fmt: skip
+        """Add tokens [R] to a context, and predict what follows some of them.
+
+        Args:
+            context: from `context`.
+            rows, positions: int64 [R], as `Reader.read` takes them.
+            tokens: int64 [R].
+            wanted: bool [R], the positions to predict after.
+            sample_ids: int64 [B], of each row of the context; with the position they fix the noise.
+            seed: of the noise; default: the run's.
+        """
+        ...
+
+
+class EnergyPredictor:
+    """An EBT that thinks; a `Predictor`.
+
+    Args:
+        engine: over the run's model.
+        options: how to think.
+        vocab_size: V.
+    """
+
+    thinks = True
+
+    def __init__(self, engine: Engine, options: ThinkingOptions, vocab_size: int):
+        self.engine, self.options, self.vocab_size = engine, options, vocab_size
+        self.window, self.device = engine.window, engine.device
+        self.context, self.require_memory = engine.context, engine.require_memory
+
+    def __call__(
+        self, context: Context, rows: Tensor, positions: Tensor, tokens: Tensor, wanted: Tensor, sample_ids: Tensor,
+        seed: int | None = None,
+    ) -> Forecast:  # fmt: skip
+        """See `Predictor`."""
+        engine = self.engine
+        engine.read(context, rows, positions, tokens)
+        flops = engine.reading_flops(positions)
+        rows, positions = rows[wanted], positions[wanted]
+        if not len(rows):
+            return _nothing(self.vocab_size, self.device, flops)
+        thought = engine.think(context, rows, positions, self.options, sample_ids[rows], seed)
+        if engine.stages.first:
+            log_p = thought.state.log_probabilities()
+        else:
+            log_p = torch.empty(len(rows), self.vocab_size, device=self.device)
+        log_p = engine.stages.share(log_p, from_last=False)
+        return Forecast(log_p, thought.energy, thought.steps, flops + thought.flops)
+
+
+class FeedForwardPredictor:
+    """Transformer++; a `Predictor`.
+
+    Args:
+        reader: over the run's model.
+        vocab_size: V.
+        vocabulary: FLOPs of the output, per token.
+    """
+
+    thinks = False
+
+    def __init__(self, reader: Reader, vocab_size: int, vocabulary: float):
+        self.reader, self.vocab_size, self.vocabulary = reader, vocab_size, vocabulary
+        self.window, self.device = reader.window, reader.device
+        self.context, self.require_memory = reader.context, reader.require_memory
+
+    @torch.no_grad()
+    def __call__(
+        self, context: Context, rows: Tensor, positions: Tensor, tokens: Tensor, wanted: Tensor, sample_ids: Tensor,
+        seed: int | None = None,
+    ) -> Forecast:  # fmt: skip
+        """See `Predictor`; nothing is random."""
+        h = self.reader.read(context, rows, positions, tokens)
+        flops, count = self.reader.reading_flops(positions), int(wanted.sum())
+        if not count:
+            return _nothing(self.vocab_size, self.device, flops)
+        if self.reader.stages.last:
+            logits = self.reader.model.output.logits(h[wanted])[:, 0]
+            wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+            log_p = TensorGroup().columns(wide)[:, : self.vocab_size].log_softmax(-1)
+        else:
+            log_p = torch.empty(count, self.vocab_size, device=self.device)
+        log_p = self.reader.stages.share(log_p, from_last=True)
+        none = torch.full((count,), torch.nan, device=self.device)
+        steps = torch.zeros(count, dtype=torch.int64, device=self.device)
+        return Forecast(log_p, none, steps, flops + count * self.vocabulary)
+
+
+def _nothing(vocab_size: int, device: torch.device, flops: float) -> Forecast:
+    none = torch.empty(0, device=device)
+    return Forecast(none.view(0, vocab_size), none, none.long(), flops)
+
+
+def predictor_of(run: TrainedRun, options: ThinkingOptions) -> EnergyPredictor | FeedForwardPredictor:
+    """What predicts with a run's model.
+
+    Args:
+        run: of text, opened.
+        options: how to think, if it does.
+
+    Raises:
+        RecipeError: for a run of another modality, more ranks than one model takes, or options of thinking for a
+            model that does not think.
+    """
+    recipe, state, task = run.recipe, run.state, run.task
+    if recipe.data.modality != "text":
+        raise RecipeError(f"{recipe.training.output_dir} is a run of {recipe.data.modality}: text is all that can be "
+                          "generated and scored")  # fmt: skip
+    if state.data_size > 1:
+        raise RecipeError(f"{state.world_size} ranks hold {state.data_size} copies of the model: start as many as "
+                          f"parallel.tensor x parallel.pipeline={state.tensor_size * state.pipeline_size}")  # fmt: skip
+    stages = Stages(state, run.model.config)
+    vocabulary, vocab_size = task.cost().vocabulary / task.length, task.vocab_size  # type: ignore[attr-defined]
+    if run.objective.thinks:
+        options.check()
+        return EnergyPredictor(Engine(run.model, recipe, stages, task.length, vocabulary), options, vocab_size)
+    if options != replace(ThinkingOptions(), final_energy=options.final_energy):
+        raise RecipeError(f"{recipe.training.output_dir} is a {recipe.model.architecture}, which does not think: leave "
+                          "out steps, candidates and the like")  # fmt: skip
+    embed = run.model.embedding if stages.first else None
+    return FeedForwardPredictor(Reader(run.model, recipe, stages, task.length, embed), vocab_size, vocabulary)

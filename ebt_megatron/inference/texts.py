@@ -1,0 +1,67 @@
+"""Text in and out of a run: its tokenizer, with what it cannot say refused."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from tokenizers import Tokenizer
+
+from ebt_megatron.core.errors import DataError, RecipeError
+from ebt_megatron.session import TrainedRun
+
+
+class Texts:
+    """The run's tokenizer.
+
+    Attributes:
+        end: the token that separates documents.
+
+    Args:
+        run: of text.
+
+    Raises:
+        RecipeError: for a run whose data has no tokenizer.
+    """
+
+    def __init__(self, run: TrainedRun):
+        file = getattr(run.task, "tokenizer_file", None)
+        if file is None:
+            raise RecipeError(f"{run.recipe.training.output_dir}: its data has no tokenizer, so no text can be read")
+        self.tokenizer = Tokenizer.from_file(str(file))
+        self.tokenizer.no_truncation()
+        self.tokenizer.no_padding()
+        self.tokenizer.encode_special_tokens = True  # spelled in a text, they are text
+        unknown = getattr(self.tokenizer.model, "unk_token", None)
+        self._unknown = None if unknown is None else self.tokenizer.token_to_id(unknown)
+        loader = next(iter(run.data.values()))
+        self.end: int = loader.sources[0].manifest.tokenizer["end_of_text"]
+
+    def encode(self, text: str, what: str = "the text") -> list[int]:
+        """The tokens of a text.
+
+        Raises:
+            DataError: for characters that the tokenizer has no tokens for; `what` names the text.
+        """
+        encoding = self.tokenizer.encode(text, add_special_tokens=False)
+        said = {i for (begin, end), token in zip(encoding.offsets, encoding.ids, strict=True) if token != self._unknown
+                for i in range(begin, end)}  # fmt: skip
+        lacking = "".join(dict.fromkeys(c for i, c in enumerate(text) if i not in said and not c.isspace()))
+        if lacking:
+            raise DataError(f"{what} holds {lacking[:20]!r}, which the run's tokenizer lacks: leave it out")
+        return encoding.ids
+
+    def prompt(self, text: str, number: int) -> list[int]:
+        """The tokens of a prompt, the number-th.
+
+        Raises:
+            DataError: for an empty one, too.
+        """
+        tokens = self.encode(text, f"prompt {number}")
+        if not tokens:
+            raise DataError(f"prompt {number} is empty: give at least one token to go on from")
+        return tokens
+
+    def decode(self, tokens: Sequence[int], before: int) -> str:
+        """The text of tokens that follow the token `before`."""
+        head, whole = self.tokenizer.decode([before]), self.tokenizer.decode([before, *tokens])
+        return whole[len(head) :] if whole.startswith(head) else self.tokenizer.decode(list(tokens))

@@ -1,0 +1,115 @@
+"""Text's predictions at inference: rows of logits, each at a position of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from ebt_megatron.config import ThinkingConfig
+from ebt_megatron.kernels import Kernels, StepRule
+from ebt_megatron.kernels.interface import compute_dtype
+from ebt_megatron.kernels.noise import keys_of
+from ebt_megatron.parallel.collectives import TensorGroup
+
+
+class LogitsState:
+    """R distributions over the vocabulary, held as logits y [R, V / TP]; a `State`.
+
+    The notation is that of `ebt_megatron.prediction.logits`, whose predictions these are, noise included.
+
+    Args:
+        kernels: how the hot operations run.
+        table: this rank's rows of the prediction embedding W, [V / TP, D].
+        vocab_size: tokens; the rest of V is padding.
+        group: the tensor-parallel group.
+        sample_ids, positions: int64 [R], which fix the noise.
+        thinking: where predictions start and how they step.
+        seed: of the noise.
+        y: the logits; None: where the recipe starts.
+    """
+
+    def __init__(
+        self, kernels: Kernels, table: Tensor, vocab_size: int, group: TensorGroup, sample_ids: Tensor,
+        positions: Tensor, thinking: ThinkingConfig, seed: int, y: Tensor | None = None,
+    ):  # fmt: skip
+        self.kernels, self.table, self.vocab_size, self.group = kernels, table.detach(), vocab_size, group
+        self.sample_ids, self.positions = sample_ids.to(table.device), positions.to(table.device)
+        self.thinking, self.seed, self.rule = thinking, seed, StepRule(thinking.step_rule)
+        columns = table.shape[0]
+        self.offset = columns * group.rank
+        self.valid = min(max(vocab_size - self.offset, 0), columns)
+        if y is None:
+            wide = torch.promote_types(table.dtype, torch.float32)
+            stored = torch.bfloat16 if thinking.logits_dtype == "bfloat16" else wide
+            y = torch.zeros(len(sample_ids), columns, dtype=stored, device=table.device)
+            if thinking.initial == "noise":
+                self._add_noise(y, 0, thinking.initial_std)
+        self.y = y
+        self._x = self._lse = torch.empty(0)  # of what `embed` returned last
+
+    def _with(self, sample_ids: Tensor, positions: Tensor, y: Tensor) -> Self:
+        kept = self.kernels, self.table, self.vocab_size, self.group
+        return type(self)(*kept, sample_ids, positions, self.thinking, self.seed, y)
+
+    def _add_noise(self, y: Tensor, stream: int, std: float) -> None:
+        self.kernels.add_noise_(y, keys_of(self.sample_ids, self.positions, stream), self.offset, std, self.seed)
+
+    def perturb(self, step: int, std: float) -> None:
+        """See `State`."""
+        self._add_noise(self.y, 1 + step, std)
+
+    def embed(self) -> Tensor:
+        """See `State`."""
+        x, lse = self.kernels.vocab_embed(self.y, self.table, self.valid)
+        self._lse = self.group.log_sum_exp(lse)
+        self._x = self.group.sum(x * (lse - self._lse).exp()[:, None])
+        return self._x.to(self.table.dtype)[:, None]
+
+    def step(self, energy_grad: Tensor, alpha: float) -> None:
+        """See `State`."""
+        gradient = energy_grad[:, 0].to(self._x.dtype)
+        centre = (self._x * gradient).sum(-1)
+        sizes = torch.full_like(centre, alpha)
+        self.kernels.vocab_update(self.y, self._lse, self.table, self.valid, gradient, centre, sizes, self.rule)
+
+    def _log_p(self) -> Tensor:
+        """Log-probabilities of this rank's columns [R, V / TP]; -inf for padding."""
+        y = self.y.to(compute_dtype(self.y, self.table))
+        y = torch.cat([y[:, : self.valid], torch.full_like(y[:, self.valid :], -torch.inf)], 1)
+        return y - self.group.log_sum_exp(y.logsumexp(1))[:, None]
+
+    def log_probabilities(self) -> Tensor:
+        """Of the whole vocabulary, [R, V], on every tensor-parallel rank."""
+        return self.group.columns(self._log_p())[:, : self.vocab_size]
+
+    def distance(self, other: Self) -> Tensor:
+        """Total variation: half the sum of the probabilities' differences, from 0 to 1."""
+        return self.group.sum((self._log_p().exp() - other._log_p().exp()).abs().sum(1)) / 2
+
+    def take(self, rows: Tensor) -> Self:
+        """See `State`; what was embedded may take its step."""
+        rows = rows.to(self.y.device)
+        taken = self._with(self.sample_ids[rows], self.positions[rows], self.y[rows])
+        if len(self._lse):
+            taken._x, taken._lse = self._x[rows], self._lse[rows]
+        return taken
+
+    def where(self, keep: Tensor, other: Self) -> Self:
+        """See `State`."""
+        return self._with(self.sample_ids, self.positions, torch.where(keep[:, None], self.y, other.y))
+
+    def join(self, others: Sequence[Self]) -> Self:
+        """See `State`."""
+        every = [self, *others]
+        return self._with(*(torch.cat(t) for t in zip(*((s.sample_ids, s.positions, s.y) for s in every), strict=True)))
+
+    def mixed(self, weights: Tensor) -> Self:
+        """See `State`; what comes of it are log-probabilities."""
+        parts = self._log_p().unflatten(0, weights.shape) + weights.log()[..., None]
+        y = parts.logsumexp(0)
+        y[:, self.valid :] = 0
+        rows = weights.shape[1]
+        return self._with(self.sample_ids[:rows], self.positions[:rows], y.to(self.y.dtype))
