@@ -61,6 +61,8 @@ def _line(row: dict[str, Any]) -> str:
     parts = [f"loss {row['loss']:.4f}"]
     if "perplexity" in row:
         parts.append(f"perplexity {row['perplexity']:.2f}")
+    if "psnr" in row:
+        parts.append(f"PSNR {row['psnr']:.2f} dB")
     if row.get("changed") is not None:
         parts.append(f"most likely token changed {100 * row['changed']:.1f} %")
     return f"{row['steps']:>3} steps: {', '.join(parts)}"

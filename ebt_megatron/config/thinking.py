@@ -35,7 +35,8 @@ class ThinkingConfig:
     step_size_scale: float = at_least(1, 1.0)  # alpha is drawn per position from [alpha/scale, alpha*scale]
     langevin_noise: float = 0.0  # standard deviation added to the prediction before each step
     langevin_in_evaluation: bool = True  # as the model was trained with it
-    initial: str = one_of("noise", "zeros", default="noise")
+    # observed: of video, the last frame that is observed; of pictures, the noised one
+    initial: str = one_of("noise", "zeros", "observed", default="noise")
     initial_std: float = 0.3
     engine: str = one_of("dual_stream", "double_backward", default="dual_stream")  # the latter: the slow reference
     reuse: bool = False  # learn takes activations and input gradients from propose (more memory)

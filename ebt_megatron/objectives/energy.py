@@ -15,7 +15,7 @@ from ebt_megatron.config import Recipe
 from ebt_megatron.data.loader import MicroBatch
 from ebt_megatron.objectives.graphs import Graphs, graphs_of
 from ebt_megatron.objectives.interface import RankState, Timing, Totals
-from ebt_megatron.objectives.replaying import ReplayedSample, Replaying
+from ebt_megatron.objectives.replaying import Replaying
 from ebt_megatron.parallel.setup import ParallelState
 from ebt_megatron.tasks.interface import Sample, Task
 from ebt_megatron.thinking import double_backward
@@ -91,13 +91,13 @@ class EnergyObjective:
 
     def _train_recorded(self, graphs: Graphs, sample: Sample, plan: Plan, positions: int) -> Thought:
         def work(
-            observed: Tensor, targets: Tensor, sample_ids: Tensor, segments: Tensor | None
+            observed: Tensor, targets: Tensor, sample_ids: Tensor, segments: Tensor | None, start: Tensor | None
         ) -> tuple[Tensor, Tensor]:
-            recorded = Sample(observed, targets, sample_ids, segments)
+            recorded = Sample(observed, targets, sample_ids, segments, start)
             thought = self._train_one(recorded, 0, plan, positions, nullcontext)  # a phase would wait for the device
             return thought.losses, thought.energies
 
-        inputs = sample.observed, sample.targets, sample.sample_ids, sample.segments
+        inputs = sample.observed, sample.targets, sample.sample_ids, sample.segments, sample.start
         with self.timers.phase("graph"):
             return Thought(*graphs.run((plan, positions), work, *inputs))
 
@@ -166,8 +166,7 @@ class EnergyObjective:
         model, options, seed = self.model, self.recipe.thinking, self.recipe.training.seed
         if not random and not options.langevin_in_evaluation:
             options = replace(options, langevin_noise=0.0)
-        start = sample.start if isinstance(sample, ReplayedSample) else None
-        prediction = model.modality.prediction(sample.targets, sample.sample_ids, options, seed, start)
+        prediction = model.modality.prediction(sample.targets, sample.sample_ids, options, seed, sample.start)
         alpha, slope = step_sizes(model.step_size, options, sample.sample_ids, self.task.length, seed, random)
         weight = torch.full_like(alpha, 1 / positions)
         return Descent(

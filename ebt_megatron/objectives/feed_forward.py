@@ -81,8 +81,13 @@ class FeedForwardObjective:
 
     @torch.no_grad()
     def evaluate(self, sample: Sample, steps: int, observe: Callable[[Any], None] | None = None) -> Thought:
-        """Per-position losses [1, S, B]; a feed-forward model has one step and no energy."""
+        """Per-position losses [1, S, B]; a feed-forward model has one step and no energy.
+
+        `observe` is called with the model's output, where that keeps what it predicted as `y` (on the last stage).
+        """
         losses = self._losses([sample], None)
+        if observe is not None and losses and getattr(self.model.output, "y", None) is not None:
+            observe(self.model.output)
         shape = 1, self.task.length, len(sample.sample_ids)
         loss = losses[0][None] if losses else torch.zeros(shape, device=self.state.device)
         return Thought(loss, loss.new_zeros(0, *shape[1:]))

@@ -20,11 +20,9 @@ class ReplayedSample(Sample):
     """Fresh samples and, behind them, replayed ones.
 
     Attributes:
-        start: [S, B, ...] where replayed samples start; NaN for fresh ones; None off the first pipeline stage.
-        replayed: their entries.
+        replayed: the replayed ones' entries.
     """
 
-    start: Tensor | None = None
     replayed: list[Entry] = field(default_factory=list)
 
 

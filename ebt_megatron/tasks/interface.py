@@ -27,12 +27,14 @@ class Sample:
         targets: [B, S, ...] what is to be predicted at each position.
         sample_ids: int64 [B] global sample indices, which fix all noise.
         segments: int32 [B, S] documents, or None.
+        start: [S, B, ...] where predictions start (NaN: by `thinking.initial`), or None.
     """
 
     observed: Tensor
     targets: Tensor
     sample_ids: Tensor
     segments: Tensor | None = None
+    start: Tensor | None = None
 
 
 class Embeddings(Protocol):
@@ -52,7 +54,7 @@ class Embeddings(Protocol):
             sample_ids: int64 [B].
             thinking: how it starts and steps.
             seed: the run's seed.
-            start: [S, B, ...] where to start instead, where not NaN (replayed samples).
+            start: [S, B, ...] where to start instead, where not NaN.
         """
         ...
 

@@ -11,7 +11,7 @@ import torch
 from megatron.core.transformer import TransformerConfig
 from torch import Tensor
 
-from ebt_megatron.config import Recipe
+from ebt_megatron.config import Recipe, RecipeError
 from ebt_megatron.data.folder import ShardFolder
 from ebt_megatron.data.loader import MicroBatch
 from ebt_megatron.kernels import Kernels
@@ -48,6 +48,9 @@ class Text:
     @classmethod
     def from_data(cls, recipe: Recipe, source: ShardFolder) -> Text:
         """See `Task`."""
+        if recipe.thinking.initial == "observed":
+            raise RecipeError("thinking.initial=observed is for video and images, data.modality is text: set noise or "
+                              "zeros")  # fmt: skip
         manifest = source.manifest
         return cls(recipe, manifest.vocab_size, (source.sidecar(), manifest.tokenizer["sha256"]))
 

@@ -1,0 +1,208 @@
+"""Predictions of real numbers, a frame of video or a patch of a picture, while they think.
+
+The state y [S, B, C] is the prediction itself. With x = W y + b (+ fixed positions) what the model reads, and G the
+energy's gradient at x,
+
+    y' = y - alpha g,    g = dE/dy = G W,    loss = smooth L1 of y' - target (beta 1), the mean over the C numbers
+
+Latents are whole on every tensor-parallel rank: C is no larger than the model is wide, or little.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ebt_megatron.config import ThinkingConfig
+from ebt_megatron.kernels import Kernels
+from ebt_megatron.parallel.collectives import TensorGroup, gradient_buffer
+from ebt_megatron.prediction.plain_latents import PlainLatents
+
+
+@dataclass
+class LatentMap:
+    """The linear map from latents to hidden states, outside autograd.
+
+    Attributes:
+        weight, bias: W [D, C] and b [D].
+        group: the tensor-parallel group.
+        positions: [S, D] added to x, or None.
+    """
+
+    weight: nn.Parameter
+    bias: nn.Parameter
+    group: TensorGroup
+    positions: Tensor | None = None
+
+    def __call__(self, values: Tensor) -> Tensor:
+        """Latents [S, B, C] -> hidden [S(/TP), B, D]."""
+        x = self.direction(values) + self.bias.detach()
+        return x if self.positions is None else x + self.group.own_positions(self.positions)[:, None].to(x.dtype)
+
+    def direction(self, values: Tensor) -> Tensor:
+        """The same of a direction in latents: neither bias nor position."""
+        return F.linear(self.group.own_positions(values).to(self.weight.dtype), self.weight.detach())
+
+    def back(self, grad: Tensor) -> Tensor:
+        """A gradient by hidden states [S(/TP), B, D] as one by latents [S, B, C], whole on every rank."""
+        wide = torch.promote_types(grad.dtype, torch.float32)
+        return self.group.from_hidden(grad.to(wide) @ self.weight.detach().to(wide))
+
+    def add_gradients(self, x_grad: Tensor, values: Tensor, xt_grad: Tensor, directions: Tensor) -> None:
+        """Add to the gradients of W and b, given those at what `self(values)` and `direction(directions)` gave.
+
+        Of this rank's positions alone: Megatron sums the map's gradients over a sequence-parallel group.
+        """
+        both = torch.cat([x_grad, xt_grad]).flatten(0, 1)
+        read = torch.cat([self.group.own_positions(values), self.group.own_positions(directions)]).flatten(0, 1)
+        weight, bias = gradient_buffer(self.weight), gradient_buffer(self.bias)
+        weight.add_(both.to(weight.dtype).mT @ read.to(weight.dtype))
+        bias.add_(x_grad.to(bias.dtype).sum((0, 1)))
+
+
+@dataclass
+class _Step:
+    """A step: from y, along g, to y'."""
+
+    y: Tensor
+    g: Tensor
+    following: Tensor
+
+
+class LatentPrediction:
+    """A micro-batch of predicted latents, a `Prediction` (see the module's text for the notation).
+
+    Args:
+        kernels: for the noise.
+        embed: the map W y + b.
+        targets: [B, S, C].
+        sample_ids: int64 [B], which fix the noise.
+        thinking: how it starts and steps; a step is one on y whatever the step rule, which is about logits.
+        seed: the run's seed.
+        start: [S, B, C] where it starts, or None: by `thinking.initial`.
+    """
+
+    def __init__(
+        self,
+        kernels: Kernels,
+        embed: LatentMap,
+        targets: Tensor,
+        sample_ids: Tensor,
+        thinking: ThinkingConfig,
+        seed: int,
+        start: Tensor | None,
+    ):
+        self.kernels, self.map, self.group = kernels, embed, embed.group
+        self.thinking, self.seed, self.sample_ids = thinking, seed, sample_ids
+        dtype = torch.promote_types(embed.weight.dtype, torch.float32)
+        self.target = targets.transpose(0, 1).to(dtype)
+        self.y = torch.zeros_like(self.target) if start is None else start.to(dtype)
+        if start is None and thinking.initial == "noise":
+            self.y = self.y + self._noise(0, thinking.initial_std)
+        self.history: list[_Step] = []
+
+    def _noise(self, stream: int, std: float) -> Tensor:
+        length, batch, channels = self.target.shape
+        keys = self.kernels.row_keys(self.sample_ids, torch.arange(length, device=self.target.device), stream)
+        noise = torch.zeros(length * batch, channels, dtype=self.target.dtype, device=self.target.device)
+        self.kernels.add_noise_(noise, keys, 0, std, self.seed)
+        return noise.view_as(self.target)
+
+    def langevin(self, step: int) -> Tensor | float:
+        """The Langevin noise before step `step`."""
+        return self._noise(1 + step, self.thinking.langevin_noise) if self.thinking.langevin_noise > 0 else 0.0
+
+    # --- a step ---------------------------------------------------------------------------
+
+    def perturb(self, step: int) -> None:
+        """See `Prediction`."""
+        self.y = self.y + self.langevin(step)
+
+    def embed(self) -> Tensor:
+        """See `Prediction`."""
+        self._embedded = self.map(self.y)
+        return self._embedded
+
+    @property
+    def embedded(self) -> Tensor:
+        """See `Prediction`."""
+        return self._embedded
+
+    def _loss_gradient(self, y: Tensor) -> Tensor:
+        return (y - self.target).clamp(-1, 1) / y.shape[-1]
+
+    def refine(self, energy_grad: Tensor, alpha: Tensor) -> Tensor:
+        """See `Prediction`."""
+        g = self.map.back(energy_grad).to(self.y.dtype)
+        self.step = _Step(self.y, g, self.y - alpha[..., None].to(g.dtype) * g)
+        return F.smooth_l1_loss(self.step.following, self.target, reduction="none").mean(-1)
+
+    def slope(self) -> Tensor:
+        """See `Prediction`."""
+        return (self._loss_gradient(self.step.following) * self.step.g).sum(-1)
+
+    def _direction(self, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        norm = gradient.norm(dim=-1).clamp_min(torch.finfo(gradient.dtype).tiny)
+        self._along = gradient / norm[..., None]
+        return self.map.direction(self._along), norm
+
+    def tangent(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """See `Prediction`."""
+        return self._direction(weight[..., None].to(self.y.dtype) * self._loss_gradient(self.step.following))
+
+    def backward(self, x_grad: Tensor, xt_grad: Tensor) -> None:
+        """See `Prediction`."""
+        self.map.add_gradients(x_grad, self.y, xt_grad, self._along)
+
+    def advance(self, keep: bool) -> None:
+        """See `Prediction`."""
+        if keep:
+            self.history.append(self.step)
+        self.y = self.step.following
+
+    @property
+    def final(self) -> Tensor:
+        """See `Prediction`."""
+        return self.history[-1].following if self.history else self.y
+
+    # --- back through the steps -------------------------------------------------------------
+
+    def begin_adjoint(self) -> None:
+        """See `Prediction`."""
+        self.adjoint = torch.zeros_like(self.y)
+
+    def add_loss_gradient(self, step: int, weight: Tensor) -> None:
+        """See `Prediction`."""
+        gradient = self._loss_gradient(self.history[step].following)
+        self.adjoint = self.adjoint + weight[..., None].to(gradient.dtype) * gradient
+
+    def rewind(self, step: int) -> None:
+        """See `Prediction`."""
+        self.step = self.history[step]
+        self.y = self.step.y
+
+    def adjoint_slope(self) -> Tensor:
+        """See `Prediction`."""
+        return (self.adjoint * self.step.g).sum(-1)
+
+    def adjoint_tangent(self) -> tuple[Tensor, Tensor]:
+        """See `Prediction`."""
+        return self._direction(self.adjoint)
+
+    def adjoint_backward(self, x_grad: Tensor, xt_grad: Tensor) -> None:
+        """See `Prediction`."""
+        self.backward(x_grad, xt_grad)
+        self.adjoint = self.adjoint + self.map.back(x_grad).to(self.y.dtype)
+
+    def adjoint_past(self) -> None:
+        """A step starts at y itself."""
+
+    # --- for the judge ----------------------------------------------------------------------
+
+    def plain(self) -> PlainLatents:
+        """See `Prediction`; call it before the first step."""
+        noise = self.langevin if self.thinking.langevin_noise > 0 else None
+        return PlainLatents(self.y, self.map.weight, self.map.bias, self.map.positions, self.target, noise)

@@ -1,0 +1,86 @@
+"""What latents add to a model: the linear map of observed and predicted ones, and the output of Transformer++."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
+from megatron.core.transformer import MegatronModule, TransformerConfig
+from torch import Tensor
+
+from ebt_megatron.config import ThinkingConfig
+from ebt_megatron.kernels import Kernels
+from ebt_megatron.model.initialization import Draw
+from ebt_megatron.model.layers import replicated
+from ebt_megatron.parallel.collectives import TensorGroup
+from ebt_megatron.prediction.latents import LatentMap, LatentPrediction
+
+
+class LatentEmbedding(MegatronModule):
+    """Latents [B, S, C] -> hidden [S(/TP), B, D], by one linear map with a bias."""
+
+    def __init__(self, config: TransformerConfig, channels: int):
+        super().__init__(config)
+        width, dtype = config.hidden_size, config.params_dtype
+        self.weight = replicated(torch.empty(width, channels, dtype=dtype), config)
+        self.weight.draw = Draw.xavier(channels, width)  # type: ignore[attr-defined]
+        self.bias = replicated(torch.zeros(width, dtype=dtype), config)
+        self.group = TensorGroup(bool(config.sequence_parallel))
+
+    def forward(self, latents: Tensor) -> Tensor:
+        """Latents [B, S, C] -> hidden [S(/TP), B, D]."""
+        own = self.group.own_positions(latents.transpose(0, 1)).to(self.weight.dtype)
+        return F.linear(own, self.weight, self.bias)
+
+
+class LatentEmbeddings(LatentEmbedding):
+    """The EBT's view of frames, `Embeddings`: one map for observed and predicted alike, as in the paper."""
+
+    def __init__(self, config: TransformerConfig, channels: int, kernels: Kernels):
+        super().__init__(config, channels)
+        self.kernels = kernels
+
+    def context(self, observed: Tensor) -> Tensor:
+        """See `Embeddings`."""
+        return self(observed)
+
+    def prediction(
+        self, targets: Tensor, sample_ids: Tensor, thinking: ThinkingConfig, seed: int, start: Tensor | None = None
+    ) -> LatentPrediction:
+        """See `Embeddings`; `start` is whole, without NaN."""
+        embed = LatentMap(self.weight, self.bias, self.group)
+        return LatentPrediction(self.kernels, embed, targets, sample_ids, thinking, seed, start)
+
+
+class LatentOutput(MegatronModule):
+    """Transformer++'s output: hidden states -> latents, and their smooth L1 loss.
+
+    Attributes:
+        y: [S, B, C] what was predicted last where nothing was learned.
+    """
+
+    y: Tensor | None = None
+
+    def __init__(self, config: TransformerConfig, channels: int):
+        super().__init__(config)
+        width, dtype = config.hidden_size, config.params_dtype
+        self.weight = replicated(torch.empty(channels, width, dtype=dtype), config)
+        self.weight.draw = Draw.xavier(width, channels)  # type: ignore[attr-defined]
+        self.bias = replicated(torch.zeros(channels, dtype=dtype), config)
+        self.group = TensorGroup(bool(config.sequence_parallel))
+
+    def predicted(self, h: Tensor) -> Tensor:
+        """Hidden [S(/TP), B, D] -> latents of this rank's positions [S(/TP), B, C]."""
+        predicted = F.linear(h, self.weight, self.bias)
+        return predicted.to(torch.promote_types(predicted.dtype, torch.float32))
+
+    def forward(self, h: Tensor, targets: Tensor) -> Tensor:
+        """Smooth L1 (beta 1, the mean over C) [S, B] of targets [B, S, C]."""
+        predicted = self.predicted(h)
+        if not torch.is_grad_enabled():
+            self.y = self.group.from_hidden(predicted)
+        target = self.group.own_positions(targets.transpose(0, 1)).to(predicted.dtype)
+        loss = F.smooth_l1_loss(predicted, target, reduction="none").mean(-1)
+        if self.group.sequence_parallel:  # every rank goes on with the same losses
+            loss = gather_from_sequence_parallel_region(loss, tensor_parallel_output_grad=False)
+        return loss
