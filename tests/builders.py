@@ -19,7 +19,7 @@ from ebt_megatron.objectives import build_objective
 from ebt_megatron.objectives.interface import Objective
 from ebt_megatron.parallel.setup import ParallelState, initialize
 from ebt_megatron.tasks.build import build_model
-from ebt_megatron.tasks.interface import Sample
+from ebt_megatron.tasks.interface import Sample, Task
 from ebt_megatron.tasks.text import Text
 from ebt_megatron.thinking.dual_stream import Descent, Thinker, Thought, step_sizes
 from ebt_megatron.thinking.plan import Plan
@@ -83,10 +83,10 @@ def state(recipe: Recipe) -> ParallelState:
     return initialize(recipe.parallel, recipe.training.seed)
 
 
-def build(recipe: Recipe, dtype: torch.dtype = torch.float64):
-    """A single-process model whose norms and adaLN are away from their special initial values."""
+def build(recipe: Recipe, dtype: torch.dtype = torch.float64, task: Task | None = None):
+    """A single-process model (of text unless told) whose norms and adaLN are away from their special initial values."""
     state(recipe)
-    model = build_model(recipe, Text(recipe, VOCAB)).to(dtype)
+    model = build_model(recipe, task or Text(recipe, VOCAB)).to(dtype)
     generator = torch.Generator().manual_seed(11)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -101,33 +101,34 @@ def objective(model, recipe: Recipe) -> Objective:
     return build_objective(model, recipe, Text(recipe, VOCAB), state(recipe), Timers())
 
 
-def new_descent(model, recipe: Recipe, batch: Batch, plan: Plan | None = None) -> Descent:
-    seed, length = recipe.training.seed, batch.observed.shape[1]
-    prediction = model.modality.prediction(batch.targets, batch.sample_ids, recipe.thinking, seed)
+def new_descent(model, recipe: Recipe, batch: Batch | Sample, plan: Plan | None = None) -> Descent:
+    seed, length = recipe.training.seed, batch.targets.shape[1]
+    start = getattr(batch, "start", None)
+    prediction = model.modality.prediction(batch.targets, batch.sample_ids, recipe.thinking, seed, start)
     sizes = step_sizes(model.step_size, recipe.thinking, batch.sample_ids, length, seed, random=True)
     weight = position_weight(batch, model.head.dtype)
     return Descent(prediction, model.step_size, *sizes, plan, weight, separable=model.separable)
 
 
-def new_thinker(model, recipe: Recipe, batch: Batch, plan: Plan | None = None) -> Thinker:
+def new_thinker(model, recipe: Recipe, batch: Batch | Sample, plan: Plan | None = None) -> Thinker:
     """A micro-batch ready to think with the dual-stream engine."""
-    (size, length), learned = batch.observed.shape, plan.learned if plan else ()
+    (size, length), learned = batch.targets.shape[:2], plan.learned if plan else ()
     embed, descent = lambda: model.modality.context(batch.observed), new_descent(model, recipe, batch, plan)
     return Thinker(model, size, length, batch.segments, learned, embed, descent, recipe.thinking.reuse)
 
 
-def position_weight(batch: Batch, dtype: torch.dtype = torch.float64) -> Tensor:
+def position_weight(batch: Batch | Sample, dtype: torch.dtype = torch.float64) -> Tensor:
     """Uneven weights [S, B], so that a weight applied wrongly shows."""
-    shape = batch.observed.shape[1], batch.observed.shape[0]
+    shape = batch.targets.shape[1], batch.targets.shape[0]
     weight = 1 + torch.arange(shape[0] * shape[1], dtype=dtype).view(shape) / 7
     return weight / weight.sum()
 
 
-def dual_stream(model, recipe: Recipe, batch: Batch, plan: Plan) -> Thought:
+def dual_stream(model, recipe: Recipe, batch: Batch | Sample, plan: Plan) -> Thought:
     return new_thinker(model, recipe, batch, plan).train()
 
 
-def double_backward(model, recipe: Recipe, batch: Batch, plan: Plan) -> Thought:
+def double_backward(model, recipe: Recipe, batch: Batch | Sample, plan: Plan) -> Thought:
     from ebt_megatron.thinking import double_backward as engine
 
     context = model.modality.context(batch.observed)

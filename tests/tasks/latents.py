@@ -1,0 +1,60 @@
+"""Small samples of video and pictures, and training steps on them on any layout, without shards."""
+
+from __future__ import annotations
+
+import torch
+
+from ebt_megatron.data.loader import MicroBatch
+from ebt_megatron.parallel.setup import shutdown
+from ebt_megatron.tasks import task_class
+from ebt_megatron.training.trainer import Trainer
+from tests import builders
+
+FRAMES, SHAPE = 7, [3, 2]  # of a clip; patches and channels of a frame
+
+
+def recipe(*overrides: str):
+    """A small recipe of latents, with a step size that matters."""
+    return builders.small_recipe(
+        "data.modality=video", f"data.sequence_length={FRAMES - 1}", "thinking.step_size=0.7",
+        "optimizer.warmup_steps=2", "optimizer.epsilon=1e-4", *overrides,
+    )  # fmt: skip
+
+
+def task(recipe):
+    return task_class(recipe.data.modality)(recipe, SHAPE)
+
+
+def clips(count: int, first: int = 0) -> MicroBatch:
+    """Random walks, float32 [count, FRAMES, *SHAPE]."""
+    generator = torch.Generator().manual_seed(first)
+    latents = torch.randn(count, FRAMES, *SHAPE, generator=generator).cumsum(1)
+    return MicroBatch(torch.arange(count) + first, latents=latents)
+
+
+def sample(recipe, micro_batch: MicroBatch, dtype=torch.float64):
+    """As a model sees it, in `dtype`."""
+    batch = task(recipe).sample(micro_batch, torch.device("cpu"))
+    for name in ("observed", "targets", "start"):
+        if (value := getattr(batch, name)) is not None and value.is_floating_point():
+            setattr(batch, name, value.to(dtype))
+    return batch
+
+
+def losses(overrides: tuple[str, ...], batches, steps: int = 4) -> list[float]:
+    """Losses of optimizer steps on global batches of four samples, two at a time."""
+    made = recipe("training.global_batch_size=4", "training.micro_batch_size=2", *overrides)
+    trainer = Trainer(made, task(made))
+    size, rank, out = trainer.state.data_size, trainer.state.data_rank, []
+    for step in range(steps):
+        whole = batches(4, 4 * step)
+        parts = [whole.part(2 * i, 2 * i + 2) for i in range(2)]
+        out.append(trainer.train_step(parts[rank::size], step).loss)
+    return out
+
+
+def several(recipes: dict[str, tuple[str, ...]], layout: tuple[str, ...], batches) -> dict[str, list[float]]:
+    """The same of several recipes in one set of processes."""
+    out = {name: losses((*overrides, *layout), batches) for name, overrides in recipes.items()}
+    shutdown()
+    return out

@@ -1,0 +1,135 @@
+"""Video: exact gradients in every mode, the same losses on every layout, and what validation says of it."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from ebt_megatron.config import RecipeError
+from ebt_megatron.core.timing import Timers
+from ebt_megatron.data.decoder import Decoder
+from ebt_megatron.evaluation.validation import validate
+from ebt_megatron.objectives import build_objective
+from ebt_megatron.tasks.interface import Sample
+from ebt_megatron.tasks.video import Video, VideoMeter
+from ebt_megatron.thinking.plan import Plan
+from tests import builders
+from tests.distributed_utils import run_ranks
+from tests.tasks import latents
+
+MODES = {
+    "S1": (Plan((0.5, 0.5), "detached"), ("thinking.initial=observed",)),
+    "S2": (Plan((0, 0, 1.0), "detached"), ("thinking.langevin_noise=0.5", "thinking.step_size_scale=2",
+                                         "model.conditioning=none")),
+    "full": (Plan((0.2, 0.3, 0.5), "full"), ("thinking.langevin_noise=0.5", "thinking.step_size_scale=2")),
+    "truncated": (Plan((0.2, 0.3, 0.5), "truncated"), ("thinking.initial=zeros", "thinking.step_size_scale=2")),
+    "reuse": (Plan((0.5, 0.5), "detached"), ("thinking.reuse=true", "thinking.step_size_scale=2")),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_gradients_are_those_of_double_backward(mode):
+    plan, overrides = MODES[mode]
+    recipe = latents.recipe(*overrides)
+    batch = latents.sample(recipe, latents.clips(2))
+    runs = []
+    for engine in (builders.double_backward, builders.dual_stream):
+        model = builders.build(recipe, task=latents.task(recipe))
+        runs.append((engine(model, recipe, batch, plan), builders.gradients(model)))
+    (expected, reference), (thought, ours) = runs
+    assert builders.relative_error(thought.losses, expected.losses) < 1e-12
+    for name, gradient in reference.items():
+        assert gradient.abs().max() > 0, name
+        assert builders.relative_error(ours[name], gradient) < 1e-10, name
+
+
+def test_one_map_reads_observed_and_predicted_frames():
+    recipe = latents.recipe()
+    model = builders.build(recipe, task=latents.task(recipe))
+    assert [n for n, _ in model.modality.named_parameters()] == ["weight", "bias"]
+    batch = latents.sample(recipe, latents.clips(2))
+    prediction = model.modality.prediction(
+        batch.observed, batch.sample_ids, recipe.thinking, 0, batch.observed.transpose(0, 1)
+    )
+    assert torch.allclose(prediction.embed(), model.modality.context(batch.observed))
+
+
+def test_where_predictions_start():
+    recipe = latents.recipe()
+    model, batch = builders.build(recipe, task=latents.task(recipe)), latents.sample(recipe, latents.clips(2))
+
+    def start(*overrides):
+        recipe = latents.recipe(*overrides)
+        batch = latents.sample(recipe, latents.clips(2))
+        return builders.new_descent(model, recipe, batch).prediction.y
+
+    assert torch.equal(start("thinking.initial=observed").transpose(0, 1), batch.observed)
+    assert not start("thinking.initial=zeros").any()
+    assert start("thinking.initial=noise", "thinking.initial_std=2").std() == pytest.approx(2, rel=0.2)
+
+
+RECIPES = {
+    "S1": ("thinking.max_steps=2", "thinking.initial=observed"),
+    "S2": ("thinking.loss=last", "thinking.learn_step_size=false", "thinking.step_size_scale=2",
+           "thinking.langevin_noise=0.5", "model.conditioning=none"),
+    "Transformer++": ("model.architecture=transformer",),
+}  # fmt: skip
+LAYOUTS = {
+    "TP 2 + SP": ("parallel.tensor=2", "parallel.sequence_parallel=true"),
+    "PP 2": ("parallel.pipeline=2",),
+    "DP 2": (),
+}
+
+
+@pytest.fixture(scope="module")
+def single():
+    return latents.several(RECIPES, (), latents.clips)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_losses_do_not_depend_on_the_layout(layout, single):
+    ranks = run_ranks(latents.several, 2, RECIPES, LAYOUTS[layout], latents.clips)
+    for name, losses in single.items():
+        assert losses[0] != pytest.approx(losses[-1], rel=1e-3)
+        assert ranks[0][name] == pytest.approx(losses, rel=1e-5), name
+
+
+@pytest.mark.parametrize("architecture", ["ebt", "transformer"])
+def test_validation_knows_losses_by_position_and_simple_predictors(architecture):
+    recipe = latents.recipe(f"model.architecture={architecture}")
+    task = latents.task(recipe)
+    task.decoder = Decoder(50 * torch.eye(2), torch.full((2,), 128.0), 3, 1, 1)
+    model = builders.build(recipe, torch.float32, task)
+    objective = build_objective(model, recipe, task, builders.state(recipe), Timers())
+    batch = latents.clips(4)
+    batch.counts = torch.tensor([True, True, True, False])
+    result = validate(objective, [batch], 3)
+    measures, frames = result.measures, batch.latents[:3].flatten(2)
+    by_position = measures["loss_by_position"]
+    steps = 3 if architecture == "ebt" else 1
+    assert [sum(row) / len(row) for row in by_position["steps"]][:steps] == pytest.approx(
+        result.losses.tolist(), rel=1e-5
+    )
+    repeated = F.smooth_l1_loss(frames[:, :-1], frames[:, 1:])
+    assert measures["repeat_last_loss"] == pytest.approx(repeated.item())
+    straight = 2 * frames[:, 1:-1] - frames[:, :-2]
+    expected = F.smooth_l1_loss(straight, frames[:, 2:], reduction="none").mean((0, 2))
+    assert by_position["extrapolation"][1:] == pytest.approx(expected.tolist(), rel=1e-5)
+    assert len(measures["psnr"]) == 3 and measures["psnr"][0] > 0
+
+
+def test_a_frame_repeated_exactly_has_no_error():
+    meter = VideoMeter(1, 4, [2, 3], None, torch.device("cpu"))
+    still = torch.randn(2, 1, 6).expand(2, 5, 6)
+    meter.watch(Sample(still[:, :-1], still[:, 1:], torch.arange(2)), torch.tensor([True, True]))
+    assert meter.results(8, True)["repeat_last_loss"] == 0
+
+
+@pytest.mark.parametrize(("override", "why"), [
+    ("thinking.replay.enabled=true", "thinking.replay.enabled is about text, data.modality is video: set "
+                                     "thinking.replay.enabled=false"),
+    ("thinking.regenerate=4", "set thinking.regenerate=0"),
+    ("thinking.logits_dtype=bfloat16", "set thinking.logits_dtype=float32"),
+])  # fmt: skip
+def test_what_is_about_logits_is_refused(override, why):
+    with pytest.raises(RecipeError, match=why):
+        Video(latents.recipe(override), latents.SHAPE)
