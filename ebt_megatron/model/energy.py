@@ -41,6 +41,7 @@ class EnergyTransformer(StageModule):
     """
 
     separable = True
+    context_rows = None
 
     def __init__(
         self,

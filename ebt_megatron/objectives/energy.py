@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -81,7 +80,7 @@ class EnergyObjective:
         if self.recipe.thinking.engine == "double_backward":
             descent = self._descent(sample, plan, positions, random=True)
             context = self.model.modality.context(sample.observed)
-            energies = partial(double_backward.text_energies, self.model, context, sample.segments)
+            energies = double_backward.energies_of(self.model, context, sample.segments)
             thought = double_backward.train(energies, descent)
         else:
             thinker = self._thinker(sample, plan, positions, random=True, phase=phase)
