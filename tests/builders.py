@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -96,9 +95,9 @@ def build(recipe: Recipe, dtype: torch.dtype = torch.float64, task: Task | None 
     return model
 
 
-def objective(model, recipe: Recipe) -> Objective:
-    """What trains and evaluates a model on one process."""
-    return build_objective(model, recipe, Text(recipe, VOCAB), state(recipe), Timers())
+def objective(model, recipe: Recipe, task: Task | None = None) -> Objective:
+    """What trains and evaluates a model (of text unless told) on one process."""
+    return build_objective(model, recipe, task or Text(recipe, VOCAB), state(recipe), Timers())
 
 
 def new_descent(model, recipe: Recipe, batch: Batch | Sample, plan: Plan | None = None) -> Descent:
@@ -132,7 +131,7 @@ def double_backward(model, recipe: Recipe, batch: Batch | Sample, plan: Plan) ->
     from ebt_megatron.thinking import double_backward as engine
 
     context = model.modality.context(batch.observed)
-    energies = partial(engine.text_energies, model, context, batch.segments)
+    energies = engine.energies_of(model, context, batch.segments)
     return engine.train(energies, new_descent(model, recipe, batch, plan))
 
 

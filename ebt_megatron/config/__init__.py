@@ -1,6 +1,7 @@
 """The recipe: typed configuration, one dataclass per owner with its own choices and checks, files and overrides."""
 
 from ebt_megatron.config.data import DataConfig
+from ebt_megatron.config.images import ImagesConfig
 from ebt_megatron.config.loading import all_keys, load_recipe, to_yaml
 from ebt_megatron.config.model import MODEL_SIZES, ModelConfig
 from ebt_megatron.config.recipe import Recipe, check, resolve
@@ -9,6 +10,7 @@ from ebt_megatron.config.training import OptimizerConfig, ParallelConfig, Traini
 from ebt_megatron.core.errors import RecipeError
 
 __all__ = [
-    "MODEL_SIZES", "DataConfig", "ModelConfig", "OptimizerConfig", "ParallelConfig", "Recipe", "RecipeError",
-    "ReplayConfig", "ThinkingConfig", "TrainingConfig", "all_keys", "check", "load_recipe", "resolve", "to_yaml",
+    "MODEL_SIZES", "DataConfig", "ImagesConfig", "ModelConfig", "OptimizerConfig", "ParallelConfig", "Recipe",
+    "RecipeError", "ReplayConfig", "ThinkingConfig", "TrainingConfig", "all_keys", "check", "load_recipe", "resolve",
+    "to_yaml",
 ]  # fmt: skip

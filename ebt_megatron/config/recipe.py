@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from ebt_megatron.config.data import DataConfig
 from ebt_megatron.config.fields import check_values, expand_paths, require_divides
+from ebt_megatron.config.images import ImagesConfig
 from ebt_megatron.config.model import ModelConfig
 from ebt_megatron.config.thinking import ThinkingConfig
 from ebt_megatron.config.training import OptimizerConfig, ParallelConfig, TrainingConfig
@@ -20,6 +21,7 @@ class Recipe:
     model: ModelConfig = field(default_factory=ModelConfig)
     thinking: ThinkingConfig = field(default_factory=ThinkingConfig)
     data: DataConfig = field(default_factory=DataConfig)
+    images: ImagesConfig = field(default_factory=ImagesConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
@@ -49,6 +51,7 @@ def check(recipe: Recipe, world_size: int | None = None) -> None:
     recipe.model.check()
     recipe.thinking.check()
     recipe.data.check()
+    recipe.images.check()
     recipe.parallel.check()
     _check_layout(recipe)
     _check_precision(recipe)

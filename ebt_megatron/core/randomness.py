@@ -12,6 +12,8 @@ import hashlib
 import torch
 
 STEP_SIZE_STREAM = 1 << 20  # apart from the noise streams, which count thinking steps
+LEVEL_STREAM, CLASS_STREAM = STEP_SIZE_STREAM + 1, STEP_SIZE_STREAM + 2
+PICTURE_NOISE_STREAM = 1 << 21  # and, above it, of the passes that sample a picture
 
 
 def stable_seed(*parts: object) -> int:

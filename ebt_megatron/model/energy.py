@@ -39,6 +39,7 @@ class EnergyTransformer(Backbone):
     """
 
     separable = True
+    context_rows = None
 
     def __init__(
         self,

@@ -27,11 +27,18 @@ class Cost:
 
     Attributes:
         layers: C, the linear layers and attention of one forward pass of S positions.
-        vocabulary: U, one product of S x D with D x V.
+        vocabulary: U, one product of S x D with D x V (of latents: with the channels of a position).
+        context: one forward pass of the context stream; None: as `layers`.
     """
 
     layers: float
     vocabulary: float
+    context: float | None = None
+
+    @property
+    def _context(self) -> float:
+        """Forward, and backward."""
+        return 3 * (self.layers if self.context is None else self.context)
 
     def transformer(self) -> float:
         """One training step of Transformer++: the output projection forward and backward is 3 U."""
@@ -45,13 +52,13 @@ class Cost:
         on, 1; with `regenerate`, only if it is learned, but each of its passes over the vocabulary (embed,
         refine and, if it is one of the last `learned_steps`, learn) takes the steps before it again, 1 each.
         """
-        layers = 3 + 2 * steps + (4 if reuse else 6) * learned_steps
+        layers = 2 * steps + (4 if reuse else 6) * learned_steps
         vocabulary = 2 * steps + 3 * learned_steps
         if regenerate:
             vocabulary += learned_steps + 2 * sum(range(steps)) + sum(range(steps - learned_steps, steps))
         elif not reuse:
             vocabulary += steps
-        return layers * self.layers + vocabulary * self.vocabulary
+        return self._context + layers * self.layers + vocabulary * self.vocabulary
 
     def inference(self, steps: int = 0) -> float:
         """One pass over a sample without learning: Transformer++ with 0 steps, an EBT with n.
@@ -62,11 +69,13 @@ class Cost:
 
     def minimum(self, steps: int, learned_steps: int) -> float:
         """The least a first-order method needs: reuse, and no vocabulary product computed twice."""
-        return (3 + 2 * steps + 4 * learned_steps) * self.layers + (2 * steps + 3 * learned_steps) * self.vocabulary
+        layers, vocabulary = 2 * steps + 4 * learned_steps, 2 * steps + 3 * learned_steps
+        return self._context + layers * self.layers + vocabulary * self.vocabulary
 
     def double_backward(self, steps: int) -> float:
         """The public code's way; through the vocabulary forward 1, to y 1, and back through both 4."""
-        return 12 * steps * self.layers + 6 * steps * self.vocabulary
+        context = self.layers if self.context is None else self.context
+        return 6 * steps * (self.layers + context + self.vocabulary)
 
 
 def cost(recipe: Recipe, vocab_size: int) -> Cost:
@@ -91,3 +100,18 @@ def position_flops(recipe: Recipe, visible: float) -> float:
     linear = qkv + m.hidden_size**2 + 3 * m.hidden_size * m.ffn_hidden_size
     attention = 2 * m.hidden_size * visible  # scores and their product with the values
     return 2 * m.num_layers * (linear + attention)
+
+
+def joint_cost(recipe: Recipe, channels: int) -> Cost:
+    """FLOPs of the parts of a model of whole pictures (`ebt_megatron.model.joint`), for one sample.
+
+    Args:
+        recipe: a resolved recipe.
+        channels: of a patch.
+    """
+    m, length = recipe.model, recipe.data.sequence_length
+    assert m.hidden_size and m.ffn_hidden_size and m.num_layers
+    linear = 4 * m.hidden_size**2 + 2 * m.hidden_size * m.ffn_hidden_size
+    attention = 2 * m.hidden_size * length
+    condition = 2 * m.num_layers * 6 * m.hidden_size**2
+    return Cost(2 * m.num_layers * length * (linear + attention), 2 * length * m.hidden_size * channels, condition)

@@ -69,7 +69,7 @@ def first_layer_of_stage(num_local_layers: int) -> int:
 
 
 def mark_tensor_parallel(model: nn.Module) -> None:
-    """Set Megatron's tensor-parallel attributes, which it sets only when it initialises weights itself."""
+    """Set Megatron's tensor-parallel attributes of weights, as it does only where it initialises them itself."""
     for module in model.modules():
         if isinstance(module, ColumnParallelLinear | VocabParallelEmbedding):
             dim = 0
@@ -78,8 +78,6 @@ def mark_tensor_parallel(model: nn.Module) -> None:
         else:
             continue
         set_tensor_model_parallel_attributes(module.weight, is_parallel=True, dim=dim, stride=1)
-        if getattr(module, "bias", None) is not None and dim == 0 and isinstance(module, ColumnParallelLinear):
-            set_tensor_model_parallel_attributes(module.bias, is_parallel=True, dim=0, stride=1)
 
 
 def named_weights(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:

@@ -34,8 +34,8 @@ class StageModule(MegatronModule):
                 local = key.replace(f"{prefix}layers.{first + i}.", f"{prefix}layers.{i}.", 1)
                 state[local] = value
         stage = parallel_state.get_pipeline_model_parallel_rank()
-        for name, parameter in self.named_parameters(recurse=False):
-            value = state[prefix + name]
+        for name, parameter in self.named_parameters():
+            value = state.get(prefix + name)
             if getattr(parameter, "shared", False) and isinstance(value, ShardedTensor):
                 value.replica_id = (stage, *value.replica_id[1:])  # another stage holds the original
         return {key.removeprefix(prefix): value for key, value in state.items()}

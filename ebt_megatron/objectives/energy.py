@@ -81,7 +81,7 @@ class EnergyObjective:
         thinker = self._thinker(sample, plan, positions, random=True, phase=phase)
         if self.recipe.thinking.engine == "double_backward":
             context = self.model.modality.context(sample.observed)
-            energies = partial(double_backward.text_energies, self.model, context, sample.segments)
+            energies = double_backward.energies_of(self.model, context, sample.segments)
             thought = double_backward.train(energies, thinker.descent)
         else:
             thought = thinker.train()

@@ -18,6 +18,12 @@ from ebt_megatron.tasks.interface import Sample, Task
 from ebt_megatron.thinking.dual_stream import Thought
 
 
+def _given(sample: Sample) -> tuple[Tensor | None, ...]:
+    """What a model is called with: a denoiser is given what it starts from, too."""
+    start = () if sample.start is None else (sample.start,)
+    return sample.observed, sample.targets, sample.segments, *start
+
+
 class FeedForwardObjective:
     """Transformer++, say, with or without pipeline stages, or as CUDA graphs; an `Objective`.
 
@@ -47,7 +53,7 @@ class FeedForwardObjective:
                 total = output.sum() / (positions or output.numel())
                 return total, torch.tensor(output.numel(), dtype=torch.int), output.detach()
 
-            return model(sample.observed, sample.targets, sample.segments), loss
+            return model(*_given(sample)), loss
 
         run = get_forward_backward_func()
         return run(
@@ -57,12 +63,12 @@ class FeedForwardObjective:
         )  # fmt: skip
 
     def _train_recorded(self, graphs: Graphs, samples: list[Sample], positions: int) -> list[Tensor]:
-        def work(observed: Tensor, targets: Tensor, segments: Tensor | None) -> tuple[Tensor]:
-            losses = self.model(observed, targets, segments)
+        def work(*given: Tensor | None) -> tuple[Tensor]:
+            losses = self.model(*given)
             (losses.sum() / positions).backward()
             return (losses.detach(),)
 
-        return [graphs.run(positions, work, s.observed, s.targets, s.segments)[0] for s in samples]
+        return [graphs.run(positions, work, *_given(s))[0] for s in samples]
 
     def train_batch(self, micro_batches: list[MicroBatch], iteration: int) -> Totals:
         """As EnergyObjective.train_batch."""
@@ -86,8 +92,9 @@ class FeedForwardObjective:
         `observe` is called with the model's output, where that keeps what it predicted as `y` (on the last stage).
         """
         losses = self._losses([sample], None)
-        if observe is not None and losses and getattr(self.model.output, "y", None) is not None:
-            observe(self.model.output)
+        output = getattr(self.model, "output", None)
+        if observe is not None and losses and getattr(output, "y", None) is not None:
+            observe(output)
         shape = 1, self.task.length, len(sample.sample_ids)
         loss = losses[0][None] if losses else torch.zeros(shape, device=self.state.device)
         return Thought(loss, loss.new_zeros(0, *shape[1:]))

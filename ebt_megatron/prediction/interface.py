@@ -28,6 +28,8 @@ class EnergyModel(Protocol):
             `ebt_megatron.thinking.dual_stream.split_factor`.
         context_sees_step: whether the context must be computed anew for each thinking step.
         step_tokens: how many positions the step itself takes before the sequence.
+        context_rows: how many rows the context stream has where they are not the sample's positions (a condition: 1),
+            whole on every rank; else None.
     """
 
     config: TransformerConfig
@@ -38,6 +40,8 @@ class EnergyModel(Protocol):
     def context_sees_step(self) -> bool: ...  # noqa: D102
     @property
     def step_tokens(self) -> int: ...  # noqa: D102
+    @property
+    def context_rows(self) -> int | None: ...  # noqa: D102
 
     def parameters(self) -> Iterator[nn.Parameter]: ...  # noqa: D102
 

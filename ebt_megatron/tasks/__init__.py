@@ -13,6 +13,7 @@ __all__ = ["TASKS", "Meter", "NoMeter", "Sample", "Task", "open_task", "task_cla
 
 TASKS = {
     "text": "ebt_megatron.tasks.text:Text",
+    "images": "ebt_megatron.tasks.images:Images",
     "video": "ebt_megatron.tasks.video:Video",
 }
 

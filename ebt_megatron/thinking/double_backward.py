@@ -3,8 +3,9 @@
 This is how the paper's public code trains: at every step the context and the prediction
 go through the network together (2S positions), attention scores are full matrices, and
 `autograd.grad(create_graph=True)` keeps the whole graph until the loss is differentiated.
-`text_energies` reads the parameters of an EnergyTransformer but calls none of its code, no
-kernel and no Megatron layer, so that it can stand as the judge of them. Single process only.
+`text_energies` reads the parameters of an EnergyTransformer (of text or video) and `joint_energies` those of a
+JointEnergy, but neither calls any of its code, a kernel or a Megatron layer, so that they can stand as the judges
+of them. Single process only.
 """
 
 from __future__ import annotations
@@ -118,12 +119,53 @@ def text_energies(model: Any, context: Tensor, segments: Tensor | None, step: in
     return n @ model.head
 
 
+def joint_energies(model: Any, condition: Tensor, segments: Tensor | None, step: int, x: Tensor) -> Tensor:
+    """Energies [S, B] of embedded pictures x [S, B, D] whose sum over patches is a picture's, under a condition.
+
+    Args:
+        model: a JointEnergy.
+        condition: [1, B, D], differentiable.
+        segments: not read.
+        step: the thinking step.
+        x: [S, B, D].
+    """
+    if model.context_sees_step:
+        condition = condition + model.step_embedding[min(step, len(model.step_embedding) - 1)]
+    condition = F.silu(condition)
+
+    def modulated(h: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+        return F.layer_norm(h, h.shape[-1:], eps=model.config.layernorm_epsilon) * (1 + scale) + shift
+
+    h = x
+    for layer in model.layers:
+        parts = F.linear(condition, layer.modulation.weight, layer.modulation.bias).unflatten(-1, (6, -1)).unbind(-2)
+        n = F.linear(modulated(h, *parts[:2]), layer.qkv.weight, layer.qkv.bias)
+        q, k, v = n.unflatten(-1, (-1, 3, layer.head_size)).permute(3, 1, 2, 0, 4)
+        scores = (q @ k.mT / math.sqrt(layer.head_size)).softmax(-1)
+        h = h + parts[2] * F.linear((scores @ v).permute(2, 0, 1, 3).flatten(2), layer.proj.weight, layer.proj.bias)
+        n = F.linear(modulated(h, *parts[3:5]), layer.fc1.weight, layer.fc1.bias)
+        h = h + parts[5] * F.linear(F.gelu(n, approximate="tanh"), layer.fc2.weight, layer.fc2.bias)
+    last = F.linear(condition, model.final_modulation.weight, model.final_modulation.bias).chunk(2, -1)
+    return modulated(h, *last) @ model.head / len(x)
+
+
+def energies_of(model: Any, context: Tensor, segments: Tensor | None) -> Callable[[int, Tensor], Tensor]:
+    """(step, embedded prediction) -> energies, of a model on one process, for `train`.
+
+    Args:
+        model: an EnergyTransformer or a JointEnergy.
+        context: what its modality embeds of what is observed.
+        segments: int32 [B, S] documents, or None.
+    """
+    return partial(text_energies if model.separable else joint_energies, model, context, segments)
+
+
 def train(energies: Callable[[int, Tensor], Tensor], descent: Descent) -> Thought:
     """Same meaning as Thinker.train: adds gradients to the parameters, returns losses and energies.
 
     Args:
-        energies: (step, embedded prediction [S, B, D]) -> energies [S, B], differentiable twice; `text_energies` with
-            its first arguments bound, say.
+        energies: (step, embedded prediction [S, B, D]) -> energies [S, B], differentiable twice; `energies_of` a
+            model.
         descent: its prediction, before the first step, with step sizes, plan and weights; nothing else of it is used.
     """
     plan, weight, step_size = descent.plan, descent.weight, descent.step_size

@@ -140,6 +140,8 @@ class Pipeline:
             return (batch.length, batch.size), torch.promote_types(self.model.config.params_dtype, torch.float32)
         length = batch.length + self.model.step_tokens
         local = length // self.group.size if self.group.sequence_parallel else length
+        if message.work.kind.startswith("context") and self.model.context_rows is not None:
+            local = self.model.context_rows
         streams = 2 if message.work.kind.startswith("learn") else 1
         return (local, streams * batch.size, self.model.config.hidden_size), self.model.config.params_dtype
 

@@ -7,10 +7,12 @@ import torch
 from ebt_megatron.data.loader import MicroBatch
 from ebt_megatron.parallel.setup import shutdown
 from ebt_megatron.tasks import task_class
+from ebt_megatron.tasks.images import Images
 from ebt_megatron.training.trainer import Trainer
 from tests import builders
 
 FRAMES, SHAPE = 7, [3, 2]  # of a clip; patches and channels of a frame
+PATCHES = 4  # of a picture
 
 
 def recipe(*overrides: str):
@@ -21,7 +23,18 @@ def recipe(*overrides: str):
     )  # fmt: skip
 
 
+def pictures_recipe(*overrides: str):
+    """The same of pictures of four patches, denoised."""
+    return recipe(
+        "data.modality=images", f"data.sequence_length={PATCHES}", "model.num_query_groups=4",
+        "thinking.initial=observed", "model.conditioning=adaln_zero", "images.highest_level=400",
+        "images.classes=true", *overrides,
+    )  # fmt: skip
+
+
 def task(recipe):
+    if recipe.data.modality == "images":
+        return Images(recipe, [PATCHES, 2], classes=3)
     return task_class(recipe.data.modality)(recipe, SHAPE)
 
 
@@ -30,6 +43,12 @@ def clips(count: int, first: int = 0) -> MicroBatch:
     generator = torch.Generator().manual_seed(first)
     latents = torch.randn(count, FRAMES, *SHAPE, generator=generator).cumsum(1)
     return MicroBatch(torch.arange(count) + first, latents=latents)
+
+
+def pictures(count: int, first: int = 0) -> MicroBatch:
+    """float32 [count, PATCHES, 2], with labels."""
+    latents = torch.randn(count, PATCHES, 2, generator=torch.Generator().manual_seed(first))
+    return MicroBatch(torch.arange(count) + first, latents=latents, labels=torch.arange(count) % 3)
 
 
 def sample(recipe, micro_batch: MicroBatch, dtype=torch.float64):
@@ -43,7 +62,9 @@ def sample(recipe, micro_batch: MicroBatch, dtype=torch.float64):
 
 def losses(overrides: tuple[str, ...], batches, steps: int = 4) -> list[float]:
     """Losses of optimizer steps on global batches of four samples, two at a time."""
-    made = recipe("training.global_batch_size=4", "training.micro_batch_size=2", *overrides)
+    made = (recipe if batches is clips else pictures_recipe)(
+        "training.global_batch_size=4", "training.micro_batch_size=2", *overrides
+    )
     trainer = Trainer(made, task(made))
     size, rank, out = trainer.state.data_size, trainer.state.data_rank, []
     for step in range(steps):

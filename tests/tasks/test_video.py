@@ -5,10 +5,8 @@ import torch
 import torch.nn.functional as F
 
 from ebt_megatron.config import RecipeError
-from ebt_megatron.core.timing import Timers
 from ebt_megatron.data.decoder import Decoder
 from ebt_megatron.evaluation.validation import validate
-from ebt_megatron.objectives import build_objective
 from ebt_megatron.tasks.interface import Sample
 from ebt_megatron.tasks.video import Video, VideoMeter
 from ebt_megatron.thinking.plan import Plan
@@ -99,7 +97,7 @@ def test_validation_knows_losses_by_position_and_simple_predictors(architecture)
     task = latents.task(recipe)
     task.decoder = Decoder(50 * torch.eye(2), torch.full((2,), 128.0), 3, 1, 1)
     model = builders.build(recipe, torch.float32, task)
-    objective = build_objective(model, recipe, task, builders.state(recipe), Timers())
+    objective = builders.objective(model, recipe, task)
     batch = latents.clips(4)
     batch.counts = torch.tensor([True, True, True, False])
     result = validate(objective, [batch], 3)

@@ -67,6 +67,7 @@ class JointToy(MegatronModule):
 
     separable = False
     context_sees_step = False
+    context_rows = None
     step_tokens = 0
 
     def __init__(self, recipe):

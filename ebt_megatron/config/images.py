@@ -1,0 +1,37 @@
+"""Noise and conditions of pictures."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ebt_megatron.config.fields import at_least, fraction, positive
+from ebt_megatron.core.errors import RecipeError
+
+
+@dataclass
+class ImagesConfig:
+    """Noise and conditions of pictures (data.modality=images).
+
+    Level t of a schedule of T steps is a picture after t + 1 of them: sqrt(a_t) x + sqrt(1 - a_t) noise, a_t the
+    product of 1 - beta over the steps, beta linear (arXiv 2006.11239).
+    """
+
+    schedule_steps: int = positive(1000)  # T
+    beta_first: float = positive(1e-4)
+    beta_last: float = positive(0.02)
+    lowest_level: int = at_least(0, 99)  # an EBT is trained to denoise levels drawn from these; a DiT from all
+    highest_level: int = at_least(0, 99)
+    see_level: bool = True  # an EBT that denoises is told the level; a DiT always is
+    classes: bool = False  # told the class of the picture, from the labels of the shards
+    class_dropout: float = fraction(0.1)  # share of training samples that are not, for guidance
+
+    def check(self) -> None:
+        """Raise RecipeError unless the schedule has the levels."""
+        if not self.lowest_level <= self.highest_level < self.schedule_steps:
+            raise RecipeError(
+                f"images.lowest_level={self.lowest_level}, highest_level={self.highest_level}: must rise and be below "
+                f"images.schedule_steps={self.schedule_steps}"
+            )
+        if not self.beta_first <= self.beta_last < 1:
+            raise RecipeError(f"images.beta_first={self.beta_first:g}, beta_last={self.beta_last:g}: must rise and be "
+                              "below 1")  # fmt: skip

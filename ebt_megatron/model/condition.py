@@ -1,0 +1,78 @@
+"""What pictures are conditioned by: the level of noise, the class; and where in the picture a patch is."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from megatron.core.transformer import MegatronModule, TransformerConfig
+from torch import Tensor, nn
+
+from ebt_megatron.model.initialization import Draw
+from ebt_megatron.model.layers import replicated
+
+_FREQUENCIES = 128  # of a noise level's embedding, cosine and sine each
+
+
+def waves(values: Tensor, count: int) -> Tensor:
+    """cos and sin of values at `count` frequencies from 1 down to almost 1 / 10,000; [..., 2 * count]."""
+    frequency = torch.exp(-math.log(10000) * torch.arange(count, dtype=torch.float64, device=values.device) / count)
+    angle = values.double()[..., None] * frequency
+    return torch.cat([angle.cos(), angle.sin()], -1)
+
+
+def positions_2d(rows: int, columns: int, width: int) -> Tensor:
+    """Fixed positions of patches, row by row, [rows * columns, width]: half of the width for each axis.
+
+    A width that 4 does not divide is filled with zeros.
+    """
+    y, x = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
+    both = torch.cat([waves(x.flatten(), width // 4), waves(y.flatten(), width // 4)], -1)
+    return F.pad(both, (0, width - both.shape[1]))
+
+
+class ConditionEmbedding(MegatronModule):
+    """(level, class) of pictures [B, 2] -> conditions [B, D]: a learned vector, plus those of level and class.
+
+    Args:
+        config: Megatron's.
+        levels: whether the level is told.
+        classes: how many there are; 0: the class is not told. One more stands for "not told".
+        on_every_stage: every pipeline stage holds the same weights; Megatron sums their gradients.
+        copy: another stage holds the original.
+    """
+
+    def __init__(self, config: TransformerConfig, levels: bool, classes: int, on_every_stage: bool = False,
+                 copy: bool = False):  # fmt: skip
+        super().__init__(config)
+        width = config.hidden_size
+
+        def parameter(*shape: int, draw: Draw) -> nn.Parameter:
+            made = replicated(torch.zeros(*shape, dtype=config.params_dtype), config)
+            made.draw = draw  # type: ignore[attr-defined]
+            if on_every_stage:
+                made.pipeline_parallel, made.shared = True, copy  # type: ignore[attr-defined]
+            return made
+
+        small = Draw(0.02)  # as DiT's (arXiv 2212.09748)
+        self.vector = parameter(width, draw=small)
+        self.levels, self.classes = levels, classes
+        if levels:
+            self.level_in = parameter(width, 2 * _FREQUENCIES, draw=small)
+            self.level_in_bias = parameter(width, draw=Draw(0.0))
+            self.level_out = parameter(width, width, draw=small)
+            self.level_out_bias = parameter(width, draw=Draw(0.0))
+        if classes:
+            self.table = parameter(classes + 1, width, draw=small)
+
+    def forward(self, conditions: Tensor) -> Tensor:
+        """Conditions int64 [B, 2] -> [B, D]."""
+        level, label = conditions.unbind(-1)
+        out = self.vector.expand(len(level), -1)
+        if self.levels:
+            hidden = F.linear(waves(level, _FREQUENCIES).to(out.dtype), self.level_in, self.level_in_bias)
+            out = out + F.linear(F.silu(hidden), self.level_out, self.level_out_bias)
+        if self.classes:
+            out = out + self.table[label]
+        return out

@@ -1,0 +1,241 @@
+"""Transformers in which every position sees every other: the joint energy of a picture, and DiT (arXiv 2212.09748).
+
+Both are made of the same layers: LayerNorm without affine parameters, attention and an MLP with biases, and a
+condition that shifts, scales and gates each (adaLN-zero). Only the energy's go with a tangent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.enums import ModelType
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
+from megatron.core.transformer import MegatronModule, TransformerConfig
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from ebt_megatron.config import Recipe
+from ebt_megatron.kernels import Kernels
+from ebt_megatron.model.initialization import Draw, draw_of_embedding
+from ebt_megatron.model.layers import Modulation, gated, modulate, replicated
+from ebt_megatron.model.reuse import Tape
+from ebt_megatron.model.sharding import StageModule
+from ebt_megatron.parallel.collectives import TensorGroup
+
+Modulations = Sequence[tuple[Tensor, Tensor]]
+
+
+def add_bias(x: Tensor, bias: Tensor, tangent: bool) -> Tensor:
+    """x + bias; a tangent has none."""
+    if not tangent:
+        return x + bias
+    value, direction = x.chunk(2, 1)
+    return torch.cat([value + bias, direction], 1)
+
+
+class JointLayer(MegatronModule):
+    """LayerNorm, attention of every position to every other, LayerNorm, GELU MLP; each shifted, scaled and gated."""
+
+    def __init__(self, config: TransformerConfig, kernels: Kernels):
+        super().__init__(config)
+        assert config.ffn_hidden_size and config.kv_channels
+        width, ffn = config.hidden_size, config.ffn_hidden_size
+        self.kernels, self.head_size, self.epsilon = kernels, config.kv_channels, config.layernorm_epsilon
+        options: dict[str, Any] = {"config": config, "init_method": config.init_method, "bias": True,
+                                   "skip_bias_add": True}  # fmt: skip
+        self.qkv = ColumnParallelLinear(width, 3 * width, gather_output=False, **options)  # rows by head
+        self.proj = RowParallelLinear(width, width, input_is_parallel=True, **options)
+        self.fc1 = ColumnParallelLinear(width, ffn, gather_output=False, **options)
+        self.fc2 = RowParallelLinear(ffn, width, input_is_parallel=True, **options)
+        fans = {"qkv": (width, width), "proj": (width, width), "fc1": (width, ffn), "fc2": (ffn, width)}
+        for name, fan in fans.items():
+            linear = getattr(self, name)
+            linear.weight.draw, linear.bias.draw = Draw.xavier(*fan), Draw(0.0)
+        self.modulation = Modulation(config, parts=6, zero=True)
+
+    def _linear(self, name: str, x: Tensor, tangent: bool, tape: Tape | None) -> Tensor:
+        layer = getattr(self, name)
+        out = layer(x)[0] if tape is None else tape.apply(f"{id(self)}.{name}", layer, x, tangent)
+        return add_bias(out, layer.bias, tangent)
+
+    def modulations(self, condition: Tensor) -> tuple[Tensor, Tensor]:
+        """Condition [B, D] -> shift, scale and gate of the attention and of the MLP, [B, 3 D] each."""
+        parts = self.modulation(condition)
+        return torch.cat(parts[:3], -1), torch.cat(parts[3:], -1)  # type: ignore[arg-type]
+
+    def forward(
+        self, h: Tensor, modulations: tuple[Tensor, Tensor], tangent: bool = False, tape: Tape | None = None
+    ) -> Tensor:
+        """Hidden [S(/TP), B, D], or [S(/TP), 2B, D] with tangent -> the same."""
+        shift, scale, gate = modulations[0].chunk(3, -1)
+        n = modulate(self.kernels.layer_norm(h, self.epsilon, tangent=tangent), shift, scale, tangent)
+        mixed = self._linear("qkv", n, tangent, tape).unflatten(-1, (-1, 3, self.head_size))
+        o = self.kernels.full_attention(*(t.contiguous() for t in mixed.unbind(-2)), tangent=tangent)
+        h = h + gated(self._linear("proj", o, tangent, tape), gate, tangent)
+        shift, scale, gate = modulations[1].chunk(3, -1)
+        n = modulate(self.kernels.layer_norm(h, self.epsilon, tangent=tangent), shift, scale, tangent)
+        hidden = self.kernels.gelu(self._linear("fc1", n, tangent, tape), tangent=tangent)
+        return h + gated(self._linear("fc2", hidden, tangent, tape), gate, tangent)
+
+
+class JointStage(StageModule):
+    """A pipeline stage of the layers, with the last normalisation.
+
+    Args:
+        config: Megatron's configuration.
+        recipe: the run.
+        kernels: how the hot operations run.
+        pre_process, post_process: this is the first stage, the last stage.
+    """
+
+    def __init__(self, config: TransformerConfig, recipe: Recipe, kernels: Kernels, pre_process: bool,
+                 post_process: bool):  # fmt: skip
+        super().__init__(config)
+        assert config.num_layers
+        self.pre_process, self.post_process, self.kernels = pre_process, post_process, kernels
+        self.recompute_layers = recipe.model.recompute_layers
+        local = config.num_layers // config.pipeline_model_parallel_size
+        self.layers = nn.ModuleList(JointLayer(config, kernels) for _ in range(local))
+        if post_process:
+            self.final_modulation = Modulation(config, parts=2, zero=True)
+
+    def modulations(self, condition: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """What the condition [B, D] does in each layer, and last before the head."""
+        pairs = [layer.modulations(condition) for layer in self.layers]  # type: ignore[operator]
+        return [*pairs, self.final_modulation(condition)] if self.post_process else pairs
+
+    def run(self, h: Tensor, modulations: Modulations, tangent: bool = False, tape: Tape | None = None) -> Tensor:
+        """Run this stage: [S(/TP), B, D] (2B with tangent) -> the same, normalised on the last stage."""
+        for layer, pair in zip(self.layers, modulations, strict=False):
+            if self.recompute_layers and torch.is_grad_enabled():  # nothing in a layer is random
+                h = checkpoint(layer, h, pair, tangent, tape, use_reentrant=False, preserve_rng_state=False)
+            else:
+                h = layer(h, pair, tangent, tape)
+        if not self.post_process:
+            return h
+        n = self.kernels.layer_norm(h, self.config.layernorm_epsilon, tangent=tangent)
+        return modulate(n, *modulations[-1], tangent)
+
+
+class JointEnergy(JointStage):
+    """A stage of the energy of a whole picture, an `EnergyModel`; the context is its condition, [1, B, D].
+
+    Attributes:
+        separable: predictions see each other.
+
+    Args:
+        config, recipe, kernels, pre_process, post_process: as `JointStage`.
+        modality: the embeddings of condition and prediction; used on the first stage only.
+    """
+
+    separable = False
+    step_tokens = 0
+    context_rows = 1
+
+    def __init__(self, config: TransformerConfig, recipe: Recipe, kernels: Kernels, modality: nn.Module | None,
+                 pre_process: bool = True, post_process: bool = True):  # fmt: skip
+        super().__init__(config, recipe, kernels, pre_process, post_process)
+        thinking, width, dtype = recipe.thinking, config.hidden_size, config.params_dtype
+        self.modality, self.num_landscapes = modality, thinking.max_steps
+        self.context_sees_step = recipe.model.conditioning != "none"
+        if pre_process:
+            if self.context_sees_step:
+                self.step_embedding = replicated(torch.empty(thinking.max_steps, width, dtype=dtype), config)
+                draw = draw_of_embedding(thinking.max_steps, width, recipe.model.initialization)
+                self.step_embedding.draw = draw  # type: ignore[attr-defined]
+            self.step_size = nn.Parameter(torch.tensor(thinking.step_size, dtype=torch.float32))
+            self.step_size.requires_grad_(thinking.learn_step_size)
+            self.step_size.lr_multiplier = thinking.step_size_lr_multiplier  # type: ignore[attr-defined]
+            self.step_size.no_weight_decay = True  # type: ignore[attr-defined]
+        if post_process:
+            self.head = replicated(torch.zeros(width, dtype=dtype), config)
+            self.head.draw = Draw(0.0)  # type: ignore[attr-defined]
+
+    def landscape(self, step: int) -> int:
+        """Which energy landscape step `step` descends: its own, the last one beyond those trained."""
+        return min(step, self.num_landscapes - 1)
+
+    def context(self, h: Tensor, length: int, segments: Tensor | None, step: int = 0) -> tuple[Tensor, Modulations]:
+        """The condition [1, B, D] as it is passed on, and what it does in each layer."""
+        if self.context_sees_step and self.pre_process:
+            h = h + self.step_embedding[self.landscape(step)]
+        return h, self.modulations(h[0])
+
+    def predict(self, h: Tensor, key_values: Modulations, length: int, segments: Tensor | None, step: int,
+                tangent: bool, tape: Tape | None = None) -> Tensor:  # fmt: skip
+        """See `EnergyModel`: on the last stage each patch's share of the picture's energy, the mean over patches."""
+        n = self.run(h, key_values, tangent, tape)
+        if not self.post_process:
+            return n
+        wide = torch.promote_types(n.dtype, torch.float32)
+        n = n.chunk(2, 1)[1] if tangent else n
+        return n.to(wide) @ self.head.to(wide) / length
+
+
+class DiffusionTransformer(JointStage):
+    """A stage of DiT: predicts the noise in a picture.
+
+    Attributes:
+        output: this itself on the last stage, which keeps `y`, the noise that was predicted last without learning,
+            [S, B, C].
+
+    Args:
+        config, recipe, kernels, pre_process, post_process: as `JointStage`.
+        condition: (level, class) [B, 2] -> [B, D]; the same on every stage.
+        embedding: patches [B, S, C] -> hidden [S(/TP), B, D], on the first stage.
+        channels: C.
+    """
+
+    def __init__(self, config: TransformerConfig, recipe: Recipe, kernels: Kernels, condition: nn.Module,
+                 embedding: nn.Module | None, channels: int, pre_process: bool = True,
+                 post_process: bool = True):  # fmt: skip
+        super().__init__(config, recipe, kernels, pre_process, post_process)
+        self.condition, self.embedding = condition, embedding
+        self.group = TensorGroup(bool(config.sequence_parallel))
+        self.input_tensor: Tensor | None = None
+        self.model_type = ModelType.encoder_or_decoder  # Megatron's schedules ask
+        if post_process:
+            self.head = replicated(torch.zeros(channels, config.hidden_size, dtype=config.params_dtype), config)
+            self.head_bias = replicated(torch.zeros(channels, dtype=config.params_dtype), config)
+            self.head.draw = self.head_bias.draw = Draw(0.0)  # type: ignore[attr-defined]
+
+    def set_input_tensor(self, tensors: Any) -> None:
+        """Megatron's schedules hand the previous stage's output over this way."""
+        self.input_tensor = tensors[0] if isinstance(tensors, list) else tensors
+
+    def predicted(self, conditions: Tensor, start: Tensor) -> Tensor:
+        """This stage's output: the noise [S(/TP), B, C] in pictures on the last stage, else hidden states.
+
+        Args:
+            conditions: int64 [B, 2], level and class.
+            start: [S, B, C], the noised pictures.
+        """
+        h = self.embedding(start.transpose(0, 1)) if self.embedding is not None else self.input_tensor
+        assert h is not None
+        n = self.run(h, self.modulations(self.condition(conditions)))
+        if not self.post_process:
+            return n
+        noise = F.linear(n, self.head, self.head_bias)
+        return noise.to(torch.promote_types(noise.dtype, torch.float32))
+
+    def forward(self, observed: Tensor, targets: Tensor, segments: Tensor | None, start: Tensor) -> Tensor:
+        """The mean squared error of the noise, [S, B] (last stage), or hidden states.
+
+        Args:
+            observed: int64 [B, 2], level and class.
+            targets: [B, S, C], the noise.
+            segments: not read.
+            start: [S, B, C], the noised pictures.
+        """
+        out = self.predicted(observed, start)
+        if not self.post_process:
+            return out
+        target = self.group.own_positions(targets.transpose(0, 1)).to(out.dtype)
+        loss = (out - target).square().mean(-1)
+        if self.group.sequence_parallel:  # every rank goes on with the same losses
+            loss = gather_from_sequence_parallel_region(loss, tensor_parallel_output_grad=False)
+        return loss

@@ -1,0 +1,251 @@
+"""Pictures: denoised, or made from noise; an EBT whose energy is that of the whole picture, beside a DiT."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from megatron.core.transformer import TransformerConfig
+from torch import Tensor
+
+from ebt_megatron.config import Recipe, RecipeError, ThinkingConfig
+from ebt_megatron.core.errors import DataError
+from ebt_megatron.core.randomness import CLASS_STREAM, LEVEL_STREAM, PICTURE_NOISE_STREAM, uniform
+from ebt_megatron.data.decoder import Decoder, psnr
+from ebt_megatron.data.folder import ShardFolder
+from ebt_megatron.data.loader import MicroBatch
+from ebt_megatron.kernels import Kernels
+from ebt_megatron.kernels.noise import add_noise_, row_keys
+from ebt_megatron.model.condition import ConditionEmbedding, positions_2d
+from ebt_megatron.model.flops import Cost, joint_cost
+from ebt_megatron.model.joint import DiffusionTransformer, JointEnergy
+from ebt_megatron.prediction.latents import LatentMap, LatentPrediction
+from ebt_megatron.tasks.diffusion import NoiseSchedule
+from ebt_megatron.tasks.interface import NoMeter, Sample
+from ebt_megatron.tasks.latent_model import LatentEmbedding
+from ebt_megatron.tasks.latents import check_latents, decoder_of
+
+
+class PatchEmbedding(LatentEmbedding):
+    """Patches [B, S, C] -> hidden [S(/TP), B, D]: a linear map, and where in the picture each is."""
+
+    def __init__(self, config: TransformerConfig, grid: tuple[int, int], channels: int):
+        super().__init__(config, channels)
+        self.positions = positions_2d(*grid, config.hidden_size)
+
+    def forward(self, latents: Tensor) -> Tensor:
+        """Patches [B, S, C] -> hidden [S(/TP), B, D]."""
+        x = super().forward(latents)
+        return x + self.group.own_positions(self.positions)[:, None].to(x)
+
+
+class PictureEmbeddings(PatchEmbedding):
+    """The EBT's view of pictures, `Embeddings`: what is observed is their condition, (level, class)."""
+
+    def __init__(
+        self, config: TransformerConfig, grid: tuple[int, int], channels: int, condition: ConditionEmbedding,
+        kernels: Kernels,
+    ):  # fmt: skip
+        super().__init__(config, grid, channels)
+        self.condition, self.kernels = condition, kernels
+
+    def context(self, observed: Tensor) -> Tensor:
+        """Conditions int64 [B, 2] -> [1, B, D]."""
+        return self.condition(observed)[None]
+
+    def prediction(
+        self, targets: Tensor, sample_ids: Tensor, thinking: ThinkingConfig, seed: int, start: Tensor | None = None
+    ) -> LatentPrediction:
+        """See `Embeddings`; `start` is whole, without NaN."""
+        embed = LatentMap(self.weight, self.bias, self.group, self.positions.to(self.weight.device))
+        return LatentPrediction(self.kernels, embed, targets, sample_ids, thinking, seed, start)
+
+
+class Images:
+    """Pictures, a `Task`.
+
+    Where a prediction starts says what is learned: at the noised picture (`thinking.initial=observed`), to denoise;
+    at noise or zeros, to make pictures, by their class if `images.classes`.
+
+    Args:
+        recipe: the run.
+        shape: [patches, channels] of a picture.
+        encoder: the SHA-256 of what made the latents.
+        decoder: what shows them, or None.
+        classes: of the labels; 0: there are no labels.
+        grid: rows and columns of patches; default: a square.
+
+    Raises:
+        RecipeError, DataError: for settings or data that do not do.
+    """
+
+    kind = "images"
+
+    def __init__(self, recipe: Recipe, shape: list[int], encoder: str = "", decoder: Decoder | None = None,
+                 classes: int = 0, grid: tuple[int, int] | None = None):  # fmt: skip
+        check_latents(recipe)
+        self.recipe, self.options, self.decoder = recipe, recipe.images, decoder
+        self.length, self.channels = shape
+        side = round(self.length**0.5)
+        self.grid = grid or (side, side)
+        self._check(classes)
+        self.classes = classes if self.options.classes else 0
+        self.schedule = NoiseSchedule(self.options)
+        self.identity = {"encoder": encoder, "picture": list(shape), "classes": self.classes}
+        self.denoises = recipe.model.architecture != "ebt" or recipe.thinking.initial == "observed"
+        self.told_level = self.denoises and (recipe.model.architecture != "ebt" or self.options.see_level)
+
+    def _check(self, classes: int) -> None:
+        model, data = self.recipe.model, self.recipe.data
+        if self.grid[0] * self.grid[1] != self.length:
+            raise DataError(f"pictures of {self.length} patches are no {self.grid[0]} x {self.grid[1]}: prepare the "
+                            "data again")  # fmt: skip
+        if data.sequence_length != self.length:
+            raise RecipeError(f"data.sequence_length={data.sequence_length}, and pictures have {self.length} patches: "
+                              f"set data.sequence_length={self.length}")  # fmt: skip
+        if self.options.classes and not classes:
+            raise DataError("images.classes=true needs labels, and the shards have none: prepare them with labels, or "
+                            "set images.classes=false")  # fmt: skip
+        for wrong, why in (
+            (model.conditioning not in ("none", "adaln_zero"),
+             f"model.conditioning={model.conditioning}: pictures have none (one landscape) or adaln_zero (one for each "
+             "step)"),
+            (model.num_query_groups != model.num_attention_heads,
+             f"model.num_query_groups={model.num_query_groups}: pictures have one group for each head"),
+            (self.recipe.training.precision == "fp8", "training.precision=fp8 has no layers for pictures: set bf16"),
+        ):  # fmt: skip
+            if wrong:
+                raise RecipeError(why)
+
+    @classmethod
+    def from_data(cls, recipe: Recipe, source: ShardFolder) -> Images:
+        """See `Task`."""
+        manifest = source.manifest
+        encoder = manifest.encoder
+        grid = encoder["height"] // encoder["patch"], encoder["width"] // encoder["patch"]
+        classes = len(manifest.classes)
+        return cls(recipe, manifest.shape, encoder["sha256"], decoder_of(source), classes, grid)
+
+    # --- what a model sees ----------------------------------------------------------------------
+
+    def sample(self, batch: MicroBatch, device: torch.device, level: int | None = None) -> Sample:
+        """Pictures with noise at a level drawn for each, or at `level`.
+
+        What is observed is (level, class), each told or not; the start is the noised picture, and the target the
+        picture, or its noise for a DiT.
+        """
+        assert batch.latents is not None
+        clean, ids = batch.latents.to(device), batch.sample_ids.to(device)
+        levels = self._levels(ids) if level is None else torch.full_like(ids, level)
+        noise = self.noise(ids)
+        observed = torch.stack([levels if self.told_level else torch.zeros_like(levels), self._classes(batch, ids)], 1)
+        start = self.schedule.noised(clean, noise, levels).transpose(0, 1) if self.denoises else None
+        targets = clean if self.recipe.model.architecture == "ebt" else noise
+        return Sample(observed, targets, ids, start=start)
+
+    def noise(self, sample_ids: Tensor, stream: int = 0) -> Tensor:
+        """N(0, 1) [B, S, C], a function of sample and stream."""
+        positions = torch.arange(self.length, device=sample_ids.device)
+        keys = row_keys(sample_ids, positions, PICTURE_NOISE_STREAM + stream)
+        noise = torch.zeros(len(keys), self.channels, device=sample_ids.device)
+        add_noise_(noise, keys, 0, 1.0, self.recipe.training.seed)
+        return noise.unflatten(0, (self.length, -1)).transpose(0, 1)
+
+    def _draw(self, sample_ids: Tensor, stream: int) -> Tensor:
+        only = torch.zeros(1, dtype=torch.int64, device=sample_ids.device)
+        return uniform(self.recipe.training.seed, sample_ids, only, stream)[0]
+
+    def _levels(self, sample_ids: Tensor) -> Tensor:
+        low, high = self.options.lowest_level, self.options.highest_level
+        if self.recipe.model.architecture != "ebt":
+            low, high = 0, self.options.schedule_steps - 1
+        return low + (self._draw(sample_ids, LEVEL_STREAM) * (high - low + 1)).long()
+
+    def _classes(self, batch: MicroBatch, sample_ids: Tensor) -> Tensor:
+        """The class of each picture; `classes`, "not told", for some in training, and for all where none is asked."""
+        if not self.classes:
+            return torch.zeros_like(sample_ids)
+        assert batch.labels is not None
+        labels = batch.labels.to(sample_ids.device)
+        if batch.counts is not None:
+            return labels
+        return torch.where(self._draw(sample_ids, CLASS_STREAM) < self.options.class_dropout, self.classes, labels)
+
+    # --- models ---------------------------------------------------------------------------------
+
+    def energy_model(self, config: TransformerConfig, kernels: Kernels, first: bool, last: bool) -> JointEnergy:
+        """See `Task`."""
+        embeddings = None
+        if first:
+            condition = ConditionEmbedding(config, self.told_level, self.classes)
+            embeddings = PictureEmbeddings(config, self.grid, self.channels, condition, kernels)
+        return JointEnergy(config, self.recipe, kernels, embeddings, first, last)
+
+    def feed_forward_model(
+        self, config: TransformerConfig, kernels: Kernels, first: bool, last: bool
+    ) -> DiffusionTransformer:
+        """See `Task`: DiT."""
+        config.has_cond_embedder = True  # type: ignore[attr-defined]  # of every stage: Megatron sums the gradients
+        condition = ConditionEmbedding(config, True, self.classes, on_every_stage=True, copy=not first)
+        embedding = PatchEmbedding(config, self.grid, self.channels) if first else None
+        return DiffusionTransformer(config, self.recipe, kernels, condition, embedding, self.channels, first, last)
+
+    def cost(self) -> Cost:
+        """See `Task`."""
+        return joint_cost(self.recipe, self.channels)
+
+    # --- evaluation -----------------------------------------------------------------------------
+
+    def meter(self, steps: int, device: torch.device) -> PictureMeter | NoMeter:
+        """See `Task`; a DiT is judged by `ebt_megatron.evaluation.pictures`, which runs its passes."""
+        if self.decoder is None or self.recipe.model.architecture != "ebt" or not self.denoises:
+            return NoMeter()
+        return PictureMeter(steps, self.decoder, device)
+
+    def describe(self, loss: float) -> dict[str, float]:
+        """A smooth L1 loss, or a DiT's mean squared error of the noise, is what it is."""
+        return {}
+
+    def example(self, objective: Any, sample: Sample, steps: int) -> None:
+        """Pictures are shown by `tools.images`."""
+
+
+class PictureMeter:
+    """Squared errors of pixels after every step, and of the noised pictures.
+
+    Args:
+        steps: n.
+        decoder: what shows pictures.
+        device: of the sums.
+    """
+
+    def __init__(self, steps: int, decoder: Decoder, device: torch.device):
+        self.decoder = decoder
+        self.model, self.noised, self.seen = (
+            torch.zeros(n, dtype=torch.float64, device=device) for n in (steps, 1, 1)
+        )  # fmt: skip
+
+    def watch(self, sample: Sample, valid: Tensor) -> Callable[[Any], None]:
+        """See `Meter`."""
+        assert sample.start is not None
+
+        def error(latents: Tensor) -> Tensor:
+            return self.decoder.squared_error(latents.transpose(0, 1), sample.targets).double()[valid].sum()
+
+        taken = iter(range(len(self.model)))
+        self.noised += error(sample.start)
+        self.seen += valid.sum()
+
+        def observe(prediction: Any) -> None:
+            self.model[next(taken)] += error(prediction.y)
+
+        return observe
+
+    def sums(self) -> tuple[list[Tensor], list[Tensor]]:
+        """See `Meter`: predictions are on the first pipeline stage alone."""
+        return [self.noised, self.seen], [self.model]
+
+    def results(self, positions: int, thinks: bool) -> dict[str, Any]:
+        """PSNRs of the mean squared error."""
+        return {"psnr": psnr(self.model / self.seen).tolist(), "noised_psnr": psnr(self.noised / self.seen).item()}

@@ -1,0 +1,172 @@
+"""Pictures: exact gradients of a joint energy in every mode, the same losses on every layout, and the noise."""
+
+import pytest
+import torch
+
+from ebt_megatron.config import ImagesConfig, RecipeError
+from ebt_megatron.core.errors import DataError
+from ebt_megatron.data.decoder import Decoder
+from ebt_megatron.evaluation.validation import validate
+from ebt_megatron.tasks.diffusion import NoiseSchedule
+from ebt_megatron.tasks.images import Images
+from ebt_megatron.thinking.plan import Plan
+from tests import builders
+from tests.distributed_utils import run_ranks
+from tests.tasks import latents
+
+RANDOM = ("thinking.step_size_scale=2",)
+MODES = {
+    "S1, one step": (Plan((1.0,), "detached"), RANDOM),
+    "S1": (Plan((0.5, 0.5), "detached"), RANDOM),
+    "S1, one landscape": (Plan((0.5, 0.5), "detached"), (*RANDOM, "model.conditioning=none", "images.classes=false")),
+    "S2": (Plan((0, 0, 1.0), "detached"), (*RANDOM, "thinking.langevin_noise=0.5", "model.conditioning=none")),
+    "full, from noise": (Plan((0.2, 0.3, 0.5), "full"), (*RANDOM, "thinking.langevin_noise=0.5",
+                                                         "thinking.initial=noise")),
+    "truncated": (Plan((0.2, 0.3, 0.5), "truncated"), RANDOM),
+    "reuse": (Plan((0.5, 0.5), "detached"), (*RANDOM, "thinking.reuse=true")),
+    "recomputed": (Plan((0.5, 0.5), "detached"), (*RANDOM, "model.recompute_layers=true", "model.kernels=torch")),
+}  # fmt: skip
+
+
+def trained(mode, engine, separable=False):
+    """What came of it and gradients, with weights and step sizes that are uneven over the patches of a picture."""
+    plan, overrides = MODES[mode]
+    recipe = latents.pictures_recipe(*overrides)
+    model = builders.build(recipe, task=latents.task(recipe))
+    model.separable = separable
+    thought = engine(model, recipe, latents.sample(recipe, latents.pictures(2)), plan)
+    return thought, builders.gradients(model)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_gradients_are_those_of_double_backward(mode):
+    expected, reference = trained(mode, builders.double_backward)
+    thought, ours = trained(mode, builders.dual_stream)
+    assert builders.relative_error(thought.losses, expected.losses) < 1e-12
+    assert builders.relative_error(thought.energies, expected.energies) < 1e-12
+    for name, gradient in reference.items():
+        assert gradient.abs().max() > 0, name
+        assert builders.relative_error(ours[name], gradient) < 1e-10, name
+
+
+@pytest.mark.parametrize("mode", ["S1", "reuse", "full, from noise"])
+def test_a_joint_energy_taken_for_separable_would_be_wrong(mode):
+    """Uneven factors of a picture's patches must stay on their tangents."""
+    _, reference = trained(mode, builders.double_backward)
+    _, ours = trained(mode, builders.dual_stream, separable=True)
+    assert builders.relative_error(ours["layers.0.qkv.weight"], reference["layers.0.qkv.weight"]) > 1e-2
+
+
+def test_an_energy_begins_flat_and_its_head_learns_first():
+    recipe = latents.pictures_recipe()
+    builders.state(recipe)
+    from ebt_megatron.tasks.build import build_model
+
+    model = build_model(recipe, latents.task(recipe)).double()
+    thought = builders.dual_stream(model, recipe, latents.sample(recipe, latents.pictures(2)), Plan((1.0,), "detached"))
+    assert not thought.energies.any()
+    learns = {name for name, gradient in builders.gradients(model).items() if gradient.any()}
+    assert learns == {"head"}
+
+
+RECIPES = {
+    "S1": ("thinking.max_steps=2",),
+    "S1, reuse": ("thinking.max_steps=2", "thinking.reuse=true"),
+    "S2": ("thinking.loss=last", "thinking.learn_step_size=false", *RANDOM, "thinking.langevin_noise=0.5",
+           "model.conditioning=none", "thinking.initial=noise"),
+    "DiT": ("model.architecture=transformer",),
+}  # fmt: skip
+LAYOUTS = {
+    "TP 2 + SP": ("parallel.tensor=2", "parallel.sequence_parallel=true"),
+    "PP 2": ("parallel.pipeline=2",),
+    "DP 2": (),
+}
+
+
+@pytest.fixture(scope="module")
+def single():
+    return latents.several(RECIPES, (), latents.pictures)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_losses_do_not_depend_on_the_layout(layout, single):
+    ranks = run_ranks(latents.several, 2, RECIPES, LAYOUTS[layout], latents.pictures)
+    for name, losses in single.items():
+        assert ranks[0][name] == pytest.approx(losses, rel=1e-5), name
+
+
+def test_noise_levels_and_classes_are_drawn_by_sample():
+    recipe = latents.pictures_recipe("images.lowest_level=10", "images.highest_level=19", "images.class_dropout=0.5")
+    task, batch = latents.task(recipe), latents.pictures(400)
+    whole, part = (task.sample(b, torch.device("cpu")) for b in (batch, batch.part(100, 110)))
+    levels, classes = whole.observed.unbind(1)
+    assert levels.unique().tolist() == list(range(10, 20))
+    told = classes < 3
+    assert told.float().mean() == pytest.approx(0.5, abs=0.1) and torch.equal(classes[told], batch.labels[told])
+    assert torch.equal(part.start, whole.start[:, 100:110]) and torch.equal(part.observed, whole.observed[100:110])
+    batch.counts = torch.ones(400, dtype=torch.bool)  # of validation
+    assert torch.equal(task.sample(batch, torch.device("cpu")).observed[:, 1], batch.labels)
+
+
+def test_a_noised_picture_has_the_schedules_variances():
+    recipe = latents.pictures_recipe("model.architecture=transformer")
+    task, batch = latents.task(recipe), latents.pictures(2000)
+    sample = task.sample(batch, torch.device("cpu"), level=99)
+    kept = task.schedule.kept[99].item()
+    assert kept == pytest.approx(0.8969, abs=1e-3)  # prod of 1 - linspace(1e-4, 0.02, 1000) over 100 steps
+    assert torch.allclose(
+        sample.start.transpose(0, 1), kept**0.5 * batch.latents + (1 - kept) ** 0.5 * sample.targets, atol=1e-5
+    )
+    assert sample.targets.std() == pytest.approx(1, rel=0.02)
+
+
+def test_the_right_noise_leads_back_to_the_picture():
+    schedule = NoiseSchedule(ImagesConfig())
+    clean, noise = torch.randn(2, 3, 4, 5, dtype=torch.float64)
+    x, levels = None, schedule.levels(499, 7)
+    assert levels[0] == 499 and levels == sorted(levels, reverse=True) and len(levels) == 7
+    at = [torch.full((3,), level) for level in levels]
+    x = schedule.noised(clean, noise, at[0])
+    for level, to in zip(at, [*at[1:], None], strict=True):
+        x = schedule.step(x, noise, level, to)
+    assert torch.allclose(x, clean)
+
+
+def test_an_ancestral_step_keeps_the_variance_of_the_level():
+    schedule = NoiseSchedule(ImagesConfig())
+    level, to = torch.full((1,), 600), torch.full((1,), 300)
+    clean, noise, fresh = torch.zeros(1, 200, 200), torch.randn(1, 200, 200), torch.randn(1, 200, 200)
+    x = schedule.step(schedule.noised(clean, noise, level), noise, level, to, fresh)
+    assert x.square().mean() == pytest.approx(1 - schedule.kept[300].item(), rel=0.03)
+
+
+def test_validation_knows_the_psnr_of_every_step():
+    recipe = latents.pictures_recipe("images.lowest_level=99", "images.highest_level=99")
+    task = latents.task(recipe)
+    task.decoder = Decoder(20 * torch.eye(2), torch.full((2,), 128.0), 2, 2, 1)
+    model = builders.build(recipe, torch.float32, task)
+    batch = latents.pictures(4)
+    batch.counts = torch.tensor([True, True, True, False])
+    measures = validate(builders.objective(model, recipe, task), [batch], 3).measures
+    assert len(measures["psnr"]) == 3
+    error = 20 * (task.sample(batch, torch.device("cpu")).start.transpose(0, 1)[:3] - batch.latents[:3])
+    assert measures["noised_psnr"] == pytest.approx(
+        20 * torch.log10(255 / error.square().mean().sqrt()).item(), abs=0.1
+    )
+
+
+@pytest.mark.parametrize(("overrides", "arguments", "why"), [
+    (("data.sequence_length=5",), {}, "pictures have 4 patches: set data.sequence_length=4"),
+    (("model.conditioning=time_embed",), {}, "pictures have none .* or adaln_zero"),
+    (("model.num_query_groups=2",), {}, "one group for each head"),
+    ((), {"classes": 0}, "images.classes=true needs labels, and the shards have none"),
+    ((), {"grid": (3, 2)}, "pictures of 4 patches are no 3 x 2"),
+])  # fmt: skip
+def test_what_does_not_fit_is_refused(overrides, arguments, why):
+    with pytest.raises((RecipeError, DataError), match=why):
+        Images(latents.pictures_recipe(*overrides), [4, 2], **{"classes": 3} | arguments)
+
+
+def test_levels_beyond_the_schedule_are_refused():
+    with pytest.raises(RecipeError, match=r"images.lowest_level=5, highest_level=1000: must rise and be below"):
+        latents.pictures_recipe("images.lowest_level=5", "images.highest_level=1000")
