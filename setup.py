@@ -27,7 +27,7 @@ setup(
             "ebt-plan = ebt_megatron.tools.plan:app",
             "ebt-convert = ebt_megatron.tools.convert:app",
             "ebt-import = ebt_megatron.tools.import_ebt_checkpoint:app",
-            "ebt-report = ebt_megatron.tools.report:app",
+            "ebt-report = ebt_megatron.report:app",
         ]
     },
     install_requires=[

@@ -14,7 +14,7 @@ from pathlib import Path
 import typer
 from rich.console import Console
 
-from .report import NEXT_STEPS
+from ebt_megatron.report import NEXT_STEPS
 
 DATA = Path("data/quickstart")
 RUNS = Path("runs/quickstart")
@@ -71,8 +71,8 @@ def main(
     from ebt_megatron.evaluation.report import write_report
 
     title = "EBT and Transformer++ on real text, on this machine"
-    ebts = {"EBT, S1": RUNS / "s1", "EBT, S2": RUNS / "s2"}
-    paths = write_report(ebts, RUNS / "transformer", RUNS / "report", title, NEXT_STEPS)
+    runs = {"EBT, S1": RUNS / "s1", "EBT, S2": RUNS / "s2", "Transformer++": RUNS / "transformer"}
+    paths = write_report(runs, RUNS / "report", title, NEXT_STEPS)
     console.rule("done", align="left")
     console.print(", ".join(f"{name} {s:.0f} s" for name, s in seconds.items()))
     console.print(f"report: {paths['html']} and {paths['markdown']}\n\nhow to go on:\n{NEXT_STEPS}", highlight=False)

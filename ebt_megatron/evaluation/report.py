@@ -1,266 +1,201 @@
-"""A report of EBT runs beside their baseline: HTML with inlined plots, and Markdown."""
+"""A report of runs beside each other: one HTML page that needs nothing else, and Markdown."""
 
 from __future__ import annotations
 
 import base64
 import html
 import io
-import json
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib.figure import Figure
 
+from ebt_megatron.core.errors import RecipeError
 from ebt_megatron.core.files import write_whole
-
-EBT_COLOURS, BASELINE_COLOUR, NEUTRAL = ("#c8442d", "#e0962e", "#8a3ea8", "#2f8f5b"), "#2d5fc8", "#777777"
-_DASHES = ("-", "--", ":", "-.")
+from ebt_megatron.evaluation import figures
+from ebt_megatron.evaluation.run_files import RunFiles
+from ebt_megatron.evaluation.tables import Table, number, percent, suite_tables
 
 
 @dataclass
-class Run:
-    """What a run directory says about itself."""
+class _Picture:
+    """A figure as PNG by day and by night, with what it shows."""
 
-    label: str
-    path: Path
-    metrics: list[dict[str, Any]]
-    evaluation: dict[str, Any]
+    name: str
+    caption: str
+    day: bytes
+    night: bytes
 
     @classmethod
-    def read(cls, path: Path, label: str) -> Run:
-        """Read metrics.jsonl and evaluation.json of a run that the report calls `label`.
+    def draw(cls, name: str, caption: str, figure: Callable[[], Figure]) -> _Picture:
+        drawn = []
+        for night in (False, True):
+            with figures.colours(night):
+                made, buffer = figure(), io.BytesIO()
+                made.tight_layout()
+                made.savefig(buffer, format="png")
+                plt.close(made)
+                drawn.append(buffer.getvalue())
+        return cls(name, caption, *drawn)
 
-        Raises:
-            FileNotFoundError: naming what is missing and the command that makes it.
-        """
-        for name, how in (("metrics.jsonl", "train it first"),
-                          ("evaluation.json", f"python -m ebt_megatron.evaluate {path}")):  # fmt: skip
-            if not (path / name).exists():
-                raise FileNotFoundError(f"{path / name} is missing: {how}")
-        lines = (path / "metrics.jsonl").read_text().splitlines()
-        evaluation = json.loads((path / "evaluation.json").read_text())
-        return cls(label, path, [json.loads(line) for line in lines], evaluation)
-
-    def series(self, key: str) -> tuple[list[float], list[float]]:
-        """(tokens, value) of every logged step that has the key."""
-        rows = [row for row in self.metrics if row.get(key) is not None]
-        return [row["tokens"] for row in rows], [row[key] for row in rows]
-
-
-def _figure(width: float = 6.4) -> tuple[Any, Any]:
-    figure, axes = plt.subplots(figsize=(width, 3.8), dpi=110)
-    _plain(axes)
-    return figure, axes
+    def html(self) -> str:
+        day, night = (f"data:image/png;base64,{base64.b64encode(png).decode()}" for png in (self.day, self.night))
+        return (
+            f'<figure id="{self.name}"><picture><source media="(prefers-color-scheme: dark)" srcset="{night}">'
+            f'<img alt="{self.name}" src="{day}"></picture>'
+            f"<figcaption>{html.escape(self.caption)}</figcaption></figure>"
+        )
 
 
-def _plain(axes: Any) -> None:
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(alpha=0.25)
+def _pictures(ebts: Sequence[RunFiles], rivals: Sequence[RunFiles]) -> list[_Picture]:
+    worked = [run for run in ebts if "example" in run.evaluation]
+    judged = [run for run in ebts if run.suite]
+    draw = _Picture.draw
+    out = [
+        draw("loss", "All models see the same tokens in the same order, unless a label says otherwise.",
+             lambda: figures.losses(ebts, rivals)),
+        draw("start", "The first tokens stretched out: how long each model only learns how often tokens occur (the "
+             "dashed line of the chart above), and how the learned step size moves.",
+             lambda: figures.start(ebts, rivals)),
+    ]  # fmt: skip
+    if ebts:
+        out.append(draw("thinking", "For each model, only the number of steps at evaluation differs. A gain over a "
+                        "first step that was never trained (loss on the last step only) says little.",
+                        lambda: figures.thinking(ebts, rivals)))  # fmt: skip
+    if worked:
+        shown = worked[-1].evaluation["example"]
+        out.append(draw("energy", "One batch of validation samples.", lambda: figures.energies(worked)))
+        out.append(draw("example", f"{worked[-1].label}. Next token after “…{shown['context']}”; the true one, "
+                        f"{shown['target']!r}, in red.", lambda: figures.example(worked[-1])))  # fmt: skip
+    if judged:
+        out.append(draw("compute", "Every point is a mean over validation; FLOPs are counted, not timed.",
+                        lambda: figures.compute(judged)))  # fmt: skip
+        out.append(draw("starts", "What an energy that knew best would reach is the oracle; what chance gives is the "
+                        "even mixture.", lambda: figures.several_starts(judged)))  # fmt: skip
+        out.append(draw("risk", "A doubt that knows errors falls far to the left.", lambda: figures.risk(judged)))
+        if any(run.suite.get("shifts") for run in judged):
+            out.append(draw("shifts", "Far to the right is text unlike that trained on.",
+                            lambda: figures.shifts(judged)))  # fmt: skip
+        for i, run in enumerate(judged):
+            out.append(draw(f"landscape-{i + 1}", f"{run.label}: energies of what the model reads of a prediction, "
+                            "over the plane through its start, its end (at 0, 0) and the token that comes; the two "
+                            "tokens that thinking changed most.", lambda run=run: figures.landscapes(run)))  # type: ignore[misc] # fmt: skip
+    return out
 
 
-def _png(figure: Any) -> bytes:
-    buffer = io.BytesIO()
-    figure.tight_layout()
-    figure.savefig(buffer, format="png")
-    plt.close(figure)
-    return buffer.getvalue()
-
-
-def plot_losses(ebts: Sequence[Run], baseline: Run) -> bytes:
-    """Training and validation loss of all models against tokens."""
-    figure, axes = _figure()
-    for run, colour in ((baseline, BASELINE_COLOUR), *zip(ebts, EBT_COLOURS, strict=False)):
-        axes.plot(*run.series("final_step_loss"), color=colour, alpha=0.35, lw=1)
-        axes.plot(*run.series("validation_loss"), "o-", color=colour, ms=3, label=f"{run.label}, validation")
-    entropy = baseline.evaluation["unigram_entropy"]
-    axes.axhline(entropy, color=NEUTRAL, ls="--", lw=1)
-    axes.annotate("unigram entropy", (axes.get_xlim()[1], entropy), ha="right", va="bottom", color=NEUTRAL, fontsize=8)
-    axes.set(xlabel="training tokens", ylabel="loss (nats per token)", title="Loss against tokens (faint: training)")
-    axes.legend(frameon=False)
-    return _png(figure)
-
-
-def plot_start(ebts: Sequence[Run], baseline: Run) -> bytes:
-    """The start of training: the loss after each step, tokens on a logarithmic axis; and the step size."""
-    figure, (losses, sizes) = plt.subplots(1, 2, figsize=(9.2, 3.8), dpi=110, width_ratios=(2, 1))
-    for axes in (losses, sizes):
-        _plain(axes)
-        axes.set(xlabel="training tokens", xscale="log")
-    losses.plot(*baseline.series("loss"), color=BASELINE_COLOUR, lw=1, label=baseline.label)
-    for run, colour in zip(ebts, EBT_COLOURS, strict=False):
-        rows = [row for row in run.metrics if row.get("step_losses")]
-        for step in range(max((len(row["step_losses"]) for row in rows), default=0)):
-            seen = [row for row in rows if len(row["step_losses"]) > step]
-            losses.plot([row["tokens"] for row in seen], [row["step_losses"][step] for row in seen], color=colour, lw=1,
-                        ls=_DASHES[step % len(_DASHES)], label=f"{run.label}, after step {step + 1}")  # fmt: skip
-        tokens, alpha = run.series("alpha")
-        sizes.plot(tokens, alpha, color=colour, label=run.label)
-    losses.axhline(baseline.evaluation["unigram_entropy"], color=NEUTRAL, ls="--", lw=1)
-    losses.set(ylabel="training loss", title="Start of training: loss after each step")
-    losses.legend(frameon=False, fontsize=8)
-    sizes.set(ylabel="step size alpha", title="Step size")
-    sizes.legend(frameon=False, fontsize=8)
-    return _png(figure)
-
-
-def plot_thinking(ebts: Sequence[Run], baseline: Run) -> bytes:
-    """Validation perplexity against the number of thinking steps; a ring marks the steps trained with."""
-    figure, axes = _figure()
-    for run, colour in zip(ebts, EBT_COLOURS, strict=False):
-        rows = run.evaluation["thinking"]
-        axes.plot([r["steps"] for r in rows], [r["perplexity"] for r in rows], "o-", color=colour, label=run.label)
-        trained = next(r for r in rows if r["steps"] == run.evaluation["trained_steps"])
-        axes.plot(trained["steps"], trained["perplexity"], "o", ms=12, mfc="none", color=colour)
-    axes.axhline(baseline.evaluation["thinking"][-1]["perplexity"], color=BASELINE_COLOUR, ls="--",
-                 label=f"{baseline.label} (cannot think longer)")  # fmt: skip
-    most = max(len(run.evaluation["thinking"]) for run in ebts)
-    axes.set(xlabel="thinking steps (ring: as trained)", ylabel="validation perplexity", yscale="log",
-             title="Perplexity against thinking", xticks=range(1, most + 1))  # fmt: skip
-    axes.legend(frameon=False)
-    return _png(figure)
-
-
-def plot_energy(ebts: Sequence[Run]) -> bytes:
-    """Mean energy before and after every step, each step on a scale of its own: landscapes do not compare."""
-    most = max(len(run.evaluation["example"]["mean_energies"]) for run in ebts)
-    figure, grid = plt.subplots(len(ebts), most, figsize=(1.7 * most + 0.6, 2.5 * len(ebts)), dpi=110, squeeze=False)
-    for run, colour, row in zip(ebts, EBT_COLOURS, grid, strict=False):
-        pairs = run.evaluation["example"]["mean_energies"]
-        for step, axes in enumerate(row):
-            if step >= len(pairs):
-                axes.set_visible(False)
-                continue
-            axes.plot([0, 1], pairs[step], "o-", color=colour)
-            change = pairs[step][1] - pairs[step][0]
-            axes.set_title(f"step {step + 1}: {change:+.3g}", fontsize=9)
-            axes.set(xticks=[0, 1], xlim=(-0.3, 1.3))
-            axes.set_xticklabels(["before", "after"], fontsize=8)
-            axes.ticklabel_format(axis="y", useOffset=False)
-            axes.tick_params(axis="y", labelsize=7)
-            _plain(axes)
-        row[0].set_ylabel(f"{run.label}\nmean energy", fontsize=9)
-    return _png(figure)
-
-
-def plot_example(ebt: Run) -> bytes:
-    """One token's predicted distribution after each step."""
-    example = ebt.evaluation["example"]
-    states = example["states"]
-    figure, all_axes = plt.subplots(1, len(states), figsize=(2.5 * len(states), 3.6), dpi=110, sharex=True)
-    for axes, state in zip(all_axes, states, strict=True):
-        names = [repr(t["token"])[1:-1] for t in state["top"]]
-        colours = [EBT_COLOURS[0] if t["token"] == example["target"] else NEUTRAL for t in state["top"]]
-        axes.barh(names[::-1], [t["probability"] for t in state["top"]][::-1], color=colours[::-1])
-        pair = state["energies"]
-        descent = f"\nenergy {pair[0]:.3f} → {pair[1]:.3f}" if pair else "\n(the start)"
-        axes.set_title(f"after {state['steps']} steps{descent}", fontsize=9)
-        axes.spines[["top", "right"]].set_visible(False)
-    return _png(figure)
-
-
-def _number(value: float | None, digits: int = 3) -> str:
-    return "-" if value is None else f"{value:,.{digits}f}"
-
-
-def _cost_rows(runs: Sequence[Run]) -> list[list[str]]:
-    rows = [["model", "tokens", "validation loss", "perplexity", "tokens/s", "s / step", "peak memory MB",
-             "GFLOP/s", "data wait"]]  # fmt: skip
+def _cost_table(runs: Sequence[RunFiles]) -> Table:
+    rows = []
     for run in runs:
         timed = run.metrics[len(run.metrics) // 2 :]
         middle = sorted(timed, key=lambda row: row["step_seconds"])[len(timed) // 2]
         wait = sum(r.get("data_wait_seconds", 0.0) for r in timed) / sum(r["step_seconds"] for r in timed)
-        final = next(r for r in run.evaluation["thinking"] if r["steps"] == run.evaluation["trained_steps"])
         rows.append([
-            run.label, f"{run.metrics[-1]['tokens']:,}", _number(final["loss"]), _number(final["perplexity"], 1),
-            _number(middle["tokens_per_second"], 0), _number(middle["step_seconds"]),
-            _number(max(r["peak_memory_bytes"] for r in run.metrics) / 1e6, 0),
-            _number(middle["model_flops_per_second"] / 1e9, 1), f"{100 * wait:.2f} %",
+            run.label, f"{run.tokens:,}", number(run.tokens * run.flops_a_token / 1e12, 2),
+            number(run.final["loss"]), number(run.final.get("perplexity"), 1), number(middle["tokens_per_second"], 0),
+            number(middle["step_seconds"]), number(max(r["peak_memory_bytes"] for r in run.metrics) / 1e6, 0),
+            number(middle["model_flops_per_second"] / 1e9, 1), f"{100 * wait:.2f} %",
         ])  # fmt: skip
-    return rows
+    return Table("Speed and memory", ["model", "tokens", "training TFLOPs", "validation loss", "perplexity",
+                 "tokens/s", "s / step", "peak memory MB", "GFLOP/s", "data wait"], rows)  # fmt: skip
 
 
-def _thinking_rows(ebt: Run) -> list[list[str]]:
-    rows = [
-        ["thinking steps", "validation loss", "perplexity", "most likely token is right", "... changed by the step"]
-    ]
-    for row in ebt.evaluation["thinking"]:
-        note = " (trained)" if row["steps"] == ebt.evaluation["trained_steps"] else ""
-        changed = "-" if row["changed"] is None else f"{100 * row['changed']:.1f} %"
-        rows.append([f"{row['steps']}{note}", _number(row["loss"]), _number(row["perplexity"], 1),
-                     f"{100 * row['accuracy']:.1f} %", changed])  # fmt: skip
-    return rows
+def _thinking_table(run: RunFiles) -> Table:
+    rows = []
+    for row in run.evaluation["thinking"]:
+        note = " (trained)" if row["steps"] == run.evaluation["trained_steps"] else ""
+        rows.append([f"{row['steps']}{note}", number(row["loss"]), number(row.get("perplexity"), 1),
+                     percent(row.get("accuracy")), percent(row.get("changed"))])  # fmt: skip
+    return Table(f"Thinking longer: {run.label}", ["thinking steps", "validation loss", "perplexity",
+                 "most likely token is right", "... changed by the step"], rows)  # fmt: skip
 
 
-def _markdown_table(rows: list[list[str]]) -> str:
-    lines = ["| " + " | ".join(row) + " |" for row in rows]
-    lines.insert(1, "|" + " --- |" * len(rows[0]))
-    return "\n".join(lines)
+def _coloured_text(run: RunFiles) -> str:
+    """A validation text: tokens shaded by energy, underlined by steps; hovering shows the predictions."""
+    shown = run.suite["portrait"]
+    values = sorted(t["energy"] for t in shown["tokens"])
+    most = max(t["steps"] for t in shown["tokens"])
+    spans = []
+    for token in shown["tokens"]:
+        rank = sum(v < token["energy"] for v in values) / max(1, len(values) - 1)
+        first, last = (", ".join(f"{text!r} {100 * p:.0f} %" for text, p in token[key]) for key in ("first", "last"))
+        title = (f"energy {token['energy']:.3f}, settled after {token['steps']} steps, loss {token['loss']:.2f}\n"
+                 f"after the first step: {first}\nafter the last: {last}")  # fmt: skip
+        text = html.escape(token["text"]).replace("\n", "↵<br>")
+        width = math.ceil(3 * token["steps"] / most)
+        spans.append(f'<span title="{html.escape(title)}" style="background:rgb(200 68 45 / {0.6 * rank:.2f});'
+                     f'border-bottom:{width}px solid #2d6fd8">{text}</span>')  # fmt: skip
+    return (f"<h2>A text as {html.escape(run.label)} sees it</h2><p>The redder a token, the higher the energy of its "
+            "prediction; the thicker the line below, the more steps until it settled. Hover over a token for what was "
+            f'predicted in its place.</p><p class="text">{"".join(spans)}</p>')  # fmt: skip
 
 
-def _html_table(rows: list[list[str]]) -> str:
-    cells = [[html.escape(c) for c in row] for row in rows]
-    head = "".join(f"<th>{c}</th>" for c in cells[0])
-    body = "".join("<tr>" + "".join(f"<td>{c}</td>" for c in row) + "</tr>" for row in cells[1:])
-    return f"<table><tr>{head}</tr>{body}</table>"
+def _samples(run: RunFiles) -> str:
+    shown = run.suite["portrait"]["samples"]
+    items = "".join(f"<li><b>{html.escape(shown['prompt'])}</b>{html.escape(text)}</li>" for text in shown["texts"])
+    return f'<h2>Continued by {html.escape(run.label)}</h2><p>Temperature 0.8.</p><ol class="text">{items}</ol>'
 
 
-_STYLE = """body{font:16px/1.5 system-ui,sans-serif;max-width:60em;margin:2em auto;padding:0 1em;color:#222}
-img{max-width:100%}table{border-collapse:collapse;margin:1em 0}td,th{padding:.3em .8em;border-bottom:1px solid #ddd;
-text-align:right}td:first-child,th:first-child{text-align:left}pre{background:#f5f5f5;padding:1em;overflow:auto}"""
+_STYLE = """:root{color-scheme:light dark}body{font:16px/1.5 system-ui,sans-serif;max-width:60em;margin:2em auto;
+padding:0 1em;color:#222;background:#fff}img{max-width:100%;height:auto}figure{margin:1.5em 0}figcaption{font-size:.9em;
+opacity:.8}.wide{overflow-x:auto}table{border-collapse:collapse;margin:1em 0}td,th{padding:.3em .8em;border-bottom:1px
+solid #8884;text-align:right}td:first-child,th:first-child{text-align:left}pre{background:#8882;padding:1em;
+overflow:auto}.text{font-family:ui-monospace,monospace;font-size:.85em;overflow-wrap:anywhere;white-space:pre-wrap}
+@media (prefers-color-scheme:dark){body{color:#ddd;background:#181818}}"""
 
 
 def write_report(
-    ebt_dirs: dict[str, Path], baseline_dir: Path, output: Path, title: str, next_steps: str
+    runs: Mapping[str, Path] | Sequence[Path], output: Path, title: str, next_steps: str
 ) -> dict[str, Path]:
     """Write report.html, report.md and the plots into `output`.
 
     Args:
-        ebt_dirs: by label, run directories with metrics.jsonl and evaluation.json; the last one's example is shown.
-        baseline_dir: the Transformer++'s.
+        runs: run directories with metrics.jsonl and evaluation.json, and perhaps suite.json; by label, or by the names
+            of their recipes.
         output: folder to write to.
         title: heading.
         next_steps: plain text, how to go on from here.
 
     Returns:
         Paths by name ("html", "markdown" and each plot).
+
+    Raises:
+        RecipeError: for a run without what is needed.
     """
-    ebts = [Run.read(path, label) for label, path in ebt_dirs.items()]
-    baseline = Run.read(baseline_dir, "Transformer++")
+    items: Any = runs.items() if isinstance(runs, Mapping) else ((None, path) for path in runs)
+    read = [RunFiles.read(path, label) for label, path in items]
+    if not read:
+        raise RecipeError("no run to report on")
+    ebts, rivals = [r for r in read if r.thinks], [r for r in read if not r.thinks]
     output.mkdir(parents=True, exist_ok=True)
-    plots = {
-        "loss": (plot_losses(ebts, baseline), "All models see the same tokens in the same order."),
-        "start": (plot_start(ebts, baseline), "The first tokens stretched out: how long each model only learns how "
-                  "often tokens occur (the dashed line), and how the learned step size moves."),
-        "thinking": (plot_thinking(ebts, baseline), "For each model, only the number of steps at evaluation differs. "
-                     "A gain over a first step that was never trained (loss on the last step only) says little."),
-        "energy": (plot_energy(ebts), "One batch of validation samples."),
-    }  # fmt: skip
-    example = ebts[-1].evaluation["example"]
-    caption = f"Next token after “…{example['context']}”; the true one, {example['target']!r}, in red."
-    plots["example"] = (plot_example(ebts[-1]), f"{ebts[-1].label}. {caption}")
-    tables = [("Speed and memory", _cost_rows([*ebts, baseline])),
-              *((f"Thinking longer: {ebt.label}", _thinking_rows(ebt)) for ebt in ebts)]  # fmt: skip
+    pictures = _pictures(ebts, rivals)
+    tables = [_cost_table([*ebts, *rivals]), *map(_thinking_table, ebts)]
+    for run in ebts:
+        # Thinking has a table of its own above.
+        tables += [Table(f"{run.label}: {t.title}", t.head, t.rows) for t in suite_tables(run.suite)
+                   if not t.title.startswith("Thinking")] if run.suite else []  # fmt: skip
     paths = {}
-    for name, (png, _) in plots.items():
-        paths[name] = output / f"{name}.png"
-        write_whole(paths[name], png)
+    for picture in pictures:
+        paths[picture.name] = output / f"{picture.name}.png"
+        paths[picture.name].write_bytes(picture.day)
     markdown = [f"# {title}\n"]
-    page = [f"<!doctype html><meta charset=utf-8><title>{html.escape(title)}</title><style>{_STYLE}</style>",
-            f"<h1>{html.escape(title)}</h1>"]  # fmt: skip
-    for name, (png, caption) in plots.items():
-        markdown.append(f"![{name}]({name}.png)\n\n{caption}\n")
-        data = base64.b64encode(png).decode()
-        page.append(f'<p><img alt="{name}" src="data:image/png;base64,{data}"><br>{html.escape(caption)}</p>')
-    for heading, rows in tables:
-        markdown.append(f"## {heading}\n\n{_markdown_table(rows)}\n")
-        page.append(f"<h2>{heading}</h2>{_html_table(rows)}")
+    page = ["<!doctype html><html lang=en><meta charset=utf-8>",
+            '<meta name="viewport" content="width=device-width,initial-scale=1"><link rel="icon" href="data:,">',
+            f"<title>{html.escape(title)}</title><style>{_STYLE}</style><h1>{html.escape(title)}</h1>"]  # fmt: skip
+    for picture in pictures:
+        markdown.append(f"![{picture.name}]({picture.name}.png)\n\n{picture.caption}\n")
+        page.append(picture.html())
+    for run in ebts:
+        if run.suite.get("portrait"):
+            page += [_coloured_text(run), _samples(run)]
+    for table in tables:
+        markdown.append(f"## {table.title}\n\n{table.markdown()}\n")
+        page.append(f"<h2>{html.escape(table.title)}</h2>{table.html()}")
     markdown.append(f"## How to go on\n\n```\n{next_steps}\n```\n")
-    page.append(f"<h2>How to go on</h2><pre>{html.escape(next_steps)}</pre>")
+    page.append(f"<h2>How to go on</h2><pre>{html.escape(next_steps)}</pre></html>")
     paths["html"], paths["markdown"] = output / "report.html", output / "report.md"
     write_whole(paths["html"], "\n".join(page))
     write_whole(paths["markdown"], "\n".join(markdown))

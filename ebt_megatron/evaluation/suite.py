@@ -19,6 +19,7 @@ from ebt_megatron.config import RecipeError
 from ebt_megatron.core.errors import DataError
 from ebt_megatron.data.loader import Loader, MicroBatch
 from ebt_megatron.evaluation import statistics
+from ebt_megatron.evaluation.portrait import portrait
 from ebt_megatron.evaluation.token_scores import CORRUPTIONS, TokenScores, corrupted, score
 from ebt_megatron.objectives.flops import training_flops
 from ebt_megatron.session import TrainedRun, open_run
@@ -240,6 +241,7 @@ class _Collected:
     corrupted: dict[str, tuple[TokenScores, np.ndarray]]
     shifts: dict[str, TokenScores]
     flops_of: Callable[[float], float]
+    portrait: Numbers | None
 
 
 class _Steps:
@@ -298,7 +300,11 @@ def _collect(run: TrainedRun, steps: _Steps, options: SuiteOptions, doing: Calla
         "tokens": run.tokens, "training flops": run.step * training_flops(run.recipe, cost),
         "inference flops a token": flops_of(steps.trained),
     }  # fmt: skip
-    return _Collected(run.task.identity, about, plain, [plain, *more], wrong, other, flops_of)
+    shown = None
+    if run.objective.thinks:
+        doing(f"{run.recipe.name}: portrait")
+        shown = portrait(run, task.sample(validation[0], run.state.device))
+    return _Collected(run.task.identity, about, plain, [plain, *more], wrong, other, flops_of, shown)
 
 
 def _of_kind(collected: _Collected, kind: str) -> TokenScores:
@@ -335,6 +341,7 @@ def _results(ours: _Collected, rivals: dict[str, _Collected], steps: _Steps) -> 
                         for name, of in models.items()},
     }  # fmt: skip
     if thinks:
+        out["portrait"] = ours.portrait
         out["starts"] = starts(ours.starts, step, {name: of.starts for name, of in rivals.items()})
         out["dynamic compute"] = dynamic_compute(ours.plain, step, ours.flops_of)
         out["corruption"] = corruption(lambda kind: ours.corrupted[kind], kinds)

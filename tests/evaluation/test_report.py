@@ -1,10 +1,46 @@
-"""The report holds its plots, its tables, and nothing that must be fetched."""
+"""The report holds its plots, its tables, and nothing that must be fetched; and a browser shows all of it."""
 
 import json
+import re
+import shutil
+import subprocess
 
 import pytest
+from typer.testing import CliRunner
 
-from ebt_megatron.evaluation.report import Run, write_report
+from ebt_megatron.core.errors import RecipeError
+from ebt_megatron.evaluation.report import write_report
+from ebt_megatron.evaluation.run_files import RunFiles
+from ebt_megatron.report import app
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+PLAIN = ("loss", "start", "thinking", "energy", "example")
+JUDGED = ("compute", "starts", "risk", "shifts", "landscape-1")
+
+
+def suite():
+    """Numbers as `evaluation.suite` gives them."""
+    doubt = {"rank correlation with loss": 0.5, "AUROC of an error": 0.7, "area under risk-coverage": 0.3,
+             "curve": [0.1, 0.2, 0.5]}  # fmt: skip
+    model = {"parameters": 1e6, "tokens": 1e6, "training flops": 1e12, "inference flops a token": 3e6, "loss": 4.0,
+             "perplexity": 55.0, "accuracy": 0.2}  # fmt: skip
+    by = {"lowest energy": {"perplexity": 50.0, "accuracy": 0.2}, "even mixture": {"perplexity": 49.0}}
+    step = {"steps": 1, "loss": 4.0, "perplexity": 55.0, "accuracy": 0.2, "changed": None}
+    compute = [{"steps": s, "tolerance": 0.1 * s, "perplexity": 60.0 - s, "flops": 1e6 * s} for s in (1, 2)]
+    token = {"text": " a<b", "loss": 1.0, "energy": 0.3, "steps": 2, "first": [["x", 0.5]], "last": [["</y>", 0.6]]}
+    shift = {"shift": 2.0, "gain over the first step": 0.2, "perplexity": {"": 90.0, "T": 80.0}, "energy": 1.0,
+             "AUROC of being other text, by energy": 0.6}  # fmt: skip
+    return {
+        "trained steps": 2, "models": [{"name": "e", "rival": False, **model}, {"name": "T", "rival": True, **model}],
+        "thinking": [step], "starts": [{"starts": m, "by": by} for m in (1, 2)],
+        "dynamic compute": {"fixed": compute, "adaptive": compute, "flops to reach the trained steps' perplexity": 0.7},
+        "corruption": [{"kind": "random", "token energy": 0.7, "-log p": 0.9}], "shifts": {"far <1>": shift},
+        "uncertainty": {n: {"error rate": 0.5, "calibration error": 0.1, "by": {"entropy": doubt}} for n in "eT"},
+        "portrait": {"tokens": [token, {**token, "text": "\n", "energy": 0.1}] * 30,
+                     "samples": {"prompt": "So <i>", "texts": ["it goes & goes"]},
+                     "landscapes": [{"x": [0, 1, 2], "y": [0, 1], "energy": [[0, 1, 2], [1, 2, 3]], "target": [1, 1],
+                                     "path": [[0, 0], [1, 0.5]], "context": "a", "token": "$b$"}]},
+    }  # fmt: skip
 
 
 @pytest.fixture
@@ -24,45 +60,81 @@ def runs(tmp_path):
         steps = range(1, 5) if name == "ebt" else range(1, 2)
         state = {"top": [{"token": " a<b", "probability": 0.5}, {"token": " of", "probability": 0.25}]}
         evaluation = {
-            "name": name, "trained_steps": 2 if name == "ebt" else 1, "unigram_entropy": 5.7,
+            "name": name, "architecture": name, "trained_steps": 2 if name == "ebt" else 1, "unigram_entropy": 5.7,
             "thinking": [{"steps": s, "loss": 5.0 - s / 10, "perplexity": 100.0 + s, "accuracy": 0.25,
                           "changed": None if s == 1 else 0.125} for s in steps],
-            "example": {"context": "one <b> of", "target": " of", "mean_energies": [[1.0, 0.5], [0.4, 0.3]],
-                        "states": [{"steps": i, "energies": [1.0, 0.5] if i else None, **state} for i in range(3)]},
         }  # fmt: skip
+        if name == "ebt":
+            evaluation["example"] = {
+                "context": "one <b> of", "target": " of", "mean_energies": [[1.0, 0.5], [0.4, 0.3]],
+                "states": [{"steps": i, "energies": [1.0, 0.5] if i else None, **state} for i in range(3)],
+            }  # fmt: skip
         (folder / "evaluation.json").write_text(json.dumps(evaluation))
     return folders
 
 
 def test_html_and_markdown(runs, tmp_path):
-    ebts = {"S1": runs["ebt"], "S2": runs["ebt"]}
-    paths = write_report(ebts, runs["transformer"], tmp_path / "report", "A title", "do this next")
+    labels = {"S1": runs["ebt"], "S2": runs["ebt"], "Transformer++": runs["transformer"]}
+    paths = write_report(labels, tmp_path / "report", "A title", "do this next")
     html, markdown = paths["html"].read_text(), paths["markdown"].read_text()
-    assert html.count("data:image/png;base64,") == 5
+    assert html.count("data:image/png;base64,") == 2 * len(PLAIN)  # by day and by night
     assert "http" not in html
     assert "one &lt;b&gt; of" in html
     for text in (html, markdown):
         assert "do this next" in text and "A title" in text and "2 (trained)" in text
-    for name in ("loss", "start", "thinking", "energy", "example"):
+    for name in PLAIN:
         assert f"({name}.png)" in markdown and paths[name].stat().st_size > 1000
     assert "0.10 %" in markdown  # data wait: 2 ms of 2 s
     assert markdown.count("| 12.5 % |") == 6 and "Thinking longer: S2" in markdown
 
 
+def test_a_suite_adds_its_parts(runs, tmp_path):
+    (runs["ebt"] / "suite.json").write_text(json.dumps(suite()))
+    paths = write_report(list(runs.values()), tmp_path / "report", "A title", "")
+    html = paths["html"].read_text()
+    assert set(JUDGED) <= paths.keys() and "Which token is wrong" in html
+    assert " a&lt;b</span>" in html and "So &lt;i&gt;" in html and "it goes &amp; goes" in html
+    assert "&#x27;&lt;/y&gt;&#x27; 60 %" in html, "hovering over a token shows what was predicted"
+
+
 def test_a_run_that_was_not_evaluated_says_how_to(runs):
     (runs["ebt"] / "evaluation.json").unlink()
-    with pytest.raises(FileNotFoundError, match=r"python -m ebt_megatron\.evaluate"):
-        Run.read(runs["ebt"], "EBT")
+    with pytest.raises(RecipeError, match=r"python -m ebt_megatron\.evaluate"):
+        RunFiles.read(runs["ebt"], "EBT")
 
 
 def test_the_command_writes_it_or_says_what_is_missing(runs, tmp_path):
-    from typer.testing import CliRunner
-
-    from tools.report import app
-
-    command = [str(runs["ebt"]), "--baseline", str(runs["transformer"]), "--output", str(tmp_path / "page")]
+    command = [str(runs["ebt"]), str(runs["transformer"]), "--output", str(tmp_path / "page")]
     done = CliRunner().invoke(app, command)
     assert done.exit_code == 0 and (tmp_path / "page" / "report.html").exists(), done.output
     (runs["ebt"] / "evaluation.json").unlink()
     done = CliRunner().invoke(app, command)
     assert done.exit_code == 2 and "ebt_megatron.evaluate" in done.stderr and done.stderr.count("\n") == 1
+
+
+PROBE = """<script>addEventListener("load", () => { const seen = [...document.images].map(i => {
+const r = i.getBoundingClientRect(); return [i.alt, i.naturalWidth, Math.round(r.width), r.right <= innerWidth] });
+document.title = JSON.stringify({seen, wide: document.documentElement.scrollWidth, window: innerWidth,
+dark: matchMedia("(prefers-color-scheme: dark)").matches, color: getComputedStyle(document.body).color}) })</script>"""
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
+@pytest.mark.parametrize("night", [False, True])
+def test_a_browser_shows_every_figure_on_a_narrow_screen(night, runs, tmp_path):
+    (runs["ebt"] / "suite.json").write_text(json.dumps(suite()))
+    page = write_report(list(runs.values()), tmp_path / "report", "A title", "x" * 200)["html"]
+    page.write_text(page.read_text().replace("<h1>", PROBE + "<h1>", 1))
+    dark = ["--force-dark-mode", "--blink-settings=preferredColorScheme=0"] if night else []
+    done = subprocess.run(
+        [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking",
+         "--disable-component-update", "--disable-sync", "--hide-scrollbars", f"--user-data-dir={tmp_path / 'profile'}",
+         "--enable-logging=stderr", "--virtual-time-budget=5000", "--window-size=400,900", *dark, "--dump-dom",
+         page.as_uri()], capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    told = json.loads(re.search(r"<title>(\{.*?\})</title>", done.stdout)[1])
+    assert "CONSOLE" not in done.stderr, done.stderr
+    assert {name for name, *_ in told["seen"]} == {*PLAIN, *JUDGED}
+    for name, natural, shown, inside in told["seen"]:
+        assert natural > 300 and shown > 250 and inside, name
+    assert told["wide"] <= told["window"], "the page is as wide as the window"
+    assert told["dark"] == night

@@ -1,4 +1,4 @@
-"""A report of EBTs' runs beside a baseline's, as the quickstart makes one: `ebt-report RUN ... --baseline RUN`."""
+"""A report of runs beside each other, as the quickstart makes one: `python -m ebt_megatron.report RUN ...`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from pathlib import Path
 import typer
 from rich.console import Console
 
-from ebt_megatron.config import RecipeError
 from ebt_megatron.core.cli import guarded
 
 app = typer.Typer(add_completion=False)
@@ -25,20 +24,19 @@ ebt-train --help"""
 
 @app.command()
 def main(
-    runs: list[Path] = typer.Argument(..., help="Each EBT's training.output_dir, trained and evaluated."),
-    baseline: Path = typer.Option(..., help="The Transformer++'s."),
+    runs: list[Path] = typer.Argument(..., help="Each run's training.output_dir, trained and evaluated; of any kind."),
     output: Path = typer.Option(Path("report"), help="Folder for report.html, report.md and the plots."),
-    title: str = typer.Option("EBT and Transformer++", help="Heading."),
+    title: str = typer.Option("Energy-Based Transformers", help="Heading."),
 ) -> None:
-    """Write what evaluated runs show: losses, thinking, energy, an example, speed and memory."""
+    """Write what evaluated runs show: losses, thinking, energies, examples, speed and memory.
+
+    Runs that were evaluated with --suite add compute, starts, uncertainty, landscapes and samples.
+    """
 
     def work() -> None:
         from ebt_megatron.evaluation.report import write_report
 
-        try:
-            paths = write_report({str(run): run for run in runs}, baseline, output, title, NEXT_STEPS)
-        except FileNotFoundError as error:
-            raise RecipeError(str(error)) from None
+        paths = write_report(runs, output, title, NEXT_STEPS)
         Console(soft_wrap=True, highlight=False).print(f"report: {paths['html']} and {paths['markdown']}")
 
     guarded(work)

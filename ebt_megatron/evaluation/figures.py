@@ -1,0 +1,223 @@
+"""The figures of the report: each takes runs and draws on a figure of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.figure import Figure
+
+from ebt_megatron.evaluation.run_files import RunFiles
+
+EBT_COLOURS, RIVAL_COLOURS, NEUTRAL = ("#c8442d", "#e0962e", "#8a3ea8", "#2f8f5b"), ("#2d6fd8", "#5aa9c9"), "#808080"
+_DASHES = ("-", "--", ":", "-.")
+_NIGHT = dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), "#d8d8d8")
+
+
+@contextmanager
+def colours(night: bool) -> Iterator[None]:
+    """Figures drawn inside have no background, and lettering that is seen by day, or by night."""
+    settings: Any = {"savefig.transparent": True, "axes.facecolor": "none", **(_NIGHT if night else {})}
+    with plt.rc_context(settings):
+        yield
+
+
+def _figure(width: float = 6.4, columns: int = 1, ratios: Sequence[float] | None = None) -> tuple[Figure, Any]:
+    figure, axes = plt.subplots(1, columns, figsize=(width, 3.8), dpi=110, width_ratios=ratios)
+    for one in [axes] if columns == 1 else axes:
+        _plain(one)
+    return figure, axes
+
+
+def _plain(axes: Any) -> None:
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(alpha=0.25)
+
+
+def _coloured(runs: Sequence[RunFiles], colours: Sequence[str] = EBT_COLOURS) -> Iterator[tuple[RunFiles, str]]:
+    for i, run in enumerate(runs):
+        yield run, colours[i % len(colours)]
+
+
+def losses(ebts: Sequence[RunFiles], rivals: Sequence[RunFiles]) -> Figure:
+    """Training and validation loss of all models against tokens, and against training FLOPs."""
+    figure, (tokens, flops) = _figure(9.2, 2)
+    for run, colour in (*_coloured(rivals, RIVAL_COLOURS), *_coloured(ebts)):
+        seen, loss = run.series("final_step_loss")
+        tokens.plot(seen, loss, color=colour, alpha=0.35, lw=1)
+        seen, loss = run.series("validation_loss")
+        tokens.plot(seen, loss, "o-", color=colour, ms=3, label=run.label)
+        flops.plot([t * run.flops_a_token for t in seen], loss, "o-", color=colour, ms=3, label=run.label)
+    entropies = [r.evaluation["unigram_entropy"] for r in (*rivals, *ebts) if "unigram_entropy" in r.evaluation]
+    for axes in (tokens, flops):
+        if entropies:
+            axes.axhline(entropies[0], color=NEUTRAL, ls="--", lw=1)
+        axes.legend(frameon=False, fontsize=8)
+    tokens.set(xlabel="training tokens", ylabel="loss", title="At equal tokens (faint: training)")
+    flops.set(xlabel="training FLOPs", xscale="log", title="At equal FLOPs")
+    return figure
+
+
+def start(ebts: Sequence[RunFiles], rivals: Sequence[RunFiles]) -> Figure:
+    """The start of training: the loss after each step, tokens on a logarithmic axis; and the step size."""
+    figure, (loss, sizes) = _figure(9.2, 2, (2, 1))
+    for axes in (loss, sizes):
+        axes.set(xlabel="training tokens", xscale="log")
+    for run, colour in _coloured(rivals, RIVAL_COLOURS):
+        loss.plot(*run.series("loss"), color=colour, lw=1, label=run.label)
+    for run, colour in _coloured(ebts):
+        rows = [row for row in run.metrics if row.get("step_losses")]
+        for step in range(max((len(row["step_losses"]) for row in rows), default=0)):
+            seen = [row for row in rows if len(row["step_losses"]) > step]
+            loss.plot([row["tokens"] for row in seen], [row["step_losses"][step] for row in seen], color=colour, lw=1,
+                      ls=_DASHES[step % len(_DASHES)], label=f"{run.label}, after step {step + 1}")  # fmt: skip
+        sizes.plot(*run.series("alpha"), color=colour, label=run.label)
+    loss.set(ylabel="training loss", title="Start of training: loss after each step")
+    sizes.set(ylabel="step size alpha", title="Step size")
+    for axes in (loss, sizes):
+        axes.legend(frameon=False, fontsize=8)
+    return figure
+
+
+def thinking(ebts: Sequence[RunFiles], rivals: Sequence[RunFiles]) -> Figure:
+    """Validation perplexity (or loss) against the number of thinking steps; a ring marks the steps trained with."""
+    figure, axes = _figure()
+    what = "perplexity" if all("perplexity" in r.evaluation["thinking"][0] for r in (*ebts, *rivals)) else "loss"
+    for run, colour in _coloured(ebts):
+        rows = run.evaluation["thinking"]
+        axes.plot([r["steps"] for r in rows], [r[what] for r in rows], "o-", color=colour, label=run.label)
+        axes.plot(run.final["steps"], run.final[what], "o", ms=12, mfc="none", color=colour)
+    for run, colour in _coloured(rivals, RIVAL_COLOURS):
+        axes.axhline(run.final[what], color=colour, ls="--", label=f"{run.label} (cannot think longer)")
+    most = max(len(run.evaluation["thinking"]) for run in ebts)
+    axes.set(xlabel="thinking steps (ring: as trained)", ylabel=f"validation {what}", yscale="log",
+             title=f"{what.capitalize()} against thinking", xticks=range(1, most + 1))  # fmt: skip
+    axes.legend(frameon=False, fontsize=8)
+    return figure
+
+
+def energies(ebts: Sequence[RunFiles]) -> Figure:
+    """Mean energy before and after every step, each step on a scale of its own: landscapes do not compare."""
+    most = max(len(run.evaluation["example"]["mean_energies"]) for run in ebts)
+    figure, grid = plt.subplots(len(ebts), most, figsize=(1.7 * most + 0.6, 2.5 * len(ebts)), dpi=110, squeeze=False)
+    for (run, colour), row in zip(_coloured(ebts), grid, strict=True):
+        pairs = run.evaluation["example"]["mean_energies"]
+        for step, axes in enumerate(row):
+            if step >= len(pairs):
+                axes.set_visible(False)
+                continue
+            axes.plot([0, 1], pairs[step], "o-", color=colour)
+            axes.set_title(f"step {step + 1}: {pairs[step][1] - pairs[step][0]:+.3g}", fontsize=9)
+            axes.set(xticks=[0, 1], xlim=(-0.3, 1.3))
+            axes.set_xticklabels(["before", "after"], fontsize=8)
+            axes.ticklabel_format(axis="y", useOffset=False)
+            axes.tick_params(axis="y", labelsize=7)
+            _plain(axes)
+        row[0].set_ylabel(f"{run.label}\nmean energy", fontsize=9)
+    return figure
+
+
+def example(run: RunFiles) -> Figure:
+    """One token's predicted distribution after each step."""
+    shown = run.evaluation["example"]
+    states = shown["states"]
+    figure, all_axes = plt.subplots(1, len(states), figsize=(2.5 * len(states), 3.6), dpi=110, sharex=True)
+    for axes, state in zip(all_axes, states, strict=True):
+        names = [repr(t["token"])[1:-1].replace("$", r"\$") for t in state["top"]]
+        colours = [EBT_COLOURS[0] if t["token"] == shown["target"] else NEUTRAL for t in state["top"]]
+        axes.barh(range(len(names)), [t["probability"] for t in state["top"]][::-1], color=colours[::-1])
+        axes.set_yticks(range(len(names)), names[::-1])
+        pair = state["energies"]
+        descent = f"\nenergy {pair[0]:.3f} → {pair[1]:.3f}" if pair else "\n(the start)"
+        axes.set_title(f"after {state['steps']} steps{descent}", fontsize=9)
+        axes.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+# --- of the suite -----------------------------------------------------------------------------------------
+
+
+def compute(ebts: Sequence[RunFiles]) -> Figure:
+    """Perplexity against inference FLOPs: fixed steps, steps by how predictions move, and the rivals."""
+    figure, axes = _figure()
+    for run, colour in _coloured(ebts):
+        dynamic = run.suite["dynamic compute"]
+        for name, style in (("fixed", "o-"), ("adaptive", "x--")):
+            axes.plot([r["flops"] for r in dynamic[name]], [r["perplexity"] for r in dynamic[name]], style,
+                      color=colour, ms=4, label=f"{run.label}, {name} steps")  # fmt: skip
+    rivals = [m for m in ebts[0].suite["models"] if m["rival"]]
+    for i, model in enumerate(rivals):
+        axes.plot(model["inference flops a token"], model["perplexity"], "s", color=RIVAL_COLOURS[i % 2],
+                  label=model["name"])  # fmt: skip
+    axes.set(xlabel="inference FLOPs a token", ylabel="validation perplexity", xscale="log",
+             title="What thinking costs")  # fmt: skip
+    axes.legend(frameon=False, fontsize=8)
+    return figure
+
+
+def several_starts(ebts: Sequence[RunFiles]) -> Figure:
+    """Perplexity of M starts, by what chooses among them."""
+    figure, axes = _figure()
+    for run, colour in _coloured(ebts):
+        rows = run.suite["starts"]
+        for i, name in enumerate(n for n, by in rows[0]["by"].items() if "perplexity" in by):
+            axes.plot([r["starts"] for r in rows], [r["by"][name]["perplexity"] for r in rows], color=colour,
+                      ls=_DASHES[i % 4], marker=".ox+s"[i % 5], ms=4, label=f"{run.label}: {name}")  # fmt: skip
+    axes.set(xlabel="starts M", ylabel="validation perplexity", title="Best of M starts, by what chooses")
+    axes.legend(frameon=False, fontsize=7)
+    return figure
+
+
+def risk(ebts: Sequence[RunFiles]) -> Figure:
+    """Error rate among the surest share of positions."""
+    figure, axes = _figure()
+    for run, colour in _coloured(ebts):
+        for name, of in run.suite["uncertainty"].items():
+            ours = name == run.suite["models"][0]["name"]
+            for i, (doubt, numbers) in enumerate(of["by"].items()):
+                curve = numbers["curve"]
+                axes.plot(np.linspace(0, 1, len(curve)), curve, ls=_DASHES[i], lw=1.2,
+                          color=colour if ours else RIVAL_COLOURS[0],
+                          label=f"{run.label if ours else name}: {doubt}")  # fmt: skip
+    axes.set(xlabel="share of positions answered, surest first", ylabel="error rate", title="Risk against coverage")
+    axes.legend(frameon=False, fontsize=7)
+    return figure
+
+
+def shifts(ebts: Sequence[RunFiles]) -> Figure:
+    """The gain of thinking over its own first step, against how far the text is."""
+    figure, axes = _figure()
+    for run, colour in _coloured([r for r in ebts if r.suite.get("shifts")]):
+        rows = sorted(run.suite["shifts"].items(), key=lambda item: item[1]["shift"])
+        axes.plot([r["shift"] for _, r in rows], [100 * r["gain over the first step"] for _, r in rows], "o-",
+                  color=colour, label=run.label)  # fmt: skip
+        for name, r in rows:
+            axes.annotate(name, (r["shift"], 100 * r["gain over the first step"]), fontsize=7,
+                          xytext=(3, 3), textcoords="offset points")  # fmt: skip
+    axes.set(xlabel="shift: rival's perplexity there over that at home",
+             ylabel="perplexity gained over the first step (%)", title="Thinking on other text")  # fmt: skip
+    axes.legend(frameon=False, fontsize=8)
+    return figure
+
+
+def landscapes(run: RunFiles) -> Figure:
+    """Energies over the plane through start, end and the token that comes, with the descent drawn."""
+    shown = run.suite["portrait"]["landscapes"]
+    figure, all_axes = _figure(4.6 * len(shown), len(shown))
+    for axes, one in zip([all_axes] if len(shown) == 1 else all_axes, shown, strict=True):
+        filled = axes.contourf(one["x"], one["y"], np.array(one["energy"]), 24, cmap="viridis")
+        figure.colorbar(filled, ax=axes, label="energy")
+        path = np.array(one["path"])
+        axes.plot(path[:, 0], path[:, 1], "o-", color="white", ms=4, lw=1.5)
+        axes.plot(*path[0], "o", color="white", ms=8, label="start")
+        axes.plot(*one["target"], "*", color="#ff5a3c", ms=13, label="the token that comes")
+        token = repr(one["token"])[1:-1].replace("$", r"\$")
+        axes.set_title(f"… “{token}”", fontsize=9)
+        axes.legend(fontsize=7)
+    return figure
