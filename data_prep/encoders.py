@@ -11,7 +11,6 @@ import functools
 import hashlib
 import io
 import json
-import os
 import zipfile
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
@@ -21,6 +20,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 
 from ebt_megatron.core.errors import DataError
+from ebt_megatron.core.files import replacing
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -132,13 +132,12 @@ class Encoder(ABC):
         arrays = {"settings": np.array(json.dumps({"kind": self.kind, **self.settings()})), **self._arrays()}
         if self.mean is not None and self.std is not None:
             arrays |= {"mean": self.mean, "std": self.std}
-        partial = path.with_suffix(f".{os.getpid()}.partial")
-        with zipfile.ZipFile(partial, "w") as archive:  # np.savez would write the time of day
+        # np.savez would write the time of day
+        with replacing(path) as partial, zipfile.ZipFile(partial, "w") as archive:
             for name, array in arrays.items():
                 buffer = io.BytesIO()
                 np.save(buffer, array)
                 archive.writestr(zipfile.ZipInfo(f"{name}.npy"), buffer.getvalue())
-        os.replace(partial, path)
 
     def describe(self) -> dict[str, Any]:
         """What the manifest says, besides the file and its checksum."""

@@ -20,6 +20,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import re
 import shutil
 import threading
 import time
@@ -29,14 +30,17 @@ from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any, TypeVar
 
-from filelock import FileLock, Timeout
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from ebt_megatron.core.errors import DataError
-from ebt_megatron.data.shards import made_in
+from ebt_megatron.core.files import write_whole
+from ebt_megatron.data.shards import OutputLock, clear_partial, made_in
 
 T = TypeVar("T")
+_WORK = re.compile(
+    r"([a-z]+-)?[0-9a-f]{16}(\.(npy|npz|json))?|.+\.partial"
+)  # names that passes.py gives in OUTPUT/.work
 _MPI_VARIABLES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "PMIX_RANK")
 
 
@@ -96,12 +100,16 @@ class Job:
         self.ranks = self.world.size if self.world else 1
         self.console = Console(stderr=True, quiet=self.rank > 0, soft_wrap=True, highlight=False, markup=False)
         self._pool: ProcessPoolExecutor | None = None
-        self._lock = FileLock(output / ".lock")
+        self._lock = OutputLock(output)
         try:
             self.once(lambda: self._start(settings, input, resume, overwrite))
         except DataError:
-            self._unlock()
+            self._lock.release()
             raise
+
+    @property
+    def _splits(self) -> list[Path]:
+        return [self.output / "train", self.output / "validation"]
 
     @property
     def complete(self) -> bool:
@@ -109,31 +117,26 @@ class Job:
         return not self.work.exists()
 
     def _start(self, settings: dict[str, Any], input: Sequence[Any], resume: bool, overwrite: bool) -> None:
-        self.output.mkdir(parents=True, exist_ok=True)
-        try:
-            self._lock.acquire(timeout=0)
-        except Timeout:
-            said = f"another preparation writes {self.output}: wait for it, or choose another --output"
-            raise DataError(said) from None
-        ours = [self.output / "train", self.output / "validation", self.work]
+        self._lock.acquire()
+        ours = [*self._splits, self.work]
         for path in {str(file[0]) for file in input}:
             if "://" not in path and any(Path(path).resolve().is_relative_to(folder.resolve()) for folder in ours):
                 raise DataError(f"the input {path} is in a folder that is written: choose another --output")
         record = self.output / "job.json"
         now = json.loads(json.dumps({"settings": settings, "input": input}))
+        if foreign := [p for p in self.work.glob("*") if not _WORK.fullmatch(p.name)]:
+            raise DataError(f"{foreign[0]} is not of a preparation, which would remove it with {self.work}: move it")
         if overwrite:
             record.unlink(missing_ok=True)
             shutil.rmtree(self.work, ignore_errors=True)
         elif record.exists():
             self._compare(_content(record), now, resume)
-        elif found := [p for folder in ours for p in (*made_in(folder), *folder.glob("*.npy"))]:
+        elif found := [p for folder in self._splits for p in made_in(folder)] or [*self.work.glob("*")]:
             raise DataError(f"{self.output} holds {found[0].relative_to(self.output)}, of a preparation that is not "
                             "known: choose another --output, or pass --overwrite to replace it")  # fmt: skip
         if not record.exists() or not self.complete:
             self.work.mkdir(exist_ok=True)
-            partial = self.work / "job.json.partial"
-            partial.write_text(json.dumps(now, indent=1) + "\n")
-            os.replace(partial, record)
+            write_whole(record, json.dumps(now, indent=1) + "\n")
 
     def _compare(self, before: dict[str, Any], now: dict[str, Any], resume: bool) -> None:
         """Whether the job that OUTPUT holds is this one."""
@@ -159,12 +162,7 @@ class Job:
         if isinstance(error, DataError) and self.rank == 0 and not any(self.work.rglob("*.np[yz]")):
             shutil.rmtree(self.work, ignore_errors=True)  # nothing is finished: the next try need not resume
             (self.output / "job.json").unlink(missing_ok=True)
-        self._unlock()
-
-    def _unlock(self) -> None:
-        if self._lock.is_locked:
-            (self.output / ".lock").unlink(missing_ok=True)
-            self._lock.release()
+        self._lock.release()
 
     def _agree(self, error: Exception | None) -> None:
         """Raise on every rank what went wrong on any; a file that cannot be written is a DataError."""
@@ -240,8 +238,8 @@ class Job:
         """Remove the intermediate files, once the manifests are published."""
 
         def remove() -> None:
-            for left in self.output.glob("*/*.partial"):  # of processes that were killed
-                left.unlink()
+            for split in self._splits:
+                clear_partial(split)
             shutil.rmtree(self.work, ignore_errors=True)
             self.console.print(f"complete: {self.output}")
 

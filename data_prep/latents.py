@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import json
-import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -18,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from ebt_megatron.core.errors import DataError
+from ebt_megatron.core.files import replacing
 from ebt_megatron.data.shards import Manifest, read_manifest, sha256_of, shard_infos, write_shard
 
 from .encoders import KINDS, Encoder, load_encoder, new_encoder
@@ -185,8 +185,8 @@ class LatentPasses(Passes):
         batch: list[np.ndarray] = []
         whole: list[tuple[float, float]] = []
         skipped: list[str] = []
-        partial = self.file("latents", self.of(unit)).with_suffix(f".{os.getpid()}.partial")
-        with partial.open("wb") as stream:
+        # It shows that the unit is done, so it comes last.
+        with replacing(self.file("latents", self.of(unit))) as partial, partial.open("wb") as stream:
 
             def flush() -> None:
                 if batch:
@@ -210,11 +210,10 @@ class LatentPasses(Passes):
                     hashes[begin:] = [np.nan] * (len(hashes) - begin)
                     skipped.append(str(error))
             flush()
-        self.save(self.file("hashes", self.of(unit)), np.array(hashes))
-        self.save(self.file("labels", self.of(unit)), np.array(labels, np.int64))
-        self.save(self.file("pieces", self.of(unit)), np.array(whole).reshape(-1, 2))
-        self.file("skipped", self.of(unit), "json").write_text(json.dumps(skipped))
-        os.replace(partial, self.file("latents", self.of(unit)))
+            self.save(self.file("hashes", self.of(unit)), np.array(hashes))
+            self.save(self.file("labels", self.of(unit)), np.array(labels, np.int64))
+            self.save(self.file("pieces", self.of(unit)), np.array(whole).reshape(-1, 2))
+            self.file("skipped", self.of(unit), "json").write_text(json.dumps(skipped))
 
     def moments_of(self, unit: Unit) -> Path:
         """Where the moments of a unit are."""

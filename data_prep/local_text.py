@@ -22,6 +22,7 @@ from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from ebt_megatron.core.errors import DataError
+from ebt_megatron.core.files import replacing
 
 from . import options
 from .documents import Part, read_part
@@ -87,8 +88,8 @@ def main(
                 console.print(f"would write {output}")
                 return
             output.parent.mkdir(parents=True, exist_ok=True)
-            partial, size, task = output.with_suffix(".partial"), 0, bar.add_task("collecting", total=None)
-            with partial.open("w", encoding="utf-8") as stream:
+            size, task = 0, bar.add_task("collecting", total=None)
+            with replacing(output) as partial, partial.open("w", encoding="utf-8") as stream:
                 for document in documents:
                     if size >= max_bytes:
                         break
@@ -96,9 +97,8 @@ def main(
                         stream.write(json.dumps({"text": document, "source": what}) + "\n")
                         size += len(document.encode("utf-8", "replace"))
                         bar.update(task, completed=size / 1e6)
-            if not size:
-                raise DataError("this machine has no text to start with: use ebt-prepare text with --input")
-            os.replace(partial, output)
+                if not size:
+                    raise DataError("this machine has no text to start with: use ebt-prepare text with --input")
 
     options.command(work)
 

@@ -8,7 +8,6 @@ some files have changed goes on, and nothing is mixed.
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from ebt_megatron.core.errors import DataError
+from ebt_megatron.core.files import replacing, write_whole
 from ebt_megatron.data.shards import clear_shards, index_name, shard_name
 
 
@@ -70,10 +70,8 @@ class Passes:
     def save(self, path: Path, array: np.ndarray) -> None:
         """Write and rename into place."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(f".{os.getpid()}.partial")
-        with partial.open("wb") as stream:
+        with replacing(path) as partial, partial.open("wb") as stream:
             np.save(stream, array)
-        os.replace(partial, path)
 
     def clear(self) -> None:
         """Remove the shards that were there before, once, before the first of this input is written."""
@@ -110,6 +108,7 @@ def threshold(hashes: np.ndarray, fraction: float, what: str) -> float:
 def write_skipped(output: Path, lines: list[str]) -> None:
     """Name what was left out in OUTPUT/skipped.txt; none, no file."""
     path = output / "skipped.txt"
-    path.unlink(missing_ok=True)
     if lines:
-        path.write_text("".join(f"{line}\n" for line in lines), "utf-8", "backslashreplace")
+        write_whole(path, "".join(f"{line}\n" for line in lines).encode("utf-8", "backslashreplace"))
+    else:
+        path.unlink(missing_ok=True)

@@ -17,7 +17,6 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +25,7 @@ import numpy as np
 import typer
 
 from ebt_megatron.core.errors import DataError
+from ebt_megatron.core.files import replacing
 from ebt_megatron.data.shards import Manifest, read_manifest, sha256_of, shard_infos, write_shard
 
 from . import options
@@ -189,9 +189,8 @@ class TextPasses(Passes):
 
         given = self.settings.tokenizer
         tokenizer = load_tokenizer(given) if given else train_bpe(some(), self.settings.train_bpe)
-        partial = path.with_suffix(".partial")
-        tokenizer.save(str(partial))
-        os.replace(partial, path)
+        with replacing(path) as partial:
+            tokenizer.save(str(partial))
 
     def streams(self, units: list[Unit]) -> list[tuple[str, int]]:
         """Describe each split's stream; returns the shards to write."""
@@ -227,7 +226,8 @@ class TextPasses(Passes):
         manifests = {}
         for split, name in enumerate(self.settings.splits):
             folder = self.output / name
-            tokenizer.save(str(folder / "tokenizer.json"))
+            with replacing(folder / "tokenizer.json") as partial:
+                tokenizer.save(str(partial))
             stream = np.load(self.whole(f"stream-{name}.npy"), mmap_mode="r")
             tokens, bytes_ = int(stream[-1, 2]), int(size[kept == split].sum())
             infos = shard_infos(folder, sum(s == name for s, _ in shards))

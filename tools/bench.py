@@ -28,6 +28,8 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from ebt_megatron.core.files import write_whole
+
 if TYPE_CHECKING:
     from ebt_megatron.config import Recipe
 
@@ -266,7 +268,7 @@ def main(
                           f"at 2S / S: {rows['dual stream, 2S']['memory'] / base:.3f}")  # fmt: skip
     if output:
         output.parent.mkdir(parents=True, exist_ok=True)
-        output.write_text(json.dumps({"machine": facts, "cases": cases}, indent=1) + "\n")
+        write_whole(output, json.dumps({"machine": facts, "cases": cases}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

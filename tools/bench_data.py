@@ -29,6 +29,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from ebt_megatron.core.files import write_whole
 from ebt_megatron.data.folder import ShardFolder
 from ebt_megatron.data.shards import Manifest, sha256_of, shard_infos, write_shard
 
@@ -281,7 +282,7 @@ def main(
         output.parent.mkdir(parents=True, exist_ok=True)
         numbers = {"machine": facts, "samples": manifest.samples, "shape": manifest.shape, "micro_batch": micro_batch,
                    "samples_per_second": found, "preparation_bytes_per_second": prepared}  # fmt: skip
-        output.write_text(json.dumps(numbers, indent=1) + "\n")
+        write_whole(output, json.dumps(numbers, indent=1) + "\n")
 
 
 if __name__ == "__main__":

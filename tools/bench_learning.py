@@ -27,6 +27,7 @@ from rich.console import Console
 from rich.progress import track
 
 from ebt_megatron.config import Recipe, load_recipe
+from ebt_megatron.core.files import replacing, write_whole
 from ebt_megatron.model.flops import cost
 from ebt_megatron.objectives.flops import training_flops
 
@@ -210,7 +211,8 @@ def plot(results: dict[str, Any], path: Path) -> None:
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.25)
     figure.tight_layout()
-    figure.savefig(path)
+    with replacing(path) as partial:
+        figure.savefig(partial, format="png")
     plt.close(figure)
 
 
@@ -251,8 +253,8 @@ def main(
     folder = output or runs
     folder.mkdir(parents=True, exist_ok=True)
     stem = folder / f"learning-cpu-{date.today().isoformat()}"
-    stem.with_suffix(".json").write_text(json.dumps(results, indent=1) + "\n")
-    stem.with_suffix(".md").write_text(text)
+    write_whole(stem.with_suffix(".json"), json.dumps(results, indent=1) + "\n")
+    write_whole(stem.with_suffix(".md"), text)
     plot(results, stem.with_suffix(".png"))
 
 

@@ -27,6 +27,7 @@ if not torch.cuda.is_available():
 
 from ebt_megatron import kernels
 from ebt_megatron.config import Recipe, load_recipe
+from ebt_megatron.core.files import write_whole
 from ebt_megatron.kernels import check
 
 GPU = torch.cuda.is_available()
@@ -366,8 +367,8 @@ def main() -> int:
     options.output.mkdir(parents=True, exist_ok=True)
     slug = "".join(c if c.isalnum() else "-" for c in device.lower()).strip("-")
     stem = options.output / f"kernels-{slug}-{result['date']}"
-    stem.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
-    stem.with_suffix(".md").write_text(text)
+    write_whole(stem.with_suffix(".json"), json.dumps(result, indent=1) + "\n")
+    write_whole(stem.with_suffix(".md"), text)
     print(text)
     print(f"{len(failed)} of {len(result['correctness'])} checks failed; written to {stem}.json and .md")
     return 1 if failed else 0

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from ebt_megatron.config import Recipe, RecipeError, resolve, to_yaml
 from ebt_megatron.core.cli import guarded, quiet_libraries
+from ebt_megatron.core.files import write_whole
 
 app = typer.Typer(add_completion=False)
 
@@ -267,7 +268,7 @@ def convert(checkpoint: Path, output: Path, trust: bool = False) -> tuple[Recipe
     identity = fingerprint(recipe, {"vocab_size": len(stored["model.embeddings.weight"])})
     identity.pop("thinking.max_steps", None)  # free, where there is no step embedding to say it
     write_weights(output, weights, to_yaml(recipe), identity)
-    output.with_suffix(".yaml").write_text(to_yaml(recipe))
+    write_whole(output.with_suffix(".yaml"), to_yaml(recipe))
     return recipe, left_out
 
 

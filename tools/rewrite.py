@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,8 +13,19 @@ from rich.console import Console
 from rich.progress import track
 
 from ebt_megatron.core.errors import DataError
+from ebt_megatron.core.files import write_whole
 from ebt_megatron.data.folder import ShardFolder
-from ebt_megatron.data.shards import Manifest, clear_shards, index_name, made_in, shard_infos, shard_name, write_shard
+from ebt_megatron.data.shards import (
+    Manifest,
+    OutputLock,
+    clear_partial,
+    clear_shards,
+    index_name,
+    made_in,
+    shard_infos,
+    shard_name,
+    write_shard,
+)
 
 
 def _common(sources: list[ShardFolder]) -> Manifest:
@@ -69,14 +78,23 @@ def rewrite(folders: list[str], output: Path, samples_per_shard: int, overwrite:
         overwrite: remove the shards that output holds.
 
     Raises:
-        DataError: folders that cannot be one, an output that holds other data, or that is one of the folders.
+        DataError: folders that cannot be one, an output that holds other data, that is one of the folders, or that
+            another process writes.
     """
     sources = [ShardFolder(folder) for folder in folders]
-    first, total = _common(sources), sum(len(s) for s in sources)
-    made_from = [[s.folder, hashlib.sha256(Path(s.folder, "manifest.json").read_bytes()).hexdigest()] for s in sources]
+    first = _common(sources)
     for source in sources:
         if not source.remote and Path(source.folder).resolve() == output.resolve():
             raise DataError(f"{output} is read and written: choose another --output")
+    with OutputLock(output):
+        return _write(sources, first, output, samples_per_shard, overwrite)
+
+
+def _write(
+    sources: list[ShardFolder], first: Manifest, output: Path, samples_per_shard: int, overwrite: bool
+) -> Manifest:
+    total = sum(len(s) for s in sources)
+    made_from = [[s.folder, hashlib.sha256(Path(s.folder, "manifest.json").read_bytes()).hexdigest()] for s in sources]
     record, wanted = output / "rewrite.json", json.dumps([made_from, samples_per_shard])
     if overwrite:
         clear_shards(output)
@@ -84,8 +102,7 @@ def rewrite(folders: list[str], output: Path, samples_per_shard: int, overwrite:
     half_done = record.exists() and record.read_text() == wanted
     if (output / "manifest.json").exists() or (not half_done and (record.exists() or made_in(output))):
         raise DataError(f"{output} already holds data: choose another --output, or pass --overwrite")
-    output.mkdir(parents=True, exist_ok=True)
-    record.write_text(wanted)
+    write_whole(record, wanted)
     count = -(-total // samples_per_shard)
     for number in track(range(count), description="writing shards", console=Console(stderr=True)):
         if (output / index_name(shard_name(number))).exists():
@@ -96,7 +113,7 @@ def rewrite(folders: list[str], output: Path, samples_per_shard: int, overwrite:
         labels = np.array([s.label(i) for s, rows in pieces for i in rows], np.int64) if first.classes else None
         write_shard(output, number, first.kind, samples, labels)
     sidecar = sources[0].sidecar()
-    shutil.copyfile(sidecar, output / sidecar.name)
+    write_whole(output / sidecar.name, sidecar.read_bytes())
     tokenizer = dict(first.tokenizer)
     if tokenizer:  # by tokens; every sample has as many
         shares = [s.manifest.tokenizer["bytes_per_token"] * len(s) / total for s in sources]
@@ -105,8 +122,7 @@ def rewrite(folders: list[str], output: Path, samples_per_shard: int, overwrite:
         kind=first.kind, shape=first.shape, dtype=first.dtype, samples=total, shards=shard_infos(output, count),
         provenance=_provenance(sources), tokenizer=tokenizer, encoder=first.encoder, classes=first.classes,
     )  # fmt: skip
-    for left in output.glob("*.partial"):
-        os.remove(left)
+    clear_partial(output)
     manifest.write(output)
     record.unlink()
     return manifest

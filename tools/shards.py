@@ -24,6 +24,7 @@ from tokenizers import Tokenizer
 
 from ebt_megatron.core.cli import command, user_path
 from ebt_megatron.core.errors import DataError
+from ebt_megatron.core.files import replacing
 from ebt_megatron.data.folder import ShardFolder
 from ebt_megatron.data.shards import LABELS, Manifest, Member, ShardInfo, out_of_range, read_manifest, sha256_of
 
@@ -226,8 +227,11 @@ def sample(
         grid = frames.reshape(*rows.shape[:2], *frames.shape[1:])
         from PIL import Image
 
+        if (kind := Image.registered_extensions().get(output.suffix.lower())) is None:
+            raise DataError(f"--output {output}: give it the suffix of a picture, e.g. .png")
         output.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(np.concatenate(np.concatenate(grid, 1), 1)).save(output)
+        with replacing(output) as partial:
+            Image.fromarray(np.concatenate(np.concatenate(grid, 1), 1)).save(partial, kind)
         _console(stderr=True).print(f"{len(grid)} x {grid.shape[1]} frames: {output}")
 
     command(work)

@@ -23,6 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ebt_megatron.config import RecipeError
+from ebt_megatron.core.files import replacing
 
 _MODEL, _MAIN = "model.", "optimizer.state.fp32_param."
 
@@ -58,14 +59,11 @@ def write_weights(path: Path, weights: dict[str, Tensor], recipe: str, fingerpri
     if step is not None:
         metadata["step"] = str(step)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.partial")
     try:
-        save_file({name: w.detach().cpu().contiguous() for name, w in weights.items()}, partial, metadata)
-        partial.replace(path)
+        with replacing(path) as partial:
+            save_file({name: w.detach().cpu().contiguous() for name, w in weights.items()}, partial, metadata)
     except (OSError, SafetensorError) as error:
         raise RecipeError(f"{path} cannot be written ({error})") from None
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -10,21 +10,25 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import os
+import re
 import tarfile
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import numpy as np
+from filelock import FileLock, Timeout
 
 from ebt_megatron.core.errors import DataError
+from ebt_megatron.core.files import replacing, write_whole
 from ebt_megatron.data.remote import open_url, retry
 
 SCHEMA_VERSION = 2
 ROWS_PER_MEMBER = {"text": 64, "video": 1, "images": 64}
 ARRAY_NAME = {"text": "tokens", "video": "latents", "images": "latents"}
 LABELS = "labels"
+_SHARD = r"shard-\d{6,}\.(tar|index\.json)"
+_MADE = re.compile(rf"{_SHARD}|manifest\.json|({_SHARD}|manifest\.json|tokenizer\.json|encoder\.npz)(\.\d+)?\.partial")
 
 
 class Member(NamedTuple):
@@ -100,9 +104,7 @@ class Manifest:
         """Publish: written last and renamed into place, so that a folder with a manifest is complete."""
         data = asdict(self)
         data["checksum"] = _checksum(data)
-        partial = folder / "manifest.json.partial"
-        partial.write_text(json.dumps(data, indent=1) + "\n")
-        os.replace(partial, folder / "manifest.json")
+        write_whole(folder / "manifest.json", json.dumps(data, indent=1) + "\n")
 
 
 def _checksum(manifest: dict[str, Any]) -> str:
@@ -140,15 +142,53 @@ def index_name(shard: str) -> str:
 
 
 def made_in(folder: Path) -> list[Path]:
-    """A folder's manifest, shards and what a killed process left of them."""
-    patterns = ("manifest.json", "shard-*.tar", "shard-*.index.json", "*.partial")
-    return [path for pattern in patterns for path in sorted(folder.glob(pattern))]
+    """A folder's manifest, which comes first, its shards, and what killed processes left of any file of ours."""
+    return [path for path in sorted(folder.glob("*")) if _MADE.fullmatch(path.name)]
 
 
 def clear_shards(folder: Path) -> None:
     """Remove what made_in names, and no other file: the manifest first, as what has none is not complete."""
     for path in made_in(folder):
         path.unlink()
+
+
+def clear_partial(folder: Path) -> None:
+    """Remove what killed processes left of files of ours."""
+    for path in made_in(folder):
+        if path.suffix == ".partial":
+            path.unlink()
+
+
+class OutputLock:
+    """Lets one process at a time write a folder of shards."""
+
+    def __init__(self, folder: Path):
+        self.folder, self._lock = folder, FileLock(folder / ".lock")
+
+    def acquire(self) -> None:
+        """Take the folder, which is made if it is not there.
+
+        Raises:
+            DataError: if another process has it.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            self._lock.acquire(timeout=0)
+        except Timeout:
+            raise DataError(f"another process writes {self.folder}: wait for it, or choose another --output") from None
+
+    def release(self) -> None:
+        """Give the folder back; harmless if it is not held."""
+        if self._lock.is_locked:
+            (self.folder / ".lock").unlink(missing_ok=True)
+            self._lock.release()
+
+    def __enter__(self) -> Self:
+        self.acquire()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.release()
 
 
 def is_remote(folder: str) -> bool:
@@ -210,28 +250,31 @@ def write_shard(folder: Path, number: int, kind: str, samples: np.ndarray, label
         labels: int64 [N], or none.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    rows, members = ROWS_PER_MEMBER[kind], []
     path = folder / shard_name(number)
-    partial = path.with_suffix(f".tar.{os.getpid()}.partial")
-    with tarfile.open(partial, "w", format=tarfile.USTAR_FORMAT) as tar:
+    with replacing(path) as partial:
+        index = _write_tar(partial, f"{number:06d}", kind, samples, labels)
+    write_whole(folder / index_name(path.name), json.dumps(index) + "\n")
+
+
+def _write_tar(path: Path, name: str, kind: str, samples: np.ndarray, labels: np.ndarray | None) -> dict[str, Any]:
+    """Write a tar; returns what its index says."""
+    rows, members = ROWS_PER_MEMBER[kind], []
+    with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
         for first in range(0, len(samples), rows):
-            key = f"{number:06d}-{first // rows:06d}"
+            key = f"{name}-{first // rows:06d}"
             blocks = [(f"{key}.{ARRAY_NAME[kind]}.npy", samples[first : first + rows])]
             if labels is not None:
                 blocks.append((f"{key}.{LABELS}.npy", labels[first : first + rows]))
-            for name, block in blocks:
+            for member, block in blocks:
                 buffer = io.BytesIO()
                 np.save(buffer, np.ascontiguousarray(block))
-                entry = tarfile.TarInfo(name)
+                entry = tarfile.TarInfo(member)
                 entry.size = buffer.tell()
                 buffer.seek(0)
                 offset = tar.offset + tarfile.BLOCKSIZE  # type: ignore[attr-defined]
                 tar.addfile(entry, buffer)
-                members.append(Member(name, offset, entry.size, len(block)))
-    index = {"samples": len(samples), "bytes": partial.stat().st_size, "sha256": sha256_of(partial), "members": members}
-    os.replace(partial, path)
-    partial.write_text(json.dumps(index) + "\n")
-    os.replace(partial, folder / index_name(path.name))
+                members.append(Member(member, offset, entry.size, len(block)))
+    return {"samples": len(samples), "bytes": path.stat().st_size, "sha256": sha256_of(path), "members": members}
 
 
 def shard_infos(folder: Path, count: int) -> list[ShardInfo]:

@@ -16,6 +16,8 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
+from ebt_megatron.core.files import write_whole
+
 EBT_COLOURS, BASELINE_COLOUR, NEUTRAL = ("#c8442d", "#e0962e", "#8a3ea8", "#2f8f5b"), "#2d5fc8", "#777777"
 _DASHES = ("-", "--", ":", "-.")
 
@@ -246,7 +248,7 @@ def write_report(
     paths = {}
     for name, (png, _) in plots.items():
         paths[name] = output / f"{name}.png"
-        paths[name].write_bytes(png)
+        write_whole(paths[name], png)
     markdown = [f"# {title}\n"]
     page = [f"<!doctype html><meta charset=utf-8><title>{html.escape(title)}</title><style>{_STYLE}</style>",
             f"<h1>{html.escape(title)}</h1>"]  # fmt: skip
@@ -260,6 +262,6 @@ def write_report(
     markdown.append(f"## How to go on\n\n```\n{next_steps}\n```\n")
     page.append(f"<h2>How to go on</h2><pre>{html.escape(next_steps)}</pre>")
     paths["html"], paths["markdown"] = output / "report.html", output / "report.md"
-    paths["html"].write_text("\n".join(page), encoding="utf-8")
-    paths["markdown"].write_text("\n".join(markdown), encoding="utf-8")
+    write_whole(paths["html"], "\n".join(page))
+    write_whole(paths["markdown"], "\n".join(markdown))
     return paths

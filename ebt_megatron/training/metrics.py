@@ -20,6 +20,7 @@ import torch
 from omegaconf import OmegaConf
 
 from ebt_megatron.core.errors import RecipeError
+from ebt_megatron.core.files import write_whole
 
 PAUSE_SECONDS = 60.0  # before a writer that failed is made anew
 
@@ -82,9 +83,7 @@ class JsonlWriter:
         if replaced:
             with path.with_name("metrics-replaced.jsonl").open("a") as stream:
                 stream.writelines(replaced)
-        rewritten = path.with_suffix(".partial")
-        rewritten.write_text("".join(kept))
-        os.replace(rewritten, path)
+        write_whole(path, "".join(kept))
         self.stream = path.open("ab", buffering=0)
         self.pending = b""
 
@@ -148,7 +147,7 @@ class WandbWriter:
 
         known = folder / "wandb-id"
         if not known.exists():
-            known.write_text(uuid.uuid4().hex[:12])
+            write_whole(known, uuid.uuid4().hex[:12])
         recipe = OmegaConf.to_container(OmegaConf.load(folder / "recipe.yaml"))
         assert isinstance(recipe, dict)
         identity = {"id": known.read_text(), "resume": "allow", "name": recipe["name"]}

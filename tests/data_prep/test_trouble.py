@@ -116,6 +116,25 @@ def test_old_shards_stay_until_there_are_new_ones_and_other_files_for_ever(tmp_p
     assert (tmp_path / "out/train/notes.md").read_text() == "mine" and contents(tmp_path / "out/train") != before
 
 
+def test_files_of_others_stay_and_what_killed_processes_left_goes(tmp_path):
+    raw, out = corpus(tmp_path / "raw"), tmp_path / "out"
+    mine = ["train/notes.partial", "validation/shard-of-mine.tar", "train/manifest.partial", "models/weights.partial"]
+    ours = ["train/shard-000007.tar.12.partial", "train/tokenizer.json.12.partial", "validation/manifest.json.partial"]
+    for more in ([], ["--overwrite"]):
+        assert prepare(raw, out, *more).exit_code == 0
+        assert all((out / name).read_text() == name for name in mine if more)
+        assert not any((out / name).exists() for name in ours)
+        for name in (*mine, *ours):
+            (out / name).parent.mkdir(exist_ok=True)
+            (out / name).write_text(name)
+    (out / ".work").mkdir()
+    (out / ".work/plan.txt").write_text("mine")
+    before = contents(out)
+    for more in ([], ["--overwrite"], ["--resume"]):
+        assert ".work/plan.txt is not of a preparation" in said(prepare(raw, out, *more))
+    assert contents(out) == before
+
+
 def test_input_in_a_folder_that_is_written_is_not_removed(tmp_path):
     (tmp_path / "out").mkdir()
     raw = corpus(tmp_path / "out/train")
@@ -130,7 +149,7 @@ def test_two_preparations_do_not_write_one_folder(tmp_path):
     raw = corpus(tmp_path / "raw")
     (tmp_path / "out").mkdir()
     with FileLock(tmp_path / "out/.lock"):
-        assert "another preparation writes" in said(prepare(raw, tmp_path / "out"))
+        assert "another process writes" in said(prepare(raw, tmp_path / "out"))
     assert prepare(raw, tmp_path / "out").exit_code == 0
 
 

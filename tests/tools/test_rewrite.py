@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 from data_prep.encoders import PixelEncoder
 from ebt_megatron.core.errors import DataError
 from ebt_megatron.data.folder import ShardFolder
-from ebt_megatron.data.shards import Manifest, sha256_of, shard_infos, write_shard
+from ebt_megatron.data.shards import Manifest, OutputLock, sha256_of, shard_infos, write_shard
 from tests.builders import text_shards
 from tools.rewrite import rewrite
 from tools.shards import app
@@ -136,6 +136,20 @@ def test_what_is_read_or_belongs_to_others_is_not_removed(text, tmp_path):
     rewrite([str(source)], tmp_path, 9, True)  # the folder that its source is in
     assert bytes_of(source) == before and (tmp_path / "notes.md").read_text() == "mine"
     assert np.array_equal(samples(tmp_path), samples(source))
+
+
+def test_two_do_not_write_one_folder_and_files_of_others_stay(text, tmp_path):
+    out = tmp_path / "out"
+    rewrite([str(text / "validation")], out, 9, False)
+    for name in ("notes.partial", "shard-of-mine.tar", "shard-000000.tar.12.partial"):
+        (out / name).write_text("mine")
+    before = bytes_of(out)
+    with OutputLock(out), pytest.raises(DataError, match=f"another process writes {out}"):
+        rewrite([str(text / "train")], out, 9, True)
+    assert bytes_of(out) == before
+    rewrite([str(text / "train")], out, 9, True)
+    assert np.array_equal(samples(out), samples(text / "train"))
+    assert {p.name for p in out.glob("*") if p.read_bytes() == b"mine"} == {"notes.partial", "shard-of-mine.tar"}
 
 
 def test_shards_of_no_known_work_are_not_taken_over(text, tmp_path):
