@@ -116,17 +116,27 @@ def test_old_shards_stay_until_there_are_new_ones_and_other_files_for_ever(tmp_p
     assert (tmp_path / "out/train/notes.md").read_text() == "mine" and contents(tmp_path / "out/train") != before
 
 
-def test_files_of_others_stay_and_what_killed_processes_left_goes(tmp_path):
+def test_files_of_others_stay_and_what_killed_processes_left_goes(tmp_path, monkeypatch):
+    def left_while_writing(passes, item):
+        (passes.output / "train" / "shard-000009.tar.12.partial").write_text("")
+        write(passes, item)
+
+    write = text.TextPasses.write
+    monkeypatch.setattr(text.TextPasses, "write", left_while_writing)
     raw, out = corpus(tmp_path / "raw"), tmp_path / "out"
     mine = ["train/notes.partial", "validation/shard-of-mine.tar", "train/manifest.partial", "models/weights.partial"]
     ours = ["train/shard-000007.tar.12.partial", "train/tokenizer.json.12.partial", "validation/manifest.json.partial"]
-    for more in ([], ["--overwrite"]):
-        assert prepare(raw, out, *more).exit_code == 0
-        assert all((out / name).read_text() == name for name in mine if more)
-        assert not any((out / name).exists() for name in ours)
+    good = (raw / "3.jsonl").read_text()
+    (raw / "3.jsonl").write_text("{broken")
+    assert prepare(raw, out).exit_code == 2
+    (raw / "3.jsonl").write_text(good)
+    for more in ("--resume", "--overwrite"):
         for name in (*mine, *ours):
             (out / name).parent.mkdir(exist_ok=True)
             (out / name).write_text(name)
+        assert prepare(raw, out, more).exit_code == 0
+        assert all((out / name).read_text() == name for name in mine)
+        assert not any((out / name).exists() for name in (*ours, "train/shard-000009.tar.12.partial"))
     (out / ".work").mkdir()
     (out / ".work/plan.txt").write_text("mine")
     before = contents(out)
