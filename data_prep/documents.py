@@ -9,6 +9,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
 
@@ -18,11 +19,12 @@ from .files import DAMAGED, InputFile, content_of, open_content, open_file, plai
 
 _PAGES, _LINES = (".html", ".htm"), (".jsonl", ".ndjson", ".json")
 _TEXT = (".txt", ".md", ".rst", *_PAGES)
-_KNOWN = (*_TEXT, *_LINES, ".parquet")
 SUFFIXES = (*_TEXT, ".jsonl", ".ndjson", ".json.gz", ".json.zst", ".parquet")  # plain .json beside data is about it
 _BLOCKS = ("p", "br", "div", "li", "tr", "h1", "h2", "h3", "h4", "pre")
 _SURROGATES = re.compile("[\ud800-\udfff]")
-_BOM = b"\xef\xbb\xbf"
+_BOM, _UTF16 = b"\xef\xbb\xbf", (b"\xff\xfe", b"\xfe\xff")  # marks that files begin with
+_PARQUET = b"PAR1"
+_AT_ONCE = 16  # files looked into
 _HEAD = 8192  # bytes that tell text from what is none
 _NAMED = 100  # skipped lines and files of a piece of work that are named, not only counted
 _ROWS = 1024  # of Parquet, at once
@@ -162,9 +164,14 @@ def split_files(files: list[InputFile], unit_bytes: int) -> list[list[Part]]:
 
 
 def _no_text(head: bytes, suffix: str) -> bool:
-    """Whether a file that begins like this is no text; of one with a suffix of text only a zero byte says so."""
-    if b"\0" in head or suffix in _TEXT:
-        return b"\0" in head
+    """Whether a file that begins like this is no text in UTF-8.
+
+    Of one with a suffix of text only a zero byte and the marks of UTF-16 say so.
+    """
+    if b"\0" in head or head.startswith(_UTF16):
+        return True
+    if suffix in (*_TEXT, *_LINES):
+        return False
     text = head.decode("utf-8", errors="replace")
     odd = sum(c == "\ufffd" or (c < " " and c not in "\t\n\r\f") for c in text)
     return odd > 0.3 * len(text)
@@ -176,18 +183,28 @@ def _refusal(path: str) -> str:
 
 
 def check_kinds(files: list[InputFile]) -> None:
-    """Look into files of unknown suffix, before work starts.
+    """Look at the first bytes of every file, before work starts.
 
     Raises:
-        DataError: naming one that is no text (an archive, a picture, a program) or cannot be read, or that there
-            is no pyarrow for a Parquet file.
+        DataError: naming one that is no text in UTF-8 (UTF-16, an archive, a picture, a program), no Parquet, or
+            that cannot be read; or that there is no pyarrow for a Parquet file.
     """
-    for file in files:
-        suffix = _suffix(file.path)
-        if suffix == ".parquet":
-            _pyarrow()
-        elif suffix not in _KNOWN and _no_text(content_of(file.path, _HEAD), suffix):
-            raise DataError(_refusal(file.path))
+    with ThreadPoolExecutor(_AT_ONCE) as threads:  # those of a URL take a while to open
+        for problem in threads.map(_problem, (file.path for file in files)):
+            if problem:
+                threads.shutdown(cancel_futures=True)
+                raise DataError(problem)
+
+
+def _problem(path: str) -> str:
+    """What a file's first bytes say against it, or ""."""
+    head, suffix = content_of(path, _HEAD), _suffix(path)
+    if suffix == ".parquet":
+        _pyarrow()
+        return (
+            "" if head.startswith(_PARQUET) else f"{path} is no Parquet file: leave it out of --input, or copy it again"
+        )
+    return _refusal(path) if _no_text(head, suffix) else ""
 
 
 @functools.lru_cache(16)

@@ -7,6 +7,7 @@ import gzip
 import io
 import os
 import zlib
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -30,9 +31,26 @@ class InputFile(NamedTuple):
     changed: int
 
 
-def described(files: list[InputFile]) -> str:
-    """How many and how large."""
-    return f"{len(files)} files, {sum(f.bytes for f in files) / 1e6:,.1f} MB"
+class Input(NamedTuple):
+    """What was found.
+
+    Attributes:
+        files: to read, sorted.
+        left_out: files of folders, in numbers by suffix, whose suffixes were not searched for.
+    """
+
+    files: list[InputFile]
+    left_out: Counter[str]
+
+    def __str__(self) -> str:
+        return f"{len(self.files)} files, {sum(f.bytes for f in self.files) / 1e6:,.1f} MB"
+
+
+def counted(left_out: Counter[str]) -> str:
+    """The numbers in words: "3 .csv, 1 .xz", the most first."""
+    return ", ".join(
+        f"{count:,} {kind}" for kind, count in sorted(left_out.items(), key=lambda item: (-item[1], item[0]))
+    )
 
 
 def plain_name(path: str) -> tuple[str, str]:
@@ -47,16 +65,25 @@ def _matches(path: str, suffixes: tuple[str, ...]) -> bool:
     return name.endswith(suffixes) or (name + packing).endswith(suffixes)
 
 
-def _remote(pattern: str, suffixes: tuple[str, ...]) -> list[InputFile]:
+def _kind(path: str) -> str:
+    name, packing = plain_name(path)
+    return os.path.splitext(name)[1] + packing or "without a suffix"
+
+
+def _remote(pattern: str, suffixes: tuple[str, ...]) -> tuple[list[InputFile], dict[str, str]]:
+    """The files of a URL, and the kinds, by path, of what a folder has besides."""
+    besides: dict[str, str] = {}
     try:
         system, root = fsspec.core.url_to_fs(pattern)
         if glob.has_magic(root) and not system.exists(root):
             paths = [p for p in system.glob(root) if not system.isdir(p)]
         elif system.isdir(root):
-            paths = [p for p in system.find(root) if _matches(p, suffixes)]
+            below = system.find(root)
+            paths = [p for p in below if _matches(p, suffixes)]
+            besides = {p: _kind(p) for p in below if not _matches(p, suffixes)}
         else:
             paths = [root]
-        return [InputFile(system.unstrip_protocol(p), system.size(p) or 0, 0) for p in paths]
+        return [InputFile(system.unstrip_protocol(p), system.size(p) or 0, 0) for p in paths], besides
     except ImportError as error:
         raise DataError(f"--input {pattern} cannot be read ({error}): the extra 'remote' (pip install '.[remote]') has "
                         "what s3:// and hf:// need") from None  # fmt: skip
@@ -72,29 +99,40 @@ def _below(folder: Path, above: tuple[Path, ...] = ()) -> Iterator[Path]:
             yield from _below(path, (*above, here)) if path.is_dir() else [path]
 
 
-def _local(pattern: str, suffixes: tuple[str, ...]) -> list[InputFile]:
+def _local(pattern: str, suffixes: tuple[str, ...]) -> tuple[list[InputFile], dict[str, str]]:
+    """The files of a glob, file or folder, and the kinds, by path, of what folders have besides."""
     pattern = os.path.expanduser(pattern)
     named = Path(pattern)  # also where brackets in its name look like a pattern
     paths = [named] if named.exists() else [Path(p) for p in glob.glob(pattern, recursive=True)]
-    files = [p for p in paths if p.is_file()]
-    for folder in (p for p in paths if p.is_dir()):
-        files += [p for p in _below(folder) if p.is_file() and _matches(p.name, suffixes)]
-    return [InputFile(str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in files]
+    files, besides = [p for p in paths if not p.is_dir()], {}
+    for path in (p for folder in paths if folder.is_dir() for p in _below(folder)):
+        if _matches(path.name, suffixes):
+            files.append(path)
+        else:
+            besides[str(path)] = _kind(path.name)
+    besides |= {str(p): "broken links" for p in files if not p.is_file()}
+    return [InputFile(str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in files if p.is_file()], besides
 
 
-def find_files(patterns: list[str], suffixes: tuple[str, ...]) -> list[InputFile]:
-    """Files matching the globs or URLs, sorted; folders are searched for the suffixes, in capital letters or small.
+def find_files(patterns: list[str], suffixes: tuple[str, ...]) -> Input:
+    """Files matching the globs or URLs; folders are searched for the suffixes, in capital letters or small.
 
     Raises:
         DataError: if a pattern matches nothing, or a URL cannot be read.
     """
     found: set[InputFile] = set()
+    left_out: dict[str, str] = {}
     for pattern in patterns:
-        files = _remote(pattern, suffixes) if "://" in pattern else _local(pattern, suffixes)
+        files, besides = _remote(pattern, suffixes) if "://" in pattern else _local(pattern, suffixes)
         if not files:
-            raise DataError(f"--input {pattern} matches no file: give globs, folders or URLs of {', '.join(suffixes)}")
+            there = f" (there are {counted(Counter(besides.values()))})" if besides else ""
+            raise DataError(f"--input {pattern} matches no file{there}: give globs, folders or URLs of "
+                            f"{', '.join(suffixes)}")  # fmt: skip
         found.update(files)
-    return sorted(found)
+        left_out |= besides
+    for file in found:
+        left_out.pop(file.path, None)  # another pattern has it
+    return Input(sorted(found), Counter(left_out.values()))
 
 
 def open_file(path: str) -> io.BufferedIOBase:

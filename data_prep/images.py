@@ -28,7 +28,7 @@ import typer
 from ebt_megatron.core.errors import DataError
 
 from . import options
-from .files import InputFile, content_of, described, find_files, plain_name
+from .files import InputFile, content_of, find_files, plain_name
 from .latents import LatentSettings, prepare_latents
 from .pieces import NO_LABEL, Piece
 
@@ -235,7 +235,8 @@ def main(
         if classes not in ("arrays", "folders"):
             raise DataError(f"--classes {classes}: choose arrays or folders")
         _pillow()
-        files = find_files(input, SUFFIXES)
+        found = find_files(input, SUFFIXES)
+        files = found.files
         names: list[str] = []
         if classes == "folders":
             if arrays := [f.path for f in files if _is_array(f.path)]:
@@ -244,9 +245,8 @@ def main(
         source = PictureSource(height, width, tile, names, array_key, labels_key)
         settings = LatentSettings(encoder, patch, channels, model, pictures_per_shard, validation_fraction, seed,
                                   skip_broken)  # fmt: skip
-        said = described(files)
-        if options.announce(output, said, settings.splits, f"pictures of {height} x {width}", dry_run):
-            prepare_latents(output, split_files(files), source, settings, said, workers=workers, resume=resume,
+        if options.announce(output, found, SUFFIXES, settings.splits, f"pictures of {height} x {width}", dry_run):
+            prepare_latents(output, split_files(files), source, settings, str(found), workers=workers, resume=resume,
                             overwrite=overwrite)  # fmt: skip
 
     options.command(work)

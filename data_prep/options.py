@@ -13,6 +13,8 @@ from rich.console import Console
 from ebt_megatron.core import cli
 from ebt_megatron.core.cli import user_path as path
 
+from .files import Input, counted
+
 
 def name(value: str) -> str:
     """What may be a path, as a shell would read it."""
@@ -41,10 +43,15 @@ def first_rank() -> bool:
     return os.environ.get("OMPI_COMM_WORLD_RANK", os.environ.get("PMI_RANK", "0")) == "0"
 
 
-def announce(output: Path, source: str, splits: list[str], what: str, dry_run: bool) -> bool:
-    """Say what is read and written; whether to go on."""
+def announce(
+    output: Path, found: Input, suffixes: tuple[str, ...], splits: list[str], what: str, dry_run: bool
+) -> bool:
+    """Say what is read, what folders have besides, and what is written; whether to go on."""
     console = Console(stderr=True, quiet=not first_rank(), soft_wrap=True, highlight=False, markup=False)
-    console.print(f"reading {source}")
+    console.print(f"reading {found}")
+    if found.left_out:
+        console.print(f"not read are {counted(found.left_out)}: folders are searched for {', '.join(suffixes)}",
+                      style="yellow")  # fmt: skip
     if dry_run:
         console.print(f"would write {' and '.join(str(output / s) for s in splits)}, {what}")
     return not dry_run

@@ -30,7 +30,7 @@ from ebt_megatron.data.shards import Manifest, read_manifest, sha256_of, shard_i
 
 from . import options
 from .documents import SUFFIXES, Part, Tally, check_kinds, holds_one_document, read_part, split_files
-from .files import described, find_files
+from .files import find_files
 from .job import Job
 from .passes import Passes, Unit, key_of, threshold, units_of, write_skipped
 from .tokens import END_OF_TEXT, dtype_of, encode, entries, load_tokenizer, train_bpe
@@ -341,12 +341,15 @@ def main(
                                 text_key, max_bytes, seed, skip_broken)  # fmt: skip
         if tokenizer:
             load_tokenizer(tokenizer)
-        files = find_files(input, SUFFIXES)
+        found = find_files(input, SUFFIXES)
         if not skip_broken:
-            check_kinds(files)
-        units, source = split_files(files, max(1, int(unit_megabytes * 1e6))), described(files)
-        if options.announce(output, source, settings.splits, f"sequences of {sequence_length} tokens", dry_run):
-            prepare_text(output, units, settings, source, workers=workers, resume=resume, overwrite=overwrite)
+            check_kinds(found.files)
+        units, what = (
+            split_files(found.files, max(1, int(unit_megabytes * 1e6))),
+            f"sequences of {sequence_length} tokens",
+        )
+        if options.announce(output, found, SUFFIXES, settings.splits, what, dry_run):
+            prepare_text(output, units, settings, str(found), workers=workers, resume=resume, overwrite=overwrite)
 
     options.command(work)
 

@@ -22,7 +22,7 @@ import typer
 from ebt_megatron.core.errors import DataError
 
 from . import options
-from .files import InputFile, described, find_files, open_file
+from .files import InputFile, find_files, open_file
 from .latents import LatentSettings, prepare_latents
 from .pieces import Piece, fingerprint
 
@@ -169,11 +169,10 @@ def main(
         source = VideoSource(frames, height, width, stride, frame_rate)
         settings = LatentSettings(encoder, patch, channels, model, clips_per_shard, validation_fraction, seed,
                                   skip_broken)  # fmt: skip
-        files = find_files(input, SUFFIXES)
-        said = described(files)
+        found = find_files(input, SUFFIXES)
         what = f"clips of {frames} frames of {height} x {width}"
-        if options.announce(output, said, settings.splits, what, dry_run):
-            prepare_latents(output, [[file] for file in files], source, settings, said, workers=workers,
+        if options.announce(output, found, SUFFIXES, settings.splits, what, dry_run):
+            prepare_latents(output, [[file] for file in found.files], source, settings, str(found), workers=workers,
                             resume=resume, overwrite=overwrite)  # fmt: skip
 
     options.command(work)

@@ -218,7 +218,7 @@ def preparation(folder: Path, megabytes: float, workers: int) -> float:
         texts = [" ".join(words.choices(vocabulary, k=400)) for _ in range(int(megabytes * 1e6 / 2600))]
         (raw / "a.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in texts))
         train_bpe(iter(texts[:500]), 8192).save(str(tokenizer))
-    files = find_files([str(raw)], (".jsonl",))
+    files = find_files([str(raw)], (".jsonl",)).files
     begin = time.perf_counter()
     prepare_text(folder / "out", split_files(files, 2_000_000), TextSettings(tokenizer), "a benchmark",
                  workers=workers, overwrite=True)  # fmt: skip

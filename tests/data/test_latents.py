@@ -24,7 +24,7 @@ def recipe(folder, *overrides):
 def prepare(raw, output, source, **settings):
     from data_prep.files import find_files
 
-    files = [[file] for file in find_files([str(raw)], (".mp4", ".npz"))]
+    files = [[file] for file in find_files([str(raw)], (".mp4", ".npz")).files]
     prepare_latents(output, files, source, LatentSettings(**{"validation_fraction": 0.4} | settings), "a test")
     return output
 

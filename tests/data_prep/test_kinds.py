@@ -4,6 +4,7 @@ import gzip
 import io
 import itertools
 import json
+from pathlib import Path
 
 import pytest
 import zstandard
@@ -11,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from data_prep import text
-from data_prep.documents import SUFFIXES, Part, Tally, read_part, split_files, strip_html
+from data_prep.documents import SUFFIXES, Part, Tally, check_kinds, read_part, split_files, strip_html
 from data_prep.files import find_files
 from ebt_megatron.core.errors import DataError
 from ebt_megatron.data.folder import ShardFolder
@@ -61,7 +62,7 @@ def test_any_kind_of_file_gives_its_documents_or_is_named(tmp_path_factory, kind
     documents = DOCUMENTS[:1] if name.lower().startswith(".txt") else DOCUMENTS
     path = tmp_path_factory.mktemp("kind") / f"a{name}"
     path.write_bytes(content(documents))
-    units = split_files(find_files([str(path)], SUFFIXES), unit_bytes)
+    units = split_files(find_files([str(path)], SUFFIXES).files, unit_bytes)
     try:
         assert [d for unit in units for part in unit for d in read_part(part)] == documents and whole
     except DataError as error:
@@ -125,7 +126,7 @@ def check_tokens(folder, plain, kinds, workers):
 def test_folders_are_searched_for_suffixes_in_any_letters(tmp_path, suffix):
     (tmp_path / f"a{suffix}").write_bytes(b"x")
     (tmp_path / "tokenizer.json").write_text("{}")  # what lies beside data
-    assert [f.path for f in find_files([str(tmp_path)], SUFFIXES)] == [str(tmp_path / f"a{suffix}")]
+    assert [f.path for f in find_files([str(tmp_path)], SUFFIXES).files] == [str(tmp_path / f"a{suffix}")]
 
 
 @pytest.mark.parametrize(
@@ -139,6 +140,44 @@ def test_what_is_no_text_is_refused_before_work_starts(tmp_path, content):
     result = prepare(tmp_path / "*", tmp_path / "out")
     assert result.exit_code == 2 and f"{tmp_path}/b.bin is no text in UTF-8" in said(result)
     assert "reading" not in result.output and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-be", "utf-32-le"])
+@pytest.mark.parametrize("name", ["b.txt", "b.jsonl.gz", "b.html.zst", "b.ndjson"])
+def test_text_in_another_encoding_is_refused_before_work_starts(tmp_path, name, encoding):
+    (tmp_path / "a.txt").write_text("some text " * 9)
+    pack = PACK.get(Path(name).suffix, bytes)
+    (tmp_path / name).write_bytes(pack('{"text": "some text"}\n'.encode(encoding)))
+    result = prepare(tmp_path, tmp_path / "out")
+    assert result.exit_code == 2 and f"{tmp_path}/{name} is no text in UTF-8" in said(result)
+    assert "reading" not in result.output and not (tmp_path / "out").exists()
+
+
+def test_the_mark_of_utf_16_is_enough(tmp_path):
+    (tmp_path / "b.txt").write_bytes("数据".encode("utf-16"))  # no zero byte in it
+    with pytest.raises(DataError, match="is no text in UTF-8"):
+        check_kinds(find_files([str(tmp_path)], SUFFIXES).files)
+
+
+def test_what_is_no_parquet_is_refused_before_work_starts(tmp_path):
+    (tmp_path / "b.parquet").write_bytes(lines(DOCUMENTS))
+    with pytest.raises(DataError, match=r"b.parquet is no Parquet file"):
+        check_kinds(find_files([str(tmp_path)], SUFFIXES).files)
+
+
+def test_files_of_folders_that_are_not_read_are_counted_by_suffix(tmp_path):
+    for name in ("a.txt", "b.csv", "c.CSV", "deep/d.jsonl.xz", "deep/e.csv.gz", "README", "mine.csv"):
+        (tmp_path / "raw" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "raw" / name).write_text(f"{name} has some words of text " * 20)
+    (tmp_path / "raw/f.txt").symlink_to("nowhere")
+    result = prepare(tmp_path / "raw", tmp_path / "out", "--input", tmp_path / "raw/mine.csv")
+    assert result.exit_code == 0, result.output
+    assert "reading 2 files" in said(result)
+    left_out = "not read are 2 .csv, 1 .csv.gz, 1 .xz, 1 broken links, 1 without a suffix: folders are searched for"
+    assert said(result).count(left_out) == 1
+    (tmp_path / "raw/a.txt").unlink()
+    assert "matches no file (there are 3 .csv," in said(prepare(tmp_path / "raw", tmp_path / "out2"))
+    assert not (tmp_path / "out2").exists()
 
 
 def test_text_of_an_unknown_suffix_is_read(tmp_path):
@@ -225,10 +264,10 @@ def test_linked_folders_are_read_and_loops_are_not(tmp_path):
     (tmp_path / "raw/linked").symlink_to(tmp_path / "elsewhere")
     (tmp_path / "elsewhere/loop").symlink_to(tmp_path / "raw")
     (tmp_path / "raw/[2] odd/up").symlink_to("..")
-    found = [str(f.path)[len(str(tmp_path)) :] for f in find_files([str(tmp_path / "raw")], SUFFIXES)]
+    found = [str(f.path)[len(str(tmp_path)) :] for f in find_files([str(tmp_path / "raw")], SUFFIXES).files]
     assert found == ["/raw/[2] odd/a.txt", "/raw/linked/b.txt"]
     (tmp_path / "raw/[2] odd/up").unlink()
-    assert len(find_files([str(tmp_path / "raw/[2] odd")], SUFFIXES)) == 1  # brackets of a name, no pattern
+    assert len(find_files([str(tmp_path / "raw/[2] odd")], SUFFIXES).files) == 1  # brackets of a name, no pattern
 
 
 def test_home_is_found_in_quoted_paths(tmp_path, monkeypatch):

@@ -57,7 +57,7 @@ def test_formats_and_compression(tmp_path):
     (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(lines))
     (tmp_path / "c.jsonl.zst").write_bytes(zstandard.compress(lines))
     (tmp_path / "d.html").write_text("<p>Hello <b>there</b><script>no</script></p><p>again</p>")
-    assert [list(read_part(Part(f.path))) for f in find_files([str(tmp_path)], SUFFIXES)] == [
+    assert [list(read_part(Part(f.path))) for f in find_files([str(tmp_path)], SUFFIXES).files] == [
         ["line 0", "line 1", "line 2"], ["line 0", "line 1", "line 2"], ["line 0", "line 1", "line 2"],
         ["Hello there\nagain"],
     ]  # fmt: skip
@@ -102,7 +102,7 @@ def test_where_the_input_is_cut_into_units_changes_nothing(tmp_path, cut):
     lines = [json.dumps({"text": f"document {i} " * (i % 5 + 1)}) for i in range(100)]
     (tmp_path / "a.jsonl").write_text("\n".join(lines[:70]))  # without a newline at its end
     (tmp_path / "b.jsonl").write_text("\r\n".join(lines[70:]) + "\r\n\n")
-    units = split_files(find_files([str(tmp_path)], SUFFIXES), cut)
+    units = split_files(find_files([str(tmp_path)], SUFFIXES).files, cut)
     assert [d for unit in units for part in unit for d in read_part(part)] == [json.loads(x)["text"] for x in lines]
 
 

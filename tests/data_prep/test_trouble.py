@@ -328,7 +328,9 @@ def test_pictures_of_16_bits_are_scaled(tmp_path, name):
     (tmp_path / "raw").mkdir()
     PIL.fromarray(ramp).save(tmp_path / "raw" / name)
     source = images.PictureSource(16, 16)
-    ((sample, _),) = [s for p in source.read(images.find_files([str(tmp_path / "raw" / name)], ())) for s in p.samples]
+    ((sample, _),) = [
+        s for p in source.read(images.find_files([str(tmp_path / "raw" / name)], ()).files) for s in p.samples
+    ]
     assert np.abs(sample[0, ..., 0] - ramp / 257).max() <= 0.51 and (sample[0, ..., 0] == sample[0, ..., 2]).all()
 
 
