@@ -59,4 +59,4 @@ def announce(
 
 def command(work: Callable[[], Any]) -> None:
     """Run a preparation; the first rank says in one line what was wrong."""
-    cli.command(work, quiet=not first_rank())
+    cli.guarded(work, quiet=not first_rank())

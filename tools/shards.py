@@ -22,7 +22,7 @@ from rich.progress import track
 from rich.table import Table
 from tokenizers import Tokenizer
 
-from ebt_megatron.core.cli import command, user_path
+from ebt_megatron.core.cli import guarded, user_path
 from ebt_megatron.core.errors import DataError
 from ebt_megatron.core.files import replacing
 from ebt_megatron.data.folder import ShardFolder
@@ -127,7 +127,7 @@ def inspect(folder: Path = FOLDER) -> None:
             table.add_row(str(key), str(value))
         _console().print(table)
 
-    command(work)
+    guarded(work)
 
 
 @app.command()
@@ -153,7 +153,7 @@ def verify(folder: Path = FOLDER) -> None:
             sys.exit(1)
         console.print(f"{m.samples:,} samples in {len(m.shards)} shards: all good")
 
-    command(work)
+    guarded(work)
 
 
 def _token_stats(data: ShardFolder, top: int, console: Console) -> None:
@@ -198,7 +198,7 @@ def stats(folder: Path = FOLDER, top: int = typer.Option(10, help="Tokens or cha
         data, console = ShardFolder(str(folder)), _console()
         (_token_stats if data.manifest.kind == "text" else _latent_stats)(data, top, console)
 
-    command(work)
+    guarded(work)
 
 
 @app.command()
@@ -234,7 +234,7 @@ def sample(
             Image.fromarray(np.concatenate(np.concatenate(grid, 1), 1)).save(partial, kind)
         _console(stderr=True).print(f"{len(grid)} x {grid.shape[1]} frames: {output}")
 
-    command(work)
+    guarded(work)
 
 
 OUTPUT = typer.Option(..., parser=user_path, help="Folder to make.")
@@ -261,7 +261,7 @@ def reshard(
     dry_run: bool = DRY_RUN,
 ) -> None:
     """The same samples in the same order, in larger or smaller shards; repeat the command after a kill."""
-    command(lambda: _rewrite([folder], output, samples_per_shard, overwrite, dry_run))
+    guarded(lambda: _rewrite([folder], output, samples_per_shard, overwrite, dry_run))
 
 
 @app.command()
@@ -275,7 +275,7 @@ def merge(
     dry_run: bool = DRY_RUN,
 ) -> None:
     """Several folders as one, one after the other; repeat the command after a kill."""
-    command(lambda: _rewrite(folders, output, samples_per_shard, overwrite, dry_run))
+    guarded(lambda: _rewrite(folders, output, samples_per_shard, overwrite, dry_run))
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import os
 import signal
@@ -22,6 +23,8 @@ from rich.text import Text
 from ebt_megatron.core.errors import DataError, RecipeError
 from ebt_megatron.core.launch import Launch, detect_launch
 
+# what reading or writing an open file may raise, which no longer knows its name
+_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.ESTALE, errno.EPIPE)
 _PATIENCE = 10.0  # seconds that ranks with nothing new to say leave torchrun to end them
 
 
@@ -49,19 +52,6 @@ def user_path(value: str) -> Path:
     return Path(value).expanduser()
 
 
-def command(work: Callable[[], Any], quiet: bool = False) -> None:
-    """Run a command on files; those that cannot be read or written are a user's mistake too."""
-
-    def one_line() -> None:
-        try:
-            work()
-        except OSError as error:
-            where = error.filename or "a file"
-            raise DataError(f"{where} cannot be read or written ({error.strerror or error})") from None
-
-    guarded(one_line, quiet)
-
-
 def guarded(work: Callable[[], Any], quiet: bool = False) -> None:
     """Run a command; an error ends all its ranks, and is printed once, by the rank that had it first.
 
@@ -77,11 +67,11 @@ def guarded(work: Callable[[], Any], quiet: bool = False) -> None:
     except KeyboardInterrupt:
         sys.exit(130)
     except Exception as error:
-        mistake = isinstance(error, RecipeError | DataError) or (isinstance(error, OSError) and error.filename)
+        mistake = isinstance(error, RecipeError | DataError) or _of_a_file(error)
         launch = _launch()
         if launch.world_size == 1 and not mistake:
             raise
-        message = " ".join(str(error).splitlines())
+        message = _one_line(error)
         first, new = _place_in_line(launch, message if mistake else None)
         if new and not quiet:
             rank = f" (rank {launch.rank} on {socket.gethostname()})" if launch.world_size > 1 else ""
@@ -92,6 +82,17 @@ def guarded(work: Callable[[], Any], quiet: bool = False) -> None:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             time.sleep(_PATIENCE)
         sys.exit(2 if mistake else 1)
+
+
+def _of_a_file(error: Exception) -> bool:
+    """Whether a file cannot be read or written: one with a name, or one that was open (a full disk)."""
+    return isinstance(error, OSError) and (bool(error.filename) or error.errno in _DISK)
+
+
+def _one_line(error: Exception) -> str:
+    if isinstance(error, OSError) and _of_a_file(error):
+        return f"{error.filename or 'a file'} cannot be read or written ({error.strerror or error})"
+    return " ".join(str(error).splitlines())
 
 
 def _launch() -> Launch:

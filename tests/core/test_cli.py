@@ -38,7 +38,14 @@ def test_brackets_are_no_markup(capsys):
 
 def test_a_file_that_cannot_be_used_is_one_line(capsys, tmp_path):
     code, said = ended(lambda: (tmp_path / "none" / "x").write_text(""), capsys)
-    assert code == 2 and said.count("\n") == 1 and "No such file or directory" in said and "none/x" in said
+    wanted = f"error: {tmp_path}/none/x cannot be read or written (No such file or directory)\n"
+    assert (code, said) == (2, wanted)
+
+
+def test_a_full_disk_is_one_line(capsys):
+    with open("/dev/full", "wb", buffering=0) as full:
+        code, said = ended(lambda: full.write(b"x"), capsys)
+    assert (code, said) == (2, "error: a file cannot be read or written (No space left on device)\n")
 
 
 def test_ctrl_c_before_training_shows_no_traceback(capsys):
@@ -57,6 +64,11 @@ def test_a_log_on_a_full_disk_loses_lines_only(monkeypatch):
 
     monkeypatch.setattr(sys, "stderr", Full())
     cli.say("a line")
+
+
+def test_an_error_of_the_network_is_no_mistake():
+    with pytest.raises(ConnectionResetError):
+        cli.guarded(raising(ConnectionResetError(errno.ECONNRESET, "reset")))
 
 
 @pytest.mark.parametrize(
