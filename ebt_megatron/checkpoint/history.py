@@ -18,6 +18,8 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+from ebt_megatron.core.files import write_whole
+
 _NAME = re.compile(r"step-(\d{8,})")
 _RUN_FILES = ("checkpoints", "metrics.jsonl", "metrics-replaced.jsonl", "tensorboard", "recipe.yaml", "evaluation.json",
               "trace", "wandb", "wandb-id")  # fmt: skip
@@ -155,6 +157,26 @@ class History:
         for other in self.published():
             if step_of(other) >= step:
                 self._set_aside(other, report)
+
+
+def begin_anew(run: Path, launches: dict[str, int]) -> Path | None:
+    """Move what an earlier run left in its folder to RUN/earlier/N, unless this very run left it.
+
+    Args:
+        run: the folder.
+        launches: that this process is of, and how often each has started it again (`core.launch.attempts`).
+
+    Returns:
+        Where it is; None if there is nothing, or it is this run's own.
+    """
+    record = run / "launches.json"
+    with contextlib.suppress(OSError, ValueError):
+        if any(launches.get(name) for name in json.loads(record.read_text())):
+            return None
+    moved = move_earlier_run(run)
+    run.mkdir(parents=True, exist_ok=True)
+    write_whole(record, json.dumps(list(launches)))
+    return moved
 
 
 def move_earlier_run(run: Path) -> Path | None:

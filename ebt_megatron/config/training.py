@@ -53,7 +53,8 @@ class TrainingConfig:
     precision: str = one_of("fp32", "bf16", "fp8", default="fp32")
     seed: int = within(0, (1 << 62) - 1, 1234, "at least 0 and less than 2^62")
     output_dir: str = path("runs/run")
-    resume: bool = True  # go on from the newest good checkpoint in output_dir; false: move what is there aside first
+    # go on from the newest good checkpoint in output_dir; false: move what is there aside first (not after a restart)
+    resume: bool = True
     log_interval: int = positive(10)
     # the report reads jsonl
     metrics: list[str] = some_of("jsonl", "tensorboard", "wandb", default=["jsonl", "tensorboard"])

@@ -6,6 +6,8 @@ import os
 import subprocess
 from dataclasses import dataclass
 
+import psutil
+
 from ebt_megatron.core.errors import RecipeError
 
 
@@ -87,3 +89,18 @@ def detect_launch(environ: dict[str, str] | None = None) -> Launch:
         if rank in env and size in env:
             return Launch("mpi", int(env[rank]), int(env[size]), int(env.get(local, 0)), master or "mpi")
     return Launch("single", 0, 1, 0, "")
+
+
+def attempts() -> dict[str, int]:
+    """The launches that this process is of, and how often each has started it again.
+
+    That is torchrun --max-restarts, named by the process that restarts, and Slurm's requeue, by the job.
+    """
+    env, found = os.environ, {}
+    if "TORCHELASTIC_RESTART_COUNT" in env:
+        agent = psutil.Process(os.getppid())
+        name = f"torchrun {env.get('TORCHELASTIC_RUN_ID', '')} {agent.pid} {agent.create_time()}"
+        found[name] = int(env["TORCHELASTIC_RESTART_COUNT"])
+    if "SLURM_JOB_ID" in env:
+        found[f"slurm {env['SLURM_JOB_ID']}"] = int(env.get("SLURM_RESTART_COUNT", 0))
+    return found

@@ -268,7 +268,8 @@ class Writing(Hook):
             raise StoppedRun(f"step {run.step} is not saved: {moment.unsaved}; the newest good checkpoint is "
                              f"{run.checkpoints.newest_good()}")  # fmt: skip
         if moment.stops and not moment.ends:
-            run.say(f"told to stop: saved step {run.step}; run the same command to go on")
+            command = "the same command" if run.recipe.training.resume else "it with training.resume=true"
+            run.say(f"told to stop: saved step {run.step}; run {command} to go on")
 
     def close(self) -> None:
         """See `Hook`."""

@@ -12,10 +12,11 @@ from typing import Any
 import torch.distributed as dist
 
 from ebt_megatron.checkpoint.checkpoints import Checkpoints
-from ebt_megatron.checkpoint.history import move_earlier_run
+from ebt_megatron.checkpoint.history import begin_anew
 from ebt_megatron.config import Recipe, RecipeError, check, to_yaml
 from ebt_megatron.core import cli
 from ebt_megatron.core.files import write_whole
+from ebt_megatron.core.launch import attempts
 from ebt_megatron.data.loader import Loader, MicroBatch, identity
 from ebt_megatron.parallel.setup import initialize
 from ebt_megatron.session import Session
@@ -105,8 +106,12 @@ class Run:
         Raises:
             RecipeError, DataError: if the folder's checkpoints do not fit this run.
         """
-        if not self.recipe.training.resume and (moved := self.on_main(partial(move_earlier_run, self.folder))):
-            self.warn(f"training.resume=false: what an earlier run left in {self.folder} is moved to {moved}")
+        if not self.recipe.training.resume:
+            launches: list[dict[str, int]] = [{}] * self.state.world_size
+            dist.all_gather_object(launches, attempts())  # after a restart rank 0 may be on another machine
+            merged = {name: count for found in launches for name, count in found.items()}
+            if moved := self.on_main(partial(begin_anew, self.folder, merged)):
+                self.warn(f"training.resume=false: what an earlier run left in {self.folder} is moved to {moved}")
         newest = self.checkpoints.resume_point()
         if newest:
             self.restore(newest)

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import os
 import shutil
 import tempfile
 from pathlib import Path
@@ -12,8 +13,9 @@ from hypothesis import strategies as st
 
 from ebt_megatron.checkpoint import checkpoints as checkpoint
 from ebt_megatron.checkpoint.checkpoints import Checkpoints
-from ebt_megatron.checkpoint.history import CheckpointError, History, move_earlier_run, step_of, verify
+from ebt_megatron.checkpoint.history import CheckpointError, History, begin_anew, move_earlier_run, step_of, verify
 from ebt_megatron.config import RecipeError
+from ebt_megatron.core.launch import attempts
 from tests.training.toy import Run, toy_recipe
 
 
@@ -203,3 +205,24 @@ def test_nothing_of_an_earlier_run_stays_but_earlier_ones(tmp_path):
         )
     assert sorted(p.name for p in tmp_path.iterdir()) == ["earlier", "run.lock"]
     assert move_earlier_run(tmp_path) is None
+
+
+def test_only_a_launch_that_began_a_run_goes_on_with_it_after_a_restart(tmp_path):
+    def begin(**launches):
+        moved = begin_anew(tmp_path / "run", launches)
+        (tmp_path / "run/checkpoints").mkdir(exist_ok=True)
+        return moved and moved.name
+
+    assert [begin(a=0), begin(a=1), begin(a=2)] == [None] * 3
+    assert begin() == "1" and begin(b=1) == "2", "restarted before it began"
+    assert begin(b=2, c=0) is None and begin(c=0) == "3" and begin(c=1, d=0) is None
+    (tmp_path / "run/launches.json").write_text("{")
+    assert begin(c=1) == "4"
+
+
+def test_how_often_a_launcher_started_this_again(monkeypatch):
+    monkeypatch.setattr(os, "environ", {"PATH": "x", "SLURM_JOB_ID": "7"})
+    assert attempts() == {"slurm 7": 0}
+    os.environ |= {"TORCHELASTIC_RUN_ID": "x", "TORCHELASTIC_RESTART_COUNT": "2", "SLURM_RESTART_COUNT": "1"}
+    (first, second), (agent, job) = zip(*attempts().items(), strict=True)
+    assert first.startswith(f"torchrun x {os.getppid()} ") and (second, agent, job) == ("slurm 7", 2, 1)

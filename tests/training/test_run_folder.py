@@ -1,6 +1,7 @@
 """What a run does to its folder: saves that fail, streaks of bad steps, earlier runs, other data, another schedule."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -94,6 +95,24 @@ def test_a_folder_that_was_used_before(data, tmp_path):
     assert [r["lr"] for r in replaced[11:]] == pytest.approx([1e-4] * 4)
     assert has(checkpoints_gone, "no checkpoint in", "metrics.jsonl goes to step 15", "kept in metrics-replaced.jsonl")
     assert [r["step"] for r in replaced] == list(range(1, 16))
+
+
+def _restarts(count):
+    """As torchrun --max-restarts sets it."""
+    os.environ["TORCHELASTIC_RESTART_COUNT"] = count.name
+
+
+def test_a_run_begun_anew_goes_on_after_a_restart(data, tmp_path):
+    anew = ("training.resume=false", *ALL)
+    earlier, begun, restarted, again = life(
+        data, tmp_path, ("run", ALL, ""), (_restarts, "0"), ("run", anew, "sigterm"), (_restarts, "1"),
+        ("run", anew, ""), (_restarts, "0"), ("run", (*anew, "training.steps=3"), ""),
+    )  # fmt: skip
+    assert begun["saved"] == [3, 5] and has(begun, "run it with training.resume=true to go on")
+    assert restarted["saved"] == [3, 5, 6, 9, 12] and has(restarted, "resumed from") and not has(restarted, "moved")
+    assert begun["after"] + restarted["after"] == earlier["after"]
+    assert [r["step"] for r in runs.rows(tmp_path / "run/earlier/2")] == list(range(1, 13))
+    assert again["saved"] == [3] and len(list((tmp_path / "run/earlier").iterdir())) == 2
 
 
 def _damage(folder):
