@@ -20,7 +20,7 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
-from ebt_megatron.core.errors import DataError, RecipeError
+from ebt_megatron.core.errors import DataError, PeerError, RecipeError
 from ebt_megatron.core.launch import Launch, detect_launch
 
 # what reading or writing an open file may raise, which no longer knows its name
@@ -69,6 +69,9 @@ def guarded(work: Callable[[], Any], quiet: bool = False) -> None:
     except Exception as error:
         mistake = isinstance(error, RecipeError | DataError) or _of_a_file(error)
         launch = _launch()
+        if isinstance(error, PeerError):
+            time.sleep(_PATIENCE)  # the launcher ends this rank once the one with the error has said it
+            sys.exit(2)
         if launch.world_size == 1 and not mistake:
             raise
         message = _one_line(error)

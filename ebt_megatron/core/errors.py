@@ -7,3 +7,7 @@ class RecipeError(ValueError):
 
 class DataError(ValueError):
     """Data that cannot be used; the message is one line saying what is wrong, where, and what to do."""
+
+
+class PeerError(RuntimeError):
+    """Another rank has an error, which it says itself; the message is that error's."""

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from ebt_megatron.core.errors import PeerError
+
 
 class StopSignal:
     """Remembers SIGTERM, SIGUSR1 (what schedulers send before the end) and Ctrl-C until the step is done.
@@ -35,6 +37,34 @@ class StopSignal:
         flag = torch.tensor([float(self.received)], device=device)
         dist.all_reduce(flag)
         return bool(flag.item())
+
+
+class BrokenOff(Exception):
+    """Raised on all ranks together where one of them cannot go on.
+
+    Attributes:
+        error: what this rank raises in the end: its own, or a PeerError.
+    """
+
+    def __init__(self, error: Exception):
+        super().__init__(str(error))
+        self.error = error
+
+
+def agree(error: Exception | None, device: torch.device) -> None:
+    """Meet the other ranks, with what went wrong on this one.
+
+    Raises:
+        BrokenOff: on every rank, if anything did on any.
+    """
+    flag = torch.tensor([float(error is not None)], device=device)
+    dist.all_reduce(flag)
+    if not flag.item():
+        return
+    errors: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(errors, None if error is None else f"{type(error).__name__}: {error}")
+    rank, said = next((rank, said) for rank, said in enumerate(errors) if said)
+    raise BrokenOff(error or PeerError(f"rank {rank}: {said}"))
 
 
 class BadSteps:

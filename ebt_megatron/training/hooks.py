@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from ebt_megatron.checkpoint.history import step_of
 from ebt_megatron.evaluation.validation import validate
 from ebt_megatron.objectives.flops import training_flops
 from ebt_megatron.training.faults import SpikeDetector, StopSignal, Watchdog
@@ -188,28 +190,42 @@ class Saving(Hook):
     def begin(self) -> None:
         """See `Hook`."""
         self.stop, self.due = StopSignal(), False
+        self.row: dict[str, Any] | None = None
 
     def after_step(self, moment: Moment) -> None:
         """See `Hook`."""
+        self.row = moment.row
         run, interval = self.run, self.run.recipe.training.save_interval
         run.report_unsaved(run.checkpoints.poll())
         self.due = self.due or (interval > 0 and run.step % interval == 0)
         # In a streak of bad steps nothing is saved, and a run told to stop takes steps until one is good.
         moment.stops = moment.ends or (self.stop.agreed(run.state.device) and not run.bad.in_a_row)
         if moment.stops:
-            moment.unsaved = self._save_last(moment)
+            moment.unsaved = self._save_last()
         elif self.due and not run.bad.in_a_row:
             run.report_unsaved(run.write_checkpoint(moment.row))
             self.due = False
 
-    def _save_last(self, moment: Moment) -> str | None:
+    def broken_off(self) -> None:
+        """Save what was learned since the last checkpoint."""
+        run = self.run
+        run.report_unsaved(run.checkpoints.wait())
+        newest = run.checkpoints.newest_good()
+        if run.step == (step_of(newest) if newest else 0):
+            return
+        if error := self._save_last():
+            run.say(f"step {run.step} is not saved: {error}; the newest good checkpoint is {newest}", "red")
+        else:
+            run.warn(f"saved step {run.step}, before the error that ends this run")
+
+    def _save_last(self) -> str | None:
         """Write a checkpoint to its end; returns why it is not there, if it failed."""
         run = self.run
         run.report_unsaved(run.checkpoints.wait())
         if run.bad.in_a_row:
             run.warn(f"the last {run.bad.in_a_row} steps were not finite: step {run.step} is saved with the weights "
                      f"of step {run.step - run.bad.in_a_row}, and no older checkpoint goes")  # fmt: skip
-        error = run.write_checkpoint(moment.row)
+        error = run.write_checkpoint(self.row)
         return run.checkpoints.wait() or error
 
 
@@ -237,7 +253,8 @@ class Validating(Hook):
         assert run.validation_data is not None
         steps = run.recipe.thinking.max_steps if objective.thinks else 1
         with run.timers.phase("validation"):
-            losses = validate(objective, run.validation_data, steps, measure=False).losses
+            batches = (batch for some in iter(partial(run.read, iter(run.validation_data)), []) for batch in some)
+            losses = validate(objective, batches, steps, measure=False).losses
         row["validation_loss"] = losses[-1].item()
         row["validation_loss_one_step"] = losses[0].item() if objective.thinks else None
         run.say(f"step {run.step}: validation loss {row['validation_loss']:.4f}")

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ebt_megatron.training.faults import BrokenOff
 from ebt_megatron.training.run import Run
 from ebt_megatron.training.trainer import StepResult
 
@@ -51,12 +52,18 @@ class Hook:
     def after_step(self, moment: Moment) -> None:
         """After each step, on every rank."""
 
+    def broken_off(self) -> None:
+        """Before an error that ends the run and that all ranks know of, between two steps."""
+
     def close(self) -> None:
         """At the end, also after an error."""
 
 
 def train(run: Run, hooks: Sequence[Hook]) -> None:
-    """Take steps to the end of the run, or until a hook stops it."""
+    """Take steps to the end of the run, or until a hook stops it.
+
+    Where a rank cannot read its data, that rank raises what was wrong, and the others a PeerError.
+    """
     options = run.recipe.training
     try:
         for hook in hooks:
@@ -72,6 +79,10 @@ def train(run: Run, hooks: Sequence[Hook]) -> None:
                     break
             if moment.stops:
                 return
+    except BrokenOff as reason:
+        for hook in hooks:
+            hook.broken_off()
+        raise reason.error from None
     finally:
         run.close()
         for hook in hooks:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from ebt_megatron.core.launch import attempts
 from ebt_megatron.data.loader import Loader, MicroBatch, identity
 from ebt_megatron.parallel.setup import initialize
 from ebt_megatron.session import Session
-from ebt_megatron.training.faults import BadSteps
+from ebt_megatron.training.faults import BadSteps, BrokenOff, agree
 from ebt_megatron.training.metrics import Clock, last_step
 from ebt_megatron.training.optimizer import schedule_change, schedule_of
 from ebt_megatron.training.trainer import StepResult, Trainer
@@ -152,15 +152,34 @@ class Run:
 
     def take_step(self) -> tuple[StepResult, float]:
         """One optimizer step on the next global batch, and the seconds since the last one ended."""
-        options = self.recipe.training
+        options, position = self.recipe.training, self.train_data.consumed
         count = options.global_batch_size // (options.micro_batch_size * self.state.data_size)
         self._stream = self._stream or iter(self.train_data)
-        with self.timers.phase("data"):
-            micro_batches = list(itertools.islice(self._stream, count))
+        try:
+            micro_batches = self.read(self._stream, count)
+        except BrokenOff:
+            self.train_data.consumed = position  # others have taken theirs
+            raise
         result = self.trainer.train_step(micro_batches, self.step)
         self.step += 1
         self.tokens += result.positions
         return result, self.clock.tick(self.step)
+
+    def read(self, stream: Iterator[MicroBatch], count: int = 1) -> list[MicroBatch]:
+        """The next micro-batches of a loader, fewer at its end; all ranks call it together.
+
+        Raises:
+            BrokenOff: on every rank, where one cannot read its own.
+        """
+        micro_batches, error = [], None
+        with self.timers.phase("data"):
+            try:
+                micro_batches = list(itertools.islice(stream, count))
+            except Exception as reason:
+                error = reason
+        with self.timers.phase("communication"):
+            agree(error, self.state.device)
+        return micro_batches
 
     def rewind(self, newest: Path) -> None:
         """Go back to a checkpoint, but not back in the data."""

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from ebt_megatron.core import cli
-from ebt_megatron.core.errors import RecipeError
+from ebt_megatron.core.errors import PeerError, RecipeError
 from ebt_megatron.core.launch import detect_launch
 
 ROOT = Path(__file__).parents[2]
@@ -50,6 +50,12 @@ def test_a_full_disk_is_one_line(capsys):
 
 def test_ctrl_c_before_training_shows_no_traceback(capsys):
     assert ended(raising(KeyboardInterrupt()), capsys) == (130, "")
+
+
+def test_a_rank_whose_peer_says_what_is_wrong_says_nothing(capsys, monkeypatch):
+    waited = []
+    monkeypatch.setattr(cli.time, "sleep", waited.append)
+    assert ended(raising(PeerError("rank 1: DataError: x")), capsys) == (2, "") and waited
 
 
 def test_a_bug_of_a_process_alone_is_raised():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -11,6 +12,7 @@ from pathlib import Path
 import torch
 
 from ebt_megatron.config import Recipe
+from ebt_megatron.core.errors import DataError, PeerError
 from tests import builders
 
 DOCUMENTS = [f"Document {i} says " + " ".join(f"word{j * i % 97}" for j in range(40)) for i in range(200)]
@@ -88,6 +90,10 @@ def train(data: Path, output: Path, overrides: tuple[str, ...] = (), trouble: st
         train_to_end(run)
     except (StoppedRun, StoppedHere) as reason:
         out["stopped"] = str(reason)
+    except (OSError, DataError, PeerError) as reason:
+        if trouble not in ("no_data", "no_validation_data"):
+            raise
+        out["stopped"] = f"{type(reason).__name__}: {reason}"
     return out | {"digest": digest(run)}
 
 
@@ -149,8 +155,6 @@ def full_disk(run) -> None:
 
 
 def _no_space(run, steps) -> None:
-    import errno
-
     from ebt_megatron.checkpoint import checkpoints as checkpoint
 
     original = checkpoint._write
@@ -224,6 +228,28 @@ def killed_between_saving_and_recording(run) -> None:
         original(hook, row)
 
     original, Validating._validate = Validating._validate, killed
+
+
+def no_data(run) -> None:
+    """The last rank cannot read the samples of step 6."""
+    original = run.train_data.read
+
+    def failing(positions):
+        if run.state.rank == run.state.world_size - 1 and max(positions) >= 5 * 4:
+            raise DataError("shard-000001.tar is damaged")
+        return original(positions)
+
+    run.train_data.read = failing
+
+
+def no_validation_data(run) -> None:
+    """The last rank cannot read what the run is validated on."""
+
+    def failing(positions):
+        raise OSError(errno.EIO, "Input/output error", "shard-000000.tar")
+
+    if run.state.rank == run.state.world_size - 1:
+        run.validation_data.read = failing
 
 
 class StoppedHere(RuntimeError):

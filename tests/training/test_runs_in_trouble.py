@@ -46,6 +46,25 @@ def test_too_many_bad_steps_stop_the_run_and_name_the_checkpoint(data, tmp_path)
         assert "the last good checkpoint is" in rank["stopped"] and "step-00000003" in rank["stopped"]
 
 
+@pytest.mark.parametrize(
+    ("trouble", "error", "step"),
+    [("no_data", "DataError: shard-000001.tar is damaged", 5),
+     ("no_validation_data", "OSError: [Errno 5] Input/output error: 'shard-000000.tar'", 8)],
+)  # fmt: skip
+def test_what_cannot_be_read_on_one_rank_ends_the_run_after_a_save(trouble, error, step, data, undisturbed, tmp_path):
+    options = ("training.save_interval=100", "data.prefetch=2", "training.validation_interval=8")
+    first, last = run_ranks(runs.train, 2, data, tmp_path, options, trouble)
+    assert (first["stopped"], last["stopped"]) == (f"PeerError: rank 1: {error}", error)
+    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == [f"step-{step:08d}"]
+    assert any(f"saved step {step}, before the error" in line for line in first["said"])
+    before = len(first["after"])
+    ranks = run_ranks(runs.train, 2, data, tmp_path, options)
+    assert [r["after"] for r in ranks] == [r["after"][before:] for r in undisturbed], "and goes on where it was"
+    assert [(r["step"], "validation_loss" in r) for r in runs.rows(tmp_path)] == [
+        (s, s in (8, 12)) for s in range(1, 13)
+    ]
+
+
 def test_a_loss_spike_goes_back_and_skips_the_data(data, tmp_path):
     options = ("training.spike_factor=3", "training.spike_window=4", "training.async_save=false")
     ranks = run_ranks(runs.train, 2, data, tmp_path, options, "spike")
