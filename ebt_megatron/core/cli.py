@@ -70,7 +70,7 @@ def guarded(work: Callable[[], Any], quiet: bool = False) -> None:
         mistake = isinstance(error, RecipeError | DataError) or _of_a_file(error)
         launch = _launch()
         if isinstance(error, PeerError):
-            time.sleep(_PATIENCE)  # the launcher ends this rank once the one with the error has said it
+            _wait_for_the_end()  # which comes once the rank with the error has said it
             sys.exit(2)
         if launch.world_size == 1 and not mistake:
             raise
@@ -82,9 +82,14 @@ def guarded(work: Callable[[], Any], quiet: bool = False) -> None:
             if not mistake:
                 traceback.print_exception(error)
         if not first and launch.launcher == "torchrun":  # which reports every rank that ends by itself
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
-            time.sleep(_PATIENCE)
+            _wait_for_the_end()
         sys.exit(2 if mistake else 1)
+
+
+def _wait_for_the_end() -> None:
+    """Leave it to the launcher to end this rank."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    time.sleep(_PATIENCE)
 
 
 def _of_a_file(error: Exception) -> bool:
