@@ -78,7 +78,9 @@ def undisturbed(source, tmp_path_factory):
 
 
 @pytest.mark.parametrize("limit", [4, pytest.param(10, marks=pytest.mark.slow)], ids="{} times".format)
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    "layout", ["1 worker", pytest.param("2 workers", marks=pytest.mark.slow), "4 workers", "mpirun -n 2"]
+)
 def test_killed_again_and_again(layout, limit, source, undisturbed, tmp_path):
     launcher, workers = LAYOUTS[layout]
     if launcher and not (shutil.which("mpirun") or (Path(sys.executable).parent / "mpirun").exists()):
