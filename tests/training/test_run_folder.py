@@ -32,7 +32,7 @@ def _one_after_another(data, root, plan):
         if isinstance(step[0], str):
             folder, overrides, trouble = step
             try:
-                answers.append(runs.train(data, root / folder, overrides, trouble))
+                answers.append(runs.train(data, root / folder, ("training.micro_batch_size=4", *overrides), trouble))
             except (RecipeError, DataError, runs.StoppedHere) as error:
                 answers.append({"error": str(error), "said": []})
             answers[-1]["saved"] = saved(root / folder)

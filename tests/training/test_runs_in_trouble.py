@@ -130,7 +130,7 @@ def killed(data: Path, output: Path, overrides: tuple[str, ...], kills: int, see
 
 @pytest.mark.parametrize("kills", [4, pytest.param(20, marks=pytest.mark.slow)])
 def test_killed_again_and_again_the_weights_are_those_of_an_undisturbed_run(kills, data, tmp_path):
-    overrides = (DISTRIBUTED, *runs.S2, f"training.steps={30 + 5 * kills}")
+    overrides = (DISTRIBUTED, *runs.S2, f"training.steps={20 + 5 * kills}", "training.micro_batch_size=2")
     results, when = killed(data, tmp_path / "killed", overrides, kills, seed=1)
     expected = run_ranks(runs.train, 2, data, tmp_path / "plain", overrides)
     assert [r["digest"] for r in results] == [r["digest"] for r in expected]

@@ -24,14 +24,13 @@ def _losses(data, layouts):
 
     out = {}
     for layout, counts in layouts.items():
-        trainer = None
+        recipe = small_recipe(f"data.train=[{data}/train]", f"data.validation=[{data}/validation]", *layout,
+                              "training.global_batch_size=12", "training.micro_batch_size=3")  # fmt: skip
+        trainer = Trainer(recipe, Text(recipe, 300))
+        loader = Loader(recipe, "validation", trainer.state.data_rank, trainer.state.data_size)
+        steps = 2 if recipe.model.architecture == "ebt" else 1
         for count in counts:
-            recipe = small_recipe(f"data.train=[{data}/train]", f"data.validation=[{data}/validation]", *layout,
-                                  "training.global_batch_size=12", "training.micro_batch_size=3",
-                                  f"training.validation_samples={count}")  # fmt: skip
-            state = (trainer := trainer or Trainer(recipe, Text(recipe, 300))).state
-            loader = Loader(recipe, "validation", state.data_rank, state.data_size)
-            steps = 2 if recipe.model.architecture == "ebt" else 1
+            recipe.training.validation_samples = count
             result = validate(trainer.objective, loader, steps)
             assert result.positions == 10 * count
             values, measures = [*result.losses.tolist(), *result.energies.tolist()], result.measures
