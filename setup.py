@@ -22,6 +22,7 @@ setup(
             "ebt-train = ebt_megatron.train:app",
             "ebt-evaluate = ebt_megatron.evaluate:app",
             "ebt-generate = ebt_megatron.generate:app",
+            "ebt-lm-eval = ebt_megatron.harness:main",
             "ebt-prepare = ebt_megatron.data_prep.__main__:app",
             "ebt-shards = ebt_megatron.tools.shards:app",
             "ebt-plan = ebt_megatron.tools.plan:app",
@@ -56,6 +57,7 @@ setup(
         "remote": ["s3fs>=2024.6", "huggingface_hub>=0.24"],  # s3:// and hf:// inputs and shards; fsspec has more
         "wandb": ["wandb>=0.18"],  # training.metrics=[jsonl,tensorboard,wandb]
         "encoders": ["diffusers>=0.30", "transformers>=4.45"],  # a VAE or DINOv2 from your disk
+        "lm-eval": ["lm_eval>=0.4.9"],  # ebt-lm-eval
         "dev": [
             "pytest>=8.3",
             "pytest-timeout>=2.3",
@@ -71,6 +73,7 @@ setup(
             "av>=14",
             "pillow>=10",
             "wandb>=0.18",
+            "lm_eval>=0.4.9",
         ],
     },
 )

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import Protocol
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from ebt_megatron.config import Recipe
 from ebt_megatron.core.errors import RecipeError
 from ebt_megatron.inference.cache import Context
 from ebt_megatron.inference.engine import Engine
@@ -15,7 +16,10 @@ from ebt_megatron.inference.options import ThinkingOptions
 from ebt_megatron.inference.reader import Reader
 from ebt_megatron.inference.stages import Stages
 from ebt_megatron.parallel.collectives import TensorGroup
+from ebt_megatron.parallel.setup import ParallelState
 from ebt_megatron.session import TrainedRun
+from ebt_megatron.tasks import Task
+from ebt_megatron.tasks.text import Text
 
 
 @dataclass
@@ -155,30 +159,36 @@ def _nothing(vocab_size: int, device: torch.device, flops: float) -> Forecast:
 
 
 def predictor_of(run: TrainedRun, options: ThinkingOptions) -> EnergyPredictor | FeedForwardPredictor:
-    """What predicts with a run's model.
+    """What predicts with a run's model, opened; see `build_predictor`."""
+    return build_predictor(run.model, run.recipe, run.task, run.state, options)
+
+
+def build_predictor(
+    model: Any, recipe: Recipe, task: Task, state: ParallelState, options: ThinkingOptions
+) -> EnergyPredictor | FeedForwardPredictor:
+    """What predicts with a model of text.
 
     Args:
-        run: of text, opened.
+        model: this rank's part; its parameters are constants from now on.
+        recipe, task, state: the run's.
         options: how to think, if it does.
 
     Raises:
         RecipeError: for a run of another modality, more ranks than one model takes, or options of thinking for a
             model that does not think.
     """
-    recipe, state, task = run.recipe, run.state, run.task
-    if recipe.data.modality != "text":
-        raise RecipeError(f"{recipe.training.output_dir} is a run of {recipe.data.modality}: text is all that can be "
-                          "generated and scored")  # fmt: skip
+    where = recipe.training.output_dir
+    if not isinstance(task, Text):
+        raise RecipeError(f"{where} is a run of {recipe.data.modality}: only text can be generated and scored")
     if state.data_size > 1:
         raise RecipeError(f"{state.world_size} ranks hold {state.data_size} copies of the model: start as many as "
                           f"parallel.tensor x parallel.pipeline={state.tensor_size * state.pipeline_size}")  # fmt: skip
-    stages = Stages(state, run.model.config)
-    vocabulary, vocab_size = task.cost().vocabulary / task.length, task.vocab_size  # type: ignore[attr-defined]
-    if run.objective.thinks:
+    stages, vocabulary = Stages(state, model.config), task.cost().vocabulary / task.length
+    if recipe.model.architecture == "ebt":
         options.check()
-        return EnergyPredictor(Engine(run.model, recipe, stages, task.length, vocabulary), options, vocab_size)
-    if options != replace(ThinkingOptions(), final_energy=options.final_energy):
-        raise RecipeError(f"{recipe.training.output_dir} is a {recipe.model.architecture}, which does not think: leave "
-                          "out steps, candidates and the like")  # fmt: skip
-    embed = run.model.embedding if stages.first else None
-    return FeedForwardPredictor(Reader(run.model, recipe, stages, task.length, embed), vocab_size, vocabulary)
+        return EnergyPredictor(Engine(model, recipe, stages, task.length, vocabulary), options, task.vocab_size)
+    if options != ThinkingOptions(final_energy=options.final_energy):
+        raise RecipeError(f"{where} is a {recipe.model.architecture}, which does not think: leave out steps, "
+                          "candidates and the like")  # fmt: skip
+    embed = model.embedding if stages.first else None
+    return FeedForwardPredictor(Reader(model, recipe, stages, task.length, embed), task.vocab_size, vocabulary)

@@ -43,9 +43,10 @@ class Texts:
             DataError: for characters that the tokenizer has no tokens for; `what` names the text.
         """
         encoding = self.tokenizer.encode(text, add_special_tokens=False)
-        said = {i for (begin, end), token in zip(encoding.offsets, encoding.ids, strict=True) if token != self._unknown
-                for i in range(begin, end)}  # fmt: skip
-        lacking = "".join(dict.fromkeys(c for i, c in enumerate(text) if i not in said and not c.isspace()))
+        tokens = zip(encoding.ids, encoding.offsets, strict=True)
+        unknown = [text[begin:end] for token, (begin, end) in tokens if token == self._unknown]
+        dropped = [c for c in dict.fromkeys(text) if not c.isspace() and not self.tokenizer.encode(c).ids]
+        lacking = "".join(unknown or dropped)
         if lacking:
             raise DataError(f"{what} holds {lacking[:20]!r}, which the run's tokenizer lacks: leave it out")
         return encoding.ids
