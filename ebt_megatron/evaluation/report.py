@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import html
 import io
 import json
 from collections.abc import Sequence
@@ -15,6 +13,8 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+
+from ebt_megatron.evaluation.page import Page
 
 EBT_COLOURS, BASELINE_COLOUR, NEUTRAL = ("#c8442d", "#e0962e", "#8a3ea8", "#2f8f5b"), "#2d5fc8", "#777777"
 _DASHES = ("-", "--", ":", "-.")
@@ -194,24 +194,6 @@ def _thinking_rows(ebt: Run) -> list[list[str]]:
     return rows
 
 
-def _markdown_table(rows: list[list[str]]) -> str:
-    lines = ["| " + " | ".join(row) + " |" for row in rows]
-    lines.insert(1, "|" + " --- |" * len(rows[0]))
-    return "\n".join(lines)
-
-
-def _html_table(rows: list[list[str]]) -> str:
-    cells = [[html.escape(c) for c in row] for row in rows]
-    head = "".join(f"<th>{c}</th>" for c in cells[0])
-    body = "".join("<tr>" + "".join(f"<td>{c}</td>" for c in row) + "</tr>" for row in cells[1:])
-    return f"<table><tr>{head}</tr>{body}</table>"
-
-
-_STYLE = """body{font:16px/1.5 system-ui,sans-serif;max-width:60em;margin:2em auto;padding:0 1em;color:#222}
-img{max-width:100%}table{border-collapse:collapse;margin:1em 0}td,th{padding:.3em .8em;border-bottom:1px solid #ddd;
-text-align:right}td:first-child,th:first-child{text-align:left}pre{background:#f5f5f5;padding:1em;overflow:auto}"""
-
-
 def write_report(
     ebt_dirs: dict[str, Path], baseline_dir: Path, output: Path, title: str, next_steps: str
 ) -> dict[str, Path]:
@@ -229,7 +211,6 @@ def write_report(
     """
     ebts = [Run.read(path, label) for label, path in ebt_dirs.items()]
     baseline = Run.read(baseline_dir, "Transformer++")
-    output.mkdir(parents=True, exist_ok=True)
     plots = {
         "loss": (plot_losses(ebts, baseline), "All models see the same tokens in the same order."),
         "start": (plot_start(ebts, baseline), "The first tokens stretched out: how long each model only learns how "
@@ -243,23 +224,10 @@ def write_report(
     plots["example"] = (plot_example(ebts[-1]), f"{ebts[-1].label}. {caption}")
     tables = [("Speed and memory", _cost_rows([*ebts, baseline])),
               *((f"Thinking longer: {ebt.label}", _thinking_rows(ebt)) for ebt in ebts)]  # fmt: skip
-    paths = {}
-    for name, (png, _) in plots.items():
-        paths[name] = output / f"{name}.png"
-        paths[name].write_bytes(png)
-    markdown = [f"# {title}\n"]
-    page = [f"<!doctype html><meta charset=utf-8><title>{html.escape(title)}</title><style>{_STYLE}</style>",
-            f"<h1>{html.escape(title)}</h1>"]  # fmt: skip
+    page = Page(title)
     for name, (png, caption) in plots.items():
-        markdown.append(f"![{name}]({name}.png)\n\n{caption}\n")
-        data = base64.b64encode(png).decode()
-        page.append(f'<p><img alt="{name}" src="data:image/png;base64,{data}"><br>{html.escape(caption)}</p>')
+        page.picture(f"{name}.png", png, caption)
     for heading, rows in tables:
-        markdown.append(f"## {heading}\n\n{_markdown_table(rows)}\n")
-        page.append(f"<h2>{heading}</h2>{_html_table(rows)}")
-    markdown.append(f"## How to go on\n\n```\n{next_steps}\n```\n")
-    page.append(f"<h2>How to go on</h2><pre>{html.escape(next_steps)}</pre>")
-    paths["html"], paths["markdown"] = output / "report.html", output / "report.md"
-    paths["html"].write_text("\n".join(page), encoding="utf-8")
-    paths["markdown"].write_text("\n".join(markdown), encoding="utf-8")
-    return paths
+        page.table(heading, rows)
+    page.text("How to go on", next_steps)
+    return page.write(output)

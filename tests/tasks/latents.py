@@ -27,7 +27,8 @@ def pictures_recipe(*overrides: str):
     """The same of pictures of four patches, denoised."""
     return recipe(
         "data.modality=images", f"data.sequence_length={PATCHES}", "model.num_query_groups=4",
-        "thinking.initial=observed", "model.conditioning=adaln_zero", "images.highest_level=400", "images.classes=true", *overrides,
+        "thinking.initial=observed", "model.conditioning=adaln_zero", "images.highest_level=400",
+        "images.classes=true", *overrides,
     )  # fmt: skip
 
 
