@@ -29,9 +29,13 @@ def rolled_out(run: TrainedRun, frames: Tensor, given: int, steps: int | None = 
     for frame in range(given, frames.shape[1]):
         observed = clip[:, :-1]
         sample = Sample(observed, clip[:, 1:], ids, start=observed.transpose(0, 1) if starts else None)
-        last: list[Any] = []
-        run.objective.evaluate(sample, steps, lambda prediction, last=last: last.append(prediction.y))
-        clip[:, frame] = last[-1][frame - 1]
+        made: list[Tensor] = []
+
+        def keep(prediction: Any, made: list[Tensor] = made) -> None:
+            made.append(prediction.y)
+
+        run.objective.evaluate(sample, steps, keep)
+        clip[:, frame] = made[-1][frame - 1]
     return clip
 
 

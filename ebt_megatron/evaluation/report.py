@@ -50,7 +50,8 @@ class Run:
         return [row["tokens"] for row in rows], [row[key] for row in rows]
 
 
-def _figure(width: float = 6.4) -> tuple[Any, Any]:
+def figure_of(width: float = 6.4) -> tuple[Any, Any]:
+    """A figure and its axes, plain."""
     figure, axes = plt.subplots(figsize=(width, 3.8), dpi=110)
     _plain(axes)
     return figure, axes
@@ -61,7 +62,8 @@ def _plain(axes: Any) -> None:
     axes.grid(alpha=0.25)
 
 
-def _png(figure: Any) -> bytes:
+def png_of(figure: Any) -> bytes:
+    """The figure as a picture; it is closed."""
     buffer = io.BytesIO()
     figure.tight_layout()
     figure.savefig(buffer, format="png")
@@ -71,7 +73,7 @@ def _png(figure: Any) -> bytes:
 
 def plot_losses(ebts: Sequence[Run], baseline: Run) -> bytes:
     """Training and validation loss of all models against tokens."""
-    figure, axes = _figure()
+    figure, axes = figure_of()
     for run, colour in ((baseline, BASELINE_COLOUR), *zip(ebts, EBT_COLOURS, strict=False)):
         axes.plot(*run.series("final_step_loss"), color=colour, alpha=0.35, lw=1)
         axes.plot(*run.series("validation_loss"), "o-", color=colour, ms=3, label=f"{run.label}, validation")
@@ -80,7 +82,7 @@ def plot_losses(ebts: Sequence[Run], baseline: Run) -> bytes:
     axes.annotate("unigram entropy", (axes.get_xlim()[1], entropy), ha="right", va="bottom", color=NEUTRAL, fontsize=8)
     axes.set(xlabel="training tokens", ylabel="loss (nats per token)", title="Loss against tokens (faint: training)")
     axes.legend(frameon=False)
-    return _png(figure)
+    return png_of(figure)
 
 
 def plot_start(ebts: Sequence[Run], baseline: Run) -> bytes:
@@ -103,12 +105,12 @@ def plot_start(ebts: Sequence[Run], baseline: Run) -> bytes:
     losses.legend(frameon=False, fontsize=8)
     sizes.set(ylabel="step size alpha", title="Step size")
     sizes.legend(frameon=False, fontsize=8)
-    return _png(figure)
+    return png_of(figure)
 
 
 def plot_thinking(ebts: Sequence[Run], baseline: Run) -> bytes:
     """Validation perplexity against the number of thinking steps; a ring marks the steps trained with."""
-    figure, axes = _figure()
+    figure, axes = figure_of()
     for run, colour in zip(ebts, EBT_COLOURS, strict=False):
         rows = run.evaluation["thinking"]
         axes.plot([r["steps"] for r in rows], [r["perplexity"] for r in rows], "o-", color=colour, label=run.label)
@@ -120,7 +122,7 @@ def plot_thinking(ebts: Sequence[Run], baseline: Run) -> bytes:
     axes.set(xlabel="thinking steps (ring: as trained)", ylabel="validation perplexity", yscale="log",
              title="Perplexity against thinking", xticks=range(1, most + 1))  # fmt: skip
     axes.legend(frameon=False)
-    return _png(figure)
+    return png_of(figure)
 
 
 def plot_energy(ebts: Sequence[Run]) -> bytes:
@@ -142,7 +144,7 @@ def plot_energy(ebts: Sequence[Run]) -> bytes:
             axes.tick_params(axis="y", labelsize=7)
             _plain(axes)
         row[0].set_ylabel(f"{run.label}\nmean energy", fontsize=9)
-    return _png(figure)
+    return png_of(figure)
 
 
 def plot_example(ebt: Run) -> bytes:
@@ -158,7 +160,7 @@ def plot_example(ebt: Run) -> bytes:
         descent = f"\nenergy {pair[0]:.3f} → {pair[1]:.3f}" if pair else "\n(the start)"
         axes.set_title(f"after {state['steps']} steps{descent}", fontsize=9)
         axes.spines[["top", "right"]].set_visible(False)
-    return _png(figure)
+    return png_of(figure)
 
 
 def _number(value: float | None, digits: int = 3) -> str:
