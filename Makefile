@@ -6,7 +6,7 @@ BIN     = $(VENV)/bin
 TORCH  ?= torch==2.13.0
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test test-slow test-gpu lint format bench bench-learning bench-data validate-gpu clean
+.PHONY: help install quickstart video images test test-slow test-gpu lint format bench bench-learning bench-data validate-gpu clean
 
 help:            ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 16
@@ -22,6 +22,12 @@ $(VENV)/.installed: setup.py
 
 quickstart: install  ## prepare real text, pretrain an EBT and a Transformer++, evaluate, write a report
 	$(BIN)/python -m tools.quickstart
+
+video: install   ## films: next-frame EBTs and a Transformer++, trained, evaluated, a report (INPUT="*.mp4" for your own)
+	$(BIN)/python -m tools.video $(if $(INPUT),--input '$(INPUT)')
+
+images: install  ## pictures: EBTs and DiTs that denoise and make them, a report (INPUT=... for your own)
+	$(BIN)/python -m tools.images $(if $(INPUT),--input '$(INPUT)')
 
 test: install    ## the test suite (CPU, under 11 minutes on 2 cores)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -n 2 --dist loadfile --no-loadscope-reorder

@@ -64,6 +64,7 @@ class VideoSource:
         height, width: of a frame.
         stride: take every so-many-th frame.
         frame_rate: take so many frames a second instead, if not 0.
+        tiles: cut frames into samples, so many along the shorter side; 1: one of the centre.
     """
 
     frames: int = 16
@@ -71,6 +72,7 @@ class VideoSource:
     width: int = 128
     stride: int = 1
     frame_rate: float = 0.0
+    tiles: int = 1
     classes: list[str] = field(default_factory=list)
     kind: ClassVar[str] = "video"
     piece: ClassVar[str] = "video"
@@ -81,7 +83,7 @@ class VideoSource:
             yield Piece(fingerprint(file), self._clips(file))
 
     def _clips(self, file: InputFile) -> Iterator[tuple[np.ndarray, float]]:
-        """uint8 [frames, height, width, 3] and its seconds, again and again.
+        """uint8 [frames, height, width, 3] and its seconds, again and again; of a clip's tiles one after another.
 
         Raises:
             DataError: if the file cannot be decoded to its end, or has no clip.
@@ -102,24 +104,35 @@ class VideoSource:
                 for frame in taken:
                     clip.append(self._picture(frame, scaler))
                     if len(clip) == self.frames:
-                        yield np.stack(clip), float(self.frames / rate) if rate else 0.0
+                        seconds = float(self.frames / rate) if rate else 0.0
+                        yield from ((tile, seconds) for tile in self._cut(np.stack(clip)))
                         found, clip = True, []
         except (av.error.FFmpegError, OSError) as error:
             raise DataError(f"{file.path} cannot be decoded ({error})") from None
         if not found:
             raise DataError(f"{file.path} has {len(clip)} frames, fewer than a clip of {self.frames}")
 
+    def _cut(self, clip: np.ndarray) -> Iterator[np.ndarray]:
+        """The samples in a clip, row by row."""
+        for top in range(0, clip.shape[1], self.height):
+            for left in range(0, clip.shape[2], self.width):
+                yield clip[:, top : top + self.height, left : left + self.width]
+
     def _picture(self, frame: Any, scaler: Any) -> np.ndarray:
-        """uint8 [height, width, 3]: the right way up, the shorter side made to fit, the centre of the longer."""
+        """uint8 [height, width, 3], or whole tiles: the right way up, the shorter side made to fit, the centre."""
         turns = round(frame.rotation / 90) % 4  # counterclockwise, as a phone notes that it was held
         turned = turns % 2 == 1
         shown = (frame.width, frame.height) if turned else (frame.height, frame.width)
-        scale = max(self.height / shown[0], self.width / shown[1])
-        height, width = max(self.height, round(shown[0] * scale)), max(self.width, round(shown[1] * scale))
+        least = self.tiles * self.height, self.tiles * self.width
+        scale = max(least[0] / shown[0], least[1] / shown[1])
+        height, width = max(least[0], round(shown[0] * scale)), max(least[1], round(shown[1] * scale))
+        tall, wide = least
+        if self.tiles > 1:
+            tall, wide = height // self.height * self.height, width // self.width * self.width
         size = (height, width) if turned else (width, height)
         rgb = scaler.reformat(frame, *size, "rgb24", interpolation="BICUBIC", threads=1).to_ndarray()
-        top, left = (height - self.height) // 2, (width - self.width) // 2
-        return np.rot90(rgb, turns)[top : top + self.height, left : left + self.width]
+        top, left = (height - tall) // 2, (width - wide) // 2
+        return np.rot90(rgb, turns)[top : top + tall, left : left + wide]
 
 
 def _checked(container: Any, stream: Any, path: str) -> Iterator[Any]:
@@ -147,6 +160,7 @@ def main(
     width: int = typer.Option(128, min=1, help="Of a frame."),
     stride: int = typer.Option(1, min=1, help="Take every so-many-th frame."),
     frame_rate: float = typer.Option(0.0, min=0.0, help="Take so many frames a second instead (0: by --stride)."),
+    tiles: int = typer.Option(1, min=1, help="Cut frames into samples, so many along the shorter side."),
     encoder: str = options.ENCODER,
     model: str | None = options.MODEL,
     patch: int | None = options.PATCH,
@@ -166,7 +180,7 @@ def main(
         if frame_rate and stride > 1:
             raise DataError("give either --stride or --frame-rate")
         _av()
-        source = VideoSource(frames, height, width, stride, frame_rate)
+        source = VideoSource(frames, height, width, stride, frame_rate, tiles)
         settings = LatentSettings(encoder, patch, channels, model, clips_per_shard, validation_fraction, seed,
                                   skip_broken)  # fmt: skip
         found = find_files(input, SUFFIXES)

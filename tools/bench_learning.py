@@ -33,6 +33,7 @@ from ebt_megatron.objectives.flops import training_flops
 
 from .bench import machine
 from .quickstart import DATA, prepare
+from .steps import Steps
 
 # Two-sided 95 % quantiles of Student's t by degrees of freedom (n - 1 seeds).
 STUDENT_T = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
@@ -232,7 +233,7 @@ def main(
         if name not in MODELS:
             raise typer.BadParameter(f"no model '{name}': choose of {'; '.join(MODELS)}")
     if data == DATA:
-        prepare(console, os.cpu_count() or 1, 16)
+        prepare(Steps(console, "make bench-learning"), os.cpu_count() or 1, 16)
     elif not (data / "train" / "manifest.json").exists():
         raise typer.BadParameter(f"no shards at {data}: ebt-prepare text makes them")
     vocab_size = read_manifest(str(data / "train")).vocab_size

@@ -5,10 +5,7 @@ Every part is skipped if it is already done, so running it again goes on where i
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
-import time
 from pathlib import Path
 
 import typer
@@ -16,35 +13,24 @@ from rich.console import Console
 
 from ebt_megatron.report import NEXT_STEPS
 
+from .steps import Steps
+
 DATA = Path("data/quickstart")
 RUNS = Path("runs/quickstart")
 RECIPES = {name: f"recipes/text/quickstart_{name}.yaml" for name in ("s1", "s2", "transformer")}
 
 
-def _run(console: Console, title: str, command: list[str]) -> float:
-    """Run a command, its output shown; exits with its code if it fails. Returns seconds."""
-    console.rule(title, align="left")
-    console.print(" ".join(command), style="dim", soft_wrap=True, highlight=False)
-    begin = time.perf_counter()
-    env = {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "TOKENIZERS_PARALLELISM": "true"} | dict(os.environ)
-    code = subprocess.run(command, env=env, check=False).returncode
-    if code:
-        console.print(f"[red]error:[/red] this step ended with code {code}; run `make quickstart` again to retry")
-        sys.exit(code)
-    return time.perf_counter() - begin
-
-
-def prepare(console: Console, processes: int, megabytes: int) -> dict[str, float]:
+def prepare(step: Steps, processes: int, megabytes: int) -> dict[str, float]:
     """Text of this machine as shards at DATA, unless they are there; returns seconds by part."""
     if (DATA / "train" / "manifest.json").exists():
         return {}
     python, raw, seconds = sys.executable, DATA / "raw.jsonl", {}
     if not raw.exists():
-        seconds["collect"] = _run(console, "1. text this machine already has", [
+        seconds["collect"] = step("1. text this machine already has", [
             python, "-m", "data_prep.local_text", "--output", str(raw), "--max-bytes",
             str(megabytes * 1_000_000), "--workers", str(processes),
         ])  # fmt: skip
-    seconds["prepare"] = _run(console, "1. real text to shards", [
+    seconds["prepare"] = step("1. real text to shards", [
         python, "-m", "data_prep.text", "--input", str(raw), "--train-bpe", "1024", "--sequence-length", "128",
         "--unit-megabytes", "4", "--output", str(DATA), "--workers", str(processes), "--resume",
     ])  # fmt: skip
@@ -57,15 +43,16 @@ def main(
 ) -> None:
     """Prepare data, pretrain the models, evaluate them and write the report."""
     console = Console()
+    step = Steps(console, "make quickstart")
     python = sys.executable
-    seconds = prepare(console, processes, megabytes)
+    seconds = prepare(step, processes, megabytes)
     for i, (name, recipe) in enumerate(RECIPES.items()):
-        seconds[f"train {name}"] = _run(console, f"{i + 2}. pretrain: {name}", [
+        seconds[f"train {name}"] = step(f"{i + 2}. pretrain: {name}", [
             python, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes),
             "-m", "ebt_megatron.train", recipe,
         ])  # fmt: skip
     for name in RECIPES:
-        seconds[f"evaluate {name}"] = _run(console, f"{len(RECIPES) + 2}. evaluate: {name}", [
+        seconds[f"evaluate {name}"] = step(f"{len(RECIPES) + 2}. evaluate: {name}", [
             python, "-m", "ebt_megatron.evaluate", str(RUNS / name),
         ])  # fmt: skip
     from ebt_megatron.evaluation.report import write_report

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -28,7 +29,17 @@ def colours(night: bool) -> Iterator[None]:
         yield
 
 
-def _figure(width: float = 6.4, columns: int = 1, ratios: Sequence[float] | None = None) -> tuple[Figure, Any]:
+def png_of(figure: Figure) -> bytes:
+    """Its picture; the figure is closed."""
+    buffer = io.BytesIO()
+    figure.tight_layout()
+    figure.savefig(buffer, format="png")
+    plt.close(figure)
+    return buffer.getvalue()
+
+
+def figure_of(width: float = 6.4, columns: int = 1, ratios: Sequence[float] | None = None) -> tuple[Figure, Any]:
+    """A figure and its axes, or several side by side, plain."""
     figure, axes = plt.subplots(1, columns, figsize=(width, 3.8), dpi=110, width_ratios=ratios)
     for one in [axes] if columns == 1 else axes:
         _plain(one)
@@ -47,7 +58,7 @@ def _coloured(runs: Sequence[RunFiles], colours: Sequence[str] = EBT_COLOURS) ->
 
 def losses(ebts: Sequence[RunFiles], rivals: Sequence[RunFiles]) -> Figure:
     """Training and validation loss of all models against tokens, and against training FLOPs."""
-    figure, (tokens, flops) = _figure(9.2, 2)
+    figure, (tokens, flops) = figure_of(9.2, 2)
     for run, colour in (*_coloured(rivals, RIVAL_COLOURS), *_coloured(ebts)):
         seen, loss = run.series("final_step_loss")
         tokens.plot(seen, loss, color=colour, alpha=0.35, lw=1)
@@ -66,7 +77,7 @@ def losses(ebts: Sequence[RunFiles], rivals: Sequence[RunFiles]) -> Figure:
 
 def start(ebts: Sequence[RunFiles], rivals: Sequence[RunFiles]) -> Figure:
     """The start of training: the loss after each step, tokens on a logarithmic axis; and the step size."""
-    figure, (loss, sizes) = _figure(9.2, 2, (2, 1))
+    figure, (loss, sizes) = figure_of(9.2, 2, (2, 1))
     for axes in (loss, sizes):
         axes.set(xlabel="training tokens", xscale="log")
     for run, colour in _coloured(rivals, RIVAL_COLOURS):
@@ -87,7 +98,7 @@ def start(ebts: Sequence[RunFiles], rivals: Sequence[RunFiles]) -> Figure:
 
 def thinking(ebts: Sequence[RunFiles], rivals: Sequence[RunFiles]) -> Figure:
     """Validation perplexity (or loss) against the number of thinking steps; a ring marks the steps trained with."""
-    figure, axes = _figure()
+    figure, axes = figure_of()
     what = "perplexity" if all("perplexity" in r.evaluation["thinking"][0] for r in (*ebts, *rivals)) else "loss"
     for run, colour in _coloured(ebts):
         rows = run.evaluation["thinking"]
@@ -145,7 +156,7 @@ def example(run: RunFiles) -> Figure:
 
 def compute(ebts: Sequence[RunFiles]) -> Figure:
     """Perplexity against inference FLOPs: fixed steps, steps by how predictions move, and the rivals."""
-    figure, axes = _figure()
+    figure, axes = figure_of()
     for run, colour in _coloured(ebts):
         dynamic = run.suite["dynamic compute"]
         for name, style in (("fixed", "o-"), ("adaptive", "x--")):
@@ -163,7 +174,7 @@ def compute(ebts: Sequence[RunFiles]) -> Figure:
 
 def several_starts(ebts: Sequence[RunFiles]) -> Figure:
     """Perplexity of M starts, by what chooses among them."""
-    figure, axes = _figure()
+    figure, axes = figure_of()
     for run, colour in _coloured(ebts):
         rows = run.suite["starts"]
         for i, name in enumerate(n for n, by in rows[0]["by"].items() if "perplexity" in by):
@@ -176,7 +187,7 @@ def several_starts(ebts: Sequence[RunFiles]) -> Figure:
 
 def risk(ebts: Sequence[RunFiles]) -> Figure:
     """Error rate among the surest share of positions."""
-    figure, axes = _figure()
+    figure, axes = figure_of()
     for run, colour in _coloured(ebts):
         for name, of in run.suite["uncertainty"].items():
             ours = name == run.suite["models"][0]["name"]
@@ -192,7 +203,7 @@ def risk(ebts: Sequence[RunFiles]) -> Figure:
 
 def shifts(ebts: Sequence[RunFiles]) -> Figure:
     """The gain of thinking over its own first step, against how far the text is."""
-    figure, axes = _figure()
+    figure, axes = figure_of()
     for run, colour in _coloured([r for r in ebts if r.suite.get("shifts")]):
         rows = sorted(run.suite["shifts"].items(), key=lambda item: item[1]["shift"])
         axes.plot([r["shift"] for _, r in rows], [100 * r["gain over the first step"] for _, r in rows], "o-",
@@ -209,7 +220,7 @@ def shifts(ebts: Sequence[RunFiles]) -> Figure:
 def landscapes(run: RunFiles) -> Figure:
     """Energies over the plane through start, end and the token that comes, with the descent drawn."""
     shown = run.suite["portrait"]["landscapes"]
-    figure, all_axes = _figure(4.6 * len(shown), len(shown))
+    figure, all_axes = figure_of(4.6 * len(shown), len(shown))
     for axes, one in zip([all_axes] if len(shown) == 1 else all_axes, shown, strict=True):
         filled = axes.contourf(one["x"], one["y"], np.array(one["energy"]), 24, cmap="viridis")
         figure.colorbar(filled, ax=axes, label="energy")

@@ -2,89 +2,51 @@
 
 from __future__ import annotations
 
-import base64
 import html
-import io
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import matplotlib.pyplot as plt
-from matplotlib.figure import Figure
-
 from ebt_megatron.core.errors import RecipeError
-from ebt_megatron.core.files import write_whole
 from ebt_megatron.evaluation import figures
+from ebt_megatron.evaluation.page import Page
 from ebt_megatron.evaluation.run_files import RunFiles
 from ebt_megatron.evaluation.tables import Table, number, percent, suite_tables
 
 
-@dataclass
-class _Picture:
-    """A figure as PNG by day and by night, with what it shows."""
-
-    name: str
-    caption: str
-    day: bytes
-    night: bytes
-
-    @classmethod
-    def draw(cls, name: str, caption: str, figure: Callable[[], Figure]) -> _Picture:
-        drawn = []
-        for night in (False, True):
-            with figures.colours(night):
-                made, buffer = figure(), io.BytesIO()
-                made.tight_layout()
-                made.savefig(buffer, format="png")
-                plt.close(made)
-                drawn.append(buffer.getvalue())
-        return cls(name, caption, *drawn)
-
-    def html(self) -> str:
-        day, night = (f"data:image/png;base64,{base64.b64encode(png).decode()}" for png in (self.day, self.night))
-        return (
-            f'<figure id="{self.name}"><picture><source media="(prefers-color-scheme: dark)" srcset="{night}">'
-            f'<img alt="{self.name}" src="{day}"></picture>'
-            f"<figcaption>{html.escape(self.caption)}</figcaption></figure>"
-        )
-
-
-def _pictures(ebts: Sequence[RunFiles], rivals: Sequence[RunFiles]) -> list[_Picture]:
+def _draw(page: Page, ebts: Sequence[RunFiles], rivals: Sequence[RunFiles]) -> None:
+    """Every figure that the runs have numbers for."""
     worked = [run for run in ebts if "example" in run.evaluation]
     judged = [run for run in ebts if run.suite]
-    draw = _Picture.draw
-    out = [
-        draw("loss", "All models see the same tokens in the same order, unless a label says otherwise.",
-             lambda: figures.losses(ebts, rivals)),
-        draw("start", "The first tokens stretched out: how long each model only learns how often tokens occur (the "
-             "dashed line of the chart above), and how the learned step size moves.",
-             lambda: figures.start(ebts, rivals)),
-    ]  # fmt: skip
+    page.figure("loss", "All models see the same tokens in the same order, unless a label says otherwise.",
+                lambda: figures.losses(ebts, rivals))  # fmt: skip
+    page.figure("start", "The first tokens stretched out: how long each model only learns how often tokens occur (the "
+                "dashed line of the chart above), and how the learned step size moves.",
+                lambda: figures.start(ebts, rivals))  # fmt: skip
     if ebts:
-        out.append(draw("thinking", "For each model, only the number of steps at evaluation differs. A gain over a "
-                        "first step that was never trained (loss on the last step only) says little.",
-                        lambda: figures.thinking(ebts, rivals)))  # fmt: skip
+        page.figure("thinking", "For each model, only the number of steps at evaluation differs. A gain over a first "
+                    "step that was never trained (loss on the last step only) says little.",
+                    lambda: figures.thinking(ebts, rivals))  # fmt: skip
     if worked:
         shown = worked[-1].evaluation["example"]
-        out.append(draw("energy", "One batch of validation samples.", lambda: figures.energies(worked)))
-        out.append(draw("example", f"{worked[-1].label}. Next token after “…{shown['context']}”; the true one, "
-                        f"{shown['target']!r}, in red.", lambda: figures.example(worked[-1])))  # fmt: skip
+        page.figure("energy", "One batch of validation samples.", lambda: figures.energies(worked))
+        page.figure("example", f"{worked[-1].label}. Next token after “…{shown['context']}”; the true one, "
+                    f"{shown['target']!r}, in red.", lambda: figures.example(worked[-1]))  # fmt: skip
     if judged:
-        out.append(draw("compute", "Every point is a mean over validation; FLOPs are counted, not timed.",
-                        lambda: figures.compute(judged)))  # fmt: skip
-        out.append(draw("starts", "What an energy that knew best would reach is the oracle; what chance gives is the "
-                        "even mixture.", lambda: figures.several_starts(judged)))  # fmt: skip
-        out.append(draw("risk", "A doubt that knows errors falls far to the left.", lambda: figures.risk(judged)))
+        page.figure("compute", "Every point is a mean over validation; FLOPs are counted, not timed.",
+                    lambda: figures.compute(judged))  # fmt: skip
+        page.figure("starts", "What an energy that knew best would reach is the oracle; what chance gives is the even "
+                    "mixture.", lambda: figures.several_starts(judged))  # fmt: skip
+        page.figure("risk", "A doubt that knows errors falls far to the left.", lambda: figures.risk(judged))
         if any(run.suite.get("shifts") for run in judged):
-            out.append(draw("shifts", "Far to the right is text unlike that trained on.",
-                            lambda: figures.shifts(judged)))  # fmt: skip
-        for i, run in enumerate(judged):
-            out.append(draw(f"landscape-{i + 1}", f"{run.label}: energies of what the model reads of a prediction, "
-                            "over the plane through its start, its end (at 0, 0) and the token that comes; the two "
-                            "tokens that thinking changed most.", lambda run=run: figures.landscapes(run)))  # type: ignore[misc] # fmt: skip
-    return out
+            page.figure("shifts", "Far to the right is text unlike that trained on.", lambda: figures.shifts(judged))
+    for i, run in enumerate(judged):
+        page.figure(f"landscape-{i + 1}", f"{run.label}: energies of what the model reads of a prediction, over the "
+                    "plane through its start, its end (at 0, 0) and the token that comes; the two tokens that thinking "
+                    "changed most.", partial(figures.landscapes, run))  # fmt: skip
 
 
 def _cost_table(runs: Sequence[RunFiles]) -> Table:
@@ -139,14 +101,6 @@ def _samples(run: RunFiles) -> str:
     return f'<h2>Continued by {html.escape(run.label)}</h2><p>Temperature 0.8.</p><ol class="text">{items}</ol>'
 
 
-_STYLE = """:root{color-scheme:light dark}body{font:16px/1.5 system-ui,sans-serif;max-width:60em;margin:2em auto;
-padding:0 1em;color:#222;background:#fff}img{max-width:100%;height:auto}figure{margin:1.5em 0}figcaption{font-size:.9em;
-opacity:.8}.wide{overflow-x:auto}table{border-collapse:collapse;margin:1em 0}td,th{padding:.3em .8em;border-bottom:1px
-solid #8884;text-align:right}td:first-child,th:first-child{text-align:left}pre{background:#8882;padding:1em;
-overflow:auto}.text{font-family:ui-monospace,monospace;font-size:.85em;overflow-wrap:anywhere;white-space:pre-wrap}
-@media (prefers-color-scheme:dark){body{color:#ddd;background:#181818}}"""
-
-
 def write_report(
     runs: Mapping[str, Path] | Sequence[Path], output: Path, title: str, next_steps: str
 ) -> dict[str, Path]:
@@ -170,33 +124,18 @@ def write_report(
     if not read:
         raise RecipeError("no run to report on")
     ebts, rivals = [r for r in read if r.thinks], [r for r in read if not r.thinks]
-    output.mkdir(parents=True, exist_ok=True)
-    pictures = _pictures(ebts, rivals)
-    tables = [_cost_table([*ebts, *rivals]), *map(_thinking_table, ebts)]
-    for run in ebts:
-        # Thinking has a table of its own above.
-        tables += [Table(f"{run.label}: {t.title}", t.head, t.rows) for t in suite_tables(run.suite)
-                   if not t.title.startswith("Thinking")] if run.suite else []  # fmt: skip
-    paths = {}
-    for picture in pictures:
-        paths[picture.name] = output / f"{picture.name}.png"
-        write_whole(paths[picture.name], picture.day)
-    markdown = [f"# {title}\n"]
-    page = ["<!doctype html><html lang=en><meta charset=utf-8>",
-            '<meta name="viewport" content="width=device-width,initial-scale=1"><link rel="icon" href="data:,">',
-            f"<title>{html.escape(title)}</title><style>{_STYLE}</style><h1>{html.escape(title)}</h1>"]  # fmt: skip
-    for picture in pictures:
-        markdown.append(f"![{picture.name}]({picture.name}.png)\n\n{picture.caption}\n")
-        page.append(picture.html())
+    page = Page(title)
+    _draw(page, ebts, rivals)
     for run in ebts:
         if run.suite.get("portrait"):
-            page += [_coloured_text(run), _samples(run)]
-    for table in tables:
-        markdown.append(f"## {table.title}\n\n{table.markdown()}\n")
-        page.append(f"<h2>{html.escape(table.title)}</h2>{table.html()}")
-    markdown.append(f"## How to go on\n\n```\n{next_steps}\n```\n")
-    page.append(f"<h2>How to go on</h2><pre>{html.escape(next_steps)}</pre></html>")
-    paths["html"], paths["markdown"] = output / "report.html", output / "report.md"
-    write_whole(paths["html"], "\n".join(page))
-    write_whole(paths["markdown"], "\n".join(markdown))
-    return paths
+            page.html(_coloured_text(run))
+            page.html(_samples(run))
+    page.table(_cost_table([*ebts, *rivals]))
+    for run in ebts:
+        page.table(_thinking_table(run))
+    for run in ebts:
+        for table in suite_tables(run.suite) if run.suite else []:
+            if not table.title.startswith("Thinking"):  # it has a table of its own above
+                page.table(replace(table, title=f"{run.label}: {table.title}"))
+    page.text("How to go on", next_steps)
+    return page.write(output)

@@ -206,3 +206,20 @@ def test_bad_options_give_one_line(videos, tmp_path, more, line):
 def test_a_dry_run_writes_nothing(videos, tmp_path):
     assert prepare(videos, tmp_path / "out", "--dry-run").exit_code == 0
     assert not (tmp_path / "out").exists()
+
+
+def test_frames_are_cut_into_tiles_row_by_row(tmp_path):
+    write_video(tmp_path / "a.mp4", moving_square(4, 48, 64))
+    file = InputFile(str(tmp_path / "a.mp4"), (tmp_path / "a.mp4").stat().st_size, 0)
+
+    def samples(**options):
+        (piece,) = video.VideoSource(4, 16, 16, **options).read([file])
+        return [clip for clip, _ in piece.samples]
+
+    tiles = samples(tiles=3)
+    assert len(tiles) == 3 * 4  # of 48 x 64 pixels, none made smaller
+    (whole,) = video.VideoSource(4, 48, 64).read([file])
+    clip, _ = next(whole.samples)
+    rows = [np.concatenate(tiles[i : i + 4], 2) for i in range(0, 12, 4)]
+    assert np.array_equal(np.concatenate(rows, 1), clip)
+    assert len(samples()) == 1

