@@ -55,6 +55,15 @@ MODELS = {
     "Transformer++": Model("quickstart_transformer"),
     "Transformer++, FLOPs of S1": Model("quickstart_transformer", equal_flops=True),
 }
+# The rows of the paper's ablation of S2; the quickstart's has no replay.
+ABLATION = {
+    "S2": MODELS["S2"],
+    "S2, fixed step size": Model("quickstart_s2", ("thinking.step_size_scale=1",)),
+    "S2, always three steps": Model("quickstart_s2", ("thinking.min_steps=3",)),
+    "S2, no Langevin noise": Model("quickstart_s2", ("thinking.langevin_noise=0",)),
+    "S2, with replay": Model("quickstart_s2", ("thinking.replay.enabled=true",)),
+}
+STARTS = 5  # of the ablation's self-verification
 
 
 @dataclass(frozen=True)
@@ -90,7 +99,7 @@ def recipe_of(name: str, seed: int, data: Path, runs: Path, steps: int, vocab_si
     def flops_of(recipe: Recipe) -> float:
         return training_flops(recipe, cost(recipe, vocab_size))
 
-    model = MODELS[name]
+    model = (MODELS | ABLATION)[name]
     recipe = load(model, steps)
     if model.equal_flops:
         budget = flops_of(load(MODELS["S1"], steps))
@@ -98,26 +107,35 @@ def recipe_of(name: str, seed: int, data: Path, runs: Path, steps: int, vocab_si
     return recipe
 
 
-def run(recipe: Recipe, most_steps: int) -> dict[str, Any]:
-    """Train and evaluate, unless that is done; returns the evaluation, with the run's metrics."""
+def run(recipe: Recipe, most_steps: int, starts: int = 0) -> dict[str, Any]:
+    """Train and evaluate, unless that is done; returns the evaluation, with the run's metrics.
+
+    Args:
+        recipe: of the run.
+        most_steps: of the evaluation.
+        starts: also run the suite with so many, as "suite" in what is returned.
+    """
     from ebt_megatron.config import to_yaml
 
     folder = Path(recipe.training.output_dir)
     evaluation = folder / "evaluation.json"
+    commands = []
     if not evaluation.exists():
         folder.mkdir(parents=True, exist_ok=True)
         asked = folder / "asked.yaml"
         asked.write_text(to_yaml(recipe))
-        env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
         thinking = ["--steps", str(most_steps)] if recipe.model.architecture == "ebt" else []
-        for command in (["ebt_megatron.train", str(asked)], ["ebt_megatron.evaluate", str(folder), *thinking]):
-            done = subprocess.run(
-                [sys.executable, "-m", *command], env=env, capture_output=True, text=True, check=False
-            )
-            if done.returncode:
-                raise RuntimeError(f"{' '.join(command)} ended with code {done.returncode}:\n{done.stderr[-2000:]}")
+        commands += [["ebt_megatron.train", str(asked)], ["ebt_megatron.evaluate", str(folder), *thinking]]
+    if starts and not (folder / "suite.json").exists():
+        commands.append(["ebt_megatron.evaluate", str(folder), "--suite", "--starts", str(starts)])
+    for command in commands:
+        env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+        done = subprocess.run([sys.executable, "-m", *command], env=env, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise RuntimeError(f"{' '.join(command)} ended with code {done.returncode}:\n{done.stderr[-2000:]}")
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return json.loads(evaluation.read_text()) | {"metrics": rows}
+    suite = json.loads((folder / "suite.json").read_text()) if starts else None
+    return json.loads(evaluation.read_text()) | {"metrics": rows, "suite": suite}
 
 
 def summary(name: str, results: list[dict[str, Any]], flops: float) -> dict[str, Any]:
@@ -131,11 +149,21 @@ def summary(name: str, results: list[dict[str, Any]], flops: float) -> dict[str,
             entry[key] = None if None in values else vars(Interval.of(values))
         thinking.append(entry)
     gains = [1 - r["thinking"][trained - 1]["perplexity"] / r["thinking"][0]["perplexity"] for r in results]
+    more: dict[str, Any] = {}
+    if results[0]["suite"]:
+        for key in ("lowest energy", "even mixture", "best loss (an oracle)"):
+            rows = [r["suite"]["starts"] for r in results]
+            more[key] = vars(Interval.of([
+                1 - of[-1]["by"][key]["perplexity"] / of[0]["by"][key]["perplexity"] for of in rows
+            ]))  # fmt: skip
+        more["longer"] = vars(Interval.of([
+            1 - r["thinking"][-1]["perplexity"] / r["thinking"][trained - 1]["perplexity"] for r in results
+        ]))  # fmt: skip
     best = [min(row["perplexity"] for row in r["thinking"][trained - 1 :]) for r in results]
     return {
         "name": name, "seeds": len(results), "trained_steps": trained, "tokens": results[0]["tokens"],
         "flops": flops, "positions": results[0]["positions"], "thinking": thinking,
-        "loss": thinking[trained - 1]["loss"], "gain_over_first_step": vars(Interval.of(gains)),
+        "gains": more, "loss": thinking[trained - 1]["loss"], "gain_over_first_step": vars(Interval.of(gains)),
         "perplexity_over_best_with_more_steps": vars(Interval.of(
             [r["thinking"][trained - 1]["perplexity"] / b - 1 for r, b in zip(results, best, strict=True)]
         )),
@@ -170,6 +198,14 @@ def markdown(results: dict[str, Any]) -> str:
             f"{_interval(row['gain_over_first_step'], 1, percent=True) if think else '-'} | "
             f"{_interval(row['perplexity_over_best_with_more_steps'], 1, percent=True) if think else '-'} |"
         )
+    gains = [row for row in results["models"] if row["gains"]]
+    if gains:
+        names = list(gains[0]["gains"])
+        lines += ["", f"Perplexity gained over the trained number of steps: by the most steps evaluated (longer), and by "
+                  f"{STARTS} starts of which one is kept, or that are averaged:", "",
+                  f"| model | {' | '.join(names)} |", "| --- |" + " --- |" * len(names)]  # fmt: skip
+        lines += [f"| {row['name']} | {' | '.join(_interval(row['gains'][n], 1, percent=True) for n in names)} |"
+                  for row in gains]  # fmt: skip
     for row in results["models"]:
         if row["trained_steps"] == 1:
             continue
@@ -218,7 +254,10 @@ def plot(results: dict[str, Any], path: Path) -> None:
 
 
 def main(
-    model: list[str] = typer.Option(list(MODELS), help="Which: " + "; ".join(MODELS)),
+    model: list[str] = typer.Option(
+        [], help="Which: " + "; ".join({**MODELS, **ABLATION}) + "; default: the first five."
+    ),
+    ablation: bool = typer.Option(False, "--ablation", help="S2 and the rows of its ablation, with self-verification."),
     seeds: int = typer.Option(3, min=1, max=10, help="Runs of each model."),
     steps: int = typer.Option(1200, min=1, help="Optimizer steps of 8 x 128 tokens."),
     data: Path = typer.Option(DATA, help="Shards of text; the quickstart's are prepared if they are not there."),
@@ -229,9 +268,10 @@ def main(
     from ebt_megatron.data.shards import read_manifest
 
     console = Console(width=160)
+    model = model or list(ABLATION if ablation else MODELS)
     for name in model:
-        if name not in MODELS:
-            raise typer.BadParameter(f"no model '{name}': choose of {'; '.join(MODELS)}")
+        if name not in MODELS | ABLATION:
+            raise typer.BadParameter(f"no model '{name}': choose of {'; '.join(MODELS | ABLATION)}")
     if data == DATA:
         prepare(Steps(console, "make bench-learning"), os.cpu_count() or 1, 16)
     elif not (data / "train" / "manifest.json").exists():
@@ -244,7 +284,7 @@ def main(
         recipe = recipe_of(name, seed, data, runs, steps, vocab_size)
         thinks = recipe.thinking.max_steps
         flops[name] = recipe.training.steps * training_flops(recipe, cost(recipe, vocab_size))
-        done[name].append(run(recipe, max(10, 3 * thinks)))
+        done[name].append(run(recipe, max(10, 3 * thinks), STARTS if ablation else 0))
         console.print(f"{name}, seed {seed}: loss {done[name][-1]['thinking'][thinks - 1]['loss']:.4f}"
                       if recipe.model.architecture == "ebt" else
                       f"{name}, seed {seed}: loss {done[name][-1]['thinking'][0]['loss']:.4f}")  # fmt: skip
@@ -253,7 +293,7 @@ def main(
     console.print(text, markup=False, highlight=False)
     folder = output or runs
     folder.mkdir(parents=True, exist_ok=True)
-    stem = folder / f"learning-cpu-{date.today().isoformat()}"
+    stem = folder / f"{'ablation' if ablation else 'learning'}-cpu-{date.today().isoformat()}"
     write_whole(stem.with_suffix(".json"), json.dumps(results, indent=1) + "\n")
     write_whole(stem.with_suffix(".md"), text)
     plot(results, stem.with_suffix(".png"))

@@ -1,8 +1,8 @@
 """Reading recipes: files, overrides, and errors of one line.
 
-A recipe is one YAML file whose keys are the fields of `Recipe`. `load_recipe` merges, in this order, the defaults,
-the file, and `key=value` overrides, resolves the model size, and checks that everything fits together before anything
-else starts.
+A recipe is one YAML file whose keys are the fields of `Recipe`; `base` names another recipe that it changes.
+`load_recipe` merges, in this order, the defaults, the base, the file, and `key=value` overrides, resolves the model
+size, and checks that everything fits together before anything else starts.
 """
 
 from __future__ import annotations
@@ -89,6 +89,23 @@ def _value_error(where: str, error: OmegaConfBaseException) -> RecipeError:
     return RecipeError(f"{where}: {getattr(error, 'full_key', '')}: {reason}{hint}")
 
 
+def _files(path: str | Path, inside: tuple[Path, ...]) -> list[tuple[str, Any]]:
+    """A recipe file and, before it, the recipe it names as its `base`, with that one's."""
+    file = find_recipe(path)
+    if file in inside:
+        raise RecipeError(f"{path}: its base comes back to it: {' -> '.join(map(str, (*inside, file)))}")
+    try:
+        layer: Any = OmegaConf.load(file)
+    except Exception as error:  # yaml raises its own family of errors
+        raise RecipeError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    base = layer.pop("base", None) if OmegaConf.is_dict(layer) else None
+    before: list[tuple[str, Any]] = []
+    if base is not None:
+        beside = file.parent / str(base)
+        before = _files(beside if beside.is_file() else str(base), (*inside, file))
+    return [*before, (str(path), layer)]
+
+
 def load_recipe(path: str | Path | None, overrides: Sequence[str] = ()) -> Recipe:
     """Read a recipe file, apply `key=value` overrides, resolve sizes and check it.
 
@@ -99,13 +116,7 @@ def load_recipe(path: str | Path | None, overrides: Sequence[str] = ()) -> Recip
     Raises:
         RecipeError: with one line naming what is wrong and the fix.
     """
-    layers = []
-    if path is not None:
-        file = find_recipe(path)
-        try:
-            layers.append((str(path), OmegaConf.load(file)))
-        except Exception as error:  # yaml raises its own family of errors
-            raise RecipeError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    layers = _files(path, ()) if path is not None else []
     for item in overrides:
         if "=" not in item:
             raise RecipeError(f"override '{item}' is not key=value")

@@ -94,6 +94,23 @@ def test_numbers_and_paths_as_people_write_them(tmp_path, monkeypatch):
     assert recipe.data.validation == ["/data/two", "s3://~//data"]
 
 
+def test_a_recipe_changes_its_base(tmp_path):
+    (tmp_path / "a.yaml").write_text("model: {size: tiny}\nthinking: {max_steps: 5, step_size: 7}\n")
+    (tmp_path / "b.yaml").write_text("base: a.yaml\nthinking: {step_size: 9}\n")
+    (tmp_path / "c.yaml").write_text(f"base: {tmp_path}/b.yaml\nname: c\n")
+    thinking = load_recipe(tmp_path / "c.yaml").thinking
+    assert (thinking.max_steps, thinking.step_size) == (5, 9)
+    assert load_recipe(tmp_path / "c.yaml", ["thinking.step_size=1"]).thinking.step_size == 1
+    (tmp_path / "named.yaml").write_text("base: text/s2_xxs\n")
+    assert load_recipe(tmp_path / "named.yaml").thinking.replay.enabled
+    (tmp_path / "a.yaml").write_text("base: c.yaml\n")
+    with pytest.raises(RecipeError, match="its base comes back to it"):
+        load_recipe(tmp_path / "c.yaml")
+    (tmp_path / "d.yaml").write_text("base: text/s2_xsx\n")
+    with pytest.raises(RecipeError, match="did you mean .*text/s2_xxs"):
+        load_recipe(tmp_path / "d.yaml")
+
+
 def test_a_size_or_its_parts_must_be_given():
     with pytest.raises(RecipeError, match=r"model\.num_layers is not set"):
         load_recipe(None)
