@@ -16,7 +16,7 @@ setup(
         "ebt_megatron.recipes",
     ],
     package_dir={f"ebt_megatron.{name}": name for name in INSIDE},
-    package_data={"ebt_megatron.recipes": ["*/*"]},
+    package_data={"ebt_megatron.recipes": ["**/*"]},
     entry_points={
         "console_scripts": [
             "ebt-train = ebt_megatron.train:app",

@@ -152,10 +152,8 @@ def summary(name: str, results: list[dict[str, Any]], flops: float) -> dict[str,
     more: dict[str, Any] = {}
     if results[0]["suite"]:
         for key in ("lowest energy", "even mixture", "best loss (an oracle)"):
-            rows = [r["suite"]["starts"] for r in results]
-            more[key] = vars(Interval.of([
-                1 - of[-1]["by"][key]["perplexity"] / of[0]["by"][key]["perplexity"] for of in rows
-            ]))  # fmt: skip
+            by = [[row["by"][key]["perplexity"] for row in r["suite"]["starts"]] for r in results]
+            more[key] = vars(Interval.of([1 - several[-1] / several[0] for several in by]))
         more["longer"] = vars(Interval.of([
             1 - r["thinking"][-1]["perplexity"] / r["thinking"][trained - 1]["perplexity"] for r in results
         ]))  # fmt: skip
@@ -201,8 +199,8 @@ def markdown(results: dict[str, Any]) -> str:
     gains = [row for row in results["models"] if row["gains"]]
     if gains:
         names = list(gains[0]["gains"])
-        lines += ["", f"Perplexity gained over the trained number of steps: by the most steps evaluated (longer), and by "
-                  f"{STARTS} starts of which one is kept, or that are averaged:", "",
+        lines += ["", "Perplexity gained over the trained number of steps: by the most steps evaluated (longer), and "
+                  f"by {STARTS} starts, of which one is kept, or which are averaged:", "",
                   f"| model | {' | '.join(names)} |", "| --- |" + " --- |" * len(names)]  # fmt: skip
         lines += [f"| {row['name']} | {' | '.join(_interval(row['gains'][n], 1, percent=True) for n in names)} |"
                   for row in gains]  # fmt: skip

@@ -29,10 +29,11 @@ def find_recipe(given: str | Path) -> Path:
     name = Path(given).as_posix().removeprefix("recipes/").removesuffix(".yaml")
     if name in names:
         return names[name]
-    short = {full.rpartition("/")[2]: full for full in names}
+    last = name.rpartition("/")[2]
+    shorts = difflib.get_close_matches(last, sorted({full.rpartition("/")[2] for full in names}), n=3)
     near = difflib.get_close_matches(name, names, n=3) or [
-        short[match] for match in difflib.get_close_matches(name.rpartition("/")[2], short, n=3)
-    ]
+        full for short in shorts for full in names if full.rpartition("/")[2] == short
+    ][:3]  # fmt: skip
     hint = f"; did you mean {' or '.join(near)}?" if near else "; ebt-train --list shows those that come with it"
     raise RecipeError(f"no recipe at {given}{hint}")
 

@@ -107,7 +107,7 @@ def test_a_recipe_changes_its_base(tmp_path):
     with pytest.raises(RecipeError, match="its base comes back to it"):
         load_recipe(tmp_path / "c.yaml")
     (tmp_path / "d.yaml").write_text("base: text/s2_xsx\n")
-    with pytest.raises(RecipeError, match="did you mean .*text/s2_xxs"):
+    with pytest.raises(RecipeError, match=r"did you mean .*text/s2_xxs"):
         load_recipe(tmp_path / "d.yaml")
 
 
