@@ -85,7 +85,9 @@ def _saved_again(recipe, source, output, overrides):
         (output / "recipe.yaml").write_text(to_yaml(run.recipe))
 
 
-@pytest.mark.parametrize("overrides", [(), ("parallel.distributed_optimizer=true", "training.precision=bf16")], ids=str)
+@pytest.mark.parametrize("overrides", [
+    pytest.param((), marks=pytest.mark.slow), ("parallel.distributed_optimizer=true", "training.precision=bf16"),
+], ids=str)  # fmt: skip
 def test_every_layout_exports_the_same(recipe, weights, tmp_path, overrides):
     import_weights(weights, recipe, tmp_path / "run", [o for o in overrides if "precision" in o])
     run_ranks(_saved_again, 4, recipe, tmp_path / "run", tmp_path / "split", (*SPLIT, *overrides))

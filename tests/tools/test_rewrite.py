@@ -114,6 +114,8 @@ def test_a_contact_sheet_shows_the_pictures(tmp_path):
     folder, sheet = pictures(tmp_path / "a", 1), tmp_path / "sheet.png"
     result = run(app, ["sample", str(folder), "--output", str(sheet), "--count", "5", "--index", "2"])
     assert result.exit_code == 0, result.output
+    refused = run(app, ["sample", str(folder), "--output", str(tmp_path / "sheet.table")])
+    assert refused.exit_code == 2 and "give it the suffix of a picture" in refused.output
     drawn = np.array(image.open(sheet))
     assert drawn.shape == (16, 24, 3) or drawn.shape == (24, 24, 3)
     generator = np.random.default_rng(1)
