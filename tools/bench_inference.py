@@ -77,8 +77,9 @@ class Decoding:
         import torch
 
         from ebt_megatron.inference.reader import chunks
+        from ebt_megatron.inference.sampling import Sampling
 
-        self.predictor, self.at = predictor, prefix
+        self.predictor, self.at, self.sampling = predictor, prefix, Sampling()
         self.context = predictor.context(1, prefix + tokens, 256)
         self.zero = torch.zeros(1, dtype=torch.int64, device=predictor.device)
         text = torch.randint(predictor.vocab_size, (1, prefix), generator=torch.Generator().manual_seed(1)).tolist()
@@ -87,10 +88,10 @@ class Decoding:
             predictor(self.context, rows, positions, values, nothing, self.zero)
 
     def token(self) -> tuple[float, float]:
-        """Read a token and predict the next: seconds and FLOPs."""
+        """Read a token, predict the next and draw it: seconds and FLOPs."""
         begin = time.perf_counter()
         done = self.predictor(self.context, self.zero, self.zero + self.at, self.zero, self.zero == 0, self.zero)
-        done.log_p.argmax().item()  # the device is done
+        self.sampling.draw(done.log_p, self.zero, self.zero + self.at).item()  # the device is done
         self.at += 1
         return time.perf_counter() - begin, done.flops
 
