@@ -22,7 +22,7 @@ setup(
             "ebt-train = ebt_megatron.train:app",
             "ebt-evaluate = ebt_megatron.evaluate:app",
             "ebt-generate = ebt_megatron.generate:app",
-            "ebt-lm-eval = ebt_megatron.harness:main",
+            "ebt-lm-eval = ebt_megatron.harness:app",
             "ebt-prepare = ebt_megatron.data_prep.__main__:app",
             "ebt-shards = ebt_megatron.tools.shards:app",
             "ebt-plan = ebt_megatron.tools.plan:app",

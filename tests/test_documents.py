@@ -99,7 +99,9 @@ def try_command(words: list[str], patch: pytest.MonkeyPatch) -> None:
         from torch.distributed.run import get_args_parser
 
         parsed = get_args_parser().parse_args(rest)
-        assert parsed.training_script == "ebt_megatron.train"
+        if parsed.training_script != "ebt_megatron.train":
+            try_command(["python", "-m", parsed.training_script, *parsed.training_script_args], patch)
+            return
         trains(parsed.training_script_args, int(parsed.nnodes.split(":")[-1]) * int(parsed.nproc_per_node))
     elif program in ("bash", "sbatch") or "/launch/" in program:
         subprocess.run(["bash", *(words[1:] if program in ("bash", "sbatch") else words), "--dry-run"], check=True,

@@ -3,7 +3,7 @@
 Weights and tokens are random: the time depends on neither. Every number is the median over rounds, which go over all
 measurements, so that a machine that gets slower or faster meanwhile does so for all.
 
-    python -m tools.bench_inference             # the table of docs/inference.md
+    python -m tools.bench_inference             # three sizes
     python -m tools.bench_inference --size tiny --rounds 2
 """
 
@@ -27,10 +27,19 @@ if TYPE_CHECKING:
     from ebt_megatron.inference.predictor import Predictor
 
 SIZES: dict[str, dict[str, Any]] = {
-    "tiny": {"vocab": 1024, "overrides": ["model.size=tiny"]},
-    "xxs": {"vocab": 50304, "overrides": ["model.size=xxs"]},
-    "wide": {"vocab": 50304, "overrides": ["model.num_layers=8", "model.hidden_size=1024", "optimizer.lr=1e-3",
-                                           "model.num_attention_heads=16", "model.num_query_groups=4"]},
+    "tiny": {"title": "tiny: 2 layers, width 96, V = 1,024", "vocab": 1024, "overrides": ["model.size=tiny"]},
+    "xxs": {"title": "xxs: 6 layers, width 384, V = 50,304", "vocab": 50304, "overrides": ["model.size=xxs"]},
+    "grouped": {
+        "title": "xxs with 2 key groups for its 6 heads",
+        "vocab": 50304,
+        "overrides": ["model.size=xxs", "model.num_query_groups=2"],
+    },
+    "wide": {
+        "title": "8 layers, width 1,024, 4 key groups for 16 heads, V = 50,304",
+        "vocab": 50304,
+        "overrides": ["model.num_layers=8", "model.hidden_size=1024", "model.num_attention_heads=16",
+                      "model.num_query_groups=4", "optimizer.lr=1e-3"],
+    },
 }  # fmt: skip
 # Name -> architecture, prefix, candidates.
 MEASURED = {
@@ -77,8 +86,9 @@ class Decoding:
         import torch
 
         from ebt_megatron.inference.reader import chunks
+        from ebt_megatron.inference.sampling import Sampling
 
-        self.predictor, self.at = predictor, prefix
+        self.predictor, self.at, self.sampling = predictor, prefix, Sampling()
         self.context = predictor.context(1, prefix + tokens, 256)
         self.zero = torch.zeros(1, dtype=torch.int64, device=predictor.device)
         text = torch.randint(predictor.vocab_size, (1, prefix), generator=torch.Generator().manual_seed(1)).tolist()
@@ -87,16 +97,36 @@ class Decoding:
             predictor(self.context, rows, positions, values, nothing, self.zero)
 
     def token(self) -> tuple[float, float]:
-        """Read a token and predict the next: seconds and FLOPs."""
+        """Read a token, predict the next and draw it: seconds and FLOPs."""
         begin = time.perf_counter()
         done = self.predictor(self.context, self.zero, self.zero + self.at, self.zero, self.zero == 0, self.zero)
-        done.log_p.argmax().item()  # the device is done
+        self.sampling.draw(done.log_p, self.zero, self.zero + self.at).item()  # the device is done
         self.at += 1
         return time.perf_counter() - begin, done.flops
 
 
+def measure(size: str, steps: int, rounds: int) -> dict[str, Any]:
+    """Median seconds, seconds of every round, and FLOPs of each of MEASURED; and the RATIOS of medians."""
+    predictors: dict[tuple[str, int], Predictor] = {}
+    texts: dict[str, Decoding] = {}
+    for name, (architecture, prefix, candidates) in track(MEASURED.items(), "reading prefixes", transient=True):
+        if (architecture, candidates) not in predictors:
+            predictors[architecture, candidates] = build(size, architecture, candidates, steps)
+        texts[name] = Decoding(predictors[architecture, candidates], prefix, rounds + 1)
+    rows: dict[str, dict[str, Any]] = {name: {"rounds": []} for name in texts}
+    for i in track(range(rounds + 1), "tokens", transient=True):
+        for name, text in texts.items():
+            taken, rows[name]["flops"] = text.token()
+            if i:  # the first warms up
+                rows[name]["rounds"].append(taken)
+    for row in rows.values():
+        row["seconds"] = statistics.median(row["rounds"])
+    ratios = {f"{a} / {b}": (rows[a]["seconds"] / rows[b]["seconds"], most) for a, b, most in RATIOS}
+    return {"tokens": rows, "ratios": ratios}
+
+
 def main(
-    size: str = typer.Option("xxs", help="One of: " + ", ".join(SIZES)),
+    size: list[str] = typer.Option(["xxs", "grouped", "wide"], help="Which sizes: " + ", ".join(SIZES)),
     steps: int = typer.Option(3, min=1, help="Thinking steps."),
     rounds: int = typer.Option(20, min=1, help="Rounds of one token each; the median counts."),
     threads: int = typer.Option(os.cpu_count() or 1, help="CPU threads."),
@@ -106,34 +136,19 @@ def main(
     import torch
 
     torch.set_num_threads(threads)
-    console, facts = Console(width=140), machine()
-    console.print(f"{facts}, {threads} threads, {size}, {steps} steps")
-    predictors: dict[tuple[str, int], Predictor] = {}
-    texts: dict[str, Decoding] = {}
-    for name, (architecture, prefix, candidates) in track(MEASURED.items(), "reading prefixes", transient=True):
-        if (architecture, candidates) not in predictors:
-            predictors[architecture, candidates] = build(size, architecture, candidates, steps)
-        texts[name] = Decoding(predictors[architecture, candidates], prefix, rounds + 1)
-    seconds: dict[str, list[float]] = {name: [] for name in texts}
-    flops: dict[str, float] = {}
-    for i in track(range(rounds + 1), "tokens", transient=True):
-        for name, text in texts.items():
-            taken, flops[name] = text.token()
-            if i:  # the first warms up
-                seconds[name].append(taken)
-    median = {name: statistics.median(values) for name, values in seconds.items()}
-    table = Table("a new token", "ms", "GFLOP", title_justify="left")
-    for name in median:
-        table.add_row(name, f"{1e3 * median[name]:.1f}", f"{flops[name] / 1e9:.3f}")
-    console.print(table)
-    ratios = {f"{a} / {b}": (median[a] / median[b], most) for a, b, most in RATIOS}
-    for what, (ratio, most) in ratios.items():
-        console.print(f"{what}: {ratio:.2f} (at most {most:g})", style="" if ratio <= most else "red")
+    console, facts, found = Console(width=140), machine(), {}
+    console.print(f"{facts}, {threads} threads, {steps} steps")
+    for name in size:
+        found[name] = measure(name, steps, rounds)
+        table = Table("a new token", "ms", "GFLOP", title=SIZES[name]["title"], title_justify="left")
+        for what, row in found[name]["tokens"].items():
+            table.add_row(what, f"{1e3 * row['seconds']:.1f}", f"{row['flops'] / 1e9:.3f}")
+        console.print(table)
+        for what, (ratio, most) in found[name]["ratios"].items():
+            console.print(f"{what}: {ratio:.2f} (at most {most:g})", style="" if ratio <= most else "red")
     if output:
         output.parent.mkdir(parents=True, exist_ok=True)
-        rows = {name: {"seconds": median[name], "rounds": seconds[name], "flops": flops[name]} for name in median}
-        out = {"machine": facts, "size": size, "steps": steps, "threads": threads, "tokens": rows, "ratios": ratios}
-        output.write_text(json.dumps(out, indent=1) + "\n")
+        output.write_text(json.dumps({"machine": facts, "steps": steps, "threads": threads, "sizes": found}, indent=1))
 
 
 if __name__ == "__main__":

@@ -181,7 +181,7 @@ class Engine(Reader):
         for step, landscape in enumerate(schedule):
             noise = self._noise(step, options)
             if options.flops is not None:
-                self._afford(tokens, options.flops - spent, step, noise, options)
+                self._afford(tokens, options.flops - spent, step, options)
             if not len(tokens.alive):
                 break
             tokens.begin_step(keep=noise > 0 or options.accept_only or options.prediction_tolerance is not None)
@@ -257,13 +257,26 @@ class Engine(Reader):
     def _cost(self, queries: Queries, layers: int, vocabulary: int) -> float:
         return float(self._flops(queries, layers, vocabulary).sum())
 
-    def _afford(self, tokens: Tokens, left: float, step: int, noise: float, options: ThinkingOptions) -> None:
+    def _step_flops(self, queries: Queries, step: int, options: ThinkingOptions) -> Tensor:
+        """FLOPs of step `step` of each token [R]; to accept it takes energies of what it leads to and, noisy, left."""
+        checks = 1 + (self._noise(step, options) > 0) if options.accept_only else 0
+        return self._flops(queries, layers=2 + checks, vocabulary=2 + checks)
+
+    def require_budget(self, tokens: int, length: int, options: ThinkingOptions) -> None:
+        """Raise RecipeError where options.flops does not pay for a step of so many tokens after `length` positions."""
+        count = tokens * options.candidates
+        last = torch.full((count,), length - 1 + self.sinks, device=self.device)
+        needed = float(self._step_flops(Queries(last, last), 0, options).sum())
+        if options.flops is not None and needed > options.flops:
+            raise RecipeError(f"flops={options.flops:g} does not pay for one step of a batch of {count} tokens: "
+                              f"give at least {needed:.3g}")  # fmt: skip
+
+    def _afford(self, tokens: Tokens, left: float, step: int, options: ThinkingOptions) -> None:
         """Stop the tokens that the budget does not pay another step for: those whose energy fell least."""
-        checks = 1 + bool(noise) if options.accept_only else 0
-        each = self._flops(tokens.queries, layers=2 + checks, vocabulary=2 + checks)
-        if step == 0 and float(each.sum()) > left:
-            raise RecipeError(f"flops={options.flops:g} does not pay for one step of a batch of {len(each)} tokens: "
-                              f"give at least {float(each.sum()):.3g}")  # fmt: skip
+        each = self._step_flops(tokens.queries, step, options)
         order = torch.argsort(tokens.fell[tokens.alive], descending=True, stable=True)
         paid = each[order].cumsum(0) <= left
+        if step == 0 and not paid.all():
+            raise RecipeError(f"flops={options.flops:g} does not pay for one step of a batch of {len(each)} tokens: "
+                              f"give at least {float(each.sum()):.3g}")  # fmt: skip
         tokens.stop(torch.zeros_like(paid).scatter(0, order, ~paid))

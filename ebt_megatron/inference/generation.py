@@ -99,7 +99,7 @@ def generate(
     starts = range(0, len(prompts), options.batch)
     for part in (prompts[begin : begin + options.batch] for begin in starts):
         length = max(map(len, part)) + options.max_tokens
-        predictor.require_memory(len(part) * options.continuations, length, options.chunk)
+        predictor.check_batch(len(part) * options.continuations, length, options.chunk)
     for begin in starts:
         batch = _Batch(predictor, texts, prompts[begin : begin + options.batch], options, begin)
         for several in batch.run(watch):

@@ -54,8 +54,8 @@ class Predictor(Protocol):
     vocab_size: int
     device: torch.device
 
-    def require_memory(self, rows: int, length: int, chunk: int) -> int:
-        """Raises RecipeError where `context` would not do."""
+    def check_batch(self, rows: int, length: int, chunk: int) -> None:
+        """Raise RecipeError where there is not the memory, or the budget, for `context` and what is done with it."""
         ...
 
     def context(self, rows: int, length: int, chunk: int) -> Context:
@@ -93,7 +93,12 @@ class EnergyPredictor:
     def __init__(self, engine: Engine, options: ThinkingOptions, vocab_size: int):
         self.engine, self.options, self.vocab_size = engine, options, vocab_size
         self.window, self.device = engine.window, engine.device
-        self.context, self.require_memory = engine.context, engine.require_memory
+        self.context = engine.context
+
+    def check_batch(self, rows: int, length: int, chunk: int) -> None:
+        """See `Predictor`."""
+        self.engine.require_memory(rows, length, chunk)
+        self.engine.require_budget(rows, length, self.options)
 
     def __call__(
         self, context: Context, rows: Tensor, positions: Tensor, tokens: Tensor, wanted: Tensor, sample_ids: Tensor,
@@ -129,7 +134,11 @@ class FeedForwardPredictor:
     def __init__(self, reader: Reader, vocab_size: int, vocabulary: float):
         self.reader, self.vocab_size, self.vocabulary = reader, vocab_size, vocabulary
         self.window, self.device = reader.window, reader.device
-        self.context, self.require_memory = reader.context, reader.require_memory
+        self.context = reader.context
+
+    def check_batch(self, rows: int, length: int, chunk: int) -> None:
+        """See `Predictor`."""
+        self.reader.require_memory(rows, length, chunk)
 
     @torch.no_grad()
     def __call__(

@@ -56,7 +56,7 @@ def _score(predictor: Predictor, requests: Sequence[Request], chunk: int) -> lis
     row_of = {context: row for row, context in enumerate(contexts)}
     lengths = [len(context) + len(rest) - 1 for context, rest in requests]
     longest = max(lengths)
-    predictor.require_memory(len(requests), longest, chunk)
+    predictor.check_batch(len(requests), longest, chunk)
     ids = torch.tensor([stable_seed("context", context) for context in contexts], device=device)
     context, flops = predictor.context(len(contexts), longest, chunk), 0.0
     # A context's last token is read with what follows it: its prediction is the first that counts.

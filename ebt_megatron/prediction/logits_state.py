@@ -15,10 +15,18 @@ from ebt_megatron.kernels.noise import keys_of
 from ebt_megatron.parallel.collectives import TensorGroup
 
 
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """A product with a part of the table, in the precision of a; on a GPU a narrow table is not widened for it."""
+    if a.dtype == b.dtype or not a.is_cuda:
+        return a @ b.to(a.dtype)
+    return torch.mm(a.to(b.dtype), b, out_dtype=a.dtype)
+
+
 class LogitsState:
     """R distributions over the vocabulary, held as logits y [R, V / TP]; a `State`.
 
-    The notation is that of `ebt_megatron.prediction.logits`, whose predictions these are, noise included.
+    The notation is that of `ebt_megatron.prediction.logits`, whose predictions these are, noise included. Rows are few
+    here, so that a step is a product with the whole table and no tiles of it.
 
     Args:
         kernels: how the hot operations run.
@@ -48,7 +56,7 @@ class LogitsState:
             if thinking.initial == "noise":
                 self._add_noise(y, 0, thinking.initial_std)
         self.y = y
-        self._x = self._lse = torch.empty(0)  # of what `embed` returned last
+        self._p = self._x = torch.empty(0)  # of what `embed` returned last
 
     def _with(self, sample_ids: Tensor, positions: Tensor, y: Tensor) -> Self:
         kept = self.kernels, self.table, self.vocab_size, self.group
@@ -63,17 +71,21 @@ class LogitsState:
 
     def embed(self) -> Tensor:
         """See `State`."""
-        x, lse = self.kernels.vocab_embed(self.y, self.table, self.valid)
-        self._lse = self.group.log_sum_exp(lse)
-        self._x = self.group.sum(x * (lse - self._lse).exp()[:, None])
+        y = self.y[:, : self.valid].to(compute_dtype(self.y, self.table))
+        top = y.amax(1) if self.valid else y.new_full((len(y),), -torch.inf)
+        p = y.sub(self.group.max(top)[:, None]).exp_()
+        self._p = p.div_(self.group.sum(p.sum(1))[:, None])
+        self._x = self.group.sum(_product(self._p, self.table[: self.valid]))
         return self._x.to(self.table.dtype)[:, None]
 
     def step(self, energy_grad: Tensor, alpha: float) -> None:
         """See `State`."""
         gradient = energy_grad[:, 0].to(self._x.dtype)
-        centre = (self._x * gradient).sum(-1)
-        sizes = torch.full_like(centre, alpha)
-        self.kernels.vocab_update(self.y, self._lse, self.table, self.valid, gradient, centre, sizes, self.rule)
+        g = _product(gradient, self.table[: self.valid].mT)
+        if self.rule.by_logits:
+            g = g.sub_((self._x * gradient).sum(1, keepdim=True)).mul_(self._p)
+        y = self.y[:, : self.valid]
+        y.copy_(torch.add(self._p if self.rule.from_probabilities else y, g, alpha=-alpha))
 
     def _log_p(self) -> Tensor:
         """Log-probabilities of this rank's columns [R, V / TP]; -inf for padding."""
@@ -93,8 +105,8 @@ class LogitsState:
         """See `State`; what was embedded may take its step."""
         rows = rows.to(self.y.device)
         taken = self._with(self.sample_ids[rows], self.positions[rows], self.y[rows])
-        if len(self._lse):
-            taken._x, taken._lse = self._x[rows], self._lse[rows]
+        if len(self._x):
+            taken._p, taken._x = self._p[rows], self._x[rows]
         return taken
 
     def where(self, keep: Tensor, other: Self) -> Self:

@@ -59,7 +59,7 @@ class Scripted:
     def __init__(self, letters, says, energies=None):
         self.says, self.energies = [*letters.encode(says), END], energies
 
-    def require_memory(self, rows, length, chunk):
+    def check_batch(self, rows, length, chunk):
         return length
 
     def context(self, rows, length, chunk):

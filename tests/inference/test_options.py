@@ -1,5 +1,6 @@
 """Every way of thinking, on energies whose descent is known in closed form."""
 
+import functools
 import math
 from types import SimpleNamespace
 
@@ -77,6 +78,11 @@ def wells(y, landscape):
     return (y**2 - 1) ** 2 - 0.3 * y
 
 
+@functools.cache
+def recipe_of():
+    return builders.small_recipe("thinking.langevin_noise=0")
+
+
 def think(energy, starts=None, candidates=None, **options):
     """The engine's thought from given starts, one a position, and the model; `candidates`: M starts of each instead."""
     starts = list(STARTS.values()) if starts is None else starts
@@ -87,7 +93,7 @@ def think(energy, starts=None, candidates=None, **options):
         return Number(y)
 
     model = Energy(energy, start)
-    recipe = builders.small_recipe("thinking.langevin_noise=0")
+    recipe = recipe_of()
     engine = Engine(model, recipe, Stages(builders.state(recipe), model.config), 10, 1.0)
     rows = torch.arange(len(starts))
     how = ThinkingOptions.of({"candidates": 1 if candidates is None else len(candidates), **options})
@@ -177,7 +183,7 @@ def test_flops_are_counted_and_kept_to():
 def think_layers():
     from ebt_megatron.model.flops import position_flops
 
-    return position_flops(builders.small_recipe(), 2)  # position 0 sees itself and its context
+    return position_flops(recipe_of(), 2)  # position 0 sees itself and its context
 
 
 def test_a_step_that_does_not_lower_the_energy_is_not_taken():
@@ -196,7 +202,7 @@ def test_a_step_that_does_not_lower_the_energy_is_not_taken():
 def test_accepted_steps_never_raise_an_energy(size, noise):
     starts = torch.linspace(-2, 2, 41).tolist()
     before = wells(torch.tensor(starts, dtype=torch.float64), 0)
-    for steps in range(1, 8):
+    for steps in (1, 2, 3, 7):
         options = {"steps": steps, "step_size": size, "langevin_noise": noise}
         free, _ = think(wells, starts, final_energy=True, **options)
         kept, _ = think(wells, starts, final_energy=True, accept_only=True, **options)

@@ -28,7 +28,7 @@ def direct(run, context, rest, steps):
     return -losses[len(context) - 1 : len(context) + len(rest) - 1]
 
 
-@pytest.mark.parametrize("batch", [1, 3, 16])
+@pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize("architecture", RECIPES)
 def test_scores_over_shared_contexts(architecture, batch):
     run = run_of(RECIPES[architecture])
@@ -43,12 +43,9 @@ def test_scores_over_shared_contexts(architecture, batch):
     for (context, rest), found in zip(requests, score(predict, requests, batch, chunk=2), strict=True):
         assert found.log_p == pytest.approx(direct(run, context, rest, 4).tolist(), rel=1e-5)
         assert len(found.energies) == len(rest) and not found.greedy and found.flops > 0
-    (best,) = score(predict, [([5, 9], [_greedy(predict, [5, 9])])])
-    assert best.greedy
-
-
-def _greedy(predict, context):
-    return max(range(builders.VOCAB), key=lambda token: next(score(predict, [(context, [token])])).log_p[0])
+    every = list(score(predict, [([5, 9], [token]) for token in range(builders.VOCAB)], builders.VOCAB))
+    assert [found.greedy for found in every].index(True) == max(range(len(every)), key=lambda i: every[i].log_p[0])
+    assert sum(found.greedy for found in every) == 1
 
 
 QUESTIONS = [("ab", ["cd", "efg", "c"], 0), ("Is it", ["so?", "not"], 1), ("zz", ["z", "yy", "xx"], 2)]

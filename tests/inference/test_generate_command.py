@@ -1,0 +1,86 @@
+"""`ebt-generate` on a run directory, and what it says to bad input before any work."""
+
+import json
+
+import pytest
+from typer.testing import CliRunner
+
+from ebt_megatron import generate
+from ebt_megatron.parallel import setup
+from tests import builders
+from tests.training.runs import DOCUMENTS, recipe_of
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """An EBT and a Transformer++, each trained for a step."""
+    from ebt_megatron.training.hooks import train_to_end
+    from ebt_megatron.training.run import Run
+
+    folder = tmp_path_factory.mktemp("runs")
+    data = builders.text_shards(folder, DOCUMENTS, 10, 500)
+    for architecture in ("ebt", "transformer"):
+        setup.shutdown()
+        overrides = f"model.architecture={architecture}", "training.steps=1", "training.async_save=false"
+        train_to_end(Run(recipe_of(data, folder / architecture, *overrides)))
+    setup.shutdown()
+    return folder
+
+
+def call(*arguments, stdin=None):
+    return CliRunner().invoke(generate.app, [str(a) for a in arguments], input=stdin)
+
+
+@pytest.mark.parametrize("architecture", ["ebt", "transformer"])
+def test_json_lines_of_prompts_from_a_file(architecture, runs, tmp_path):
+    prompts = tmp_path / "prompts"
+    prompts.write_text('Document 3\n{"prompt": "says word5"}\n"word"\n')
+    thinking = ("--steps", 4, "--candidates", 2) if architecture == "ebt" else ()
+    done = call(runs / architecture, "--prompts", prompts, "--max-tokens", 5, "--output", "-", *thinking)
+    assert done.exit_code == 0, done.output
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [row["prompt"] for row in rows] == ["Document 3", "says word5", "word"]
+    for row in rows:
+        assert len(row["tokens"]) == len(row["log_p"]) == len(row["energies"]) <= 5 and row["flops"] > 0
+        steps, has_energy = (4, True) if architecture == "ebt" else (0, False)
+        assert set(row["steps"]) == {steps} and all((e is not None) == has_energy for e in row["energies"])
+
+
+def test_streaming_shows_tokens_energies_and_steps_and_the_window_once(runs):
+    done = call(
+        runs / "ebt",
+        "--prompts",
+        "-",
+        "--max-tokens",
+        4,
+        "--stream",
+        stdin="Document 4 says word 8 word 3\nword8 word3\n",
+    )
+    assert done.exit_code == 0, done.output
+    assert done.stderr.count("the run was trained with 10: a token is predicted from the last 10 alone") == 1
+    lines = [line for line in done.stderr.splitlines() if " energy " in line and line.endswith("  2 steps")]
+    assert 2 < len(lines) <= 8
+    assert len(done.stdout.splitlines()) >= 2 and done.stdout.startswith("Document 4 says word 8 word 3")
+    alone = call(runs / "ebt", "--prompt", "Document 4 says word 8 word 3", "--max-tokens", 4).stdout
+    assert done.stdout.startswith(alone)
+
+
+@pytest.mark.parametrize(("arguments", "line"), [
+    (["--steps", 0], "error: steps=0: must be at least 1"), (["--candidates", 0], "error: candidates=0: must be"),
+    ([], "error: no prompt: give --prompt TEXT"), (["--prompt", ""], "error: prompt 1 is empty"),
+    (["--prompts", "{folder}/none"], "none"), (["--prompt", "a", "--output", "{folder}/no/x"], "no is not a folder"),
+    (["--prompt", "a", "--top-p", 0], "error: top_p=0.0: must be greater"),
+    (["--prompt", "a", "--flops", 10, "--max-tokens", 2], "flops=10 does not pay for one step of a batch"),
+    (["--prompt", "a", "parallel.tensor=2"], "number of ranks=1 is not divisible"),
+])  # fmt: skip
+def test_bad_input_is_one_line(arguments, line, runs, tmp_path):
+    done = call(runs / "ebt", *(str(a).replace("{folder}", str(tmp_path)) for a in arguments))
+    assert done.exit_code == 2 and line in done.stderr.strip() and not done.stdout
+    assert len(done.stderr.strip().splitlines()) == 1, done.stderr
+
+
+def test_runs_that_do_not_do(runs, tmp_path):
+    done = call(tmp_path, "--prompt", "a")
+    assert done.exit_code == 2 and "is not a run directory: recipe.yaml is missing" in done.stderr
+    done = call(runs / "transformer", "--prompt", "a", "--steps", 3)
+    assert done.exit_code == 2 and "is a transformer, which does not think: leave out steps" in done.stderr
