@@ -75,7 +75,8 @@ class Scripted:
 
 @pytest.mark.parametrize(("options", "text", "finish", "tokens"), [
     ({"max_tokens": 3}, "bcd", "length", 3), ({}, "bcdefgh", "end", 8), ({"stop": ("ef", "xy")}, "bcd", "stop", 5),
-    ({"stop": ("b",)}, "", "stop", 1), ({"stop": ("gx",), "max_tokens": 9}, "bcdefgh", "end", 8),
+    ({"stop": ("b",)}, "", "stop", 1), ({"stop": ("ef", "def")}, "bc", "stop", 5),
+    ({"stop": ("gx",), "max_tokens": 9}, "bcdefgh", "end", 8),
 ])  # fmt: skip
 def test_where_a_text_ends(options, text, finish, tokens, letters):
     predict, seen = Scripted(letters, "bcdefgh"), []

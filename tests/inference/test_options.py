@@ -161,6 +161,12 @@ def test_a_token_stops_when_its_energy_does_and_costs_nothing_any_more():
     assert model.weighed == [sum(n >= i for n in want) for i in range(max(want) + 1)]
 
 
+def test_a_token_that_stops_is_as_it_was_before_the_noise():
+    """On a flat energy tokens stop at the first two steps of one landscape, the third and the fourth."""
+    thought, _ = think(lambda y, landscape: 0 * y, steps=9, langevin_noise=0.5, energy_tolerance=0.0)
+    assert values(thought) == pytest.approx([y + 0.5 * 6 for y in STARTS.values()])
+
+
 def test_a_token_stops_when_its_prediction_does():
     thought, model = think(quadratic, steps=60, prediction_tolerance=0.045)
     # step i moves y by alpha |y| (1 - alpha)^(i - 1)
