@@ -148,9 +148,9 @@ class _Batch:
         while True:
             drawn = self.options.sampling.draw(log_p, ids[alive], positions[alive])
             chosen = log_p.gather(1, drawn[:, None])[:, 0]
-            tokens, scores, energies, counts = (t.tolist() for t in (drawn, chosen, energy, steps))
+            found, scores, energies, counts = (t.tolist() for t in (drawn, chosen, energy, steps))
             done = [
-                self._add(row, tokens[i], scores[i], energies[i], counts[i], watch)
+                self._add(row, found[i], scores[i], energies[i], counts[i], watch)
                 for i, row in enumerate(alive.tolist())
             ]
             going = ~torch.tensor(done, device=device)
