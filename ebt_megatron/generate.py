@@ -65,7 +65,7 @@ def as_json(prompt: str, continuation: Continuation, energies: bool) -> dict[str
 
 
 @app.command()
-@options_of(ThinkingOptions, "Thinking (EBTs)")
+@options_of(ThinkingOptions, "Thinking (EBTs)", without=("final_energy",))
 def main(
     run_dir: Path = typer.Argument(..., help="A training.output_dir of text, of an EBT or a Transformer++."),
     overrides: list[str] = typer.Argument(None, help="key=value pairs, e.g. parallel.tensor=2 under torchrun."),

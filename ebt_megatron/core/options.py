@@ -11,12 +11,15 @@ from typing import Any
 import typer
 
 
-def options_of(options: type, panel: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+def options_of(
+    options: type, panel: str, without: tuple[str, ...] = ()
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Give a command an option for every field of a dataclass; it gets them by keyword, beside its own.
 
     Args:
         options: the dataclass; a field's metadata says its "help".
         panel: the heading in --help.
+        without: fields that the command sets itself.
     """
 
     def added(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -30,6 +33,7 @@ def options_of(options: type, panel: str) -> Callable[[Callable[..., Any]], Call
                 default=typer.Option(f.default, help=f.metadata["help"], rich_help_panel=panel),
             )
             for f in fields
+            if f.name not in without
         ]  # fmt: skip
         command.__signature__ = signature.replace(parameters=[*own, *extra])  # type: ignore[attr-defined]
         command.__annotations__ |= types
