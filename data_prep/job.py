@@ -238,8 +238,8 @@ class Job:
         """Remove the intermediate files, once the manifests are published."""
 
         def remove() -> None:
-            for split in self._splits:
-                clear_partial(split)
+            for folder in (self.output, *self._splits):
+                clear_partial(folder)
             shutil.rmtree(self.work, ignore_errors=True)
             self.console.print(f"complete: {self.output}")
 

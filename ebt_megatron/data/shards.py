@@ -28,7 +28,9 @@ ROWS_PER_MEMBER = {"text": 64, "video": 1, "images": 64}
 ARRAY_NAME = {"text": "tokens", "video": "latents", "images": "latents"}
 LABELS = "labels"
 _SHARD = r"shard-\d{6,}\.(tar|index\.json)"
-_MADE = re.compile(rf"{_SHARD}|manifest\.json|({_SHARD}|manifest\.json|tokenizer\.json|encoder\.npz)(\.\d+)?\.partial")
+_PARTIAL = rf"({_SHARD}|manifest\.json|tokenizer\.json|encoder\.npz)(\.\d+)?\.partial"
+_MADE = re.compile(rf"{_SHARD}|manifest\.json|{_PARTIAL}")
+_LEFT = re.compile(rf"{_PARTIAL}|(job\.json|skipped\.txt|rewrite\.json)\.\d+\.partial")
 
 
 class Member(NamedTuple):
@@ -154,8 +156,8 @@ def clear_shards(folder: Path) -> None:
 
 def clear_partial(folder: Path) -> None:
     """Remove what killed processes left of files of ours."""
-    for path in made_in(folder):
-        if path.suffix == ".partial":
+    for path in folder.glob("*.partial"):
+        if _LEFT.fullmatch(path.name):
             path.unlink()
 
 

@@ -125,7 +125,13 @@ def test_files_of_others_stay_and_what_killed_processes_left_goes(tmp_path, monk
     monkeypatch.setattr(text.TextPasses, "write", left_while_writing)
     raw, out = corpus(tmp_path / "raw"), tmp_path / "out"
     mine = ["train/notes.partial", "validation/shard-of-mine.tar", "train/manifest.partial", "models/weights.partial"]
-    ours = ["train/shard-000007.tar.12.partial", "train/tokenizer.json.12.partial", "validation/manifest.json.partial"]
+    ours = [
+        "train/shard-000007.tar.12.partial",
+        "train/tokenizer.json.12.partial",
+        "validation/manifest.json.partial",
+        "job.json.12.partial",
+        "skipped.txt.12.partial",
+    ]
     good = (raw / "3.jsonl").read_text()
     (raw / "3.jsonl").write_text("{broken")
     assert prepare(raw, out).exit_code == 2
