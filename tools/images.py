@@ -169,7 +169,8 @@ def main(
         paths = write_report(runs)
         console.rule("done", align="left")
         console.print(", ".join(f"{name} {s:.0f} s" for name, s in seconds.items()))
-        console.print(f"report: {paths['html']}, {paths['markdown']}\n\nhow to go on:\n{NEXT_STEPS}", highlight=False)
+        console.print(f"report: {paths['html']}, {paths['markdown']}\n\nhow to go on:", highlight=False)
+        console.print(NEXT_STEPS, highlight=False, markup=False, soft_wrap=True)
 
     guarded(work)
 

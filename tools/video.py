@@ -29,14 +29,14 @@ ebt-train video/s1_xxs data.train=[data/films/train] data.validation=[data/films
 
 
 def prepare(step: Steps, given: list[str]) -> None:
-    """Films as shards at DATA, unless they are there: tiles of 32 x 32 of every second frame, whole films held out."""
+    """Films as shards at DATA, unless they are there: tiles of 32 x 32, 0.25 s apart, whole films held out."""
     if (DATA / "train" / "manifest.json").exists():
         return
     films = given or [str(film) for film in media.found(media.FILMS, DATA / "films", "films")]
     inputs = [word for film in films for word in ("--input", film)]
     step("1. films to shards", [
         sys.executable, "-m", "data_prep.video", *inputs, "--output", str(DATA), "--frames", "16", "--height", "32",
-        "--width", "32", "--tiles", "6", "--stride", "2", "--validation-fraction", "0.3", "--seed", "1", "--resume",
+        "--width", "32", "--tiles", "6", "--frame-rate", "4", "--validation-fraction", "0.3", "--seed", "1", "--resume",
         "--skip-broken",
     ])  # fmt: skip
 
@@ -156,7 +156,8 @@ def main(
         paths = write_report(runs)
         console.rule("done", align="left")
         console.print(", ".join(f"{name} {s:.0f} s" for name, s in seconds.items()))
-        console.print(f"report: {paths['html']}, {paths['markdown']}\n\nhow to go on:\n{NEXT_STEPS}", highlight=False)
+        console.print(f"report: {paths['html']}, {paths['markdown']}\n\nhow to go on:", highlight=False)
+        console.print(NEXT_STEPS, highlight=False, markup=False, soft_wrap=True)
 
     guarded(work)
 

@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ebt_megatron.core.errors import DataError
+
 
 @dataclass
 class Decoder:
@@ -28,12 +30,18 @@ class Decoder:
 
     @classmethod
     def read(cls, path: Path) -> Decoder | None:
-        """The decoder of an encoder.npz, or None where the encoder is not linear."""
+        """The decoder of an encoder.npz, or None where the encoder is not linear.
+
+        Raises:
+            DataError: if it does not say what samples were normalised by.
+        """
         with np.load(path) as file:
             arrays = {name: torch.from_numpy(file[name]) for name in file.files if name != "settings"}
             settings = json.loads(str(file["settings"]))
         if settings["kind"] not in ("pixels", "pca"):
             return None
+        if not {"mean", "std"} <= arrays.keys():
+            raise DataError(f"{path} does not say what samples were normalised by: prepare the data again")
         mean, std = arrays["mean"], arrays["std"]
         components = arrays.get("components", torch.eye(len(mean)))
         center = arrays.get("center", torch.zeros(components.shape[1]))

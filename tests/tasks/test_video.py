@@ -1,10 +1,15 @@
 """Video: exact gradients in every mode, the same losses on every layout, and what validation says of it."""
 
+import json
+
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
+from data_prep.encoders import new_encoder
 from ebt_megatron.config import RecipeError
+from ebt_megatron.core.errors import DataError
 from ebt_megatron.data.decoder import Decoder
 from ebt_megatron.evaluation.validation import validate
 from ebt_megatron.tasks.interface import Sample
@@ -131,3 +136,22 @@ def test_a_frame_repeated_exactly_has_no_error():
 def test_what_is_about_logits_is_refused(override, why):
     with pytest.raises(RecipeError, match=why):
         Video(latents.recipe(override), latents.SHAPE)
+
+
+def test_an_encoder_without_its_statistics_is_refused(tmp_path):
+    np.savez(tmp_path / "encoder.npz", settings=json.dumps({"kind": "pixels"}))
+    with pytest.raises(DataError, match="does not say what samples were normalised by"):
+        Decoder.read(tmp_path / "encoder.npz")
+
+
+def test_a_decoder_gives_the_frames_of_its_encoder(tmp_path):
+    frames = np.random.default_rng(0).integers(0, 256, (3, 16, 24, 3), np.uint8)
+    for kind in ("pixels", "pca"):
+        encoder = new_encoder(kind, 16, 24, 4)
+        if not encoder.fitted:
+            encoder.fit(frames)
+        encoder.normalise_by(np.full(encoder.channels, 0.1), np.full(encoder.channels, 0.5))
+        encoder.save(tmp_path / "encoder.npz")
+        samples = encoder.to_samples(encoder.encode(frames))
+        shown = Decoder.read(tmp_path / "encoder.npz").pictures(torch.from_numpy(samples.astype(np.float32)))
+        assert np.abs(shown.numpy() - encoder.to_frames(samples)).max() <= 0.51  # it rounds
