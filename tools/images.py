@@ -24,7 +24,7 @@ DENOISERS = {"s1": "EBT, S1", "s2": "EBT, S2", "dit": "DiT"}
 MAKERS = {"maker": "EBT", "maker_dit": "DiT"}
 PASSES = {"s1": range(1, 11), "s2": range(1, 11), "dit": (1, 2, 3, 5, 10, 20, 50, 100)}
 LEVELS = {99: "the level trained on (EBT)", 199: "twice as far in the schedule, unseen by the EBTs"}
-MAKER_PASSES = {"maker": 6, "maker_dit": 50}
+MAKER_PASSES = {"maker": 3, "maker_dit": 50}
 GUIDANCE = (0.0, 1.0)
 NEXT_STEPS = """ebt-prepare images --input photos/ --output data/photos --encoder pixels --patch 16
 ebt-train images/s1_denoise data.train=[data/photos/train] data.validation=[data/photos/validation]"""
