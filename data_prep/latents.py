@@ -23,7 +23,7 @@ from ebt_megatron.data.shards import Manifest, read_manifest, sha256_of, shard_i
 from .encoders import KINDS, Encoder, load_encoder, new_encoder
 from .files import InputFile
 from .job import Job
-from .passes import Passes, Unit, key_of, threshold, units_of, write_skipped
+from .passes import Passes, Settings, Unit, key_of, threshold, units_of, write_skipped
 from .pieces import NO_LABEL, Piece, Source, place_of
 
 _FIT_UNITS, _FIT_FRAMES = 64, 1024  # an encoder is fitted on so many frames of so many units
@@ -31,7 +31,7 @@ _BATCH = 64  # frames encoded at once
 
 
 @dataclass(frozen=True)
-class LatentSettings:
+class LatentSettings(Settings):
     """What the shards depend on besides the input.
 
     Attributes:
@@ -50,11 +50,6 @@ class LatentSettings:
     validation_fraction: float = 0.02
     seed: int = 0
     skip_broken: bool = False
-
-    @property
-    def splits(self) -> list[str]:
-        """Folders to make."""
-        return ["train", "validation"] if self.validation_fraction else ["train"]
 
 
 class _Thinned:

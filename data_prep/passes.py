@@ -25,6 +25,17 @@ def key_of(*what: Any) -> str:
     return hashlib.blake2b(repr(what).encode("utf-8", "surrogateescape"), digest_size=8).hexdigest()
 
 
+class Settings:
+    """What every preparation's settings have."""
+
+    validation_fraction: float
+
+    @property
+    def splits(self) -> list[str]:
+        """Folders to make."""
+        return ["train", "validation"] if self.validation_fraction else ["train"]
+
+
 @dataclass(frozen=True)
 class Unit:
     """A piece of work: consecutive files of the input, or parts of them; plain tuples that repr() tells apart."""

@@ -32,7 +32,7 @@ from . import options
 from .documents import SUFFIXES, Part, Tally, check_kinds, holds_one_document, read_part, split_files
 from .files import find_files
 from .job import Job
-from .passes import Passes, Unit, key_of, threshold, units_of, write_skipped
+from .passes import Passes, Settings, Unit, key_of, threshold, units_of, write_skipped
 from .tokens import END_OF_TEXT, dtype_of, encode, entries, load_tokenizer, train_bpe
 
 _BPE_CHARACTERS = 1 << 30  # a tokenizer is trained on no more than this
@@ -40,7 +40,7 @@ _WAVE = 16  # units hashed between looks at --max-bytes
 
 
 @dataclass(frozen=True)
-class TextSettings:
+class TextSettings(Settings):
     """What the shards depend on besides the input.
 
     Attributes:
@@ -64,11 +64,6 @@ class TextSettings:
     max_bytes: int = 0
     seed: int = 0
     skip_broken: bool = False
-
-    @property
-    def splits(self) -> list[str]:
-        """Folders to make."""
-        return ["train", "validation"] if self.validation_fraction else ["train"]
 
 
 @dataclass(frozen=True)

@@ -38,7 +38,7 @@ def prepare(step: Steps, processes: int, megabytes: int) -> dict[str, float]:
 
 
 def main(
-    processes: int = typer.Option(2, help="Ranks; the recipes use tensor parallel 2."),
+    processes: int = typer.Option(2, help="Ranks; data parallel: 1, 2."),
     megabytes: int = typer.Option(16, help="How much text to prepare."),
 ) -> None:
     """Prepare data, pretrain the models, evaluate them and write the report."""

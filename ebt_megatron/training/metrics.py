@@ -148,8 +148,7 @@ class WandbWriter:
         known = folder / "wandb-id"
         if not known.exists():
             write_whole(known, uuid.uuid4().hex[:12])
-        recipe = OmegaConf.to_container(OmegaConf.load(folder / "recipe.yaml"))
-        assert isinstance(recipe, dict)
+        recipe: Any = OmegaConf.to_container(OmegaConf.load(folder / "recipe.yaml"))
         identity = {"id": known.read_text(), "resume": "allow", "name": recipe["name"]}
         try:
             self.run = wandb.init(dir=folder, config=recipe, **identity)
