@@ -93,7 +93,8 @@ def recipe_of(name: str, seed: int, data: Path, runs: Path, steps: int, vocab_si
         folder = runs / f"{name.lower().replace('++', 'pp').replace(',', '').replace(' ', '-')}-{seed}"
         return load_recipe(Path("recipes/text") / f"{model.recipe}.yaml", [
             *model.overrides, "training.micro_batch_size=8", f"data.train=[{data}/train]",
-            f"data.validation=[{data}/validation]", f"training.seed={1234 + seed}", f"training.steps={steps}", f"training.output_dir={folder}",
+            f"data.validation=[{data}/validation]", f"training.seed={1234 + seed}", f"training.steps={steps}",
+            f"training.output_dir={folder}",
         ])  # fmt: skip
 
     def flops_of(recipe: Recipe) -> float:
