@@ -225,6 +225,7 @@ def plot(results: dict[str, Any], path: Path) -> None:
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import NullFormatter
 
     figure, (tokens, flops, thinking) = plt.subplots(1, 3, figsize=(13, 4), dpi=110)
     for row in results["models"]:
@@ -241,6 +242,7 @@ def plot(results: dict[str, Any], path: Path) -> None:
             thinking.axhline(row["loss"]["mean"], color=line.get_color(), ls="--", lw=1)
     tokens.set(xlabel="training tokens", ylabel="validation loss (nats)", title="equal tokens (first seed)")
     flops.set(xlabel="training TFLOPs", xscale="log", title="equal FLOPs (first seed)")
+    flops.xaxis.set_minor_formatter(NullFormatter())
     thinking.set(xlabel="thinking steps", title="thinking (all seeds, 95 % intervals)")
     tokens.legend(frameon=False, fontsize=8)
     for axes in (tokens, flops, thinking):
