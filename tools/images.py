@@ -14,7 +14,7 @@ from typing import Any
 import typer
 from rich.console import Console
 
-from ebt_megatron.core.cli import guarded
+from ebt_megatron.core.cli import guarded, quiet_libraries
 
 from . import media
 from .steps import Steps
@@ -157,6 +157,7 @@ def main(
     """Prepare pictures, pretrain the models and write the report."""
 
     def work() -> None:
+        quiet_libraries()
         console = Console()
         step, seconds = Steps(console, "make images"), {}
         prepare(step, input)

@@ -14,7 +14,7 @@ from typing import Any
 import typer
 from rich.console import Console
 
-from ebt_megatron.core.cli import guarded
+from ebt_megatron.core.cli import guarded, quiet_libraries
 
 from . import media
 from .steps import Steps
@@ -141,6 +141,7 @@ def main(
     """Prepare films, pretrain the models, evaluate them and write the report."""
 
     def work() -> None:
+        quiet_libraries()
         console = Console()
         step, seconds = Steps(console, "make video"), {}
         prepare(step, input)
