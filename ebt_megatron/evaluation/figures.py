@@ -13,6 +13,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter
 
 from ebt_megatron.evaluation.run_files import RunFiles
 
@@ -72,6 +73,7 @@ def losses(ebts: Sequence[RunFiles], rivals: Sequence[RunFiles]) -> Figure:
         axes.legend(frameon=False, fontsize=8)
     tokens.set(xlabel="training tokens", ylabel="loss", title="At equal tokens (faint: training)")
     flops.set(xlabel="training FLOPs", xscale="log", title="At equal FLOPs")
+    flops.xaxis.set_minor_formatter(NullFormatter())
     return figure
 
 
