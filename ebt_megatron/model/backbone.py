@@ -1,4 +1,4 @@
-"""The layers of a pipeline stage, which the EBT and its feed-forward baseline share: they differ in the objective."""
+"""What models are made of: a stage of layers, what an energy learns of its steps, and what Megatron's schedules ask."""
 
 from __future__ import annotations
 
@@ -6,45 +6,36 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from megatron.core.enums import ModelType
 from megatron.core.transformer import TransformerConfig, build_module
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ebt_megatron.config import Recipe
+from ebt_megatron.config import Recipe, ThinkingConfig
 from ebt_megatron.kernels import Kernels
 from ebt_megatron.model.layers import Attend, RMSNorm, Rotary, layer_spec
 from ebt_megatron.model.sharding import StageModule
 
 
-class Backbone(StageModule):
-    """The Transformer layers of one pipeline stage, rotary positions, and on the last stage the final norm.
+class LayerStage(StageModule):
+    """A pipeline stage of layers of any kind, which can be computed again for the backward pass.
 
     Args:
         config: Megatron's configuration.
         recipe: the run.
-        kernels: how the hot operations run.
         pre_process: this is the first stage.
         post_process: this is the last stage.
     """
 
-    def __init__(
-        self, config: TransformerConfig, recipe: Recipe, kernels: Kernels, pre_process: bool, post_process: bool
-    ):
+    def __init__(self, config: TransformerConfig, recipe: Recipe, pre_process: bool, post_process: bool):
         super().__init__(config)
         self.pre_process, self.post_process = pre_process, post_process
         self.recompute_layers = recipe.model.recompute_layers
-        self.recipe, self.kernels = recipe, kernels
 
-    def add_layers(self) -> None:
-        """Build layers and norm; after what comes before them, as checkpoints hold parameters in this order."""
-        config, recipe, kernels = self.config, self.recipe, self.kernels
-        assert config.num_layers and config.kv_channels
-        local_layers = config.num_layers // config.pipeline_model_parallel_size
-        spec = layer_spec(recipe.model, kernels, fp8=recipe.training.precision == "fp8")
-        self.layers = nn.ModuleList(build_module(spec, config) for _ in range(local_layers))
-        if self.post_process:
-            self.final_norm = RMSNorm(config, kernels)
-        self.rotary = Rotary(config.kv_channels, recipe.model.rotary_base)
+    def layers_of(self, make: Callable[[], nn.Module]) -> nn.ModuleList:
+        """This stage's share of the model's layers."""
+        assert self.config.num_layers
+        return nn.ModuleList(make() for _ in range(self.config.num_layers // self.config.pipeline_model_parallel_size))
 
     def maybe_recomputed(self, function: Callable[..., Any], *args: Any, kept: bool = False, **kwargs: Any) -> Any:
         """What `function` returns; under `model.recompute_layers` it keeps its inputs alone for the backward pass.
@@ -57,6 +48,33 @@ class Backbone(StageModule):
             return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
         return function(*args, **kwargs)
 
+
+class Backbone(LayerStage):
+    """The Transformer layers of one pipeline stage, rotary positions, and on the last stage the final norm.
+
+    EBT and Transformer++ share it: they differ in the objective.
+
+    Args:
+        config, recipe, pre_process, post_process: as `LayerStage`.
+        kernels: how the hot operations run.
+    """
+
+    def __init__(
+        self, config: TransformerConfig, recipe: Recipe, kernels: Kernels, pre_process: bool, post_process: bool
+    ):
+        super().__init__(config, recipe, pre_process, post_process)
+        self.recipe, self.kernels = recipe, kernels
+
+    def add_layers(self) -> None:
+        """Build layers and norm; after what comes before them, as checkpoints hold parameters in this order."""
+        config, recipe, kernels = self.config, self.recipe, self.kernels
+        assert config.kv_channels
+        spec = layer_spec(recipe.model, kernels, fp8=recipe.training.precision == "fp8")
+        self.layers = self.layers_of(lambda: build_module(spec, config))
+        if self.post_process:
+            self.final_norm = RMSNorm(config, kernels)
+        self.rotary = Rotary(config.kv_channels, recipe.model.rotary_base)
+
     def stream(self, h: Tensor, rotations: Tensor, attend: Sequence[Attend], condition: Tensor | None = None) -> Tensor:
         """Any positions [S, B, D] through this stage's layers, with attention given for each: over a cache, say.
 
@@ -67,3 +85,32 @@ class Backbone(StageModule):
         for layer, attention in zip(self.layers, attend, strict=True):
             h = layer.stream(h, rotations, attention, condition=condition)
         return h
+
+
+class Landscapes:
+    """What an energy learns for its thinking steps, beside a stage of layers."""
+
+    num_landscapes: int
+    step_size: nn.Parameter
+
+    def landscape(self, step: int) -> int:
+        """Which energy landscape step `step` descends: its own, the last one beyond those trained."""
+        return min(step, self.num_landscapes - 1)
+
+    def add_step_size(self, thinking: ThinkingConfig) -> None:
+        """The learned scalar alpha."""
+        self.step_size = nn.Parameter(torch.tensor(thinking.step_size, dtype=torch.float32))
+        self.step_size.requires_grad_(thinking.learn_step_size)
+        self.step_size.lr_multiplier = thinking.step_size_lr_multiplier  # type: ignore[attr-defined]
+        self.step_size.no_weight_decay = True  # type: ignore[attr-defined]
+
+
+class Scheduled:
+    """A stage that megatron-core's own schedules run."""
+
+    model_type = ModelType.encoder_or_decoder  # they ask
+    input_tensor: Tensor | None = None
+
+    def set_input_tensor(self, tensors: Any) -> None:
+        """The previous stage's output is handed over this way."""
+        self.input_tensor = tensors[0] if isinstance(tensors, list) else tensors

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ebt_megatron.config import Recipe
 from ebt_megatron.kernels import Kernels
-from ebt_megatron.model.backbone import Backbone
+from ebt_megatron.model.backbone import Backbone, Landscapes
 from ebt_megatron.model.initialization import Draw, draw_of_embedding
 from ebt_megatron.model.layers import Attend, Modulation, TransformerLayer, modulate, replicated
 from ebt_megatron.model.reuse import Tape
@@ -23,7 +23,7 @@ from ebt_megatron.model.reuse import Tape
 KeyValues = Sequence[tuple[Tensor, Tensor]]
 
 
-class EnergyTransformer(Backbone):
+class EnergyTransformer(Landscapes, Backbone):
     """One pipeline stage of an EBT (the whole model when there is one stage), an `EnergyModel`.
 
     Attributes:
@@ -64,10 +64,7 @@ class EnergyTransformer(Backbone):
                 self.step_embedding.pipeline_parallel = True  # type: ignore[attr-defined]
                 self.step_embedding.shared = not pre_process  # type: ignore[attr-defined]
         if pre_process:
-            self.step_size = nn.Parameter(torch.tensor(thinking.step_size, dtype=torch.float32))
-            self.step_size.requires_grad_(thinking.learn_step_size)
-            self.step_size.lr_multiplier = thinking.step_size_lr_multiplier  # type: ignore[attr-defined]
-            self.step_size.no_weight_decay = True  # type: ignore[attr-defined]
+            self.add_step_size(thinking)
         self.add_layers()
         if post_process:
             if model.conditioning == "adaln_sequence":
@@ -88,10 +85,6 @@ class EnergyTransformer(Backbone):
     def _condition(self, step: int) -> Tensor | None:
         """[1, D], what adaptive normalisation is conditioned by, if there is any."""
         return self.step_embedding[self.landscape(step)][None] if self.conditioning.startswith("adaln") else None
-
-    def landscape(self, step: int) -> int:
-        """Which energy landscape step `step` descends: its own, the last one beyond those trained."""
-        return min(step, self.num_landscapes - 1)
 
     def context(self, h: Tensor, length: int, segments: Tensor | None, step: int = 0) -> tuple[Tensor, KeyValues]:
         """Run the context stream through this stage.

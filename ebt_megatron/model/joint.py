@@ -11,19 +11,16 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from megatron.core.enums import ModelType
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
-from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from megatron.core.transformer import MegatronModule, TransformerConfig
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from ebt_megatron.config import Recipe
 from ebt_megatron.kernels import Kernels
+from ebt_megatron.model.backbone import Landscapes, LayerStage, Scheduled
 from ebt_megatron.model.initialization import Draw, draw_of_embedding
 from ebt_megatron.model.layers import Modulation, gated, modulate, replicated
 from ebt_megatron.model.reuse import Tape
-from ebt_megatron.model.sharding import StageModule
 from ebt_megatron.parallel.collectives import TensorGroup
 
 Modulations = Sequence[tuple[Tensor, Tensor]]
@@ -82,7 +79,7 @@ class JointLayer(MegatronModule):
         return h + gated(self._linear("fc2", hidden, tangent, tape), gate, tangent)
 
 
-class JointStage(StageModule):
+class JointStage(LayerStage):
     """A pipeline stage of the layers, with the last normalisation.
 
     Args:
@@ -94,12 +91,9 @@ class JointStage(StageModule):
 
     def __init__(self, config: TransformerConfig, recipe: Recipe, kernels: Kernels, pre_process: bool,
                  post_process: bool):  # fmt: skip
-        super().__init__(config)
-        assert config.num_layers
-        self.pre_process, self.post_process, self.kernels = pre_process, post_process, kernels
-        self.recompute_layers = recipe.model.recompute_layers
-        local = config.num_layers // config.pipeline_model_parallel_size
-        self.layers = nn.ModuleList(JointLayer(config, kernels) for _ in range(local))
+        super().__init__(config, recipe, pre_process, post_process)
+        self.kernels = kernels
+        self.layers = self.layers_of(lambda: JointLayer(config, kernels))
         if post_process:
             self.final_modulation = Modulation(config, parts=2, zero=True)
 
@@ -111,17 +105,14 @@ class JointStage(StageModule):
     def run(self, h: Tensor, modulations: Modulations, tangent: bool = False, tape: Tape | None = None) -> Tensor:
         """Run this stage: [S(/TP), B, D] (2B with tangent) -> the same, normalised on the last stage."""
         for layer, pair in zip(self.layers, modulations, strict=False):
-            if self.recompute_layers and torch.is_grad_enabled():  # nothing in a layer is random
-                h = checkpoint(layer, h, pair, tangent, tape, use_reentrant=False, preserve_rng_state=False)
-            else:
-                h = layer(h, pair, tangent, tape)
+            h = self.maybe_recomputed(layer, h, pair, tangent, tape, kept=tape is not None)
         if not self.post_process:
             return h
         n = self.kernels.layer_norm(h, self.config.layernorm_epsilon, tangent=tangent)
         return modulate(n, *modulations[-1], tangent)
 
 
-class JointEnergy(JointStage):
+class JointEnergy(Landscapes, JointStage):
     """A stage of the energy of a whole picture, an `EnergyModel`; the context is its condition, [1, B, D].
 
     Attributes:
@@ -147,17 +138,10 @@ class JointEnergy(JointStage):
                 self.step_embedding = replicated(torch.empty(thinking.max_steps, width, dtype=dtype), config)
                 draw = draw_of_embedding(thinking.max_steps, width, recipe.model.initialization)
                 self.step_embedding.draw = draw  # type: ignore[attr-defined]
-            self.step_size = nn.Parameter(torch.tensor(thinking.step_size, dtype=torch.float32))
-            self.step_size.requires_grad_(thinking.learn_step_size)
-            self.step_size.lr_multiplier = thinking.step_size_lr_multiplier  # type: ignore[attr-defined]
-            self.step_size.no_weight_decay = True  # type: ignore[attr-defined]
+            self.add_step_size(thinking)
         if post_process:
             self.head = replicated(torch.zeros(width, dtype=dtype), config)
             self.head.draw = Draw(0.0)  # type: ignore[attr-defined]
-
-    def landscape(self, step: int) -> int:
-        """Which energy landscape step `step` descends: its own, the last one beyond those trained."""
-        return min(step, self.num_landscapes - 1)
 
     def context(self, h: Tensor, length: int, segments: Tensor | None, step: int = 0) -> tuple[Tensor, Modulations]:
         """The condition [1, B, D] as it is passed on, and what it does in each layer."""
@@ -176,7 +160,7 @@ class JointEnergy(JointStage):
         return n.to(wide) @ self.head.to(wide) / length
 
 
-class DiffusionTransformer(JointStage):
+class DiffusionTransformer(Scheduled, JointStage):
     """A stage of DiT: predicts the noise in a picture.
 
     Attributes:
@@ -196,16 +180,10 @@ class DiffusionTransformer(JointStage):
         super().__init__(config, recipe, kernels, pre_process, post_process)
         self.condition, self.embedding = condition, embedding
         self.group = TensorGroup(bool(config.sequence_parallel))
-        self.input_tensor: Tensor | None = None
-        self.model_type = ModelType.encoder_or_decoder  # Megatron's schedules ask
         if post_process:
             self.head = replicated(torch.zeros(channels, config.hidden_size, dtype=config.params_dtype), config)
             self.head_bias = replicated(torch.zeros(channels, dtype=config.params_dtype), config)
             self.head.draw = self.head_bias.draw = Draw(0.0)  # type: ignore[attr-defined]
-
-    def set_input_tensor(self, tensors: Any) -> None:
-        """Megatron's schedules hand the previous stage's output over this way."""
-        self.input_tensor = tensors[0] if isinstance(tensors, list) else tensors
 
     def predicted(self, conditions: Tensor, start: Tensor) -> Tensor:
         """This stage's output: the noise [S(/TP), B, C] in pictures on the last stage, else hidden states.
@@ -235,7 +213,4 @@ class DiffusionTransformer(JointStage):
         if not self.post_process:
             return out
         target = self.group.own_positions(targets.transpose(0, 1)).to(out.dtype)
-        loss = (out - target).square().mean(-1)
-        if self.group.sequence_parallel:  # every rank goes on with the same losses
-            loss = gather_from_sequence_parallel_region(loss, tensor_parallel_output_grad=False)
-        return loss
+        return self.group.all_positions((out - target).square().mean(-1))

@@ -7,19 +7,17 @@ with a vocabulary output, so that a comparison differs in the objective and noth
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
-from megatron.core.enums import ModelType
 from megatron.core.transformer import TransformerConfig
 from torch import Tensor, nn
 
 from ebt_megatron.config import Recipe
 from ebt_megatron.kernels import Kernels
-from ebt_megatron.model.backbone import Backbone
+from ebt_megatron.model.backbone import Backbone, Scheduled
 from ebt_megatron.model.layers import Attend
 
 
-class TransformerLM(Backbone):
+class TransformerLM(Scheduled, Backbone):
     """One pipeline stage of Transformer++.
 
     Args:
@@ -41,12 +39,6 @@ class TransformerLM(Backbone):
         super().__init__(config, recipe, kernels, pre_process, post_process)
         self.embedding, self.output = embedding, output
         self.add_layers()
-        self.input_tensor: Tensor | None = None
-        self.model_type = ModelType.encoder_or_decoder  # Megatron's schedules ask
-
-    def set_input_tensor(self, tensors: Any) -> None:
-        """Megatron's schedules hand the previous stage's output over this way."""
-        self.input_tensor = tensors[0] if isinstance(tensors, list) else tensors
 
     def hidden(self, h: Tensor, length: int, segments: Tensor | None) -> Tensor:
         """Run this stage: [S(/TP), B, D] -> the same, normalised on the last stage."""

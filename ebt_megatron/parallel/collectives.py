@@ -1,4 +1,4 @@
-"""Reductions over the tensor-parallel group, outside autograd.
+"""Reductions over the tensor-parallel group, outside autograd but where said.
 
 The thinking algorithm moves gradients by hand (first order only), so it needs plain
 collectives rather than differentiable ones. All are identities when the group has one rank.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
+from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from torch import Tensor
 
 
@@ -71,6 +72,12 @@ class TensorGroup:
         parts = [torch.empty_like(part) for _ in range(self.size)]
         dist.all_gather(parts, part.contiguous(), group=self.group)
         return torch.cat(parts, -1)
+
+    def all_positions(self, own: Tensor) -> Tensor:
+        """Losses of this rank's positions [S(/TP), ...] as those of all; inside autograd, every rank goes on alike."""
+        if not self.sequence_parallel:
+            return own
+        return gather_from_sequence_parallel_region(own, tensor_parallel_output_grad=False)
 
     def own_positions(self, whole: Tensor) -> Tensor:
         """This rank's positions of [S, ...]."""

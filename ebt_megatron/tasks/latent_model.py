@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from megatron.core.transformer import MegatronModule, TransformerConfig
 from torch import Tensor
 
@@ -16,16 +15,27 @@ from ebt_megatron.parallel.collectives import TensorGroup
 from ebt_megatron.prediction.latents import LatentMap, LatentPrediction
 
 
-class LatentEmbedding(MegatronModule):
+class LinearMap(MegatronModule):
+    """A weight [rows, columns] and a bias, whole on every rank.
+
+    Args:
+        config: Megatron's.
+        rows, columns: of the weight.
+    """
+
+    def __init__(self, config: TransformerConfig, rows: int, columns: int):
+        super().__init__(config)
+        self.weight = replicated(torch.empty(rows, columns, dtype=config.params_dtype), config)
+        self.weight.draw = Draw.xavier(columns, rows)  # type: ignore[attr-defined]
+        self.bias = replicated(torch.zeros(rows, dtype=config.params_dtype), config)
+        self.group = TensorGroup(bool(config.sequence_parallel))
+
+
+class LatentEmbedding(LinearMap):
     """Latents [B, S, C] -> hidden [S(/TP), B, D], by one linear map with a bias."""
 
     def __init__(self, config: TransformerConfig, channels: int):
-        super().__init__(config)
-        width, dtype = config.hidden_size, config.params_dtype
-        self.weight = replicated(torch.empty(width, channels, dtype=dtype), config)
-        self.weight.draw = Draw.xavier(channels, width)  # type: ignore[attr-defined]
-        self.bias = replicated(torch.zeros(width, dtype=dtype), config)
-        self.group = TensorGroup(bool(config.sequence_parallel))
+        super().__init__(config, config.hidden_size, channels)
 
     def forward(self, latents: Tensor) -> Tensor:
         """Latents [B, S, C] -> hidden [S(/TP), B, D]."""
@@ -52,7 +62,7 @@ class LatentEmbeddings(LatentEmbedding):
         return LatentPrediction(self.kernels, embed, targets, sample_ids, thinking, seed, start)
 
 
-class LatentOutput(MegatronModule):
+class LatentOutput(LinearMap):
     """Transformer++'s output: hidden states -> latents, and their smooth L1 loss.
 
     Attributes:
@@ -62,12 +72,7 @@ class LatentOutput(MegatronModule):
     y: Tensor | None = None
 
     def __init__(self, config: TransformerConfig, channels: int):
-        super().__init__(config)
-        width, dtype = config.hidden_size, config.params_dtype
-        self.weight = replicated(torch.empty(channels, width, dtype=dtype), config)
-        self.weight.draw = Draw.xavier(width, channels)  # type: ignore[attr-defined]
-        self.bias = replicated(torch.zeros(channels, dtype=dtype), config)
-        self.group = TensorGroup(bool(config.sequence_parallel))
+        super().__init__(config, channels, config.hidden_size)
 
     def predicted(self, h: Tensor) -> Tensor:
         """Hidden [S(/TP), B, D] -> latents of this rank's positions [S(/TP), B, C]."""
@@ -80,7 +85,4 @@ class LatentOutput(MegatronModule):
         if not torch.is_grad_enabled():
             self.y = self.group.from_hidden(predicted)
         target = self.group.own_positions(targets.transpose(0, 1)).to(predicted.dtype)
-        loss = F.smooth_l1_loss(predicted, target, reduction="none").mean(-1)
-        if self.group.sequence_parallel:  # every rank goes on with the same losses
-            loss = gather_from_sequence_parallel_region(loss, tensor_parallel_output_grad=False)
-        return loss
+        return self.group.all_positions(F.smooth_l1_loss(predicted, target, reduction="none").mean(-1))

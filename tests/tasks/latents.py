@@ -18,6 +18,11 @@ from tests import builders
 
 FRAMES, SHAPE = 7, [3, 2]  # of a clip; patches and channels of a frame
 PATCHES = 4  # of a picture
+LAYOUTS = {
+    "TP 2 + SP": ("parallel.tensor=2", "parallel.sequence_parallel=true"),
+    "PP 2": ("parallel.pipeline=2",),
+    "DP 2": (),
+}
 
 
 def recipe(*overrides: str):

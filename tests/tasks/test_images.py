@@ -24,6 +24,8 @@ MODES = {
                                                          "thinking.initial=noise")),
     "truncated": (Plan((0.2, 0.3, 0.5), "truncated"), RANDOM),
     "reuse": (Plan((0.5, 0.5), "detached"), (*RANDOM, "thinking.reuse=true")),
+    "reuse, recomputed": (Plan((0.5, 0.5), "detached"),
+                          (*RANDOM, "thinking.reuse=true", "model.recompute_layers=true")),
     "recomputed": (Plan((0.5, 0.5), "detached"), (*RANDOM, "model.recompute_layers=true", "model.kernels=torch")),
 }  # fmt: skip
 
@@ -76,11 +78,6 @@ RECIPES = {
            "model.conditioning=none", "thinking.initial=noise"),
     "DiT": ("model.architecture=transformer",),
 }  # fmt: skip
-LAYOUTS = {
-    "TP 2 + SP": ("parallel.tensor=2", "parallel.sequence_parallel=true"),
-    "PP 2": ("parallel.pipeline=2",),
-    "DP 2": (),
-}
 
 
 @pytest.fixture(scope="module")
@@ -88,9 +85,9 @@ def single():
     return latents.several(RECIPES, (), latents.pictures)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", latents.LAYOUTS)
 def test_losses_do_not_depend_on_the_layout(layout, single):
-    ranks = run_ranks(latents.several, 2, RECIPES, LAYOUTS[layout], latents.pictures)
+    ranks = run_ranks(latents.several, 2, RECIPES, latents.LAYOUTS[layout], latents.pictures)
     for name, losses in single.items():
         assert ranks[0][name] == pytest.approx(losses, rel=1e-5), name
 

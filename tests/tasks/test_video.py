@@ -76,11 +76,6 @@ RECIPES = {
            "thinking.langevin_noise=0.5", "model.conditioning=none"),
     "Transformer++": ("model.architecture=transformer",),
 }  # fmt: skip
-LAYOUTS = {
-    "TP 2 + SP": ("parallel.tensor=2", "parallel.sequence_parallel=true"),
-    "PP 2": ("parallel.pipeline=2",),
-    "DP 2": (),
-}
 
 
 @pytest.fixture(scope="module")
@@ -88,9 +83,9 @@ def single():
     return latents.several(RECIPES, (), latents.clips)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", latents.LAYOUTS)
 def test_losses_do_not_depend_on_the_layout(layout, single):
-    ranks = run_ranks(latents.several, 2, RECIPES, LAYOUTS[layout], latents.clips)
+    ranks = run_ranks(latents.several, 2, RECIPES, latents.LAYOUTS[layout], latents.clips)
     for name, losses in single.items():
         assert losses[0] != pytest.approx(losses[-1], rel=1e-3)
         assert ranks[0][name] == pytest.approx(losses, rel=1e-5), name
