@@ -5,8 +5,7 @@ Every part is a function of per-position scores (`ebt_megatron.evaluation.token_
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -23,6 +22,7 @@ from ebt_megatron.evaluation.portrait import portrait
 from ebt_megatron.evaluation.token_scores import CORRUPTIONS, TokenScores, corrupted, score
 from ebt_megatron.objectives.flops import training_flops
 from ebt_megatron.session import TrainedRun, open_run
+from ebt_megatron.tasks.text import perplexity
 
 Numbers = dict[str, Any]
 TOLERANCES = (0.6, 0.5, 0.4, 0.3, 0.2, 0.1, 0.05, 0.03, 0.02, 0.01, 0.005)
@@ -53,9 +53,9 @@ class SuiteOptions:
             raise RecipeError(f"--starts {self.starts}: at least 1")
 
 
-def perplexity(loss: np.ndarray) -> float:
+def _perplexity(losses: np.ndarray) -> float:
     """Of a mean over positions."""
-    return math.exp(min(float(loss.mean()), 700.0))
+    return perplexity(float(losses.mean()))
 
 
 # --- the parts ----------------------------------------------------------------------------------------
@@ -66,7 +66,7 @@ def thinking(scores: TokenScores) -> list[Numbers]:
     rows = []
     for i, loss in enumerate(scores.loss):
         flips = float((scores.answer[i] != scores.answer[i - 1]).mean()) if i else None
-        rows.append({"steps": i + 1, "loss": float(loss.mean()), "perplexity": perplexity(loss),
+        rows.append({"steps": i + 1, "loss": float(loss.mean()), "perplexity": _perplexity(loss),
                      "accuracy": float(scores.right[i].mean()), "changed": flips})  # fmt: skip
     return rows
 
@@ -93,10 +93,10 @@ def starts(each: Sequence[TokenScores], step: int, rivals: Mapping[str, Sequence
         weight = np.exp(-(final[of] - final[of].min(0)) / temperature)
         chosen = {"lowest energy": final[of].argmin(0), "largest drop": drop[of].argmax(0),
                   "best loss (an oracle)": loss[of].argmin(0)}  # fmt: skip
-        by = {name: {"perplexity": perplexity(loss[k, at]), "accuracy": float(right[k, at].mean())}
+        by = {name: {"perplexity": _perplexity(loss[k, at]), "accuracy": float(right[k, at].mean())}
               for name, k in chosen.items()}  # fmt: skip
         for name, w in (("mixture by exp(-E / tau)", weight), ("even mixture", np.ones_like(weight))):
-            by[name] = {"perplexity": perplexity(-np.log((w / w.sum(0) * np.exp(-loss[of])).sum(0)))}
+            by[name] = {"perplexity": _perplexity(-np.log((w / w.sum(0) * np.exp(-loss[of])).sum(0)))}
         for name, draws in {"": each, **rivals}.items():
             log_p, token = (np.stack([getattr(d, key) for d in draws[:m]]) for key in ("drawn_log_p", "drawn"))
             likeliest = token[log_p.argmax(0), at]
@@ -156,7 +156,7 @@ def dynamic_compute(scores: TokenScores, trained: int, flops: Callable[[float], 
         flops: of a position that thinks so many steps.
     """
     most = len(scores.loss)
-    fixed = [{"steps": i + 1, "perplexity": perplexity(loss), "flops": flops(i + 1)}
+    fixed = [{"steps": i + 1, "perplexity": _perplexity(loss), "flops": flops(i + 1)}
              for i, loss in enumerate(scores.loss)]  # fmt: skip
     adaptive = []
     for tolerance in TOLERANCES:
@@ -164,7 +164,7 @@ def dynamic_compute(scores: TokenScores, trained: int, flops: Callable[[float], 
         taken = np.where(still.any(0), still.argmax(0), most - 1)
         loss = scores.loss[taken, np.arange(scores.loss.shape[1])]
         mean = float(taken.mean()) + 1
-        adaptive.append({"tolerance": tolerance, "steps": mean, "perplexity": perplexity(loss), "flops": flops(mean)})
+        adaptive.append({"tolerance": tolerance, "steps": mean, "perplexity": _perplexity(loss), "flops": flops(mean)})
     wanted = fixed[trained - 1]
     enough = [row for row in adaptive if row["perplexity"] <= 1.005 * wanted["perplexity"]]
     cheapest = min(enough, key=lambda row: row["flops"], default=None)
@@ -182,9 +182,9 @@ def shift(inside: dict[str, TokenScores], outside: dict[str, TokenScores], refer
     """
     ours = outside[""]
     return {
-        "shift": perplexity(outside[reference].loss[-1]) / perplexity(inside[reference].loss[-1]),
-        "perplexity": {name: perplexity(s.loss[step - 1 if not name else -1]) for name, s in outside.items()},
-        "gain over the first step": 1 - perplexity(ours.loss[step - 1]) / perplexity(ours.loss[0]),
+        "shift": _perplexity(outside[reference].loss[-1]) / _perplexity(inside[reference].loss[-1]),
+        "perplexity": {name: _perplexity(s.loss[step - 1 if not name else -1]) for name, s in outside.items()},
+        "gain over the first step": 1 - _perplexity(ours.loss[step - 1]) / _perplexity(ours.loss[0]),
         "energy": float(ours.energy[step].mean()),
         "AUROC of being other text, by energy": statistics.auroc(
             np.concatenate([inside[""].energy[step], ours.energy[step]]),
@@ -214,26 +214,31 @@ def evaluate_suite(run_dir: Path, overrides: Sequence[str], options: SuiteOption
         with open_run(run_dir, overrides) as run:
             if run.recipe.data.modality != "text" or run.state.world_size > 1:
                 raise RecipeError(f"{run_dir}: the suite is for text, on one process")
-            steps = _Steps(run, options.steps)
-            ours = _collect(run, steps, options, doing)
+            ours = _collect(run, options, doing)
         rivals: dict[str, _Collected] = {}
         for folder in options.rivals:
             doing(f"{folder}")
             with open_run(folder, overrides) as rival:
                 if rival.objective.thinks or rival.task.identity != ours.identity:
                     raise RecipeError(f"{folder}: a rival is a feed-forward model with the tokenizer of {run_dir}")
-                rivals[_name(folder, rivals)] = _collect(rival, _Steps(rival, None), options, doing)
-    return _results(ours, rivals, steps)
+                rivals[_name(folder, {ours.about["name"], *rivals})] = _collect(rival, options, doing)
+    return _results(ours, rivals)
 
 
-def _name(folder: Path, taken: dict[str, Any]) -> str:
+def _name(folder: Path, taken: Collection[str]) -> str:
+    """What a rival is called: by its folder, and by all of its path where that is taken."""
     return folder.name if folder.name not in taken else str(folder)
 
 
 @dataclass
 class _Collected:
-    """A model's scores on everything, and what it cost."""
+    """A model's scores on everything, and what it cost.
 
+    Attributes:
+        trained: thinking steps it was trained with; 1 for a feed-forward model.
+    """
+
+    trained: int
     identity: dict[str, Any]
     about: Numbers
     plain: TokenScores
@@ -244,23 +249,12 @@ class _Collected:
     portrait: Numbers | None
 
 
-class _Steps:
-    """How many steps a run thinks.
-
-    Attributes:
-        trained: with how many it was trained.
-        most: how many to look at.
-    """
-
-    def __init__(self, run: TrainedRun, asked: int | None):
-        self.trained = run.recipe.thinking.max_steps if run.objective.thinks else 1
-        self.most = max(asked or 3 * self.trained, self.trained) if run.objective.thinks else 1
-
-
-def _collect(run: TrainedRun, steps: _Steps, options: SuiteOptions, doing: Callable[[str], None]) -> _Collected:
+def _collect(run: TrainedRun, options: SuiteOptions, doing: Callable[[str], None]) -> _Collected:
     task: Any = run.task
+    trained = run.recipe.thinking.max_steps if run.objective.thinks else 1
+    looked_at = max(options.steps or 3 * trained, trained) if run.objective.thinks else 1
 
-    def scores(micro_batches: Sequence[MicroBatch], most: int = steps.most, start: int = 0) -> TokenScores:
+    def scores(micro_batches: Sequence[MicroBatch], most: int = looked_at, start: int = 0) -> TokenScores:
         return score(run.objective, [task.sample(b, run.state.device) for b in micro_batches], most, start)
 
     validation = _whole(run.data["validation"])
@@ -269,7 +263,7 @@ def _collect(run: TrainedRun, steps: _Steps, options: SuiteOptions, doing: Calla
     more = []
     for start in range(1, options.starts):
         doing(f"{run.recipe.name}: start {start + 1} of {options.starts}")
-        more.append(scores(validation, steps.trained, start))
+        more.append(scores(validation, trained, start))
     wrong = {}
     for kind in CORRUPTIONS:
         doing(f"{run.recipe.name}: {kind} tokens")
@@ -277,7 +271,7 @@ def _collect(run: TrainedRun, steps: _Steps, options: SuiteOptions, doing: Calla
                    for i, b in enumerate(validation)]  # fmt: skip
         batches = [replace(b, tokens=tokens) for b, (tokens, _) in zip(validation, changed, strict=True)]
         masks = np.concatenate([mask[:, 1:].t().reshape(-1).numpy() for _, mask in changed])
-        wrong[kind] = scores(batches, steps.trained), masks
+        wrong[kind] = scores(batches, trained), masks
     other = {}
     for name, folder in (options.shifts or {}).items():
         doing(f"{run.recipe.name}: {name}")
@@ -286,7 +280,7 @@ def _collect(run: TrainedRun, steps: _Steps, options: SuiteOptions, doing: Calla
         if loader.sources[0].manifest.tokenizer["sha256"] != task.identity["tokenizer"]:
             raise DataError(f"{folder} was made with another tokenizer than the run: prepare it with --tokenizer "
                             "TRAIN_FOLDER/tokenizer.json")  # fmt: skip
-        other[name] = scores(_whole(loader), steps.trained)
+        other[name] = scores(_whole(loader), trained)
     cost, length = task.cost(), task.length
 
     def flops_of(taken: float) -> float:
@@ -298,13 +292,13 @@ def _collect(run: TrainedRun, steps: _Steps, options: SuiteOptions, doing: Calla
     about = {
         "name": run.recipe.name, "parameters": sum(p.numel() for p in run.model.parameters()), "steps": run.step,
         "tokens": run.tokens, "training flops": run.step * training_flops(run.recipe, cost),
-        "inference flops a token": flops_of(steps.trained),
+        "inference flops a token": flops_of(trained),
     }  # fmt: skip
     shown = None
     if run.objective.thinks:
         doing(f"{run.recipe.name}: portrait")
         shown = portrait(run, task.sample(validation[0], run.state.device))
-    return _Collected(run.task.identity, about, plain, [plain, *more], wrong, other, flops_of, shown)
+    return _Collected(trained, run.task.identity, about, plain, [plain, *more], wrong, other, flops_of, shown)
 
 
 def _of_kind(collected: _Collected, kind: str) -> TokenScores:
@@ -321,34 +315,31 @@ def _whole(loader: Loader) -> list[MicroBatch]:
     return out
 
 
-def _results(ours: _Collected, rivals: dict[str, _Collected], steps: _Steps) -> Numbers:
-    step = steps.trained
-    thinks = len(ours.plain.energy) > 0
-    models = {"": ours, **rivals}
-    reference = next(iter(rivals), None)
+def _results(ours: _Collected, rivals: dict[str, _Collected]) -> Numbers:
+    models = {ours.about["name"]: ours, **rivals}
     kinds = {name: partial(_of_kind, of) for name, of in rivals.items()}
+    about = []
+    for name, of in models.items():
+        loss, right = of.plain.loss[of.trained - 1], of.plain.right[of.trained - 1]
+        about.append({**of.about, "name": name, "rival": of is not ours, "loss": float(loss.mean()),
+                      "perplexity": _perplexity(loss), "accuracy": float(right.mean())})  # fmt: skip
     out: Numbers = {
         "positions": len(ours.plain.target),
-        "trained steps": step,
-        "models": [
-            {**of.about, "rival": bool(name), "loss": float(of.plain.loss[(step if not name else 1) - 1].mean()),
-             "perplexity": perplexity(of.plain.loss[(step if not name else 1) - 1]),
-             "accuracy": float(of.plain.right[(step if not name else 1) - 1].mean())}
-            for name, of in models.items()
-        ],
+        "trained steps": ours.trained,
+        "models": about,
         "thinking": thinking(ours.plain),
-        "uncertainty": {(of.about["name"]): uncertainty(of.plain, step if not name else 1)
-                        for name, of in models.items()},
-    }  # fmt: skip
-    if thinks:
+        "uncertainty": {name: uncertainty(of.plain, of.trained) for name, of in models.items()},
+    }
+    if len(ours.plain.energy):
         out["portrait"] = ours.portrait
-        out["starts"] = starts(ours.starts, step, {name: of.starts for name, of in rivals.items()})
-        out["dynamic compute"] = dynamic_compute(ours.plain, step, ours.flops_of)
+        out["starts"] = starts(ours.starts, ours.trained, {name: of.starts for name, of in rivals.items()})
+        out["dynamic compute"] = dynamic_compute(ours.plain, ours.trained, ours.flops_of)
         out["corruption"] = corruption(lambda kind: ours.corrupted[kind], kinds)
-        if reference is not None:
-            inside = {name: of.plain for name, of in models.items()}
+        if reference := next(iter(rivals), None):
+            inside = {"": ours.plain} | {name: of.plain for name, of in rivals.items()}
             out["shifts"] = {
-                name: shift(inside, {model: of.shifts[name] for model, of in models.items()}, reference, step)
-                for name in ours.shifts
-            }
+                text: shift(inside, {"": there} | {name: of.shifts[text] for name, of in rivals.items()}, reference,
+                            ours.trained)
+                for text, there in ours.shifts.items()
+            }  # fmt: skip
     return out

@@ -22,6 +22,11 @@ from ebt_megatron.tasks.interface import Sample
 from ebt_megatron.tasks.text_model import TextEmbeddings, TextOutput, TokenEmbedding
 
 
+def perplexity(loss: float) -> float:
+    """Exp of a mean loss per token (of the mean, not a mean of exponentials)."""
+    return math.exp(min(loss, 700.0))
+
+
 def padded(vocab_size: int, multiple: int) -> int:
     """The vocabulary's size in the tables: the same for every tensor-parallel size that divides `multiple`."""
     return -(-vocab_size // multiple) * multiple
@@ -84,8 +89,8 @@ class Text:
         return TextMeter(steps, self.vocab_size, device)
 
     def describe(self, loss: float) -> dict[str, float]:
-        """Perplexity: exp of the mean loss per token (of the mean, not a mean of exponentials)."""
-        return {"perplexity": math.exp(min(loss, 700.0))}
+        """Its perplexity."""
+        return {"perplexity": perplexity(loss)}
 
     def example(self, objective: Any, sample: Sample, steps: int) -> dict[str, Any] | None:
         """See `Task`."""

@@ -1,6 +1,7 @@
 """The suite's parts give known answers on scores made by hand, and its scores are those of validation."""
 
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -134,6 +135,23 @@ def test_a_token_taken_as_a_prediction_has_the_energy_of_its_embedding():
     thinker.descent.prediction.y = logits.flatten(0, 1)
     energy = thinker.think(1).energies[0]
     np.testing.assert_allclose(score(objective, [sample], 2).token_energy, energy.flatten(), rtol=1e-6)
+
+
+def test_rivals_of_one_recipe_are_told_apart():
+    def collected(loss):
+        plain = scores([[loss, 1.0]], confidence=np.full((1, 2), 0.5), entropy=np.array([[1.0, 2]]), answer=[[0, 1]])
+        about = {"name": "t", "steps": 1, "tokens": 2}
+        return suite._Collected(1, {}, about, plain, [plain], {}, {}, float, None)
+
+    names = []
+    for folder in (Path("runs/a/t"), Path("runs/b/t")):
+        names.append(suite._name(folder, {"t", *names}))
+    assert len({"t", *names}) == 3
+    numbers = suite._results(collected(1.0), dict(zip(names, map(collected, (2.0, 3.0)), strict=True)))
+    assert [(m["name"], m["rival"], m["loss"]) for m in numbers["models"]] == [
+        ("t", False, 1.0), (names[0], True, 1.5), (names[1], True, 2.0)
+    ]  # fmt: skip
+    assert list(numbers["uncertainty"]) == ["t", *names]
 
 
 def test_options_that_mean_nothing_are_one_line():
