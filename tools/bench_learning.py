@@ -274,7 +274,7 @@ def main(
         if name not in MODELS | ABLATION:
             raise typer.BadParameter(f"no model '{name}': choose of {'; '.join(MODELS | ABLATION)}")
     if data == DATA:
-        prepare(Steps(console, "make bench-learning"), os.cpu_count() or 1, 16)
+        prepare(Steps("make bench-learning"), os.cpu_count() or 1, 16)
     elif not (data / "train" / "manifest.json").exists():
         raise typer.BadParameter(f"no shards at {data}: ebt-prepare text makes them")
     vocab_size = read_manifest(str(data / "train")).vocab_size

@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import io
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
 import typer
-from rich.console import Console
 
 from ebt_megatron.core.cli import guarded, quiet_libraries
+from ebt_megatron.core.files import write_whole
 
 from . import media
 from .steps import Steps
@@ -36,10 +35,8 @@ def prepare(step: Steps, given: list[str]) -> None:
         return
     pictures = given or [str(media.found(media.PICTURES, DATA / "pictures", "pictures")[0])]
     inputs = [word for picture in pictures for word in ("--input", picture)]
-    step("1. pictures to shards", [
-        sys.executable, "-m", "data_prep.images", *inputs, "--output", str(DATA), "--height", "28", "--width", "28",
-        "--patch", "4", "--resume",
-    ])  # fmt: skip
+    step("prepare", "1. pictures to shards", "data_prep.images", *inputs, "--output", str(DATA), "--height", "28",
+         "--width", "28", "--patch", "4", "--resume")  # fmt: skip
 
 
 def look_at(run_dir: Path, passes: Any) -> dict[str, Any]:
@@ -50,7 +47,7 @@ def look_at(run_dir: Path, passes: Any) -> dict[str, Any]:
     with open_run(run_dir) as run:
         task: Any = run.task
         result = denoising(run, list(LEVELS), list(passes))
-        (run_dir / "denoising.json").write_text(json.dumps(result, indent=1) + "\n")
+        write_whole(run_dir / "denoising.json", json.dumps(result, indent=1) + "\n")
         batch = first_pictures(run, 8)
         noised = {level: task.sample(batch, run.state.device, level).start.transpose(0, 1) for level in LEVELS}
         best = {level: max(result[str(level)]["passes"], key=lambda row: row["psnr"])["passes"] for level in LEVELS}
@@ -158,20 +155,12 @@ def main(
 
     def work() -> None:
         quiet_libraries()
-        console = Console()
-        step, seconds = Steps(console, "make images"), {}
+        step = Steps("make images")
         prepare(step, input)
-        for i, name in enumerate((*DENOISERS, *MAKERS)):
-            seconds[f"train {name}"] = step(f"{i + 2}. pretrain: {name}", [
-                sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes),
-                "-m", "ebt_megatron.train", f"recipes/images/quickstart_{name}.yaml",
-                f"training.output_dir={runs / name}", *override,
-            ])  # fmt: skip
-        paths = write_report(runs)
-        console.rule("done", align="left")
-        console.print(", ".join(f"{name} {s:.0f} s" for name, s in seconds.items()))
-        console.print(f"report: {paths['html']}, {paths['markdown']}\n\nhow to go on:", highlight=False)
-        console.print(NEXT_STEPS, highlight=False, markup=False, soft_wrap=True)
+        for number, name in enumerate((*DENOISERS, *MAKERS), 2):
+            recipe, output = f"recipes/images/quickstart_{name}.yaml", f"training.output_dir={runs / name}"
+            step.train(number, name, recipe, processes, output, *override)
+        step.done(write_report(runs), NEXT_STEPS)
 
     guarded(work)
 

@@ -6,6 +6,8 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
+from pathlib import Path
 
 from rich.console import Console
 
@@ -14,15 +16,27 @@ class Steps:
     """Runs commands, and ends the program where one fails.
 
     Args:
-        console: where titles go.
         again: the command that goes on from there.
+
+    Attributes:
+        seconds: that each step took, by name.
     """
 
-    def __init__(self, console: Console, again: str):
-        self.console, self.again = console, again
+    def __init__(self, again: str):
+        self.console, self.again = Console(), again
+        self.seconds: dict[str, float] = {}
 
-    def __call__(self, title: str, command: list[str]) -> float:
-        """Run a command, its output shown; exits with its code if it fails. Returns seconds."""
+    def __call__(self, name: str, title: str, module: str, *arguments: str, ranks: int = 0) -> None:
+        """Run `python -m MODULE ...`, its output shown; exits with its code if it fails.
+
+        Args:
+            name: of the step, for the summary.
+            title: shown above its output.
+            module, arguments: the command.
+            ranks: under torchrun, so many; 0: as it is.
+        """
+        launcher = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), "-m"] if ranks else []
+        command = [sys.executable, "-m", *launcher, module, *arguments]
         self.console.rule(title, align="left")
         self.console.print(" ".join(command), style="dim", soft_wrap=True, highlight=False)
         begin = time.perf_counter()
@@ -31,4 +45,19 @@ class Steps:
         if code:
             self.console.print(f"[red]error:[/red] this step ended with code {code}; run `{self.again}` again to retry")
             sys.exit(code)
-        return time.perf_counter() - begin
+        self.seconds[name] = time.perf_counter() - begin
+
+    def train(self, number: int, name: str, recipe: str, ranks: int, *overrides: str) -> None:
+        """Pretrain a recipe on so many ranks."""
+        self(f"train {name}", f"{number}. pretrain: {name}", "ebt_megatron.train", recipe, *overrides, ranks=ranks)
+
+    def evaluate(self, number: int, name: str, run_dir: Path) -> None:
+        """Evaluate a run."""
+        self(f"evaluate {name}", f"{number}. evaluate: {name}", "ebt_megatron.evaluate", str(run_dir))
+
+    def done(self, paths: Mapping[str, Path], next_steps: str) -> None:
+        """Say how long everything took, where the report is, and how to go on."""
+        self.console.rule("done", align="left")
+        self.console.print(", ".join(f"{name} {s:.0f} s" for name, s in self.seconds.items()))
+        self.console.print(f"report: {paths['html']} and {paths['markdown']}\n\nhow to go on:", highlight=False)
+        self.console.print(next_steps, highlight=False, markup=False, soft_wrap=True)

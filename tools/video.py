@@ -7,12 +7,10 @@ from __future__ import annotations
 
 import io
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
 import typer
-from rich.console import Console
 
 from ebt_megatron.core.cli import guarded, quiet_libraries
 
@@ -34,11 +32,9 @@ def prepare(step: Steps, given: list[str]) -> None:
         return
     films = given or [str(film) for film in media.found(media.FILMS, DATA / "films", "films")]
     inputs = [word for film in films for word in ("--input", film)]
-    step("1. films to shards", [
-        sys.executable, "-m", "data_prep.video", *inputs, "--output", str(DATA), "--frames", "16", "--height", "32",
-        "--width", "32", "--tiles", "6", "--frame-rate", "4", "--validation-fraction", "0.3", "--seed", "1", "--resume",
-        "--skip-broken",
-    ])  # fmt: skip
+    step("prepare", "1. films to shards", "data_prep.video", *inputs, "--output", str(DATA), "--frames", "16",
+         "--height", "32", "--width", "32", "--tiles", "6", "--frame-rate", "4", "--validation-fraction", "0.3",
+         "--seed", "1", "--resume", "--skip-broken")  # fmt: skip
 
 
 def clips_of(run_dir: Path) -> tuple[Any, Any]:
@@ -142,23 +138,13 @@ def main(
 
     def work() -> None:
         quiet_libraries()
-        console = Console()
-        step, seconds = Steps(console, "make video"), {}
+        step = Steps("make video")
         prepare(step, input)
-        for i, name in enumerate(LABELS):
-            seconds[f"train {name}"] = step(f"{i + 2}. pretrain: {name}", [
-                sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes),
-                "-m", "ebt_megatron.train", f"recipes/video/quickstart_{name}.yaml",
-                f"training.output_dir={runs / name}", *override,
-            ])  # fmt: skip
-            seconds[f"evaluate {name}"] = step(f"{i + 2}. evaluate: {name}", [
-                sys.executable, "-m", "ebt_megatron.evaluate", str(runs / name),
-            ])  # fmt: skip
-        paths = write_report(runs)
-        console.rule("done", align="left")
-        console.print(", ".join(f"{name} {s:.0f} s" for name, s in seconds.items()))
-        console.print(f"report: {paths['html']}, {paths['markdown']}\n\nhow to go on:", highlight=False)
-        console.print(NEXT_STEPS, highlight=False, markup=False, soft_wrap=True)
+        for number, name in enumerate(LABELS, 2):
+            recipe, output = f"recipes/video/quickstart_{name}.yaml", f"training.output_dir={runs / name}"
+            step.train(number, name, recipe, processes, output, *override)
+            step.evaluate(number, name, runs / name)
+        step.done(write_report(runs), NEXT_STEPS)
 
     guarded(work)
 

@@ -40,6 +40,8 @@ def train_to_end(run: Run) -> None:
 class Supervision(Hook):
     """A run that stands still is ended."""
 
+    watchdog: Watchdog | None = None
+
     def begin(self) -> None:
         """See `Hook`."""
         self.watchdog = Watchdog(self.run.timers, self.run.recipe.parallel.timeout_seconds)
@@ -47,11 +49,13 @@ class Supervision(Hook):
 
     def after_step(self, moment: Moment) -> None:
         """See `Hook`."""
-        self.watchdog.step = self.run.step
+        if self.watchdog is not None:
+            self.watchdog.step = self.run.step
 
     def close(self) -> None:
         """See `Hook`."""
-        self.watchdog.stop()
+        if self.watchdog is not None:
+            self.watchdog.stop()
 
 
 class Trace(Hook):
