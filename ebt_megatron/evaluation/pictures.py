@@ -12,7 +12,6 @@ from torch import Tensor
 from ebt_megatron.data.decoder import Decoder, psnr
 from ebt_megatron.data.loader import MicroBatch
 from ebt_megatron.session import TrainedRun
-from ebt_megatron.thinking.dual_stream import step_sizes
 
 _WINDOW = 7  # of SSIM, in pixels
 
@@ -91,10 +90,8 @@ def thought_of(run: TrainedRun, sample: Any, steps: int, guidance: float = 0.0, 
         untold: conditions int64 [B, 2] without the class, for guidance.
     """
     model: Any = run.model
-    options, seed = run.recipe.thinking, run.recipe.training.seed
-    prediction = model.modality.prediction(sample.targets, sample.sample_ids, options, seed, sample.start)
-    length = run.task.length
-    alpha, _ = step_sizes(model.step_size, options, sample.sample_ids, length, seed, random=False)
+    descent, length = run.objective.thinker(sample).descent, run.task.length  # type: ignore[attr-defined]
+    prediction, alpha = descent.prediction, descent.alpha
     sides = [(1 + guidance, sample.observed)]
     if guidance and untold is not None:
         sides.append((-guidance, untold))
