@@ -14,9 +14,6 @@ import json
 import math
 import os
 import statistics
-import subprocess
-import sys
-from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
@@ -33,10 +30,8 @@ from ebt_megatron.objectives.flops import training_flops
 
 from .bench import machine
 from .quickstart import DATA, prepare
+from .seeds import Interval, once, train
 from .steps import Steps
-
-# Two-sided 95 % quantiles of Student's t by degrees of freedom (n - 1 seeds).
-STUDENT_T = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
 
 
 @dataclass(frozen=True)
@@ -55,6 +50,12 @@ MODELS = {
     "Transformer++": Model("quickstart_transformer"),
     "Transformer++, FLOPs of S1": Model("quickstart_transformer", equal_flops=True),
 }
+# One whose token costs as many FLOPs as S2's at three steps (0.97 of them), for `tools.bench_thinking`.
+WIDER = {
+    "Transformer++, inference FLOPs of S2": Model("quickstart_transformer", (
+        "model.num_layers=5", "model.hidden_size=192", "model.num_attention_heads=4", "optimizer.lr=2e-3",
+    )),
+}
 # The rows of the paper's ablation of S2; the quickstart's has no replay.
 ABLATION = {
     "S2": MODELS["S2"],
@@ -64,26 +65,6 @@ ABLATION = {
     "S2, with replay": Model("quickstart_s2", ("thinking.replay.enabled=true",)),
 }
 STARTS = 5  # of the ablation's self-verification
-
-
-@dataclass(frozen=True)
-class Interval:
-    """A mean over seeds and the half-width of its 95 % interval (Student's t); nan for one seed."""
-
-    mean: float
-    half: float
-
-    @classmethod
-    def of(cls, values: Sequence[float]) -> Interval:
-        """Of one value a seed."""
-        mean, n = statistics.fmean(values), len(values)
-        half = STUDENT_T[n - 1] * statistics.stdev(values) / math.sqrt(n) if n > 1 else math.nan
-        return cls(mean, half)
-
-    def text(self, digits: int = 3) -> str:
-        """E.g. '3.951 ± 0.012'."""
-        spread = "" if math.isnan(self.half) else f" ± {self.half:.{digits}f}"
-        return f"{self.mean:.{digits}f}{spread}"
 
 
 def recipe_of(name: str, seed: int, data: Path, runs: Path, steps: int, vocab_size: int) -> Recipe:
@@ -116,27 +97,14 @@ def run(recipe: Recipe, most_steps: int, starts: int = 0) -> dict[str, Any]:
         most_steps: of the evaluation.
         starts: also run the suite with so many, as "suite" in what is returned.
     """
-    from ebt_megatron.config import to_yaml
-
     folder = Path(recipe.training.output_dir)
-    evaluation = folder / "evaluation.json"
-    commands = []
-    if not evaluation.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        asked = folder / "asked.yaml"
-        asked.write_text(to_yaml(recipe))
-        thinking = ["--steps", str(most_steps)] if recipe.model.architecture == "ebt" else []
-        commands += [["ebt_megatron.train", str(asked)], ["ebt_megatron.evaluate", str(folder), *thinking]]
-    if starts and not (folder / "suite.json").exists():
-        commands.append(["ebt_megatron.evaluate", str(folder), "--suite", "--starts", str(starts)])
-    for command in commands:
-        env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
-        done = subprocess.run([sys.executable, "-m", *command], env=env, capture_output=True, text=True, check=False)
-        if done.returncode:
-            raise RuntimeError(f"{' '.join(command)} ended with code {done.returncode}:\n{done.stderr[-2000:]}")
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    suite = json.loads((folder / "suite.json").read_text()) if starts else None
-    return json.loads(evaluation.read_text()) | {"metrics": rows, "suite": suite}
+    thinking = ["--steps", str(most_steps)] if recipe.model.architecture == "ebt" else []
+    evaluation, rows = train(recipe, *thinking)
+    suite = None
+    if starts:
+        once(folder / "suite.json", "ebt_megatron.evaluate", str(folder), "--suite", "--starts", str(starts))
+        suite = json.loads((folder / "suite.json").read_text())
+    return evaluation | {"metrics": rows, "suite": suite}
 
 
 def summary(name: str, results: list[dict[str, Any]], flops: float) -> dict[str, Any]:
@@ -175,8 +143,7 @@ def summary(name: str, results: list[dict[str, Any]], flops: float) -> dict[str,
 def _interval(entry: dict[str, float] | None, digits: int = 3, percent: bool = False) -> str:
     if entry is None:
         return "-"
-    scale = 100 if percent else 1
-    return Interval(scale * entry["mean"], scale * entry["half"]).text(digits) + (" %" if percent else "")
+    return Interval(**entry).text(digits, 100 if percent else 1) + (" %" if percent else "")
 
 
 def markdown(results: dict[str, Any]) -> str:

@@ -1,0 +1,77 @@
+"""Runs of several seeds: each command once, and what the seeds say together."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import statistics
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ebt_megatron.config import Recipe, to_yaml
+
+# Two-sided 95 % quantiles of Student's t by degrees of freedom (n - 1 seeds).
+STUDENT_T = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
+_LINES_SHOWN = 2000  # characters of a failed command's errors
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A mean over seeds and the half-width of its 95 % interval (Student's t); nan for one seed."""
+
+    mean: float
+    half: float
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Interval:
+        """Of one value a seed."""
+        mean, n = statistics.fmean(values), len(values)
+        half = STUDENT_T[n - 1] * statistics.stdev(values) / math.sqrt(n) if n > 1 else math.nan
+        return cls(mean, half)
+
+    def text(self, digits: int = 3, scale: float = 1) -> str:
+        """E.g. '3.951 ± 0.012', both multiplied by `scale`."""
+        spread = "" if math.isnan(self.half) else f" ± {scale * self.half:.{digits}f}"
+        return f"{scale * self.mean:.{digits}f}{spread}"
+
+
+def once(result: Path, module: str, *arguments: str) -> None:
+    """Run `python -m MODULE ...` on one thread, unless its result is there.
+
+    Raises:
+        RuntimeError: if it fails; with the end of its errors.
+    """
+    if result.exists():
+        return
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+    command = [sys.executable, "-m", module, *arguments]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command[2:])} ended with code {done.returncode}:\n{done.stderr[-_LINES_SHOWN:]}")
+
+
+def train(recipe: Recipe, *evaluation: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Train and evaluate on one process; a run that is done is not repeated, one that was stopped goes on.
+
+    Args:
+        recipe: of the run, resolved.
+        evaluation: more arguments of `ebt-evaluate`.
+
+    Returns:
+        (evaluation.json, the rows of metrics.jsonl).
+    """
+    folder = Path(recipe.training.output_dir)
+    evaluated = folder / "evaluation.json"
+    if not evaluated.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        asked = folder / "asked.yaml"
+        asked.write_text(to_yaml(recipe))
+        once(evaluated, "ebt_megatron.train", str(asked))
+        once(evaluated, "ebt_megatron.evaluate", str(folder), *evaluation)
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return json.loads(evaluated.read_text()), rows
