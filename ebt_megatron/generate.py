@@ -148,7 +148,7 @@ def _generate(
     from ebt_megatron.inference.texts import Texts
     from ebt_megatron.session import open_run
 
-    with open_run(run_dir, overrides) as run:
+    with open_run(run_dir, overrides, splits=()) as run:
         thinks = run.objective.thinks
         options = replace(options, final_energy=thinks and (energies or how.continuations > 1))
         how = replace(how, keep=keep or ("energy" if thinks else "log_p"))

@@ -12,6 +12,7 @@ from megatron.core.transformer import MegatronModule
 from ebt_megatron.checkpoint.checkpoints import Checkpoints, fingerprint
 from ebt_megatron.config import Recipe, RecipeError, check, load_recipe
 from ebt_megatron.core.timing import Timers
+from ebt_megatron.data.description import Description
 from ebt_megatron.data.loader import Loader
 from ebt_megatron.objectives import build_objective
 from ebt_megatron.objectives.interface import Objective
@@ -19,6 +20,7 @@ from ebt_megatron.parallel.setup import ParallelState, initialize, shutdown
 from ebt_megatron.tasks import Task, open_task
 from ebt_megatron.tasks.build import build_model
 
+DATA = "data_description"  # in a run directory: manifest without shards, and the tokenizer or encoder
 # A run is opened on a layout of its own: one process, unless started by torchrun with overrides.
 _ONE_PROCESS = ("parallel.tensor=1", "parallel.pipeline=1", "parallel.sequence_parallel=false",
                 "parallel.distributed_optimizer=false", "training.cuda_graphs=false")  # fmt: skip
@@ -32,21 +34,24 @@ class Session:
         recipe: resolved, and checked against the number of ranks.
         state: this rank's place in the layout.
         data: this data-parallel rank's loader of each split that was asked for.
+        source: what describes the data.
         task: the modality.
     """
 
     recipe: Recipe
     state: ParallelState
     data: dict[str, Loader]
+    source: Description
     task: Task
 
     @classmethod
-    def open(cls, recipe: Recipe, splits: Sequence[str]) -> Session:
+    def open(cls, recipe: Recipe, splits: Sequence[str], source: Description | None = None) -> Session:
         """Join the other ranks and open the data.
 
         Args:
             recipe: resolved.
-            splits: "train", "validation"; at least one.
+            splits: "train", "validation"; at least one without `source`.
+            source: what describes the data; default: the first split.
 
         Raises:
             RecipeError, DataError: where layout or data do not do.
@@ -54,12 +59,13 @@ class Session:
         state = initialize(recipe.parallel, recipe.training.seed)
         check(recipe, state.world_size)
         data = {split: Loader(recipe, split, state.data_rank, state.data_size) for split in splits}
-        tasks = [open_task(recipe, loader.sources[0]) for loader in data.values()]
-        for other in tasks[1:]:
-            if other.identity != tasks[0].identity:
-                raise RecipeError(f"data.{splits[0]} and data.{splits[1]} were not prepared alike "
-                                  f"({', '.join(other.identity)}): prepare one again")  # fmt: skip
-        return cls(recipe, state, data, tasks[0])
+        source = source or data[splits[0]].sources[0]
+        task = open_task(recipe, source)
+        for split, loader in data.items():
+            if loader.sources[0] is not source and open_task(recipe, loader.sources[0]).identity != task.identity:
+                raise RecipeError(f"data.{split} was not prepared like {source.folder} ({', '.join(task.identity)}): "
+                                  "prepare one again")  # fmt: skip
+        return cls(recipe, state, data, source, task)
 
     @property
     def identity(self) -> dict[str, object]:
@@ -92,7 +98,8 @@ def open_run(
     Args:
         run_dir: a training.output_dir.
         overrides: of its recipe: key=value.
-        splits: which data to open besides.
+        splits: which data to open besides; with none, what the run keeps of its data does, and the run directory is
+            all that is needed.
 
     Raises:
         RecipeError: where it is no run directory, or holds no checkpoint.
@@ -102,7 +109,10 @@ def open_run(
     if not saved.exists():
         raise RecipeError(f"{run_dir} is not a run directory: recipe.yaml is missing")
     recipe = load_recipe(saved, [*_ONE_PROCESS, *overrides])
-    session = Session.open(recipe, splits)
+    if splits or not (run_dir / DATA / "manifest.json").exists():  # runs of earlier versions keep nothing
+        session = Session.open(recipe, splits or ["validation"])
+    else:
+        session = Session.open(recipe, [], Description(str(run_dir / DATA)))
     model = build_model(recipe, session.task).to(session.state.device)
     checkpoints = Checkpoints(run_dir / "checkpoints", 1, session.identity)
     newest = checkpoints.newest_good()
@@ -111,5 +121,5 @@ def open_run(
     step, extra, _ = checkpoints.load(newest, model)
     model.eval()
     objective = build_objective(model, recipe, session.task, session.state, Timers())
-    yield TrainedRun(recipe, session.state, session.data, session.task, model, objective, step, extra["tokens"])
+    yield TrainedRun(**vars(session), model=model, objective=objective, step=step, tokens=extra["tokens"])
     shutdown()

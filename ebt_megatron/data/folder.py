@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from ebt_megatron.core.errors import DataError
+from ebt_megatron.data.description import Description
 from ebt_megatron.data.remote import Cache, RemoteError, in_background, stream_tar
 from ebt_megatron.data.shards import (
     LABELS,
@@ -26,7 +27,6 @@ from ebt_megatron.data.shards import (
     content_of,
     is_remote,
     out_of_range,
-    read_manifest,
     sha256_of,
 )
 
@@ -84,7 +84,7 @@ class _OpenShard:
         return array
 
 
-class ShardFolder:
+class ShardFolder(Description):
     """A prepared folder: mapped into memory if it is a path, read shard by shard if it is a URL.
 
     Remote shards go through a cache on disk, or, without one, are streamed through webdataset and held
@@ -102,7 +102,7 @@ class ShardFolder:
     """
 
     def __init__(self, folder: str, cache: Cache | None = None, readers: int = 4):
-        self.folder, self.manifest = folder.rstrip("/"), read_manifest(folder)
+        super().__init__(folder)
         self.remote, self.cache = is_remote(folder), cache
         self.sizes = [s.samples for s in self.manifest.shards]
         self.first = np.cumsum([0, *self.sizes])
@@ -173,24 +173,12 @@ class ShardFolder:
         except RemoteError as error:
             raise DataError(str(error)) from None
 
-    def sidecar(self) -> Path:
-        """The tokenizer or encoder file, verified.
-
-        Raises:
-            DataError: if it is missing or not the one the shards were made with.
-        """
-        name, expected = self.manifest.sidecar["file"], self.manifest.sidecar["sha256"]
-        if self.remote and self.cache is None:
-            self._temporary = tempfile.TemporaryDirectory(prefix="ebt-megatron-")  # as long as this object lives
-            path = Path(self._temporary.name, name)
-            path.write_bytes(content_of(self._at(name)))
-        else:
-            path = self._file(name, None, expected)
-        if not path.exists():
-            raise DataError(f"{path} is missing: copy it beside the manifest again")
-        if sha256_of(path) != expected:
-            raise DataError(f"{self._at(name)} does not match the manifest beside it: put back the one the shards "
-                            "were made with, or prepare the data again")  # fmt: skip
+    def _local(self, name: str, sha256: str) -> Path:
+        if not self.remote or self.cache is not None:
+            return self._file(name, None, sha256)
+        self._temporary = tempfile.TemporaryDirectory(prefix="ebt-megatron-")  # as long as this object lives
+        path = Path(self._temporary.name, name)
+        path.write_bytes(content_of(self._at(name)))
         return path
 
     def expect(self, numbers: list[int]) -> None:

@@ -45,7 +45,7 @@ class RunLM(TemplateLM):
         thinking = ThinkingOptions.of(given)
         self._open = ExitStack()
         atexit.register(self._open.close)
-        opened = self._open.enter_context(open_run(Path(run).expanduser(), overrides))
+        opened = self._open.enter_context(open_run(Path(run).expanduser(), overrides, splits=()))
         self._use(predictor_of(opened, thinking), Texts(opened), batch_size)
 
     def _use(self, predictor: Predictor, texts: Texts, batch_size: int | str) -> None:

@@ -33,8 +33,7 @@ class Texts:
         self.tokenizer.encode_special_tokens = True  # spelled in a text, they are text
         unknown = getattr(self.tokenizer.model, "unk_token", None)
         self._unknown = None if unknown is None else self.tokenizer.token_to_id(unknown)
-        loader = next(iter(run.data.values()))
-        self.end: int = loader.sources[0].manifest.tokenizer["end_of_text"]
+        self.end: int = run.source.manifest.tokenizer["end_of_text"]
 
     def encode(self, text: str, what: str = "the text") -> list[int]:
         """The tokens of a text.

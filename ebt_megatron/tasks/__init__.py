@@ -6,7 +6,7 @@ import importlib
 
 from ebt_megatron.config import Recipe
 from ebt_megatron.core.errors import DataError, RecipeError
-from ebt_megatron.data.folder import ShardFolder
+from ebt_megatron.data.description import Description
 from ebt_megatron.tasks.interface import Meter, NoMeter, Sample, Task
 
 __all__ = ["TASKS", "Meter", "NoMeter", "Sample", "Task", "open_task", "task_class"]
@@ -37,7 +37,7 @@ def task_class(modality: str) -> type[Task]:
         ) from None
 
 
-def open_task(recipe: Recipe, source: ShardFolder) -> Task:
+def open_task(recipe: Recipe, source: Description) -> Task:
     """The recipe's task on the data of `source`.
 
     Raises:

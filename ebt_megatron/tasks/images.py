@@ -13,7 +13,7 @@ from ebt_megatron.config import Recipe, RecipeError, ThinkingConfig
 from ebt_megatron.core.errors import DataError
 from ebt_megatron.core.randomness import CLASS_STREAM, LEVEL_STREAM, PICTURE_NOISE_STREAM, uniform
 from ebt_megatron.data.decoder import Decoder, psnr
-from ebt_megatron.data.folder import ShardFolder
+from ebt_megatron.data.description import Description
 from ebt_megatron.data.loader import MicroBatch
 from ebt_megatron.kernels import Kernels
 from ebt_megatron.kernels.noise import add_noise_, row_keys
@@ -119,7 +119,7 @@ class Images:
                 raise RecipeError(why)
 
     @classmethod
-    def from_data(cls, recipe: Recipe, source: ShardFolder) -> Images:
+    def from_data(cls, recipe: Recipe, source: Description) -> Images:
         """See `Task`."""
         manifest = source.manifest
         encoder = manifest.encoder

@@ -11,7 +11,7 @@ from megatron.core.transformer import MegatronModule, TransformerConfig
 from torch import Tensor
 
 from ebt_megatron.config import Recipe, ThinkingConfig
-from ebt_megatron.data.folder import ShardFolder
+from ebt_megatron.data.description import Description
 from ebt_megatron.data.loader import MicroBatch
 from ebt_megatron.kernels import Kernels
 from ebt_megatron.model.flops import Cost
@@ -99,7 +99,7 @@ class Task(Protocol):
     identity: dict[str, Any]
 
     @classmethod
-    def from_data(cls, recipe: Recipe, source: ShardFolder) -> Task:
+    def from_data(cls, recipe: Recipe, source: Description) -> Task:
         """The task of a recipe, by what its data says; raises DataError where they do not fit."""
         ...
 

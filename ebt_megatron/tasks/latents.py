@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ebt_megatron.config import Recipe, RecipeError
 from ebt_megatron.data.decoder import Decoder
-from ebt_megatron.data.folder import ShardFolder
+from ebt_megatron.data.description import Description
 
 
 def check_latents(recipe: Recipe) -> None:
@@ -24,6 +24,6 @@ def check_latents(recipe: Recipe) -> None:
             raise RecipeError(f"{key} is about text, data.modality is {modality}: set {key.split('=')[0]}={fix}")
 
 
-def decoder_of(source: ShardFolder) -> Decoder | None:
+def decoder_of(source: Description) -> Decoder | None:
     """What shows the latents of `source`, where it is linear; else None."""
     return Decoder.read(source.sidecar())

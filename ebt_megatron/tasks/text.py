@@ -12,7 +12,7 @@ from megatron.core.transformer import TransformerConfig
 from torch import Tensor
 
 from ebt_megatron.config import Recipe, RecipeError
-from ebt_megatron.data.folder import ShardFolder
+from ebt_megatron.data.description import Description
 from ebt_megatron.data.loader import MicroBatch
 from ebt_megatron.kernels import Kernels
 from ebt_megatron.model.energy import EnergyTransformer
@@ -51,7 +51,7 @@ class Text:
         self._vocab = vocab_size, padded(vocab_size, recipe.model.vocab_multiple)
 
     @classmethod
-    def from_data(cls, recipe: Recipe, source: ShardFolder) -> Text:
+    def from_data(cls, recipe: Recipe, source: Description) -> Text:
         """See `Task`."""
         if recipe.thinking.initial == "observed":
             raise RecipeError("thinking.initial=observed is for video and images, data.modality is text: set noise or "

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ebt_megatron.config import Recipe
 from ebt_megatron.data.decoder import Decoder, psnr
-from ebt_megatron.data.folder import ShardFolder
+from ebt_megatron.data.description import Description
 from ebt_megatron.data.loader import MicroBatch
 from ebt_megatron.kernels import Kernels
 from ebt_megatron.model.energy import EnergyTransformer
@@ -45,7 +45,7 @@ class Video:
         self.identity = {"encoder": encoder, "frame": self.shape}
 
     @classmethod
-    def from_data(cls, recipe: Recipe, source: ShardFolder) -> Video:
+    def from_data(cls, recipe: Recipe, source: Description) -> Video:
         """See `Task`."""
         manifest = source.manifest
         return cls(recipe, manifest.shape[1:], manifest.encoder["sha256"], decoder_of(source))

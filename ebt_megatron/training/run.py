@@ -19,7 +19,7 @@ from ebt_megatron.core.files import write_whole
 from ebt_megatron.core.launch import attempts
 from ebt_megatron.data.loader import Loader, MicroBatch, identity
 from ebt_megatron.parallel.setup import initialize
-from ebt_megatron.session import Session
+from ebt_megatron.session import DATA, Session
 from ebt_megatron.training.faults import BadSteps, BrokenOff, agree
 from ebt_megatron.training.metrics import Clock, last_step
 from ebt_megatron.training.optimizer import schedule_change, schedule_of
@@ -49,7 +49,7 @@ class Run:
         self.is_main = self.state.rank == 0
         self.on_main(partial(_check_writable, self.folder))
         session = Session.open(recipe, ["train", "validation"] if recipe.training.validation_interval else ["train"])
-        self.task, self.train_data = session.task, session.data["train"]
+        self.task, self.source, self.train_data = session.task, session.source, session.data["train"]
         self.validation_data: Loader | None = session.data.get("validation")
         self._look_at_amounts()
         self.trainer = Trainer(recipe, session.task)
@@ -118,6 +118,7 @@ class Run:
             self.say(f"resumed from {newest}")
         # Only now: a run that does not fit the folder must leave it as it is.
         self.checkpoints.go_on_from(self.step)
+        self.on_main(partial(self.source.copy_to, self.folder / DATA))
         self.on_main(partial(write_whole, self.folder / "recipe.yaml", to_yaml(self.recipe)))
         logged = self.on_main(partial(last_step, self.folder))
         if logged > self.step:

@@ -50,8 +50,7 @@ def texts_of(run, folder) -> Texts:
     tokenizer.decoder = decoders.Fuse()
     run.task.tokenizer_file = folder / "tokenizer.json"
     tokenizer.save(str(run.task.tokenizer_file))
-    manifest = SimpleNamespace(tokenizer={"end_of_text": END})
-    run.data = {"validation": SimpleNamespace(sources=[SimpleNamespace(manifest=manifest)])}
+    run.source = SimpleNamespace(manifest=SimpleNamespace(tokenizer={"end_of_text": END}))
     return Texts(run)
 
 

@@ -1,6 +1,8 @@
 """`ebt-generate` on a run directory, and what it says to bad input before any work."""
 
 import json
+import re
+import shutil
 
 import pytest
 from typer.testing import CliRunner
@@ -63,6 +65,19 @@ def test_streaming_shows_tokens_energies_and_steps_and_the_window_once(runs):
     assert len(done.stdout.splitlines()) >= 2 and done.stdout.startswith("Document 4 says word 8 word 3")
     alone = call(runs / "ebt", "--prompt", "Document 4 says word 8 word 3", "--max-tokens", 4).stdout
     assert done.stdout.startswith(alone)
+
+
+def test_a_run_directory_is_all_it_takes(runs, tmp_path):
+    shutil.copytree(runs / "ebt", tmp_path / "run")
+    recipe = tmp_path / "run" / "recipe.yaml"
+    recipe.write_text(re.sub(r"- .*/(train|validation)", rf"- {tmp_path}/gone/\1", recipe.read_text()))
+    here, there = (call(run, "--prompt", "word", "--max-tokens", 4) for run in (runs / "ebt", tmp_path / "run"))
+    assert there.exit_code == 0, there.output
+    assert there.stdout == here.stdout
+
+    shutil.rmtree(tmp_path / "run" / "data_description")  # as earlier versions left it: the shards are needed
+    done = call(tmp_path / "run", "--prompt", "word")
+    assert done.exit_code == 2 and "no shards at" in done.stderr
 
 
 @pytest.mark.parametrize(("arguments", "line"), [

@@ -1,0 +1,49 @@
+"""What a prepared folder says of its samples: what they are, and the tokenizer or encoder that made them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from ebt_megatron.core.errors import DataError
+from ebt_megatron.core.files import write_whole
+from ebt_megatron.data.shards import read_manifest, sha256_of
+
+
+class Description:
+    """A manifest and the tokenizer or encoder beside it; of a folder on this machine, which may have no samples.
+
+    Args:
+        folder: path; what is a `ShardFolder` may be at a URL, too.
+
+    Raises:
+        DataError: if there is no manifest, or it is damaged.
+    """
+
+    def __init__(self, folder: str):
+        self.folder, self.manifest = folder.rstrip("/"), read_manifest(folder)
+
+    def sidecar(self) -> Path:
+        """The tokenizer or encoder file, verified.
+
+        Raises:
+            DataError: if it is missing or not the one the shards were made with.
+        """
+        name, expected = self.manifest.sidecar["file"], self.manifest.sidecar["sha256"]
+        path = self._local(name, expected)
+        if not path.exists():
+            raise DataError(f"{path} is missing: copy it beside the manifest again")
+        if sha256_of(path) != expected:
+            raise DataError(f"{self.folder}/{name} does not match the manifest beside it: put back the one the shards "
+                            "were made with, or prepare the data again")  # fmt: skip
+        return path
+
+    def _local(self, name: str, sha256: str) -> Path:
+        """The sidecar on this machine, if it is there."""
+        return Path(self.folder, name)
+
+    def copy_to(self, folder: Path) -> None:
+        """Write manifest and sidecar to a folder, which then describes the samples without holding any."""
+        folder.mkdir(parents=True, exist_ok=True)
+        write_whole(folder / self.manifest.sidecar["file"], self.sidecar().read_bytes())
+        replace(self.manifest, shards=[]).write(folder)
