@@ -39,6 +39,9 @@ class ModelConfig:
     # unit_logits: the first step's logits have a deviation of about 1 at any vocabulary and width | paper: embeddings
     # N(0, 1), the prediction's Xavier; with step_size=500
     initialization: str = one_of("unit_logits", "paper", default="unit_logits")
+    # linear: <w, n> of the last hidden state, normalised (the paper's) | quadratic: and 1/2 sum_i q_i h_i^2 of the
+    # hidden state itself, whose gradient reads it out as a Transformer's output does (docs/learning.md)
+    energy_head: str = one_of("linear", "quadratic", default="linear")
     norm_epsilon: float = 1e-5
     rotary_base: float = 10000.0
     vocab_multiple: int = positive(128)  # the vocabulary is padded to a multiple of this

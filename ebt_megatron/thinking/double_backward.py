@@ -112,11 +112,14 @@ def text_energies(model: Any, context: Tensor, segments: Tensor | None, step: in
     for layer in model.layers:
         h = branch(layer, 0, h, layer.norm1.weight, partial(attention, layer))
         h = branch(layer, 1, h, layer.norm2.weight, partial(mlp, layer))
-    n = _rms_norm(h[length:], model.final_norm.weight, epsilon)
+    h = h[length:]
+    n = _rms_norm(h, model.final_norm.weight, epsilon)
     if model.conditioning == "adaln_sequence":
         shift, scale = _modulation(model.final_modulation, condition)
         n = n * (1 + scale) + shift
-    return n @ model.head
+    if model.energy_head == "linear":
+        return n @ model.head
+    return 5 / h.shape[-1] * (n @ model.head + h.square() @ model.curvature / 2)
 
 
 def joint_energies(model: Any, condition: Tensor, segments: Tensor | None, step: int, x: Tensor) -> Tensor:

@@ -28,10 +28,11 @@ def first_logits(width: int, vocab: int, *overrides: str) -> torch.Tensor:
     return logits - logits.mean(-1, keepdim=True)
 
 
+@pytest.mark.parametrize("head", ["linear", "quadratic"])
 @pytest.mark.parametrize("vocab", [1024, 8192, 50304])
 @pytest.mark.parametrize("width", SIZES)
-def test_the_first_logits_are_of_order_one_at_any_size(width, vocab):
-    assert 0.4 < first_logits(width, vocab).std() < 2.5
+def test_the_first_logits_are_of_order_one_at_any_size(width, vocab, head):
+    assert 0.4 < first_logits(width, vocab, f"model.energy_head={head}").std() < 2.5
 
 
 @pytest.mark.parametrize("conditioning", ["none", "time_embed_sequence", "adaln", "adaln_zero"])

@@ -77,6 +77,13 @@ def test_every_mode_and_step_rule_in_every_storage(mode, rule, storage):
 
 
 @pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("conditioning", ["time_embed_sequence", "adaln_sequence"])
+def test_a_quadratic_energy_head(mode, conditioning):
+    compare(*options_of(mode), "model.energy_head=quadratic", f"model.conditioning={conditioning}",
+            "thinking.step_size_scale=2", ours=("thinking.reuse=true",))  # fmt: skip
+
+
+@pytest.mark.parametrize("mode", MODES)
 def test_document_masks(mode):
     compare(*options_of(mode), documents=True)
 

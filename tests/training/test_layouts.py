@@ -9,7 +9,8 @@ from tests.distributed_utils import run_ranks
 
 S1 = ("thinking.max_steps=2", "thinking.learned_steps=1")
 S2 = ("thinking.loss=last", "thinking.learn_step_size=false", "thinking.step_size_scale=2",
-      "thinking.langevin_noise=0.5", "thinking.replay.enabled=true", "thinking.replay.capacity=2")  # fmt: skip
+      "thinking.langevin_noise=0.5", "thinking.replay.enabled=true", "thinking.replay.capacity=2",
+      "model.energy_head=quadratic")  # fmt: skip
 FULL = ("thinking.gradient=full", "thinking.max_steps=2", "model.conditioning=adaln_sequence")
 REUSE = ("thinking.reuse=true", "thinking.max_steps=2")
 SEQUENCE = ("model.conditioning=time_embed_sequence",)
