@@ -45,10 +45,11 @@ class Model:
 
 
 LINEAR = "model.energy_head=linear"  # the paper's
+LINEAR_S2 = (LINEAR, "thinking.step_size=50")
 MODELS = {
     "S1": Model("quickstart_s1", (LINEAR, "thinking.learned_steps=null")),
     "S1, one of two losses drawn": Model("quickstart_s1", (LINEAR, "thinking.learned_steps=1")),
-    "S2": Model("quickstart_s2", (LINEAR,)),
+    "S2": Model("quickstart_s2", LINEAR_S2),
     "S1, quadratic energy": Model("quickstart_s1", ("thinking.learned_steps=null",)),
     "S1, quadratic energy, one of two losses drawn": Model("quickstart_s1", ("thinking.learned_steps=1",)),
     "S2, quadratic energy": Model("quickstart_s2"),
