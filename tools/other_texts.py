@@ -18,12 +18,12 @@ import sysconfig
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 
 import typer
 from rich.console import Console
 
-from data_prep.documents import Part, read_part
 from ebt_megatron.core.cli import guarded
 from ebt_megatron.core.errors import DataError
 from ebt_megatron.core.files import replacing
@@ -36,8 +36,9 @@ _EXCERPT = 2000  # characters of a document
 
 
 def _documents(path: Path) -> Iterator[str]:
-    """As preparation reads the file."""
-    return iter(read_part(Part(str(path))))
+    """As preparation reads the file; data_prep is beside this package, in a checkout as where it is installed."""
+    documents = import_module(f"{__package__.removesuffix('tools')}data_prep.documents")
+    return iter(documents.read_part(documents.Part(str(path))))
 
 
 def _code(path: Path) -> Iterator[str]:
