@@ -17,7 +17,7 @@ import math
 import zipfile
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -26,10 +26,13 @@ import numpy as np
 import typer
 
 from ebt_megatron.core.errors import DataError
+from ebt_megatron.core.options import dataclass_options, option
 
 from . import options
 from .files import InputFile, content_of, find_files, plain_name
-from .latents import LatentSettings, prepare_latents
+from .job import Execution
+from .latent_passes import PictureSettings
+from .latents import prepare_latents
 from .pieces import NO_LABEL, Piece
 
 _PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
@@ -139,12 +142,12 @@ class PictureSource:
         array_key, labels_key: of an .npz.
     """
 
-    height: int = 128
-    width: int = 128
-    tile: bool = False
+    height: int = option(128, min=1, help="Of a sample: a picture made smaller and cropped to its centre.")
+    width: int = option(128, min=1, help="Of a sample.")
+    tile: bool = option(False, help="Cut pictures into samples instead of making them smaller.")
     classes: list[str] = field(default_factory=list)
-    array_key: str = "images"
-    labels_key: str = "labels"
+    array_key: str = option("images", help="Of the pictures in an .npz.")
+    labels_key: str = option("labels", help="Of the labels in an .npz.")
     kind: ClassVar[str] = "images"
     piece: ClassVar[str] = "picture"
     frames: ClassVar[None] = None
@@ -207,47 +210,35 @@ def split_files(files: list[InputFile]) -> list[list[InputFile]]:
     return [*arrays, *(pictures[i : i + _UNIT] for i in range(0, len(pictures), _UNIT))]
 
 
+@dataclass_options
 def main(
+    *,
     output: Path = options.OUTPUT,
     input: list[str] = typer.Option(..., help=f"Globs, folders or URLs of {', '.join(SUFFIXES)} (.gz)."),
-    height: int = typer.Option(128, min=1, help="Of a sample: a picture made smaller and cropped to its centre."),
-    width: int = typer.Option(128, min=1, help="Of a sample."),
-    tile: bool = typer.Option(False, help="Cut pictures into samples instead of making them smaller."),
-    classes: str = typer.Option("arrays", help="Where labels come from: arrays, or the folders that pictures are in."),
-    array_key: str = typer.Option("images", help="Of the pictures in an .npz."),
-    labels_key: str = typer.Option("labels", help="Of the labels in an .npz."),
-    encoder: str = options.ENCODER,
-    model: str | None = options.MODEL,
-    patch: int | None = options.PATCH,
-    channels: int | None = options.CHANNELS,
-    pictures_per_shard: int = typer.Option(8192, min=1, help="Samples in each tar."),
-    validation_fraction: float = options.VALIDATION_FRACTION,
-    skip_broken: bool = options.SKIP_BROKEN,
-    seed: int = options.SEED,
-    workers: int = options.WORKERS,
-    resume: bool = options.RESUME,
-    overwrite: bool = options.OVERWRITE,
+    source: PictureSource,
+    labels: str = typer.Option(
+        "arrays", "--classes", help="Where labels come from: arrays, or the folders that pictures are in."
+    ),
+    settings: PictureSettings,
+    execution: Execution,
     dry_run: bool = options.DRY_RUN,
 ) -> None:
     """Turn pictures into shards of latents for training."""
 
     def work() -> None:
-        if classes not in ("arrays", "folders"):
-            raise DataError(f"--classes {classes}: choose arrays or folders")
+        if labels not in ("arrays", "folders"):
+            raise DataError(f"--classes {labels}: choose arrays or folders")
         _pillow()
         found = find_files(input, SUFFIXES)
-        files = found.files
-        names: list[str] = []
-        if classes == "folders":
+        files, classes = found.files, list[str]()
+        if labels == "folders":
             if arrays := [f.path for f in files if _is_array(f.path)]:
                 raise DataError(f"--classes folders is for picture files; {arrays[0]} is an array")
-            names = sorted({_class_of(f.path) for f in files})
-        source = PictureSource(height, width, tile, names, array_key, labels_key)
-        settings = LatentSettings(encoder, patch, channels, model, pictures_per_shard, validation_fraction, seed,
-                                  skip_broken)  # fmt: skip
-        if options.announce(output, found, SUFFIXES, settings.splits, f"pictures of {height} x {width}", dry_run):
-            prepare_latents(output, split_files(files), source, settings, str(found), workers=workers, resume=resume,
-                            overwrite=overwrite)  # fmt: skip
+            classes = sorted({_class_of(f.path) for f in files})
+        what = f"pictures of {source.height} x {source.width}"
+        if options.announce(output, found, SUFFIXES, settings.splits, what, dry_run):
+            named = replace(source, classes=classes)
+            prepare_latents(output, split_files(files), named, settings, str(found), execution)
 
     options.command(work)
 

@@ -4,7 +4,7 @@ A preparation is a few passes over lists of items; each item makes one file, whi
 place when complete. So a job that was killed, or stopped by a file it could not read, goes on by making
 the files that are missing, and the number of processes changes nothing but the time:
 
-    with Job(output, settings, files, workers=4, resume=True, overwrite=False) as job:
+    with Job(output, settings, files, Execution(workers=4, resume=True)) as job:
         job.each("encoding", encode, units, target=file_of_unit)
         shards = job.once(plan)
         job.each("writing", write, shards, target=file_of_shard)
@@ -27,6 +27,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -35,6 +36,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from ebt_megatron.core.errors import DataError
 from ebt_megatron.core.files import write_whole
+from ebt_megatron.core.options import option
 from ebt_megatron.data.shards import OutputLock, clear_partial, made_in
 
 T = TypeVar("T")
@@ -73,6 +75,21 @@ def _content(record: Path) -> dict[str, Any]:
         return {}  # no job's
 
 
+@dataclass(frozen=True)
+class Execution:
+    """How a preparation is run, which changes nothing of what it makes.
+
+    Attributes:
+        workers: processes (of each MPI rank); 1: this one.
+        resume: go on with an interrupted job.
+        overwrite: replace what OUTPUT holds. Shards stay until there are others to write (see WorkFolder.clear).
+    """
+
+    workers: int = option(1, min=1, help="Processes (under mpirun: of each rank).")
+    resume: bool = option(False, help="Go on with an interrupted preparation of the same input and options.")
+    overwrite: bool = option(False, help="Replace what OUTPUT holds.")
+
+
 class Job:
     """One preparation, in this process, in `workers` processes, or in those of every MPI rank.
 
@@ -81,20 +98,16 @@ class Job:
         settings: everything but the input that the result depends on, as JSON; a job is only resumed with the same.
         input: the files, each with what tells it from another at its path; a job is resumed with the same
             paths, and once complete only with the same files.
-        workers: processes (of each MPI rank); 1: this one.
-        resume: go on with an interrupted job.
-        overwrite: replace what OUTPUT holds. Shards stay until there are others to write (see Passes.clear).
+        execution: how to run.
 
     Raises:
         DataError: OUTPUT holds finished data, or an interrupted job that was not asked to go on, or one
             with other settings, or shards of no known job; another process writes it; the input is in it.
     """
 
-    def __init__(
-        self, output: Path, settings: dict[str, Any], input: Sequence[Any], workers: int, resume: bool, overwrite: bool
-    ):
+    def __init__(self, output: Path, settings: dict[str, Any], input: Sequence[Any], execution: Execution):
         self.output, self.work = output, output / ".work"
-        self.workers = workers
+        self.workers = execution.workers
         self.world = _communicator()
         self.rank = self.world.rank if self.world else 0
         self.ranks = self.world.size if self.world else 1
@@ -102,7 +115,7 @@ class Job:
         self._pool: ProcessPoolExecutor | None = None
         self._lock = OutputLock(output)
         try:
-            self.once(lambda: self._start(settings, input, resume, overwrite))
+            self.once(lambda: self._start(settings, input, execution))
         except DataError:
             self._lock.release()
             raise
@@ -116,7 +129,7 @@ class Job:
         """Whether this very job was finished before."""
         return not self.work.exists()
 
-    def _start(self, settings: dict[str, Any], input: Sequence[Any], resume: bool, overwrite: bool) -> None:
+    def _start(self, settings: dict[str, Any], input: Sequence[Any], execution: Execution) -> None:
         self._lock.acquire()
         ours = [*self._splits, self.work]
         for path in {str(file[0]) for file in input}:
@@ -126,11 +139,11 @@ class Job:
         now = json.loads(json.dumps({"settings": settings, "input": input}))
         if foreign := [p for p in self.work.glob("*") if not _WORK.fullmatch(p.name)]:
             raise DataError(f"{foreign[0]} is not of a preparation, which would remove it with {self.work}: move it")
-        if overwrite:
+        if execution.overwrite:
             record.unlink(missing_ok=True)
             shutil.rmtree(self.work, ignore_errors=True)
         elif record.exists():
-            self._compare(_content(record), now, resume)
+            self._compare(_content(record), now, execution.resume)
         elif found := [p for folder in self._splits for p in made_in(folder)] or [*self.work.glob("*")]:
             raise DataError(f"{self.output} holds {found[0].relative_to(self.output)}, of a preparation that is not "
                             "known: choose another --output, or pass --overwrite to replace it")  # fmt: skip

@@ -1,4 +1,4 @@
-"""Options that every preparation has."""
+"""What the commands of every preparation share."""
 
 from __future__ import annotations
 
@@ -16,26 +16,13 @@ from ebt_megatron.core.cli import user_path as path
 from .files import Input, counted
 
 
-def name(value: str) -> str:
+def path_or_name(value: str) -> str:
     """What may be a path, as a shell would read it."""
     return os.path.expanduser(value)
 
 
 OUTPUT: Path = typer.Option(..., parser=path, help="Folder for train/ and validation/.")
-VALIDATION_FRACTION: float = typer.Option(0.02, min=0.0, max=0.5, help="Share held out; 0: no validation folder.")
-SEED: int = typer.Option(0, min=0, help="Of the split and of what is fitted.")
-WORKERS: int = typer.Option(1, min=1, help="Processes (under mpirun: of each rank).")
-RESUME: bool = typer.Option(False, help="Go on with an interrupted preparation of the same input and options.")
-OVERWRITE: bool = typer.Option(False, help="Replace what OUTPUT holds.")
 DRY_RUN: bool = typer.Option(False, help="Say what would be read and written, and stop.")
-
-ENCODER: str = typer.Option("pca", parser=name, help="pixels, pca, vae, dinov2, or the encoder.npz of other shards.")
-MODEL: str | None = typer.Option(
-    None, parser=name, help="Folder of a diffusers AutoencoderKL or a transformers Dinov2Model."
-)
-PATCH: int | None = typer.Option(None, min=1, help="Side of a patch in pixels [default: 8, or the model's].")
-CHANNELS: int | None = typer.Option(None, min=1, help="Principal components kept of a patch [default: 16].")
-SKIP_BROKEN: bool = typer.Option(False, help="Leave out what cannot be read or decoded; OUTPUT/skipped.txt names it.")
 
 
 def first_rank() -> bool:

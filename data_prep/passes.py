@@ -9,15 +9,20 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
 from ebt_megatron.core.errors import DataError
 from ebt_megatron.core.files import replacing, write_whole
-from ebt_megatron.data.shards import clear_shards, index_name, shard_name
+from ebt_megatron.core.options import option
+from ebt_megatron.data.shards import Manifest, clear_shards, index_name, shard_name
+
+from .job import Job
+
+Shard = tuple[str, int]  # split, number
 
 
 def key_of(*what: Any) -> str:
@@ -25,10 +30,19 @@ def key_of(*what: Any) -> str:
     return hashlib.blake2b(repr(what).encode("utf-8", "surrogateescape"), digest_size=8).hexdigest()
 
 
+@dataclass(frozen=True, kw_only=True)
 class Settings:
-    """What every preparation's settings have."""
+    """What the shards of every preparation depend on besides the input.
 
-    validation_fraction: float
+    Attributes:
+        validation_fraction: share of documents, files or pictures held out; 0: no validation folder.
+        skip_broken: leave out what cannot be read; else it ends the preparation.
+        seed: of the split, and of the sample that an encoder is fitted on.
+    """
+
+    validation_fraction: float = option(0.02, min=0.0, max=0.5, help="Share held out; 0: no validation folder.")
+    skip_broken: bool = option(False, help="Leave out what cannot be read or decoded; OUTPUT/skipped.txt names it.")
+    seed: int = option(0, min=0, help="Of the split and of what is fitted.")
 
     @property
     def splits(self) -> list[str]:
@@ -55,7 +69,7 @@ def units_of(parts: Sequence[Sequence[Any]]) -> list[Unit]:
 
 
 @dataclass(frozen=True)
-class Passes:
+class WorkFolder:
     """Where every process finds the files of a preparation.
 
     Attributes:
@@ -64,7 +78,12 @@ class Passes:
     """
 
     output: Path
-    input: str = field(kw_only=True)
+    input: str
+
+    @classmethod
+    def of(cls, output: Path, units: Sequence[Unit]) -> WorkFolder:
+        """Of a preparation of some pieces of work."""
+        return cls(output, key_of(*(u.key for u in units)))
 
     def file(self, what: str, key: str, suffix: str = "npy") -> Path:
         """What a pass makes of a piece of work."""
@@ -74,15 +93,13 @@ class Passes:
         """A file that depends on the whole input."""
         return self.output / ".work" / self.input / name
 
-    def shard_index(self, item: tuple[str, int]) -> Path:
-        """The file that shows shard (split, number) is finished."""
-        return self.output / item[0] / index_name(shard_name(item[1]))
+    def of_whole(self, what: str, number: int) -> Path:
+        """What a pass makes of a piece of work, of a number, that depends on the others."""
+        return self.whole(f"{what}-{number:06d}.npy")
 
-    def save(self, path: Path, array: np.ndarray) -> None:
-        """Write and rename into place."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(path) as partial, partial.open("wb") as stream:
-            np.save(stream, array)
+    def shard_index(self, item: Shard) -> Path:
+        """The file that shows a shard is finished."""
+        return self.output / item[0] / index_name(shard_name(item[1]))
 
     def clear(self) -> None:
         """Remove the shards that were there before, once, before the first of this input is written."""
@@ -92,6 +109,38 @@ class Passes:
                 clear_shards(self.output / split)
             done.parent.mkdir(parents=True, exist_ok=True)
             done.touch()
+
+
+def save(path: Path, array: np.ndarray) -> None:
+    """Write an array and rename it into place."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as partial, partial.open("wb") as stream:
+        np.save(stream, array)
+
+
+class Shards(Protocol):
+    """The last passes of a preparation."""
+
+    @property
+    def work(self) -> WorkFolder:
+        """Where files are."""
+
+    def write(self, item: Shard) -> None:
+        """Write one shard."""
+        ...
+
+    def publish(self, units: list[Unit], shards: list[Shard], source: str) -> dict[str, Manifest]:
+        """Write manifests, and what they name; `source` says what the input is."""
+        ...
+
+
+def finish(job: Job, last: Shards, units: list[Unit], shards: list[Shard], source: str) -> dict[str, Manifest]:
+    """Write the shards in place of those that were there, then manifests, which show that they are whole."""
+    job.once(last.work.clear)
+    job.each("writing shards", last.write, shards, last.work.shard_index)
+    manifests = job.once(lambda: last.publish(units, shards, source))
+    job.finish()
+    return manifests
 
 
 def threshold(hashes: np.ndarray, fraction: float, what: str) -> float:

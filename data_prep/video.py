@@ -20,10 +20,13 @@ import numpy as np
 import typer
 
 from ebt_megatron.core.errors import DataError
+from ebt_megatron.core.options import dataclass_options, option
 
 from . import options
 from .files import InputFile, find_files, open_file
-from .latents import LatentSettings, prepare_latents
+from .job import Execution
+from .latent_passes import ClipSettings
+from .latents import prepare_latents
 from .pieces import Piece, fingerprint
 
 SUFFIXES = (".mp4", ".mkv", ".webm", ".avi", ".mov", ".m4v", ".mpg", ".mpeg", ".ts", ".ogv", ".gif")
@@ -67,12 +70,12 @@ class VideoSource:
         tiles: cut frames into samples, so many along the shorter side; 1: one of the centre.
     """
 
-    frames: int = 16
-    height: int = 128
-    width: int = 128
-    stride: int = 1
-    frame_rate: float = 0.0
-    tiles: int = 1
+    frames: int = option(16, min=2, help="Frames of a clip.")
+    height: int = option(128, min=1, help="Of a frame, after making it smaller and cropping to the centre.")
+    width: int = option(128, min=1, help="Of a frame.")
+    stride: int = option(1, min=1, help="Take every so-many-th frame.")
+    frame_rate: float = option(0.0, min=0.0, help="Take so many frames a second instead (0: by --stride).")
+    tiles: int = option(1, min=1, help="Cut frames into samples, so many along the shorter side.")
     classes: list[str] = field(default_factory=list)
     kind: ClassVar[str] = "video"
     piece: ClassVar[str] = "video"
@@ -152,42 +155,26 @@ def _checked(container: Any, stream: Any, path: str) -> Iterator[Any]:
         raise DataError(f"{path} ends after {float(seen):.2f} of {float(announced):.2f} s: copy it again")
 
 
+@dataclass_options
 def main(
+    *,
     output: Path = options.OUTPUT,
     input: list[str] = typer.Option(..., help=f"Globs, folders or URLs of {', '.join(SUFFIXES)}."),
-    frames: int = typer.Option(16, min=2, help="Frames of a clip."),
-    height: int = typer.Option(128, min=1, help="Of a frame, after making it smaller and cropping to the centre."),
-    width: int = typer.Option(128, min=1, help="Of a frame."),
-    stride: int = typer.Option(1, min=1, help="Take every so-many-th frame."),
-    frame_rate: float = typer.Option(0.0, min=0.0, help="Take so many frames a second instead (0: by --stride)."),
-    tiles: int = typer.Option(1, min=1, help="Cut frames into samples, so many along the shorter side."),
-    encoder: str = options.ENCODER,
-    model: str | None = options.MODEL,
-    patch: int | None = options.PATCH,
-    channels: int | None = options.CHANNELS,
-    clips_per_shard: int = typer.Option(512, min=1, help="Clips in each tar."),
-    validation_fraction: float = options.VALIDATION_FRACTION,
-    skip_broken: bool = options.SKIP_BROKEN,
-    seed: int = options.SEED,
-    workers: int = options.WORKERS,
-    resume: bool = options.RESUME,
-    overwrite: bool = options.OVERWRITE,
+    source: VideoSource,
+    settings: ClipSettings,
+    execution: Execution,
     dry_run: bool = options.DRY_RUN,
 ) -> None:
     """Turn video into shards of latents for training."""
 
     def work() -> None:
-        if frame_rate and stride > 1:
+        if source.frame_rate and source.stride > 1:
             raise DataError("give either --stride or --frame-rate")
         _av()
-        source = VideoSource(frames, height, width, stride, frame_rate, tiles)
-        settings = LatentSettings(encoder, patch, channels, model, clips_per_shard, validation_fraction, seed,
-                                  skip_broken)  # fmt: skip
         found = find_files(input, SUFFIXES)
-        what = f"clips of {frames} frames of {height} x {width}"
+        what = f"clips of {source.frames} frames of {source.height} x {source.width}"
         if options.announce(output, found, SUFFIXES, settings.splits, what, dry_run):
-            prepare_latents(output, [[file] for file in found.files], source, settings, str(found), workers=workers,
-                            resume=resume, overwrite=overwrite)  # fmt: skip
+            prepare_latents(output, [[file] for file in found.files], source, settings, str(found), execution)
 
     options.command(work)
 

@@ -12,11 +12,11 @@ import typer
 
 from ebt_megatron.core.cli import guarded, quiet_libraries, say
 from ebt_megatron.core.errors import DataError, RecipeError
-from ebt_megatron.core.options import options_of
+from ebt_megatron.core.options import dataclass_options
 from ebt_megatron.inference.options import ThinkingOptions
 
 if TYPE_CHECKING:
-    from ebt_megatron.inference.generation import Continuation
+    from ebt_megatron.inference.generation import Continuation, GenerationOptions
 
 app = typer.Typer(add_completion=False)
 _OUTPUT = "Output"
@@ -65,7 +65,7 @@ def as_json(prompt: str, continuation: Continuation, energies: bool) -> dict[str
 
 
 @app.command()
-@options_of(ThinkingOptions, "Thinking (EBTs)", without=("final_energy",))
+@dataclass_options
 def main(
     run_dir: Path = typer.Argument(..., help="A training.output_dir of text, of an EBT or a Transformer++."),
     overrides: list[str] = typer.Argument(None, help="key=value pairs, e.g. parallel.tensor=2 under torchrun."),
@@ -106,7 +106,8 @@ def main(
     energies: bool = typer.Option(
         True, help="Take the energy of each prediction drawn from: one forward pass more.", rich_help_panel=_OUTPUT
     ),
-    **thinking: Any,
+    *,
+    thinking: ThinkingOptions,
 ) -> None:
     """Continue texts.
 
@@ -121,7 +122,7 @@ def main(
     """
 
     def work() -> None:
-        options = ThinkingOptions.of(thinking)
+        thinking.check()
         quiet_libraries()
         from ebt_megatron.inference.generation import GenerationOptions
         from ebt_megatron.inference.sampling import Sampling
@@ -132,14 +133,14 @@ def main(
         given = read_prompts(prompt, prompts)
         if output is not None and str(output) != "-" and not output.absolute().parent.is_dir():
             raise RecipeError(f"--output {output}: {output.parent} is not a folder")
-        _generate(run_dir, overrides or [], given, options, how, keep, output, stream, energies)
+        _generate(run_dir, overrides or [], given, thinking, how, keep, output, stream, energies)
 
     guarded(work)
 
 
 def _generate(
-    run_dir: Path, overrides: list[str], given: list[str], options: ThinkingOptions, how: Any, keep: str | None,
-    output: Path | None, stream: bool, energies: bool,
+    run_dir: Path, overrides: list[str], given: list[str], options: ThinkingOptions, how: GenerationOptions,
+    keep: str | None, output: Path | None, stream: bool, energies: bool,
 ) -> None:  # fmt: skip
     from dataclasses import replace
 

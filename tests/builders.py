@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from data_prep.documents import Part
-from data_prep.text import TextSettings, prepare_text
+from data_prep.text import prepare_text
+from data_prep.text_passes import TextSettings
 from ebt_megatron.config import Recipe, load_recipe
 from ebt_megatron.core.timing import Timers
 from ebt_megatron.data.loader import MicroBatch

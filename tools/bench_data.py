@@ -208,7 +208,10 @@ def preparation(folder: Path, megabytes: float, workers: int) -> float:
     """Bytes of text per second from JSONL to shards, tokenizer given."""
     from data_prep.documents import split_files
     from data_prep.files import find_files
-    from data_prep.text import TextSettings, prepare_text, train_bpe
+    from data_prep.job import Execution
+    from data_prep.text import prepare_text
+    from data_prep.text_passes import TextSettings
+    from data_prep.tokens import train_bpe
 
     raw, tokenizer = folder / "raw", folder / "tokenizer.json"
     if not raw.exists():
@@ -220,8 +223,8 @@ def preparation(folder: Path, megabytes: float, workers: int) -> float:
         train_bpe(iter(texts[:500]), 8192).save(str(tokenizer))
     files = find_files([str(raw)], (".jsonl",)).files
     begin = time.perf_counter()
-    prepare_text(folder / "out", split_files(files, 2_000_000), TextSettings(tokenizer), "a benchmark",
-                 workers=workers, overwrite=True)  # fmt: skip
+    prepare_text(folder / "out", split_files(files, 2_000_000), TextSettings(str(tokenizer)), "a benchmark",
+                 Execution(workers, overwrite=True))  # fmt: skip
     return sum(f.bytes for f in files) / (time.perf_counter() - begin)
 
 

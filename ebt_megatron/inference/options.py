@@ -4,21 +4,26 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from ebt_megatron.core.errors import RecipeError
+from ebt_megatron.core.options import option
 
 CHOICES = ("energy", "drop", "mixture")
 
 
 def _option(default: Any, help: str) -> Any:
-    return field(default=default, metadata={"help": help})
+    return option(default, help=help, rich_help_panel="Thinking (EBTs)")
 
 
 @dataclass(frozen=True)
 class ThinkingOptions:
-    """How to think; the defaults think as the run's evaluation does. Every field says in its metadata what it is."""
+    """How to think; the defaults think as the run's evaluation does. Every option says in its help what it is.
+
+    Attributes:
+        final_energy: take the energy of what thinking ends with, too: one forward pass more.
+    """
 
     steps: int | None = _option(None, "The most steps for a token; default: as many as the run was trained with.")
     more_steps: str = _option(
@@ -50,7 +55,7 @@ class ThinkingOptions:
         "or a 'mixture' of all, weighted by exp(-energy / tau)."
     )  # fmt: skip
     tau: float = _option(1.0, "Temperature of the mixture's weights.")
-    final_energy: bool = _option(False, "Take the energy of what thinking ends with, too: one forward pass more.")
+    final_energy: bool = False
 
     @property
     def verifies(self) -> bool:

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from data_prep.images import PictureSource
-from data_prep.latents import LatentSettings, prepare_latents
+from data_prep.latent_passes import LatentSettings
+from data_prep.latents import prepare_latents
 from data_prep.video import VideoSource
 from ebt_megatron.core.errors import DataError
 from ebt_megatron.data.folder import ShardFolder

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers
 
-from data_prep import images, text, tokens
+from data_prep import images, text, text_passes, tokens
 from data_prep.passes import threshold
 from ebt_megatron.core.errors import DataError
 from ebt_megatron.data.folder import ShardFolder
@@ -63,7 +63,7 @@ def test_a_bad_line_costs_only_its_own_file(tmp_path, monkeypatch, more):
     assert "--resume" in said(prepare(raw, tmp_path / "out"))
     if not more:
         (raw / "3.jsonl").write_text(whole)
-    read = counted(monkeypatch, text, "read_part")
+    read = counted(monkeypatch, text_passes, "read_part")
     assert prepare(raw, tmp_path / "out", "--resume", *more).exit_code == 0
     parts = -(-(raw / "0.jsonl").stat().st_size // 100)
     assert read["0.jsonl"] == 2 * parts  # to train the tokenizer and to encode, no more to look for duplicates
@@ -118,11 +118,11 @@ def test_old_shards_stay_until_there_are_new_ones_and_other_files_for_ever(tmp_p
 
 def test_files_of_others_stay_and_what_killed_processes_left_goes(tmp_path, monkeypatch):
     def left_while_writing(passes, item):
-        (passes.output / "train" / "shard-000009.tar.12.partial").write_text("")
+        (passes.work.output / "train" / "shard-000009.tar.12.partial").write_text("")
         write(passes, item)
 
-    write = text.TextPasses.write
-    monkeypatch.setattr(text.TextPasses, "write", left_while_writing)
+    write = text_passes.TokenShards.write
+    monkeypatch.setattr(text_passes.TokenShards, "write", left_while_writing)
     raw, out = corpus(tmp_path / "raw"), tmp_path / "out"
     mine = ["train/notes.partial", "validation/shard-of-mine.tar", "train/manifest.partial", "models/weights.partial"]
     ours = [
@@ -215,7 +215,7 @@ def test_both_splits_get_a_document_where_there_are_two(tmp_path, fraction):
 
 
 def test_what_cannot_be_split_is_said_before_work_starts(tmp_path, monkeypatch):
-    monkeypatch.setattr(text.TextPasses, "hash", None)
+    monkeypatch.setattr(text_passes.Documents, "hash", None)
     (tmp_path / "a.txt").write_text("one long text " * 99)
     assert "one document, which cannot be split" in said(prepare(tmp_path / "a.txt", tmp_path / "out"))
     save(tmp_path / "raw", "a.png", pictures(1)[0])

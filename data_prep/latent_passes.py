@@ -1,0 +1,367 @@
+"""Passes over frames and pictures: what is held out, what an encoder is fitted on, their latents, and shards of them.
+
+Each class knows what the passes before it found out. Every process makes the same ones.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ebt_megatron.core.errors import DataError
+from ebt_megatron.core.files import replacing
+from ebt_megatron.core.options import option
+from ebt_megatron.data.shards import Manifest, sha256_of, shard_infos, write_shard
+
+from .encoders import Encoder, load_encoder
+from .options import path_or_name
+from .passes import Settings, Shard, Unit, WorkFolder, key_of, save, threshold, write_skipped
+from .pieces import NO_LABEL, Piece, Source, place_of
+
+FIT_UNITS, FIT_FRAMES = 64, 1024  # an encoder is fitted on so many frames of so many units
+_BATCH = 64  # frames encoded at once
+
+
+@dataclass(frozen=True)
+class LatentSettings(Settings):
+    """What the shards depend on besides the input.
+
+    Attributes:
+        encoder: see new_encoder, as `patch`, `channels` and `model`.
+        samples_per_shard: in every tar but the last.
+    """
+
+    encoder: str = option(
+        "pca", parser=path_or_name, help="pixels, pca, vae, dinov2, or the encoder.npz of other shards."
+    )
+    model: str | None = option(
+        None, parser=path_or_name, help="Folder of a diffusers AutoencoderKL or a transformers Dinov2Model."
+    )
+    patch: int | None = option(None, min=1, help="Side of a patch in pixels [default: 8, or the model's].")
+    channels: int | None = option(None, min=1, help="Principal components kept of a patch [default: 16].")
+    samples_per_shard: int = 512
+
+
+@dataclass(frozen=True)
+class ClipSettings(LatentSettings):
+    """Of video: shards of another size."""
+
+    samples_per_shard: int = option(512, "--clips-per-shard", min=1, help="Clips in each tar.")
+
+
+@dataclass(frozen=True)
+class PictureSettings(LatentSettings):
+    """Of pictures: shards of another size."""
+
+    samples_per_shard: int = option(8192, "--pictures-per-shard", min=1, help="Samples in each tar.")
+
+
+@dataclass(frozen=True)
+class Pieces:
+    """The input's pieces, each of which goes to one split."""
+
+    settings: LatentSettings
+    source: Source
+
+    def read(self, unit: Unit, skipped: list[str]) -> Iterator[Piece]:
+        """The pieces of a unit's files; those that cannot be read are left out if they may be."""
+        for file in unit.parts:
+            try:
+                yield from self.source.read([file])
+            except DataError as error:
+                if not self.settings.skip_broken:
+                    raise
+                skipped.append(str(error))
+
+    def place(self, piece: Piece) -> float:
+        """In [0, 1); pieces of the lowest are held out."""
+        return place_of(self.settings.seed, piece.content)
+
+    def held_out(self, units: list[Unit]) -> float:
+        """Below which place pieces are held out, from as many as it takes to see that both splits get some."""
+        places: list[float] = []
+        fraction = self.settings.validation_fraction
+        for piece in (p for unit in units for p in self.read(unit, [])):
+            places.append(self.place(piece))
+            if not fraction or min(places) < fraction <= max(places):
+                break
+        return threshold(np.array(places), fraction, self.source.piece)
+
+
+def fitted_on(units: list[Unit], seed: int) -> list[Unit]:
+    """The units that an encoder is fitted on."""
+    return sorted(units, key=lambda u: place_of(seed, b"fit %d" % u.number))[:FIT_UNITS]
+
+
+class _Thinned:
+    """Evenly spaced frames of a sequence of unknown length: between `count` and 2 * `count`, all if there are fewer."""
+
+    def __init__(self, count: int):
+        self.count, self.step, self.seen = count, 1, 0
+        self.frames: list[np.ndarray] = []
+
+    def add(self, frame: np.ndarray) -> None:
+        if self.seen % self.step == 0:
+            self.frames.append(frame)
+        self.seen += 1
+        if len(self.frames) > 2 * self.count:
+            self.frames, self.step = self.frames[::2], 2 * self.step
+
+
+@dataclass(frozen=True)
+class Fitting:
+    """What an encoder is fitted on: sample-KEY.npy of some units, uint8 frames.
+
+    Attributes:
+        held_out: as `Pieces` says.
+        frames: to take of a unit.
+    """
+
+    work: WorkFolder
+    pieces: Pieces
+    held_out: float
+    frames: int
+
+    def file(self, unit: Unit) -> Path:
+        """Where the frames of a unit are."""
+        return self.work.file("sample", key_of(unit.key, self.frames, self.held_out))
+
+    def sample(self, unit: Unit) -> None:
+        """Evenly spaced train frames of a unit, about as many as asked for."""
+        thinned = _Thinned(self.frames)
+        for piece in self.pieces.read(unit, []):
+            if self.pieces.place(piece) >= self.held_out:
+                try:
+                    for sample, _ in piece.samples:
+                        for frame in sample:
+                            thinned.add(frame)
+                        if thinned.seen >= 64 * self.frames:  # enough of a long video
+                            break
+                except DataError:
+                    if not self.pieces.settings.skip_broken:
+                        raise
+        shape = (-1, self.pieces.source.height, self.pieces.source.width, 3)
+        save(self.file(unit), np.array(thinned.frames, np.uint8).reshape(shape))
+
+    def fit(self, encoder: Encoder, units: list[Unit]) -> str:
+        """Save the encoder, fitted on the frames of some units if it must be; returns its key."""
+        samples = [self.file(u) for u in units]
+        key = key_of(*(path.name for path in samples))
+        path = self.work.file("fitted", key, "npz")
+        if not path.exists():
+            if not encoder.fitted:
+                frames = np.concatenate([np.load(path) for path in samples])
+                if not len(frames):
+                    raise DataError("nothing to fit the encoder on: no file of the input is for train; give more files "
+                                    "or a smaller --validation-fraction")  # fmt: skip
+                encoder.fit(frames)
+            encoder.save(path)
+        return key
+
+
+@dataclass(frozen=True)
+class Latents:
+    """The latents of every unit.
+
+    Per unit: latents-KEY.npy, float32 of every sample, one after the other; hashes-KEY.npy, the place of the piece of
+    each sample (NaN: broken); labels-KEY.npy, of each sample; pieces-KEY.npy, float64 [pieces, 2], place and seconds of
+    those that are whole; skipped-KEY.json.
+
+    Attributes:
+        fitted: the key of the encoder.
+    """
+
+    work: WorkFolder
+    pieces: Pieces
+    fitted: str
+
+    def key(self, unit: Unit) -> str:
+        """Of what the encoder makes of a unit."""
+        return key_of(unit.key, self.fitted)
+
+    def file(self, unit: Unit) -> Path:
+        """The file that shows a unit is done."""
+        return self.work.file("latents", self.key(unit))
+
+    def encoder(self) -> Encoder:
+        """The fitted one."""
+        return load_encoder(self.work.file("fitted", self.fitted, "npz"))
+
+    def encode(self, unit: Unit) -> None:
+        """The latents of every sample of a unit."""
+        encoder, key = self.encoder(), self.key(unit)
+        hashes: list[float] = []
+        labels: list[int] = []
+        batch: list[np.ndarray] = []
+        whole: list[tuple[float, float]] = []
+        skipped: list[str] = []
+        # It shows that the unit is done, so it comes last.
+        with replacing(self.file(unit)) as partial, partial.open("wb") as stream:
+
+            def flush() -> None:
+                if batch:
+                    stream.write(encoder.encode(np.concatenate(batch)).tobytes())
+                    batch.clear()
+
+            for piece in self.pieces.read(unit, skipped):
+                begin, place, duration = len(hashes), self.pieces.place(piece), 0.0
+                try:
+                    for sample, seconds in piece.samples:
+                        batch.append(sample)
+                        hashes.append(place)
+                        labels.append(piece.label)
+                        duration += seconds
+                        if len(batch) * len(sample) >= _BATCH:
+                            flush()
+                    whole.append((place, duration))
+                except DataError as error:
+                    if not self.pieces.settings.skip_broken:
+                        raise
+                    hashes[begin:] = [np.nan] * (len(hashes) - begin)
+                    skipped.append(str(error))
+            flush()
+            save(self.work.file("hashes", key), np.array(hashes))
+            save(self.work.file("labels", key), np.array(labels, np.int64))
+            save(self.work.file("pieces", key), np.array(whole).reshape(-1, 2))
+            self.work.file("skipped", key, "json").write_text(json.dumps(skipped))
+
+    def held_out(self, units: list[Unit]) -> float:
+        """As `Pieces` says, now that it is known which pieces are whole."""
+        places = np.concatenate([np.load(self.work.file("pieces", self.key(u)))[:, 0] for u in units])
+        return threshold(places, self.pieces.settings.validation_fraction, f"whole {self.pieces.source.piece}")
+
+    def read(self, key: str, encoder: Encoder, count: int) -> np.ndarray:
+        """The latents of `count` samples that were made under a key."""
+        shape = (count, *self.shape(encoder))
+        path = self.work.file("latents", key)
+        return np.memmap(path, np.float32, "r", shape=shape) if count else np.zeros(shape, np.float32)
+
+    def shape(self, encoder: Encoder) -> list[int]:
+        """Of a sample."""
+        frames = self.pieces.source.frames
+        return [frames, *encoder.shape] if frames else encoder.shape
+
+
+@dataclass(frozen=True)
+class LatentShards:
+    """Latents, normalised, as shards of each split.
+
+    Of the whole input: moments-N.npy, float64 [2, channels], sums of the train samples of unit N and of their squares.
+
+    Attributes:
+        held_out: pieces of a lower place are for validation.
+    """
+
+    work: WorkFolder
+    latents: Latents
+    held_out: float
+
+    @property
+    def settings(self) -> LatentSettings:
+        """What to make."""
+        return self.latents.pieces.settings
+
+    def splits(self, key: str) -> np.ndarray:
+        """The split of each sample that was made under a key; -1: it is left out."""
+        hashes = np.load(self.work.file("hashes", key))
+        return np.where(np.isnan(hashes), -1, hashes < self.held_out).astype(np.int8)
+
+    def moments(self, unit: Unit) -> Path:
+        """Where the moments of a unit are."""
+        return self.work.of_whole("moments", unit.number)
+
+    def measure(self, unit: Unit) -> None:
+        """The moments of a unit's train samples."""
+        key = self.latents.key(unit)
+        encoder, splits = self.latents.encoder(), self.splits(key)
+        moments = np.zeros((2, encoder.channels))
+        latents = self.latents.read(key, encoder, len(splits))
+        for row in np.flatnonzero(splits == 0):
+            values = latents[row].reshape(-1, encoder.channels).astype(np.float64)
+            moments += values.sum(0), (values * values).sum(0)
+        save(self.moments(unit), moments)
+
+    # --- between the passes, on the first rank ---------------------------------------------------------
+
+    def plan(self, units: list[Unit]) -> list[Shard]:
+        """Save the encoder with its mean and standard deviation, keys.json, of what the encoder made of every unit,
+        and samples.npy: int64 [units, splits], the samples of each split in every unit. Returns the shards to write.
+        """
+        keys = [self.latents.key(u) for u in units]
+        counts = np.zeros((len(units), len(self.settings.splits)), np.int64)
+        labelled = set()
+        for row, key in zip(counts, keys, strict=True):
+            splits, labels = self.splits(key), np.load(self.work.file("labels", key))
+            row[:] = [(splits == s).sum() for s in range(len(row))]
+            labelled |= set((labels[splits >= 0] != NO_LABEL).tolist())
+        if len(labelled) > 1:
+            raise DataError("some pictures of the input have labels and some have none: prepare them separately")
+        encoder = self.latents.encoder()
+        if encoder.mean is None:
+            total, square = sum(np.load(self.moments(u)) for u in units)
+            entries = int(counts[:, 0].sum()) * np.prod(self.latents.shape(encoder)[:-1])
+            mean = total / entries
+            encoder.normalise_by(mean, np.sqrt(np.maximum(square / entries - mean**2, 0)))
+        save(self.work.whole("samples.npy"), counts)
+        self.work.whole("keys.json").write_text(json.dumps(keys))
+        encoder.save(self.work.whole("encoder.npz"))
+        per_shard = self.settings.samples_per_shard
+        totals = zip(self.settings.splits, counts.sum(0).tolist(), strict=True)
+        return [(name, k) for name, total in totals for k in range(-(-total // per_shard))]
+
+    def write(self, item: Shard) -> None:
+        """One shard: samples of its split, of all units in order, from number * samples_per_shard on."""
+        name, number = item
+        encoder, split = load_encoder(self.work.whole("encoder.npz")), self.settings.splits.index(name)
+        ends = np.load(self.work.whole("samples.npy"))[:, split].cumsum()
+        keys = json.loads(self.work.whole("keys.json").read_text())
+        begin = number * self.settings.samples_per_shard
+        end = min(begin + self.settings.samples_per_shard, int(ends[-1]))
+        samples, labels = [], []
+        for unit in range(int(ends.searchsorted(begin, "right")), int(ends.searchsorted(end)) + 1):
+            splits = self.splits(keys[unit])
+            rows = np.flatnonzero(splits == split)
+            first = int(ends[unit]) - len(rows)
+            rows = rows[max(0, begin - first) : end - first]
+            latents = self.latents.read(keys[unit], encoder, len(splits))
+            samples += [encoder.to_samples(latents[row]) for row in rows]
+            labels.append(np.load(self.work.file("labels", keys[unit]))[rows])
+        numbers = np.concatenate(labels)
+        write_shard(self.work.output / name, number, self.latents.pieces.source.kind, np.stack(samples),
+                    None if numbers[0] == NO_LABEL else numbers)  # fmt: skip
+
+    def publish(self, units: list[Unit], shards: list[Shard], source: str) -> dict[str, Manifest]:
+        """Write encoders and manifests."""
+        encoder, input = load_encoder(self.work.whole("encoder.npz")), self.latents.pieces.source
+        keys = [self.latents.key(u) for u in units]
+        pieces = np.concatenate([np.load(self.work.file("pieces", key)) for key in keys])
+        skipped = [line for key in keys for line in json.loads(self.work.file("skipped", key, "json").read_text())]
+        highest = max(int(np.load(self.work.file("labels", key)).max(initial=NO_LABEL)) for key in keys)
+        manifests = {}
+        for split, name in enumerate(self.settings.splits):
+            folder = self.work.output / name
+            encoder.save(folder / "encoder.npz")
+            infos = shard_infos(folder, sum(s == name for s, _ in shards))
+            samples = sum(i.samples for i in infos)
+            made: dict[str, Any] = {"source": source, "seed": self.settings.seed}
+            seconds = pieces[(pieces[:, 0] < self.held_out) == split, 1]
+            if input.frames:
+                made |= {"files": len(seconds), "frames": samples * input.frames, "clips": samples,
+                         "seconds": round(float(seconds.sum()), 3)}  # fmt: skip
+            else:
+                made |= {"pictures": len(seconds)}
+            made["skipped"] = len(skipped)
+            manifests[name] = Manifest(
+                kind=input.kind, shape=self.latents.shape(encoder), dtype="float16", samples=samples, shards=infos,
+                encoder={"file": "encoder.npz", "sha256": sha256_of(folder / "encoder.npz"), **encoder.describe()},
+                classes=(input.classes or [str(i) for i in range(highest + 1)]), provenance=made,
+            )  # fmt: skip
+        write_skipped(self.work.output, skipped)
+        for name, manifest in manifests.items():
+            manifest.write(self.work.output / name)
+        return manifests
