@@ -7,13 +7,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron.core.transformer import MegatronModule
-
 from ebt_megatron.checkpoint.checkpoints import Checkpoints, fingerprint
 from ebt_megatron.config import Recipe, RecipeError, check, load_recipe
 from ebt_megatron.core.timing import Timers
 from ebt_megatron.data.description import Description
 from ebt_megatron.data.loader import Loader
+from ebt_megatron.model.sharding import StageModule
 from ebt_megatron.objectives import build_objective
 from ebt_megatron.objectives.interface import Objective
 from ebt_megatron.parallel.setup import ParallelState, initialize, shutdown
@@ -83,7 +82,7 @@ class TrainedRun(Session):
         step, tokens: how far it was trained.
     """
 
-    model: MegatronModule
+    model: StageModule
     objective: Objective
     step: int
     tokens: int

@@ -15,6 +15,8 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
+from ebt_megatron.parallel.parameters import main_parameter
+
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 _MAIN = "fp32_param"
 
@@ -56,7 +58,7 @@ class OptimizerState:
         for weight in model_state.values():
             if not isinstance(weight, ShardedTensor):
                 continue
-            main = getattr(weight.data, "main_param", weight.data)
+            main = main_parameter(weight.data)
             if main not in state:
                 continue
             kinds = {kind: state[main][kind] for kind in _MOMENTS}

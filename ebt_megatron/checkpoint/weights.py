@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from ebt_megatron.config import RecipeError
 from ebt_megatron.core.files import replacing
+from ebt_megatron.parallel.parameters import main_parameter
 
 _MODEL, _MAIN = "model.", "optimizer.state.fp32_param."
 
@@ -110,6 +111,4 @@ def set_weights(path: Path, model: nn.Module, weights: dict[str, Tensor]) -> Non
             raise RecipeError(f"{path}: {name} is not in the recipe's model")
     for name, parameter in parameters.items():
         parameter.copy_(weights[name])
-        main = getattr(parameter, "main_param", None)  # megatron-core's fp32 copy of a bf16 weight
-        if main is not None:
-            main.copy_(weights[name])
+        main_parameter(parameter).copy_(weights[name])

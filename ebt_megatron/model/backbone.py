@@ -92,6 +92,7 @@ class Landscapes:
 
     num_landscapes: int
     step_size: nn.Parameter
+    lr_multipliers: dict[str, float]
 
     def landscape(self, step: int) -> int:
         """Which energy landscape step `step` descends: its own, the last one beyond those trained."""
@@ -101,8 +102,8 @@ class Landscapes:
         """The learned scalar alpha."""
         self.step_size = nn.Parameter(torch.tensor(thinking.step_size, dtype=torch.float32))
         self.step_size.requires_grad_(thinking.learn_step_size)
-        self.step_size.lr_multiplier = thinking.step_size_lr_multiplier  # type: ignore[attr-defined]
-        self.step_size.no_weight_decay = True  # type: ignore[attr-defined]
+        assert thinking.step_size_lr_multiplier is not None
+        self.lr_multipliers["step_size"] = thinking.step_size_lr_multiplier
 
 
 class Scheduled:

@@ -10,7 +10,7 @@ from megatron.core.transformer import MegatronModule, TransformerConfig
 from torch import Tensor, nn
 
 from ebt_megatron.model.initialization import Draw
-from ebt_megatron.model.layers import replicated
+from ebt_megatron.parallel.parameters import on_every_stage, replicated
 
 _FREQUENCIES = 128  # of a noise level's embedding, cosine and sine each
 
@@ -39,32 +39,26 @@ class ConditionEmbedding(MegatronModule):
         config: Megatron's.
         levels: whether the level is told.
         classes: how many there are; 0: the class is not told. One more stands for "not told".
-        on_every_stage: every pipeline stage holds the same weights; Megatron sums their gradients.
-        copy: another stage holds the original.
+        shared: every pipeline stage holds the same weights; Megatron sums their gradients.
     """
 
-    def __init__(self, config: TransformerConfig, levels: bool, classes: int, on_every_stage: bool = False,
-                 copy: bool = False):  # fmt: skip
+    def __init__(self, config: TransformerConfig, levels: bool, classes: int, shared: bool = False):
         super().__init__(config)
         width = config.hidden_size
 
-        def parameter(*shape: int, draw: Draw) -> nn.Parameter:
+        def parameter(*shape: int) -> nn.Parameter:
             made = replicated(torch.zeros(*shape, dtype=config.params_dtype), config)
-            made.draw = draw  # type: ignore[attr-defined]
-            if on_every_stage:
-                made.pipeline_parallel, made.shared = True, copy  # type: ignore[attr-defined]
-            return made
+            return on_every_stage(made) if shared else made
 
-        small = Draw(0.02)  # as DiT's (arXiv 2212.09748)
-        self.vector = parameter(width, draw=small)
+        self.vector = parameter(width)
         self.levels, self.classes = levels, classes
         if levels:
-            self.level_in = parameter(width, 2 * _FREQUENCIES, draw=small)
-            self.level_in_bias = parameter(width, draw=Draw(0.0))
-            self.level_out = parameter(width, width, draw=small)
-            self.level_out_bias = parameter(width, draw=Draw(0.0))
+            self.level_in, self.level_in_bias = parameter(width, 2 * _FREQUENCIES), parameter(width)
+            self.level_out, self.level_out_bias = parameter(width, width), parameter(width)
         if classes:
-            self.table = parameter(classes + 1, width, draw=small)
+            self.table = parameter(classes + 1, width)
+        # N(0, 0.02^2), as DiT's (arXiv 2212.09748)
+        self.draws = {name: Draw(0.02) for name, _ in self.named_parameters() if not name.endswith("bias")}
 
     def forward(self, conditions: Tensor) -> Tensor:
         """Conditions int64 [B, 2] -> [B, D]."""

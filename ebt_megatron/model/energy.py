@@ -17,8 +17,9 @@ from ebt_megatron.config import Recipe
 from ebt_megatron.kernels import Kernels
 from ebt_megatron.model.backbone import Backbone, Landscapes
 from ebt_megatron.model.initialization import Draw, draw_of_embedding
-from ebt_megatron.model.layers import Attend, Modulation, TransformerLayer, modulate, replicated
+from ebt_megatron.model.layers import Attend, Modulation, TransformerLayer, modulate
 from ebt_megatron.model.reuse import Tape
+from ebt_megatron.parallel.parameters import on_every_stage, replicated
 
 KeyValues = Sequence[tuple[Tensor, Tensor]]
 # Times 1/D, of the quadratic energy: its gradient by the prediction has entries of about 1 at the start, as the linear
@@ -66,10 +67,11 @@ class EnergyTransformer(Landscapes, Backbone):
         adaptive = model.conditioning.startswith("adaln")
         if adaptive or (pre_process and model.conditioning != "none"):
             self.step_embedding = replicated(torch.empty(thinking.max_steps, width, dtype=dtype), config)
-            self.step_embedding.draw = draw_of_embedding(thinking.max_steps, width, model.initialization)  # type: ignore
-            if adaptive:  # every stage reads it: Megatron sums the stages' gradients
-                self.step_embedding.pipeline_parallel = True  # type: ignore[attr-defined]
-                self.step_embedding.shared = not pre_process  # type: ignore[attr-defined]
+            self.draws["step_embedding"] = draw_of_embedding(thinking.max_steps, width, model.initialization)
+            if adaptive:  # every stage reads it
+                on_every_stage(self.step_embedding)
+                if not pre_process:
+                    self.copies.add("step_embedding")
         if pre_process:
             self.add_step_size(thinking)
         self.add_layers()
@@ -77,7 +79,7 @@ class EnergyTransformer(Landscapes, Backbone):
             if model.conditioning == "adaln_sequence":
                 self.final_modulation = Modulation(config, parts=2, zero=False)
             self.head = replicated(torch.empty(width, dtype=dtype), config)
-            self.head.draw = Draw.xavier(width, 1)  # type: ignore[attr-defined]
+            self.draws["head"] = Draw.xavier(width, 1)
             if self.energy_head == "quadratic":
                 self.curvature = replicated(-torch.ones(width, dtype=dtype), config)
 

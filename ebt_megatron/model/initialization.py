@@ -9,16 +9,16 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
 
 import torch
 from megatron.core import parallel_state
-from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
-from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from torch import nn
 
 from ebt_megatron.core.randomness import stable_seed
+from ebt_megatron.parallel.parameters import cut_dimension, mark_tensor_parallel
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,23 @@ class Draw:
     def xavier(cls, fan_in: int, fan_out: int) -> Draw:
         """N(0, 2 / (fan_in + fan_out)) (Glorot and Bengio 2010, eq. 16, as a normal)."""
         return cls(math.sqrt(2 / (fan_in + fan_out)))
+
+
+@runtime_checkable
+class Drawn(Protocol):
+    """A module that says how weights start, its own or those of modules in it.
+
+    Attributes:
+        draws: by the weight's name in the module.
+    """
+
+    draws: Mapping[str, Draw]
+
+
+def draws_of(model: nn.Module) -> dict[str, Draw]:
+    """How the weights of a model start, by their names in it."""
+    drawn = ((prefix, module.draws) for prefix, module in model.named_modules() if isinstance(module, Drawn))
+    return {f"{prefix}.{name}".lstrip("."): draw for prefix, draws in drawn for name, draw in draws.items()}
 
 
 def draw_of_embedding(rows: int, width: int, rule: str) -> Draw:
@@ -68,18 +85,6 @@ def first_layer_of_stage(num_local_layers: int) -> int:
     return parallel_state.get_pipeline_model_parallel_rank() * num_local_layers
 
 
-def mark_tensor_parallel(model: nn.Module) -> None:
-    """Set Megatron's tensor-parallel attributes of weights, as it does only where it initialises them itself."""
-    for module in model.modules():
-        if isinstance(module, ColumnParallelLinear | VocabParallelEmbedding):
-            dim = 0
-        elif isinstance(module, RowParallelLinear):
-            dim = 1
-        else:
-            continue
-        set_tensor_model_parallel_attributes(module.weight, is_parallel=True, dim=dim, stride=1)
-
-
 def named_weights(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     """Parameters with layout-free names."""
     layers = getattr(model, "layers", [])
@@ -89,23 +94,27 @@ def named_weights(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
 
 
 def initialize_weights(model: nn.Module, seed: int) -> None:
-    """Draw every weight that has a `draw`, a `Draw`; the others keep their constant start."""
+    """Draw every weight that a module has a `Draw` of; the others keep their constant start.
+
+    Raises:
+        ValueError: for a draw of no weight.
+    """
     mark_tensor_parallel(model)
     size = parallel_state.get_tensor_model_parallel_world_size()
     rank = parallel_state.get_tensor_model_parallel_rank()
-    for name, parameter in named_weights(model):
-        draw = getattr(parameter, "draw", None)
+    draws = draws_of(model)
+    for (local, parameter), (name, _) in zip(model.named_parameters(), named_weights(model), strict=True):
+        draw = draws.pop(local, None)
         if draw is None:
             continue
-        shape: list[int] = list(parameter.shape)
-        parallel = getattr(parameter, "tensor_model_parallel", False)
-        dim: int = getattr(parameter, "partition_dim", 0)
-        if parallel:
+        shape, dim = list(parameter.shape), cut_dimension(parameter)
+        if dim is not None:
             shape[dim] *= size
         generator = torch.Generator().manual_seed(stable_seed(seed, "weight", name))
         whole = torch.randn(shape, generator=generator) * draw.std
         if draw.shared_std:
             whole += torch.randn(shape[-1], generator=generator) * draw.shared_std
-        part = whole.chunk(size, dim)[rank] if parallel else whole
         with torch.no_grad():
-            parameter.copy_(part)
+            parameter.copy_(whole if dim is None else whole.chunk(size, dim)[rank])
+    if draws:
+        raise ValueError(f"there are draws of what is no weight: {', '.join(draws)}")

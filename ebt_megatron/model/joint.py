@@ -19,9 +19,10 @@ from ebt_megatron.config import Recipe
 from ebt_megatron.kernels import Kernels
 from ebt_megatron.model.backbone import Landscapes, LayerStage, Scheduled
 from ebt_megatron.model.initialization import Draw, draw_of_embedding
-from ebt_megatron.model.layers import Modulation, gated, modulate, replicated
+from ebt_megatron.model.layers import Modulation, gated, modulate
 from ebt_megatron.model.reuse import Tape
 from ebt_megatron.parallel.collectives import TensorGroup
+from ebt_megatron.parallel.parameters import replicated
 
 Modulations = Sequence[tuple[Tensor, Tensor]]
 
@@ -49,9 +50,8 @@ class JointLayer(MegatronModule):
         self.fc1 = ColumnParallelLinear(width, ffn, gather_output=False, **options)
         self.fc2 = RowParallelLinear(ffn, width, input_is_parallel=True, **options)
         fans = {"qkv": (width, width), "proj": (width, width), "fc1": (width, ffn), "fc2": (ffn, width)}
-        for name, fan in fans.items():
-            linear = getattr(self, name)
-            linear.weight.draw, linear.bias.draw = Draw.xavier(*fan), Draw(0.0)
+        self.draws = {f"{name}.weight": Draw.xavier(*fan) for name, fan in fans.items()}
+        self.draws |= {f"{name}.bias": Draw(0.0) for name in fans}
         self.modulation = Modulation(config, parts=6, zero=True)
 
     def _linear(self, name: str, x: Tensor, tangent: bool, tape: Tape | None) -> Tensor:
@@ -137,11 +137,10 @@ class JointEnergy(Landscapes, JointStage):
             if self.context_sees_step:
                 self.step_embedding = replicated(torch.empty(thinking.max_steps, width, dtype=dtype), config)
                 draw = draw_of_embedding(thinking.max_steps, width, recipe.model.initialization)
-                self.step_embedding.draw = draw  # type: ignore[attr-defined]
+                self.draws["step_embedding"] = draw
             self.add_step_size(thinking)
         if post_process:
             self.head = replicated(torch.zeros(width, dtype=dtype), config)
-            self.head.draw = Draw(0.0)  # type: ignore[attr-defined]
 
     def context(self, h: Tensor, length: int, segments: Tensor | None, step: int = 0) -> tuple[Tensor, Modulations]:
         """The condition [1, B, D] as it is passed on, and what it does in each layer."""
@@ -179,11 +178,12 @@ class DiffusionTransformer(Scheduled, JointStage):
                  post_process: bool = True):  # fmt: skip
         super().__init__(config, recipe, kernels, pre_process, post_process)
         self.condition, self.embedding = condition, embedding
+        if not pre_process:
+            self.copies.add("condition")
         self.group = TensorGroup(bool(config.sequence_parallel))
         if post_process:
             self.head = replicated(torch.zeros(channels, config.hidden_size, dtype=config.params_dtype), config)
             self.head_bias = replicated(torch.zeros(channels, dtype=config.params_dtype), config)
-            self.head.draw = self.head_bias.draw = Draw(0.0)  # type: ignore[attr-defined]
 
     def predicted(self, conditions: Tensor, start: Tensor) -> Tensor:
         """This stage's output: the noise [S(/TP), B, C] in pictures on the last stage, else hidden states.

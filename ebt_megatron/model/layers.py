@@ -24,6 +24,7 @@ from ebt_megatron.kernels import Kernels
 from ebt_megatron.model.fp8 import Fp8ColumnParallelLinear, Fp8RowParallelLinear
 from ebt_megatron.model.initialization import Draw
 from ebt_megatron.model.reuse import Tape
+from ebt_megatron.parallel.parameters import replicated
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # rotated queries and keys, values -> what the heads read
 
@@ -64,17 +65,6 @@ class Rotary:
         return self._cache[key]
 
 
-def replicated(tensor: Tensor, config: TransformerConfig) -> nn.Parameter:
-    """A parameter that every tensor-parallel rank holds whole.
-
-    Under sequence parallelism each rank sees its own positions only, so Megatron must sum
-    the gradient over the ranks; it looks for this attribute.
-    """
-    parameter = nn.Parameter(tensor)
-    parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
-    return parameter
-
-
 class RMSNorm(nn.Module):
     """Root-mean-square normalisation (arXiv 1910.07467) of one or two streams."""
 
@@ -105,7 +95,7 @@ class Modulation(nn.Module):
         shape = (self.parts * width, width)
         self.weight = replicated(torch.empty(shape, dtype=config.params_dtype), config)
         self.bias = replicated(torch.zeros(self.parts * width, dtype=config.params_dtype), config)
-        self.weight.draw = Draw(0.0) if zero else Draw.xavier(width, width)  # type: ignore[attr-defined]
+        self.draws = {"weight": Draw(0.0) if zero else Draw.xavier(width, width)}
 
     def forward(self, condition: Tensor) -> tuple[Tensor | None, ...]:
         """condition [B, D] -> the parts, each [B, D]; with 4 of them None stands for the gates."""
@@ -144,24 +134,22 @@ class TransformerLayer(MegatronModule):
         self.local_groups = groups // tensor
         self.ffn_block = ffn // heads  # gate and up rows alternate in blocks: whole blocks on each rank
 
-        def column(rows: int, fan_out: int) -> nn.Module:
-            linear = build_module(submodules.column_linear, width, rows, config=config, init_method=config.init_method,
-                                  bias=False, gather_output=False)  # fmt: skip
-            linear.weight.draw = Draw.xavier(width, fan_out)
-            return linear
+        def column(rows: int) -> nn.Module:
+            return build_module(submodules.column_linear, width, rows, config=config, init_method=config.init_method,
+                                bias=False, gather_output=False)  # fmt: skip
 
         def row(columns: int) -> nn.Module:
-            linear = build_module(submodules.row_linear, columns, width, config=config, init_method=config.init_method,
-                                  bias=False, input_is_parallel=True, skip_bias_add=True)  # fmt: skip
-            linear.weight.draw = Draw.xavier(columns, width)
-            return linear
+            return build_module(submodules.row_linear, columns, width, config=config, init_method=config.init_method,
+                                bias=False, input_is_parallel=True, skip_bias_add=True)  # fmt: skip
 
         self.norm1, self.norm2 = RMSNorm(config, kernels), RMSNorm(config, kernels)
         # Rows by query group: its queries, its key, its value (Megatron's order).
-        self.qkv = column((heads + 2 * groups) * head, width)
+        self.qkv = column((heads + 2 * groups) * head)
         self.proj = row(heads * head)
-        self.fc1 = column(2 * ffn, ffn)
+        self.fc1 = column(2 * ffn)
         self.fc2 = row(ffn)
+        fans = {"qkv": (width, width), "proj": (heads * head, width), "fc1": (width, ffn), "fc2": (ffn, width)}
+        self.draws = {f"{name}.weight": Draw.xavier(*fan) for name, fan in fans.items()}
         self.modulation = None
         if model.conditioning.startswith("adaln"):
             parts = 4 if model.conditioning == "adaln" else 6

@@ -1,4 +1,4 @@
-"""How a stage's parameters are named in a checkpoint, so that any layout can load them."""
+"""What is said of a stage's parameters by name, and how checkpoints name them, so that any layout can load them."""
 
 from __future__ import annotations
 
@@ -6,15 +6,27 @@ from typing import Any
 
 from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
-from megatron.core.transformer import MegatronModule
+from megatron.core.transformer import MegatronModule, TransformerConfig
 
-from ebt_megatron.model.initialization import first_layer_of_stage
+from ebt_megatron.model.initialization import Draw, first_layer_of_stage
 
 
 class StageModule(MegatronModule):
-    """A pipeline stage with `layers`: in checkpoints, layers are numbered over the whole model."""
+    """A pipeline stage with `layers`: in checkpoints, layers are numbered over the whole model.
 
-    layers: Any
+    Attributes:
+        draws: how the stage's own parameters start, by name; see `ebt_megatron.model.initialization`.
+        lr_multipliers: of parameters that learn at so many times the learning rate, by name.
+        copies: names of parameters, or of modules, whose original another stage holds.
+    """
+
+    layers: Any  # an nn.ModuleList, of which type checkers know nothing
+
+    def __init__(self, config: TransformerConfig):
+        super().__init__(config)
+        self.draws: dict[str, Draw] = {}
+        self.lr_multipliers: dict[str, float] = {}
+        self.copies: set[str] = set()
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
@@ -34,8 +46,9 @@ class StageModule(MegatronModule):
                 local = key.replace(f"{prefix}layers.{first + i}.", f"{prefix}layers.{i}.", 1)
                 state[local] = value
         stage = parallel_state.get_pipeline_model_parallel_rank()
-        for name, parameter in self.named_parameters():
+        for name, _ in self.named_parameters():
             value = state.get(prefix + name)
-            if getattr(parameter, "shared", False) and isinstance(value, ShardedTensor):
+            copy = name in self.copies or name.partition(".")[0] in self.copies
+            if copy and isinstance(value, ShardedTensor):
                 value.replica_id = (stage, *value.replica_id[1:])  # another stage holds the original
         return {key.removeprefix(prefix): value for key, value in state.items()}

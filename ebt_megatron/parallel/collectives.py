@@ -84,18 +84,3 @@ class TensorGroup:
         if not self.sequence_parallel:
             return whole
         return whole.chunk(self.size)[self.rank]
-
-
-def add_gradient(parameter: torch.nn.Parameter, gradient: Tensor) -> None:
-    """Add to the gradient Megatron's data-parallel wrapper keeps (main_grad), or to .grad."""
-    gradient_buffer(parameter).add_(gradient)
-
-
-def gradient_buffer(parameter: torch.nn.Parameter) -> Tensor:
-    """The tensor gradients of a parameter are summed into: fp32 `main_grad` under Megatron's DDP."""
-    main = getattr(parameter, "main_grad", None)
-    if main is not None:
-        return main
-    if parameter.grad is None:
-        parameter.grad = torch.zeros_like(parameter)
-    return parameter.grad

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from ebt_megatron.config import ThinkingConfig
 from ebt_megatron.kernels import Kernels
-from ebt_megatron.parallel.collectives import TensorGroup, gradient_buffer
+from ebt_megatron.parallel.collectives import TensorGroup
+from ebt_megatron.parallel.parameters import gradient_buffer
 from ebt_megatron.prediction.plain_latents import PlainLatents
 
 

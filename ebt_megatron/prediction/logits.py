@@ -23,7 +23,8 @@ from torch import Tensor, nn
 
 from ebt_megatron.config import ThinkingConfig
 from ebt_megatron.kernels import Kernels, RefineStats
-from ebt_megatron.parallel.collectives import TensorGroup, gradient_buffer
+from ebt_megatron.parallel.collectives import TensorGroup
+from ebt_megatron.parallel.parameters import gradient_buffer
 from ebt_megatron.prediction.plain_logits import PlainText
 from ebt_megatron.prediction.stored_logits import Step, StoredLogits
 

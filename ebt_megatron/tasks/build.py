@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import torch
 from megatron.core import parallel_state
-from megatron.core.transformer import MegatronModule
 
 from ebt_megatron import kernels
 from ebt_megatron.config import Recipe
 from ebt_megatron.model.fp8 import require_products
 from ebt_megatron.model.initialization import initialize_weights
+from ebt_megatron.model.sharding import StageModule
 from ebt_megatron.parallel.setup import transformer_config
 from ebt_megatron.tasks.interface import Task
 
 
-def build_model(recipe: Recipe, task: Task) -> MegatronModule:
+def build_model(recipe: Recipe, task: Task) -> StageModule:
     """This pipeline stage's part of the recipe's model, with layout-free initial weights.
 
     Args:

@@ -187,7 +187,7 @@ class Images:
     ) -> DiffusionTransformer:
         """See `Task`: DiT."""
         config.has_cond_embedder = True  # type: ignore[attr-defined]  # of every stage: Megatron sums the gradients
-        condition = ConditionEmbedding(config, True, self.classes, on_every_stage=True, copy=not first)
+        condition = ConditionEmbedding(config, True, self.classes, shared=True)
         embedding = PatchEmbedding(config, self.grid, self.channels) if first else None
         return DiffusionTransformer(config, self.recipe, kernels, condition, embedding, self.channels, first, last)
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-from megatron.core.transformer import MegatronModule, TransformerConfig
+from megatron.core.transformer import TransformerConfig
 from torch import Tensor
 
 from ebt_megatron.config import Recipe, ThinkingConfig
@@ -15,6 +15,7 @@ from ebt_megatron.data.description import Description
 from ebt_megatron.data.loader import MicroBatch
 from ebt_megatron.kernels import Kernels
 from ebt_megatron.model.flops import Cost
+from ebt_megatron.model.sharding import StageModule
 from ebt_megatron.prediction.interface import Prediction
 
 
@@ -107,13 +108,11 @@ class Task(Protocol):
         """A micro-batch of the loader's as a model sees it, on `device`."""
         ...
 
-    def energy_model(self, config: TransformerConfig, kernels: Kernels, first: bool, last: bool) -> MegatronModule:
+    def energy_model(self, config: TransformerConfig, kernels: Kernels, first: bool, last: bool) -> StageModule:
         """This pipeline stage of the EBT: an `EnergyModel` with `modality: Embeddings` on the first stage."""
         ...
 
-    def feed_forward_model(
-        self, config: TransformerConfig, kernels: Kernels, first: bool, last: bool
-    ) -> MegatronModule:
+    def feed_forward_model(self, config: TransformerConfig, kernels: Kernels, first: bool, last: bool) -> StageModule:
         """This pipeline stage of the baseline: (observed, targets, segments) -> losses [S, B] on the last stage."""
         ...
 

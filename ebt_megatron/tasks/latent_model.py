@@ -10,8 +10,8 @@ from torch import Tensor
 from ebt_megatron.config import ThinkingConfig
 from ebt_megatron.kernels import Kernels
 from ebt_megatron.model.initialization import Draw
-from ebt_megatron.model.layers import replicated
 from ebt_megatron.parallel.collectives import TensorGroup
+from ebt_megatron.parallel.parameters import replicated
 from ebt_megatron.prediction.latents import LatentMap, LatentPrediction
 
 
@@ -26,7 +26,7 @@ class LinearMap(MegatronModule):
     def __init__(self, config: TransformerConfig, rows: int, columns: int):
         super().__init__(config)
         self.weight = replicated(torch.empty(rows, columns, dtype=config.params_dtype), config)
-        self.weight.draw = Draw.xavier(columns, rows)  # type: ignore[attr-defined]
+        self.draws = {"weight": Draw.xavier(columns, rows)}
         self.bias = replicated(torch.zeros(rows, dtype=config.params_dtype), config)
         self.group = TensorGroup(bool(config.sequence_parallel))
 

@@ -19,13 +19,11 @@ from ebt_megatron.prediction.logits import TextPrediction
 from ebt_megatron.prediction.logits_state import LogitsState
 
 
-def _embedding_table(config: TransformerConfig, padded_vocab_size: int, draw: Draw, scatter: bool):
-    table = VocabParallelEmbedding(
+def _embedding_table(config: TransformerConfig, padded_vocab_size: int, scatter: bool) -> VocabParallelEmbedding:
+    return VocabParallelEmbedding(
         padded_vocab_size, config.hidden_size, init_method=config.init_method,
         reduce_scatter_embeddings=scatter, config=config,
     )  # fmt: skip
-    table.weight.draw = draw
-    return table
 
 
 class TokenEmbedding(MegatronModule):
@@ -33,8 +31,8 @@ class TokenEmbedding(MegatronModule):
 
     def __init__(self, config: TransformerConfig, vocab_size: int, padded_vocab_size: int, initialization: str):
         super().__init__(config)
-        draw = draw_of_embedding(vocab_size, config.hidden_size, initialization)
-        self.table = _embedding_table(config, padded_vocab_size, draw, bool(config.sequence_parallel))
+        self.table = _embedding_table(config, padded_vocab_size, bool(config.sequence_parallel))
+        self.draws = {"table.weight": draw_of_embedding(vocab_size, config.hidden_size, initialization)}
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Tokens [B, S] -> [S(/TP), B, D]."""
@@ -52,7 +50,7 @@ class TextOutput(MegatronModule):
             config.hidden_size, padded_vocab_size, config=config, init_method=config.init_method,
             bias=False, gather_output=False,
         )  # fmt: skip
-        self.projection.weight.draw = Draw.xavier(config.hidden_size, vocab_size)
+        self.draws = {"projection.weight": Draw.xavier(config.hidden_size, vocab_size)}
 
     def logits(self, h: Tensor) -> Tensor:
         """Hidden [S(/TP), B, D] -> logits [S, B, V / TP]; padded entries never win."""
@@ -86,8 +84,9 @@ class TextEmbeddings(MegatronModule):
         rule = recipe.model.initialization
         self.context = TokenEmbedding(config, vocab_size, padded_vocab_size, rule)
         # Never looked up by token: the vocabulary kernels multiply distributions with its weight.
+        self.prediction_embedding = _embedding_table(config, padded_vocab_size, scatter=False)
         draw = draw_of_predictions(vocab_size, config.hidden_size, recipe.thinking.step_size, rule)
-        self.prediction_embedding = _embedding_table(config, padded_vocab_size, draw, scatter=False)
+        self.draws = {"prediction_embedding.weight": draw}
 
     def prediction(
         self,

@@ -38,7 +38,8 @@ from torch import Tensor, nn
 from ebt_megatron.config import ThinkingConfig
 from ebt_megatron.core.randomness import STEP_SIZE_STREAM, uniform
 from ebt_megatron.model.reuse import Tape
-from ebt_megatron.parallel.collectives import TensorGroup, add_gradient
+from ebt_megatron.parallel.collectives import TensorGroup
+from ebt_megatron.parallel.parameters import gradient_buffer
 from ebt_megatron.prediction.interface import EnergyModel, Prediction, PredictionAdjoint
 from ebt_megatron.thinking.plan import Plan
 
@@ -209,7 +210,7 @@ class Descent:
     def _add_step_size_gradient(self, slope: Tensor) -> None:
         """dL/dalpha = -<lambda, g>; slope [S, B] = <lambda, g> per position."""
         if self.step_size.requires_grad:
-            add_gradient(self.step_size, -(self.alpha_slope * slope).sum())
+            gradient_buffer(self.step_size).add_(-(self.alpha_slope * slope).sum())
 
 
 class Thinker:

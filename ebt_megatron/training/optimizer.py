@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -122,32 +122,27 @@ def wrap(model_chunks: Sequence[torch.nn.Module], recipe: Recipe) -> list[Distri
     return wrapped
 
 
-def build_optimizer(model_chunks: Sequence[DistributedDataParallel], recipe: Recipe) -> MegatronOptimizer:
+def build_optimizer(
+    model_chunks: Sequence[DistributedDataParallel], recipe: Recipe, lr_multipliers: Mapping[str, float]
+) -> MegatronOptimizer:
     """AdamW with its parameter groups, sharded over data-parallel ranks if the recipe says so.
 
-    - no weight decay: parameters of at most one dimension, or with attribute `no_weight_decay`;
-    - attribute `lr_multiplier` (a float): that many times the learning rate (the learned step size).
+    Parameters of at most one dimension have no weight decay.
 
     Args:
         model_chunks: from `wrap`.
         recipe: `optimizer.*`, `training.precision` and `parallel.distributed_optimizer`.
+        lr_multipliers: of parameters that learn at so many times the learning rate, by name in the model.
     """
     options = recipe.optimizer
     assert options.lr is not None
     bf16 = recipe.training.precision != "fp32"
-    multipliers = sorted(
-        {p.lr_multiplier for c in model_chunks for p in c.module.parameters() if hasattr(p, "lr_multiplier")}
-    )
-    no_decay = ParamPredicate("no weight decay", lambda p: p.ndim <= 1 or hasattr(p, "no_weight_decay"))
+    no_decay = ParamPredicate("no weight decay", lambda p: p.ndim <= 1)
     overrides: dict[ParamKey, dict[str, float]] = {ParamKey(predicate=no_decay): {"wd_mult": 0.0}}
-    for multiplier in multipliers:
+    for name, multiplier in lr_multipliers.items():
         lr = options.lr * multiplier
-        key = ParamKey(
-            predicate=ParamPredicate(
-                f"lr x {multiplier}", lambda p, m=multiplier: getattr(p, "lr_multiplier", None) == m
-            )
-        )
-        overrides[key] = {"max_lr": lr, "min_lr": lr * options.min_lr_ratio, "lr_mult": multiplier}
+        named = ParamKey(name=f"module.{name}")  # in the wrapper
+        overrides[named] = {"max_lr": lr, "min_lr": lr * options.min_lr_ratio, "lr_mult": multiplier}
     with _our_adamw():
         return megatron_optimizer.get_megatron_optimizer(
             OptimizerConfig(

@@ -54,7 +54,7 @@ class Trainer:
         self.model = build_model(recipe, task).to(self.state.device)
         self.objective = build_objective(self.model, recipe, task, self.state, self.timers)
         self.chunks = wrap([self.model], recipe)
-        self.optimizer = build_optimizer(self.chunks, recipe)
+        self.optimizer = build_optimizer(self.chunks, recipe, self.model.lr_multipliers)
         self.scheduler = build_scheduler(self.optimizer, recipe)
 
     def train_step(self, micro_batches: Sequence[MicroBatch], iteration: int) -> StepResult:

@@ -17,9 +17,10 @@ from torch import Tensor, nn
 
 from ebt_megatron import kernels
 from ebt_megatron.core.randomness import stable_seed
-from ebt_megatron.model.initialization import mark_tensor_parallel, named_weights
-from ebt_megatron.model.layers import modulate, replicated
-from ebt_megatron.parallel.collectives import TensorGroup, gradient_buffer
+from ebt_megatron.model.initialization import named_weights
+from ebt_megatron.model.layers import modulate
+from ebt_megatron.parallel.collectives import TensorGroup
+from ebt_megatron.parallel.parameters import cut_dimension, gradient_buffer, mark_tensor_parallel, replicated
 from ebt_megatron.parallel.setup import transformer_config
 from tests import builders
 
@@ -92,17 +93,17 @@ class JointToy(MegatronModule):
     @staticmethod
     def whole_shape(parameter):
         shape = list(parameter.shape)
-        if getattr(parameter, "tensor_model_parallel", False):
-            shape[parameter.partition_dim] *= parallel_state.get_tensor_model_parallel_world_size()
+        if (dim := cut_dimension(parameter)) is not None:
+            shape[dim] *= parallel_state.get_tensor_model_parallel_world_size()
         return shape
 
     @staticmethod
     def part(whole, parameter):
         """What this rank holds of a whole weight, or of its gradient."""
-        if not getattr(parameter, "tensor_model_parallel", False):
+        if (dim := cut_dimension(parameter)) is None:
             return whole
         size, rank = TensorGroup().size, TensorGroup().rank
-        return whole.chunk(size, parameter.partition_dim)[rank]
+        return whole.chunk(size, dim)[rank]
 
     def context(self, h, length, segments, step=0):
         read = []

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from ebt_megatron.parallel.collectives import TensorGroup
+from ebt_megatron.parallel.parameters import cut_dimension
 from ebt_megatron.thinking import double_backward
 from ebt_megatron.thinking.dual_stream import Descent, Thinker
 from ebt_megatron.thinking.pipeline import Pipeline
@@ -123,8 +124,8 @@ def on_layout(overrides):
 
 
 def how_to_join(parameter):
-    if getattr(parameter, "tensor_model_parallel", False):
-        return parameter.partition_dim
+    if (dim := cut_dimension(parameter)) is not None:
+        return dim
     return "sum" if getattr(parameter, "sequence_parallel", False) else "same"
 
 

@@ -7,9 +7,9 @@ from megatron.core import tensor_parallel
 from megatron.core.transformer import MegatronModule
 
 from ebt_megatron.config import Recipe, load_recipe
-from ebt_megatron.model.initialization import mark_tensor_parallel
 from ebt_megatron.model.sharding import StageModule
 from ebt_megatron.parallel import setup
+from ebt_megatron.parallel.parameters import mark_tensor_parallel
 from ebt_megatron.training import optimizer as optim
 
 WIDTH, HIDDEN, VOCAB, BATCH = 8, 12, 16, 8
@@ -53,7 +53,7 @@ class Toy(StageModule):
                 reduce_scatter_embeddings=config.sequence_parallel,
             )  # fmt: skip
             self.scale = torch.nn.Parameter(torch.tensor(2.0))
-            self.scale.lr_multiplier = 10.0
+            self.lr_multipliers["scale"] = 10.0
             self.scale.sequence_parallel = config.sequence_parallel  # it reads this rank's positions
         self.layers = torch.nn.ModuleList(Block(config) for _ in range(2 // state.pipeline_size))
         mark_tensor_parallel(self)
@@ -93,7 +93,7 @@ class Run:
         self.state = setup.initialize(recipe.parallel, recipe.training.seed)
         config = setup.transformer_config(recipe)
         self.chunks = optim.wrap([Toy(config, self.state)], recipe)
-        self.optimizer = optim.build_optimizer(self.chunks, recipe)
+        self.optimizer = optim.build_optimizer(self.chunks, recipe, self.model.lr_multipliers)
         self.scheduler = optim.build_scheduler(self.optimizer, recipe)
         self.step = 0
 
