@@ -29,6 +29,7 @@ def evaluate(run: TrainedRun, steps: int | None = None, example: bool = True) ->
         example: also follow one prediction (one process only).
     """
     from ebt_megatron.evaluation.validation import validate
+    from ebt_megatron.objectives.energy import EnergyObjective
 
     objective, task = run.objective, run.task
     trained = run.recipe.thinking.max_steps if objective.thinks else 1
@@ -50,9 +51,9 @@ def evaluate(run: TrainedRun, steps: int | None = None, example: bool = True) ->
         "tokens": run.tokens, "positions": result.positions, "trained_steps": trained, "thinking": rows,
     }  # fmt: skip
     out |= {name: value for name, value in result.measures.items() if name not in per_step}
-    if objective.thinks and example and run.state.world_size == 1:
+    if isinstance(objective, EnergyObjective) and example and run.state.world_size == 1:
         sample = task.sample(next(iter(run.data["validation"])), run.state.device)
-        if (worked := task.example(objective, sample, most)) is not None:
+        if (worked := task.example(sample, objective.thinker(sample), most)) is not None:
             out["example"] = worked
     return out
 

@@ -17,6 +17,12 @@ from ebt_megatron.model.layers import Attend, RMSNorm, Rotary, layer_spec
 from ebt_megatron.model.sharding import StageModule
 
 
+def layers_of_stage(config: TransformerConfig, make: Callable[[], nn.Module]) -> nn.ModuleList:
+    """A stage's share of the model's layers."""
+    assert config.num_layers
+    return nn.ModuleList(make() for _ in range(config.num_layers // config.pipeline_model_parallel_size))
+
+
 class LayerStage(StageModule):
     """A pipeline stage of layers of any kind, which can be computed again for the backward pass.
 
@@ -31,11 +37,6 @@ class LayerStage(StageModule):
         super().__init__(config)
         self.pre_process, self.post_process = pre_process, post_process
         self.recompute_layers = recipe.model.recompute_layers
-
-    def layers_of(self, make: Callable[[], nn.Module]) -> nn.ModuleList:
-        """This stage's share of the model's layers."""
-        assert self.config.num_layers
-        return nn.ModuleList(make() for _ in range(self.config.num_layers // self.config.pipeline_model_parallel_size))
 
     def maybe_recomputed(self, function: Callable[..., Any], *args: Any, kept: bool = False, **kwargs: Any) -> Any:
         """What `function` returns; under `model.recompute_layers` it keeps its inputs alone for the backward pass.
@@ -70,7 +71,7 @@ class Backbone(LayerStage):
         config, recipe, kernels = self.config, self.recipe, self.kernels
         assert config.kv_channels
         spec = layer_spec(recipe.model, kernels, fp8=recipe.training.precision == "fp8")
-        self.layers = self.layers_of(lambda: build_module(spec, config))
+        self.layers = layers_of_stage(config, lambda: build_module(spec, config))
         if self.post_process:
             self.final_norm = RMSNorm(config, kernels)
         self.rotary = Rotary(config.kv_channels, recipe.model.rotary_base)

@@ -62,6 +62,8 @@ class EnergyTransformer(Landscapes, Backbone):
         model, thinking = recipe.model, recipe.thinking
         self.conditioning, self.energy_head = model.conditioning, model.energy_head
         self.num_landscapes = thinking.max_steps
+        self.context_sees_step = model.conditioning in ("time_embed_sequence", "adaln_sequence")
+        self.step_tokens = int(model.conditioning == "time_embed_sequence")
         self.modality = modality
         width, dtype = config.hidden_size, config.params_dtype
         adaptive = model.conditioning.startswith("adaln")
@@ -82,16 +84,6 @@ class EnergyTransformer(Landscapes, Backbone):
             self.draws["head"] = Draw.xavier(width, 1)
             if self.energy_head == "quadratic":
                 self.curvature = replicated(-torch.ones(width, dtype=dtype), config)
-
-    @property
-    def context_sees_step(self) -> bool:
-        """Whether the context must be computed anew for each thinking step."""
-        return self.conditioning in ("time_embed_sequence", "adaln_sequence")
-
-    @property
-    def step_tokens(self) -> int:
-        """How many positions the step itself takes before the sequence: 1 or none."""
-        return int(self.conditioning == "time_embed_sequence")
 
     def _condition(self, step: int) -> Tensor | None:
         """[1, D], what adaptive normalisation is conditioned by, if there is any."""

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ebt_megatron.config import Recipe
 from ebt_megatron.kernels import Kernels
-from ebt_megatron.model.backbone import Landscapes, LayerStage, Scheduled
+from ebt_megatron.model.backbone import Landscapes, LayerStage, Scheduled, layers_of_stage
 from ebt_megatron.model.initialization import Draw, draw_of_embedding
 from ebt_megatron.model.layers import Modulation, gated, modulate
 from ebt_megatron.model.reuse import Tape
@@ -93,7 +93,7 @@ class JointStage(LayerStage):
                  post_process: bool):  # fmt: skip
         super().__init__(config, recipe, pre_process, post_process)
         self.kernels = kernels
-        self.layers = self.layers_of(lambda: JointLayer(config, kernels))
+        self.layers = layers_of_stage(config, lambda: JointLayer(config, kernels))
         if post_process:
             self.final_modulation = Modulation(config, parts=2, zero=True)
 

@@ -88,11 +88,6 @@ class Prediction(Protocol):
         """The model's input for the current state, [S(/TP), B, D]."""
         ...
 
-    @property
-    def embedded(self) -> Tensor:
-        """What `embed` returned last."""
-        ...
-
     def refine(self, energy_grad: Tensor, alpha: Tensor) -> Tensor:
         """Form the next state y', which `advance` makes the current one.
 

@@ -47,6 +47,12 @@ class LatentMap:
         """The same of a direction in latents: neither bias nor position."""
         return F.linear(self.group.own_positions(values).to(self.weight.dtype), self.weight.detach())
 
+    def unit_direction(self, values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """A direction [S, B, C] as `Prediction.tangent` returns it, and of unit length."""
+        norm = values.norm(dim=-1).clamp_min(torch.finfo(values.dtype).tiny)
+        along = values / norm[..., None]
+        return self.direction(along), norm, along
+
     def back(self, grad: Tensor) -> Tensor:
         """A gradient by hidden states [S(/TP), B, D] as one by latents [S, B, C], whole on every rank."""
         wide = torch.promote_types(grad.dtype, torch.float32)
@@ -62,6 +68,11 @@ class LatentMap:
         weight, bias = gradient_buffer(self.weight), gradient_buffer(self.bias)
         weight.add_(both.to(weight.dtype).mT @ read.to(weight.dtype))
         bias.add_(x_grad.to(bias.dtype).sum((0, 1)))
+
+
+def _loss_gradient(y: Tensor, target: Tensor) -> Tensor:
+    """dloss/dy, [S, B, C]."""
+    return (y - target).clamp(-1, 1) / y.shape[-1]
 
 
 @dataclass
@@ -112,7 +123,7 @@ class LatentPrediction:
         self.kernels.add_noise_(noise, keys, 0, std, self.seed)
         return noise.view_as(self.target)
 
-    def langevin(self, step: int) -> Tensor | float:
+    def _langevin(self, step: int) -> Tensor | float:
         """The Langevin noise before step `step`."""
         return self._noise(1 + step, self.thinking.langevin_noise) if self.thinking.langevin_noise > 0 else 0.0
 
@@ -120,21 +131,11 @@ class LatentPrediction:
 
     def perturb(self, step: int) -> None:
         """See `Prediction`."""
-        self.y = self.y + self.langevin(step)
+        self.y = self.y + self._langevin(step)
 
     def embed(self) -> Tensor:
         """See `Prediction`."""
-        self._embedded = self.map(self.y)
-        return self._embedded
-
-    @property
-    def embedded(self) -> Tensor:
-        """See `Prediction`."""
-        return self._embedded
-
-    def loss_gradient(self, y: Tensor) -> Tensor:
-        """dloss/dy, [S, B, C]."""
-        return (y - self.target).clamp(-1, 1) / y.shape[-1]
+        return self.map(self.y)
 
     def refine(self, energy_grad: Tensor, alpha: Tensor) -> Tensor:
         """See `Prediction`."""
@@ -144,17 +145,13 @@ class LatentPrediction:
 
     def slope(self) -> Tensor:
         """See `Prediction`."""
-        return (self.loss_gradient(self.step.following) * self.step.g).sum(-1)
-
-    def direct(self, gradient: Tensor) -> tuple[Tensor, Tensor]:
-        """A direction [S, B, C] as `tangent` returns it, for `backward` to use."""
-        norm = gradient.norm(dim=-1).clamp_min(torch.finfo(gradient.dtype).tiny)
-        self._along = gradient / norm[..., None]
-        return self.map.direction(self._along), norm
+        return (_loss_gradient(self.step.following, self.target) * self.step.g).sum(-1)
 
     def tangent(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         """See `Prediction`."""
-        return self.direct(weight[..., None].to(self.y.dtype) * self.loss_gradient(self.step.following))
+        gradient = weight[..., None].to(self.y.dtype) * _loss_gradient(self.step.following, self.target)
+        xt, norm, self._along = self.map.unit_direction(gradient)
+        return xt, norm
 
     def backward(self, x_grad: Tensor, xt_grad: Tensor) -> None:
         """See `Prediction`."""
@@ -179,7 +176,7 @@ class LatentPrediction:
 
     def plain(self) -> PlainLatents:
         """See `Prediction`; call it before the first step."""
-        noise = self.langevin if self.thinking.langevin_noise > 0 else None
+        noise = self._langevin if self.thinking.langevin_noise > 0 else None
         return PlainLatents(self.y, self.map.weight, self.map.bias, self.map.positions, self.target, noise)
 
 
@@ -195,7 +192,7 @@ class LatentAdjoint:
 
     def add_loss_gradient(self, step: int, weight: Tensor) -> None:
         """See `PredictionAdjoint`."""
-        gradient = self.prediction.loss_gradient(self.prediction.history[step].following)
+        gradient = _loss_gradient(self.prediction.history[step].following, self.prediction.target)
         self.value = self.value + weight[..., None].to(gradient.dtype) * gradient
 
     def rewind(self, step: int) -> None:
@@ -209,11 +206,12 @@ class LatentAdjoint:
 
     def tangent(self) -> tuple[Tensor, Tensor]:
         """See `PredictionAdjoint`."""
-        return self.prediction.direct(self.value)
+        xt, norm, self._along = self.prediction.map.unit_direction(self.value)
+        return xt, norm
 
     def backward(self, x_grad: Tensor, xt_grad: Tensor) -> None:
         """See `PredictionAdjoint`."""
-        self.prediction.backward(x_grad, xt_grad)
+        self.prediction.map.add_gradients(x_grad, self.prediction.y, xt_grad, self._along)
         self.value = self.value + self.prediction.map.back(x_grad).to(self.value.dtype)
 
     def past(self) -> None:

@@ -16,7 +16,8 @@ embedded prediction x = p W, and by `thinking.step_rule`
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +28,38 @@ from ebt_megatron.parallel.collectives import TensorGroup
 from ebt_megatron.parallel.parameters import gradient_buffer
 from ebt_megatron.prediction.plain_logits import PlainText
 from ebt_megatron.prediction.stored_logits import Step, StoredLogits
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Positions [S, B] as rows of the logits, S * B of them.
+
+    Attributes:
+        length, batch: S, B.
+        group: the tensor-parallel group.
+        dtype: of numbers by row.
+    """
+
+    length: int
+    batch: int
+    group: TensorGroup
+    dtype: torch.dtype
+
+    def positions(self, flat: Tensor) -> Tensor:
+        """Rows [S * B, ...] -> [S, B, ...]."""
+        return flat.view(self.length, self.batch, *flat.shape[1:])
+
+    def own(self, flat: Tensor) -> Tensor:
+        """Numbers by row [S * B] as factors of this rank's hidden states, [S(/TP), B, 1]."""
+        return self.group.own_positions(self.positions(flat))[..., None]
+
+    def flat(self, hidden: Tensor) -> Tensor:
+        """Hidden states [S(/TP), B, D] -> [S * B, D]."""
+        return self.group.from_hidden(hidden).flatten(0, 1).to(self.dtype)
+
+    def hidden(self, partial: Tensor) -> Tensor:
+        """Rows [S * B, D], each rank's part of a sum, -> hidden states [S(/TP), B, D]."""
+        return self.group.to_hidden(self.positions(partial))
 
 
 def joined(parts: Sequence[Tensor]) -> Tensor:
@@ -61,16 +94,17 @@ class TextPrediction:
         start: Tensor | None,
     ):
         self.kernels, self.table, self.group = kernels, table, group
-        self.batch, self.length = targets.shape
+        batch, length = targets.shape
         local = table.shape[0]
         offset = local * group.rank
         self.valid = min(max(vocab_size - offset, 0), local)
         target = targets.t().reshape(-1) - offset
         self.target = torch.where((target >= 0) & (target < self.valid), target, -1)
         self.stored = StoredLogits(
-            kernels, table, self.valid, offset, (self.length, self.batch), sample_ids, thinking, seed, start
+            kernels, table, self.valid, offset, (length, batch), sample_ids, thinking, seed, start
         )
-        self.dtype, self.rule, self.thinking = self.stored.dtype, self.stored.rule, thinking
+        self.rows = Rows(length, batch, group, self.stored.dtype)
+        self.rule, self.thinking = self.stored.rule, thinking
         self.history: list[tuple[Step, Tensor]] = []  # of each step: itself, and the log-sum-exp it ended with
         self.end: Tensor | None = None  # the last prediction, where going back overwrites it
 
@@ -89,33 +123,15 @@ class TextPrediction:
         """Langevin noise before step `step`."""
         self.stored.perturb(step)
 
-    def parts_of_step(self) -> Iterator[tuple[slice, Tensor, Step]]:
-        """Rows, their logits, and what the step from them is made of."""
-        for rows, y in self.stored.parts():
-            yield rows, y, self.step.of(rows)
-
     @property
     def logits(self) -> Tensor:
         """The current logits [S, B, V / TP]."""
-        return self.stored.whole().to(self.dtype).view(self.length, self.batch, -1)
-
-    def most_likely(self) -> Tensor:
-        """The token that the current prediction gives the highest probability; int64 [S, B], the same on every rank."""
-        parts = [y[:, : self.valid].max(1) for _, y in self.stored.parts()] if self.valid else []
-        if parts:
-            values, columns = joined([v for v, _ in parts]), joined([c for _, c in parts]) + self.stored.column_offset
-        else:  # a rank that holds padding alone
-            values = torch.full_like(self.target, -math.inf, dtype=self.dtype)
-            columns = self.target
-        best = self.group.max(values)
-        # Of ranks that have it, the one of the lowest token.
-        token = -self.group.max(torch.where(values == best, -columns, torch.iinfo(torch.int64).min))
-        return token.view(self.length, self.batch)
+        return self.rows.positions(self.stored.whole().to(self.rows.dtype))
 
     @property
     def final(self) -> Tensor:
         """The logits at the end of thinking as they are stored, [S, B, V / TP], for the replay buffer."""
-        return (self.stored.whole() if self.end is None else self.end).view(self.length, self.batch, -1)
+        return self.rows.positions(self.stored.whole() if self.end is None else self.end)
 
     # --- one step -----------------------------------------------------------------------
 
@@ -125,21 +141,8 @@ class TextPrediction:
         x, lse = (joined(t) for t in zip(*parts, strict=True))
         self.lse = self.group.log_sum_exp(lse)
         x = x * (lse - self.lse).exp()[:, None]
-        self.x = self.group.to_hidden(self.as_hidden(x))
-        return self.embedded
-
-    @property
-    def embedded(self) -> Tensor:
-        """What `embed` returned last."""
+        self.x = self.rows.hidden(x)
         return self.x.to(self.table.dtype)
-
-    def as_hidden(self, flat: Tensor) -> Tensor:
-        """[S * B, D] -> [S, B, D]."""
-        return flat.view(self.length, self.batch, -1)
-
-    def as_flat(self, hidden: Tensor) -> Tensor:
-        """[S(/TP), B, D] -> [S * B, D], of the logits' dtype."""
-        return self.group.from_hidden(hidden).flatten(0, 1).to(self.dtype)
 
     def refine(self, energy_grad: Tensor, alpha: Tensor) -> Tensor:
         """Form the next prediction, without storing it.
@@ -152,11 +155,11 @@ class TextPrediction:
             The cross-entropy of the next prediction per position, [S, B].
         """
         centre = self.group.from_hidden((self.x * energy_grad).sum(-1)).flatten()
-        self.step = Step(self.lse, self.as_flat(energy_grad), centre, alpha.flatten().to(self.dtype))
+        self.step = Step(self.lse, self.rows.flat(energy_grad), centre, alpha.flatten().to(self.rows.dtype))
         stats = RefineStats.join([
             self.kernels.vocab_refine(y, s.lse, self.table.detach(), self.valid, s.energy_grad, s.centre, s.alpha,
                                       self.target[t], self.rule, self.stored.next)
-            for t, y, s in self.parts_of_step()
+            for t, y, s in self.stored.parts_of(self.step)
         ])  # fmt: skip
         self.lse_next = self.group.log_sum_exp(stats.lse_next)
         part = (stats.lse_next - self.lse_next).exp()
@@ -176,11 +179,11 @@ class TextPrediction:
             self._slope = along - centre * self._mean
         else:
             self._mean, self._slope = torch.zeros_like(mean), along
-        return loss.view(self.length, self.batch)
+        return self.rows.positions(loss)
 
     def slope(self) -> Tensor:
         """<dloss/dy', g> per position [S, B]: minus the loss's derivative by the step size."""
-        return self._slope.view(self.length, self.batch)
+        return self.rows.positions(self._slope)
 
     def tangent(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         """The direction to learn along: the loss's gradient lambda, divided by 1 - p'[target] per position.
@@ -195,17 +198,15 @@ class TextPrediction:
             The tangent's embedding [S(/TP), B, D], and the norms [S, B] taken out of it
             (which include `weight`).
         """
-        numerator = self.group.to_hidden(self.as_hidden(self._lambda_embedded))
-        mean = self.group.own_positions(self._mean.view(self.length, self.batch))
-        norm = self._norm.view(self.length, self.batch)
+        rows = self.rows
         self._scale, self._scaled_mean = 1 / self._norm, self._mean / self._norm
-        xt = (numerator - mean[..., None] * self.x) / self.group.own_positions(norm)[..., None]
-        return xt.to(self.table.dtype), norm * weight
+        xt = (rows.hidden(self._lambda_embedded) - rows.own(self._mean) * self.x) / rows.own(self._norm)
+        return xt.to(self.table.dtype), rows.positions(self._norm) * weight
 
     def backward(self, x_grad: Tensor, xt_grad: Tensor) -> None:
         """Take gradients at the embedded value and tangent [S(/TP), B, D] to the embedding."""
-        x_grad, xt_grad = self.as_flat(x_grad), self.as_flat(xt_grad)
-        for t, y, s in self.parts_of_step():
+        x_grad, xt_grad = self.rows.flat(x_grad), self.rows.flat(xt_grad)
+        for t, y, s in self.stored.parts_of(self.step):
             self.kernels.vocab_backward(
                 y, s.lse, self.table.detach(), self.valid, s.energy_grad, s.centre, s.alpha, self.target[t],
                 self.rule, self.lse_next[t], self._scale[t], self._scaled_mean[t], x_grad[t], xt_grad[t],
@@ -235,6 +236,21 @@ class TextPrediction:
         )  # fmt: skip
 
 
+def most_likely(prediction: TextPrediction) -> Tensor:
+    """The token that a prediction gives the highest probability; int64 [S, B], the same on every rank."""
+    valid, stored, group = prediction.valid, prediction.stored, prediction.group
+    parts = [y[:, :valid].max(1) for _, y in stored.parts()] if valid else []
+    if parts:
+        values, columns = joined([v for v, _ in parts]), joined([c for _, c in parts]) + stored.column_offset
+    else:  # a rank that holds padding alone
+        values = torch.full_like(prediction.target, -math.inf, dtype=prediction.rows.dtype)
+        columns = prediction.target
+    best = group.max(values)
+    # Of ranks that have it, the one of the lowest token.
+    token = -group.max(torch.where(values == best, -columns, torch.iinfo(torch.int64).min))
+    return prediction.rows.positions(token)
+
+
 class LogitsAdjoint:
     """The adjoint dL/dy on the way back through the steps of a micro-batch, a `PredictionAdjoint`.
 
@@ -252,14 +268,14 @@ class LogitsAdjoint:
         if prediction.thinking.replay.enabled:
             prediction.end = self.stored.whole().clone()
         self.value = torch.zeros(
-            self.stored.rows.stop, self.table.shape[0], dtype=prediction.dtype, device=self.table.device
+            self.stored.rows.stop, self.table.shape[0], dtype=prediction.rows.dtype, device=self.table.device
         )
 
     def add_loss_gradient(self, step: int, weight: Tensor) -> None:
         """+= weight * dloss/dy at the prediction after step `step`; weight [S, B]."""
         if self.stored.perturbed > step + 1:  # `rewind` to the step after it has put noise on it
             self.stored.unperturb(step + 1)
-        weight, lse_next = weight.flatten().to(self.prediction.dtype), self.prediction.history[step][1]
+        weight, lse_next = weight.flatten().to(self.prediction.rows.dtype), self.prediction.history[step][1]
         for t, y in self.stored.parts():
             target = self.prediction.target[t]
             self.kernels.vocab_adjoint(y, lse_next[t], target, weight[t], self.valid, self.value[t])
@@ -275,33 +291,32 @@ class LogitsAdjoint:
         parts = [
             self.kernels.vocab_dot_step(y, s.lse, self.table.detach(), self.valid, s.energy_grad, s.centre, self.rule,
                                         self.value[t])
-            for t, y, s in self.prediction.parts_of_step()
+            for t, y, s in self.stored.parts_of(self.prediction.step)
         ]  # fmt: skip
         sums = torch.stack([joined(part) for part in zip(*parts, strict=True)])
         slope, self._mean = self.prediction.group.sum(sums)
-        return slope.view(self.prediction.length, self.prediction.batch)
+        return self.prediction.rows.positions(slope)
 
     def tangent(self) -> tuple[Tensor, Tensor]:
         """As `Prediction.tangent`, along the adjoint; call after `rewind`, `slope` and `embed`."""
-        prediction, group = self.prediction, self.prediction.group
+        prediction, rows = self.prediction, self.prediction.rows
         parts = [
             self.kernels.vocab_tangent(y, prediction.lse[t], self.table.detach(), self.valid, self.rule, self.value[t])
             for t, y in self.stored.parts()
         ]
         norm2, embedded = (joined(part) for part in zip(*parts, strict=True))
-        norm = group.sum(norm2).sqrt().clamp_min(1e-30)
+        norm = prediction.group.sum(norm2).sqrt().clamp_min(1e-30)
         self._scale, self._scaled_mean = 1 / norm, self._mean / norm
-        own, shape = group.own_positions, (prediction.length, prediction.batch, 1)
-        xt = group.to_hidden(prediction.as_hidden(embedded))
+        xt = rows.hidden(embedded)
         if self.rule.by_logits:
-            xt = xt - own(self._mean.view(shape)) * prediction.x
-        self.xt = xt / own(norm.view(shape))
-        return self.xt.to(self.table.dtype), norm.view(shape[:2])
+            xt = xt - rows.own(self._mean) * prediction.x
+        self.xt = xt / rows.own(norm)
+        return self.xt.to(self.table.dtype), rows.positions(norm)
 
     def backward(self, x_grad: Tensor, xt_grad: Tensor) -> None:
         """As `Prediction.backward`, without advancing; the adjoint becomes that before the step."""
         prediction = self.prediction
-        x, xt, x_grad, xt_grad = (prediction.as_flat(h) for h in (prediction.x, self.xt, x_grad, xt_grad))
+        x, xt, x_grad, xt_grad = (prediction.rows.flat(h) for h in (prediction.x, self.xt, x_grad, xt_grad))
         for t, y in self.stored.parts():
             self.kernels.vocab_dense_backward(
                 y, prediction.lse[t], self.table.detach(), self.valid, self.rule, self.value[t], self._scale[t],

@@ -112,6 +112,11 @@ class StoredLogits:
             buffer = y if buffer is None else buffer
             yield rows, y
 
+    def parts_of(self, step: Step) -> Iterator[tuple[slice, Tensor, Step]]:
+        """The same, with what a step from them is made of."""
+        for rows, y in self.parts():
+            yield rows, y, step.of(rows)
+
     def whole(self) -> Tensor:
         """All logits, as they are stored."""
         return self._make(self.rows) if self.y is None else self.y

@@ -25,6 +25,7 @@ from ebt_megatron.tasks.diffusion import NoiseSchedule
 from ebt_megatron.tasks.interface import NoMeter, Sample
 from ebt_megatron.tasks.latent_model import LatentEmbedding
 from ebt_megatron.tasks.latents import check_latents, decoder_of
+from ebt_megatron.thinking.dual_stream import Thinker
 
 
 class PatchEmbedding(LatentEmbedding):
@@ -207,7 +208,7 @@ class Images:
         """A smooth L1 loss, or a DiT's mean squared error of the noise, is what it is."""
         return {}
 
-    def example(self, objective: Any, sample: Sample, steps: int) -> None:
+    def example(self, sample: Sample, thinker: Thinker, steps: int) -> None:
         """Pictures are shown by `tools.images`."""
 
 

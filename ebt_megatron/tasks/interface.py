@@ -17,6 +17,7 @@ from ebt_megatron.kernels import Kernels
 from ebt_megatron.model.flops import Cost
 from ebt_megatron.model.sharding import StageModule
 from ebt_megatron.prediction.interface import Prediction
+from ebt_megatron.thinking.dual_stream import Thinker
 
 
 @dataclass
@@ -128,8 +129,14 @@ class Task(Protocol):
         """A validation loss in the modality's own terms, by name (text: perplexity)."""
         ...
 
-    def example(self, objective: Any, sample: Sample, steps: int) -> dict[str, Any] | None:
-        """Thinking about one thing followed in detail, for the report; None: there is nothing to show."""
+    def example(self, sample: Sample, thinker: Thinker, steps: int) -> dict[str, Any] | None:
+        """Thinking about one thing followed in detail, for the report; None: there is nothing to show.
+
+        Args:
+            sample: a micro-batch, on one process.
+            thinker: of it, ready to think.
+            steps: to follow.
+        """
         ...
 
 

@@ -18,8 +18,10 @@ from ebt_megatron.kernels import Kernels
 from ebt_megatron.model.energy import EnergyTransformer
 from ebt_megatron.model.flops import Cost, cost
 from ebt_megatron.model.transformer import TransformerLM
+from ebt_megatron.prediction.logits import TextPrediction, most_likely
 from ebt_megatron.tasks.interface import Sample
 from ebt_megatron.tasks.text_model import TextEmbeddings, TextOutput, TokenEmbedding
+from ebt_megatron.thinking.dual_stream import Thinker
 
 
 def perplexity(loss: float) -> float:
@@ -92,7 +94,7 @@ class Text:
         """Its perplexity."""
         return {"perplexity": perplexity(loss)}
 
-    def example(self, objective: Any, sample: Sample, steps: int) -> dict[str, Any] | None:
+    def example(self, sample: Sample, thinker: Thinker, steps: int) -> dict[str, Any] | None:
         """See `Task`."""
         if self.tokenizer_file is None:
             return None
@@ -100,7 +102,7 @@ class Text:
 
         from ebt_megatron.tasks.text_example import worked_example
 
-        return worked_example(objective, sample, steps, Tokenizer.from_file(str(self.tokenizer_file)))
+        return worked_example(sample, thinker, steps, Tokenizer.from_file(str(self.tokenizer_file)))
 
 
 class TextMeter:
@@ -116,7 +118,7 @@ class TextMeter:
         self.counts = torch.zeros(vocab_size, dtype=torch.float64, device=device)
         self.right, self.changed = torch.zeros(2, steps, dtype=torch.float64, device=device)
 
-    def watch(self, sample: Sample, valid: Tensor) -> Callable[[Any], None]:
+    def watch(self, sample: Sample, valid: Tensor) -> Callable[[TextPrediction], None]:
         """See `Meter`."""
         valid = valid.to(self.counts.device)
         seen = torch.bincount(sample.targets[valid].reshape(-1), minlength=len(self.counts))
@@ -124,8 +126,8 @@ class TextMeter:
         targets = sample.targets.t()
         taken: list[Tensor] = []
 
-        def observe(prediction: Any) -> None:
-            token, step = prediction.most_likely(), len(taken)
+        def observe(prediction: TextPrediction) -> None:
+            token, step = most_likely(prediction), len(taken)
             self.right[step] += ((token == targets) & valid).sum()
             if taken:
                 self.changed[step] += ((token != taken[-1]) & valid).sum()

@@ -7,20 +7,23 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer
 
+from ebt_megatron.model.energy import EnergyTransformer
+from ebt_megatron.prediction.logits import TextPrediction
 from ebt_megatron.tasks.interface import Sample
+from ebt_megatron.thinking.dual_stream import Thinker
 from ebt_megatron.thinking.plan import Plan
 
 
 @torch.no_grad()
-def worked_example(objective: Any, sample: Sample, steps: int, tokenizer: Tokenizer, top: int = 6) -> dict[str, Any]:
+def worked_example(sample: Sample, thinker: Thinker, steps: int, tokenizer: Tokenizer, top: int = 6) -> dict[str, Any]:
     """Follow the position that thinking improves most, and the mean energy of all, in one micro-batch.
 
     Every step descends a landscape of its own, and energies of different landscapes do not
     compare; so each step's energy is given before and after it.
 
     Args:
-        objective: an EnergyObjective on one process.
-        sample: text.
+        sample: text, on one process.
+        thinker: of it, ready to think.
         steps: thinking steps to follow.
         tokenizer: to show tokens as text.
         top: entries of the distribution to show.
@@ -30,8 +33,8 @@ def worked_example(objective: Any, sample: Sample, steps: int, tokenizer: Tokeni
         probabilities, and the prediction's energy before and after (step 0: the start); and the same
         energies as means over all positions.
     """
-    thinker = objective.thinker(sample)
     prediction, model = thinker.descent.prediction, thinker.model
+    assert isinstance(prediction, TextPrediction) and isinstance(model, EnergyTransformer)
     snapshots, before, after = [prediction.logits.clone()], [], []
     for step in range(steps):
         thinker.run(sweep for sweep in Plan.thinking(steps).sweeps(model.context_sees_step) if sweep[1] == step)

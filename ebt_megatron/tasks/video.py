@@ -21,6 +21,7 @@ from ebt_megatron.model.transformer import TransformerLM
 from ebt_megatron.tasks.interface import Sample
 from ebt_megatron.tasks.latent_model import LatentEmbedding, LatentEmbeddings, LatentOutput
 from ebt_megatron.tasks.latents import check_latents, decoder_of
+from ebt_megatron.thinking.dual_stream import Thinker
 
 
 class Video:
@@ -82,7 +83,7 @@ class Video:
         """A smooth L1 loss is what it is."""
         return {}
 
-    def example(self, objective: Any, sample: Sample, steps: int) -> None:
+    def example(self, sample: Sample, thinker: Thinker, steps: int) -> None:
         """Clips are shown by `tools.video`."""
 
 

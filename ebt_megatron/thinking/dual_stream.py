@@ -132,6 +132,7 @@ class Descent:
         self.alpha, self.alpha_slope = alpha, alpha_slope
         self.plan, self.weight, self.separable, self.observe = plan, weight, separable, observe
         self.losses: list[Tensor] = []
+        self._embedded: Tensor  # of the newest step
         self._adjoint: PredictionAdjoint  # on the way back, and the last step whose adjoint is known
         self._adjoint_step: int | None = None
         self._on_tangent: Tensor | None = None  # what `learn_input` multiplied the tangents with, [S(/TP), B, 1]
@@ -143,7 +144,8 @@ class Descent:
     def propose_input(self, step: int) -> Tensor:
         """The embedded prediction [S(/TP), B, D] whose energy to descend."""
         self.prediction.perturb(step)
-        return self.prediction.embed()
+        self._embedded = self.prediction.embed()
+        return self._embedded
 
     def propose_output(self, step: int, energy_grad: Tensor) -> None:
         """Take the energy's gradient at that input, and form the next prediction."""
@@ -167,7 +169,7 @@ class Descent:
         else:
             weight = self.plan.step_weights[step] * self.weight
             self._add_step_size_gradient(self.prediction.slope() * weight)
-            x = self.prediction.embedded
+            x = self._embedded
             xt, norm = self.prediction.tangent(weight)
         on_tangent, on_energy = split_factor(-self.alpha * norm, self.separable)
         if on_tangent is not None:
@@ -233,6 +235,10 @@ class Thinker:
         descent: on the first stage: the prediction's side.
         reuse: learn passes take the values' outputs and the tangents' gradients from propose passes.
         phase: a context manager told what is being done ("context", "propose", "learn"), for timing.
+
+    Attributes:
+        energies: [S, B] of each step that was proposed, on the last stage.
+        weight: [S, B] of each position's energy in the newest learn pass, where it is known.
     """
 
     def __init__(
@@ -252,11 +258,11 @@ class Thinker:
         self.group, self.device = TensorGroup(bool(model.config.sequence_parallel)), next(model.parameters()).device
         self.tapes = {step: Tape(self.group) for step in learned} if reuse else {}
         self.energies: list[Tensor] = []
+        self.weight: Tensor | None = None
         self._trained = [p for p in model.parameters() if p.requires_grad]
         self._context: tuple[Tensor, Tensor, list[Tensor], list[Tensor]]  # what went in and out; keys and values, as
         # the stream made them and as the prediction stream reads them
         self._pass: tuple[Tensor, Tensor]  # what went into the last forward pass of the prediction stream, and came out
-        self._weight: Tensor | None = None
 
     @property
     def descent(self) -> Descent:
@@ -327,22 +333,17 @@ class Thinker:
         """The energy's tangent, of value and tangent stacked [S(/TP), 2B, D], weighted by [S, B]."""
         if streams is None:
             streams, weight = self.descent.learn_input(step)
-        self._weight = weight
+        self.weight = weight
         if step in self.tapes:
             self.tapes[step].weight = weight
         with torch.enable_grad():
             return self._predict(streams, step, tangent=True)
 
-    @property
-    def weight(self) -> Tensor:
-        """Of each position's energy in the learn pass that went forward last, [S, B]."""
-        assert self._weight is not None
-        return self._weight
-
     def learn_backward(self, step: int, grad: Tensor | None = None) -> Tensor | None:
         """Ordinary gradients, of the weighted energies' tangents."""
         streams, out = self._pass
         if grad is None:
+            assert self.weight is not None
             (out * self.group.own_positions(self.weight).to(out.dtype)).sum().backward()
         else:
             torch.autograd.backward(out, grad)
@@ -364,24 +365,20 @@ class Thinker:
     def think(self, steps: int) -> Thought:
         """Think without learning."""
         self.run(Plan.thinking(steps).sweeps(self.model.context_sees_step))
-        return self.thought(steps)
+        return self.finish(steps)
 
     def train(self) -> Thought:
         """Think and learn: add the gradient of sum_i step_weights[i] <weight, loss_i> to the parameters."""
         plan = self.descent.plan
         assert plan is not None
         self.run(plan.sweeps(self.model.context_sees_step))
-        self.finish()
-        return self.thought(plan.steps)
+        return self.finish(plan.steps)
 
-    def finish(self) -> None:
-        """After the last pass."""
+    def finish(self, steps: int) -> Thought:
+        """What came of it, after the last pass: losses on the first stage and energies on the last, else zeros."""
         if self._descent is not None:
             with self.phase("learn"):
                 self._descent.finish()
-
-    def thought(self, steps: int) -> Thought:
-        """What came of it: losses on the first stage and energies on the last, else zeros."""
         zeros = torch.zeros(steps, self.length, self.size, device=self.device)
         losses = torch.stack(self._descent.losses) if self._descent is not None else zeros
         return Thought(losses, torch.stack(self.energies) if self.energies else zeros)

@@ -165,9 +165,7 @@ class Pipeline:
                 self._run(work, self.micro_batches[work.micro_batch])
             self.events.append((work, begin, time.perf_counter()))
         self.mail.finish()
-        for micro_batch in self.micro_batches:
-            micro_batch.finish()
-        return [m.thought(self.plan.steps) for m in self.micro_batches]
+        return [m.finish(self.plan.steps) for m in self.micro_batches]
 
     def _receive(self, work: StagePass, source: int, part: str) -> Tensor:
         with self.phase("communication"):
@@ -183,6 +181,7 @@ class Pipeline:
         out = getattr(batch, work.kind)(work.step, *given)
         for message in self._sent_by(work):
             if message.part == "weight":
+                assert batch.weight is not None
                 self.mail.send(message, batch.weight.to(self._shape(message)[1]))
             else:
                 self.mail.send(message, out)

@@ -9,6 +9,7 @@ import torch.distributed as dist
 
 from ebt_megatron.data.loader import MicroBatch
 from ebt_megatron.evaluation.validation import validate
+from ebt_megatron.prediction.logits import most_likely
 from ebt_megatron.tasks.text import Text
 from ebt_megatron.thinking.dual_stream import Thought
 from tests import builders
@@ -20,7 +21,7 @@ def objective_giving(*thoughts, answers=()):
 
     def evaluate(sample, steps, observe):
         for answer in answers:
-            observe(SimpleNamespace(most_likely=lambda answer=answer: torch.tensor(answer)))
+            observe(torch.tensor(answer))
         return next(left)
 
     return SimpleNamespace(state=builders.state(recipe), task=Text(recipe, 5), evaluate=evaluate, thinks=bool(answers))
@@ -63,7 +64,8 @@ def test_samples_that_fill_a_micro_batch_do_not_count():
     assert result.measures["unigram_entropy"] == pytest.approx(math.log(2))
 
 
-def test_right_and_changed_answers_are_counted_after_every_step():
+def test_right_and_changed_answers_are_counted_after_every_step(monkeypatch):
+    monkeypatch.setattr("ebt_megatron.tasks.text.most_likely", lambda answer: answer)
     answers = [[[9, 9], [2, 9]], [[1, 3], [2, 9]], [[1, 3], [4, 3]]]  # [step][position][sample]
     objective = objective_giving(Thought(torch.zeros(3, 2, 2), torch.zeros(3, 2, 2)), answers=answers)
     measures = validate(objective, [batch([1, 2], [3, 3], counts=[True, False])], 3).measures
@@ -76,6 +78,6 @@ def test_the_most_likely_token_is_that_of_the_logits(options):
     recipe = builders.small_recipe(*options)
     thinker = builders.new_thinker(builders.build(recipe), recipe, builders.text_batch())
     seen = []
-    thinker.descent.observe = lambda p: seen.append((p.most_likely(), p.logits[..., : builders.VOCAB].argmax(-1)))
+    thinker.descent.observe = lambda p: seen.append((most_likely(p), p.logits[..., : builders.VOCAB].argmax(-1)))
     thinker.think(3)
     assert len(seen) == 3 and all(torch.equal(ours, plain) for ours, plain in seen)

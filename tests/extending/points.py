@@ -45,7 +45,7 @@ class Points:
     def describe(self, loss):
         return {"distance": 2 * loss**0.5}  # the loss is half the square of one coordinate's error
 
-    def example(self, objective, sample, steps):
+    def example(self, sample, thinker, steps):
         return None
 
 

@@ -157,10 +157,6 @@ class LatentPrediction:
     def embed(self):
         return self._embed(self.y)
 
-    @property
-    def embedded(self):
-        return self.embed()
-
     def _loss_gradient(self, y):
         return (y - self.target).clamp(-1, 1) / CHANNELS
 
