@@ -25,7 +25,7 @@ from rich.console import Console
 from rich.progress import track
 
 from ebt_megatron.config import Recipe, load_recipe
-from ebt_megatron.core.files import replacing, write_whole
+from ebt_megatron.core.files import write_whole
 from ebt_megatron.model.flops import cost
 from ebt_megatron.objectives.flops import training_flops
 
@@ -193,13 +193,11 @@ def markdown(results: dict[str, Any]) -> str:
 
 def plot(results: dict[str, Any], path: Path) -> None:
     """Loss against tokens, against FLOPs, and against thinking steps."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
     from matplotlib.ticker import NullFormatter
 
-    figure, (tokens, flops, thinking) = plt.subplots(1, 3, figsize=(13, 4), dpi=110)
+    from ebt_megatron.evaluation.figures import figure_of, png_of
+
+    figure, (tokens, flops, thinking) = figure_of(13, 3)
     for row in results["models"]:
         seen, losses = zip(*row["curve"], strict=True)
         per_token = row["flops"] / row["tokens"]
@@ -217,13 +215,7 @@ def plot(results: dict[str, Any], path: Path) -> None:
     flops.xaxis.set_minor_formatter(NullFormatter())
     thinking.set(xlabel="thinking steps", title="thinking (all seeds, 95 % intervals)")
     tokens.legend(frameon=False, fontsize=8)
-    for axes in (tokens, flops, thinking):
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(alpha=0.25)
-    figure.tight_layout()
-    with replacing(path) as partial:
-        figure.savefig(partial, format="png")
-    plt.close(figure)
+    write_whole(path, png_of(figure))
 
 
 def main(

@@ -22,7 +22,7 @@ import typer
 from rich.console import Console
 from rich.progress import track
 
-from ebt_megatron.core.files import replacing, write_whole
+from ebt_megatron.core.files import write_whole
 from ebt_megatron.evaluation.tables import Table
 
 from . import other_texts
@@ -235,15 +235,10 @@ def tables(of: dict[str, Any]) -> list[Table]:
 
 def plot(results: dict[str, Any], path: Path) -> None:
     """Loss per step, and the gain over the first step against the shift of the text."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    from ebt_megatron.evaluation.figures import EBT_COLOURS, RIVAL_COLOURS
+    from ebt_megatron.evaluation.figures import EBT_COLOURS, RIVAL_COLOURS, figure_of, png_of
 
     of = results["suites"]
-    figure, (thinking, gain) = plt.subplots(1, 2, figsize=(10, 4), dpi=110)
+    figure, (thinking, gain) = figure_of(10, 2)
     for name, colour in zip(THINKERS, EBT_COLOURS, strict=False):
         losses = [row["loss"] for row in of[name]["thinking"]]
         thinking.errorbar(range(1, len(losses) + 1), [x["mean"] for x in losses], [x["half"] for x in losses],
@@ -264,12 +259,7 @@ def plot(results: dict[str, Any], path: Path) -> None:
              ylabel="perplexity gained over the first step, %")  # fmt: skip
     for axes in (thinking, gain):
         axes.legend(frameon=False, fontsize=8)
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(alpha=0.25)
-    figure.tight_layout()
-    with replacing(path) as partial:
-        figure.savefig(partial, format="png")
-    plt.close(figure)
+    write_whole(path, png_of(figure))
 
 
 def main(

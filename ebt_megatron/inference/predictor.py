@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -79,62 +80,17 @@ class Predictor(Protocol):
         ...
 
 
-class EnergyPredictor:
-    """An EBT that thinks; a `Predictor`.
-
-    Args:
-        engine: over the run's model.
-        options: how to think.
-        vocab_size: V.
-    """
-
-    thinks = True
-
-    def __init__(self, engine: Engine, options: ThinkingOptions, vocab_size: int):
-        self.engine, self.options, self.vocab_size = engine, options, vocab_size
-        self.window, self.device = engine.window, engine.device
-        self.context = engine.context
-
-    def check_batch(self, rows: int, length: int, chunk: int) -> None:
-        """See `Predictor`."""
-        self.engine.require_memory(rows, length, chunk)
-        self.engine.require_budget(rows, length, self.options)
-
-    def __call__(
-        self, context: Context, rows: Tensor, positions: Tensor, tokens: Tensor, wanted: Tensor, sample_ids: Tensor,
-        seed: int | None = None,
-    ) -> Forecast:  # fmt: skip
-        """See `Predictor`."""
-        engine = self.engine
-        engine.read(context, rows, positions, tokens)
-        flops = engine.reading_flops(positions)
-        rows, positions = rows[wanted], positions[wanted]
-        if not len(rows):
-            return _nothing(self.vocab_size, self.device, flops)
-        thought = engine.think(context, rows, positions, self.options, sample_ids[rows], seed)
-        if engine.stages.first:
-            log_p = thought.state.log_probabilities()
-        else:
-            log_p = torch.empty(len(rows), self.vocab_size, device=self.device)
-        log_p = engine.stages.share(log_p, from_last=False)
-        return Forecast(log_p, thought.energy, thought.steps, flops + thought.flops)
-
-
-class FeedForwardPredictor:
-    """Transformer++; a `Predictor`.
+class _Reading(ABC):
+    """A `Predictor` over a reader: it reads what is given, and predicts after what is wanted.
 
     Args:
         reader: over the run's model.
         vocab_size: V.
-        vocabulary: FLOPs of the output, per token.
     """
 
-    thinks = False
-
-    def __init__(self, reader: Reader, vocab_size: int, vocabulary: float):
-        self.reader, self.vocab_size, self.vocabulary = reader, vocab_size, vocabulary
-        self.window, self.device = reader.window, reader.device
-        self.context = reader.context
+    def __init__(self, reader: Reader, vocab_size: int):
+        self.reader, self.vocab_size = reader, vocab_size
+        self.window, self.device, self.context = reader.window, reader.device, reader.context
 
     def check_batch(self, rows: int, length: int, chunk: int) -> None:
         """See `Predictor`."""
@@ -145,13 +101,74 @@ class FeedForwardPredictor:
         self, context: Context, rows: Tensor, positions: Tensor, tokens: Tensor, wanted: Tensor, sample_ids: Tensor,
         seed: int | None = None,
     ) -> Forecast:  # fmt: skip
-        """See `Predictor`; nothing is random."""
+        """See `Predictor`."""
         h = self.reader.read(context, rows, positions, tokens)
-        flops, count = self.reader.reading_flops(positions), int(wanted.sum())
-        if not count:
-            return _nothing(self.vocab_size, self.device, flops)
+        flops = self.reader.reading_flops(positions)
+        rows, positions = rows[wanted], positions[wanted]
+        if not len(rows):
+            none = torch.empty(0, device=self.device)
+            return Forecast(none.view(0, self.vocab_size), none, none.long(), flops)
+        found = self._forecast(h[wanted], context, rows, positions, sample_ids[rows], seed)
+        return replace(found, flops=flops + found.flops)
+
+    @abstractmethod
+    def _forecast(self, h: Tensor, context: Context, rows: Tensor, positions: Tensor, sample_ids: Tensor,
+                  seed: int | None) -> Forecast:  # fmt: skip
+        """What follows positions that have been read, h [R, 1, D] of their context stream; without the reading."""
+
+
+class EnergyPredictor(_Reading):
+    """An EBT that thinks.
+
+    Args:
+        engine: over the run's model.
+        options: how to think.
+        vocab_size: V.
+    """
+
+    thinks = True
+
+    def __init__(self, engine: Engine, options: ThinkingOptions, vocab_size: int):
+        super().__init__(engine, vocab_size)
+        self.engine, self.options = engine, options
+
+    def check_batch(self, rows: int, length: int, chunk: int) -> None:
+        """See `Predictor`."""
+        super().check_batch(rows, length, chunk)
+        self.engine.require_budget(rows, length, self.options)
+
+    def _forecast(self, h: Tensor, context: Context, rows: Tensor, positions: Tensor, sample_ids: Tensor,
+                  seed: int | None) -> Forecast:  # fmt: skip
+        engine = self.engine
+        thought = engine.think(context, rows, positions, self.options, sample_ids, seed)
+        if engine.stages.first:
+            log_p = thought.state.log_probabilities()
+        else:
+            log_p = torch.empty(len(rows), self.vocab_size, device=self.device)
+        log_p = engine.stages.share(log_p, from_last=False)
+        return Forecast(log_p, thought.energy, thought.steps, thought.flops)
+
+
+class FeedForwardPredictor(_Reading):
+    """Transformer++; nothing is random.
+
+    Args:
+        reader: over the run's model.
+        vocab_size: V.
+        vocabulary: FLOPs of the output, per token.
+    """
+
+    thinks = False
+
+    def __init__(self, reader: Reader, vocab_size: int, vocabulary: float):
+        super().__init__(reader, vocab_size)
+        self.vocabulary = vocabulary
+
+    def _forecast(self, h: Tensor, context: Context, rows: Tensor, positions: Tensor, sample_ids: Tensor,
+                  seed: int | None) -> Forecast:  # fmt: skip
+        count = len(rows)
         if self.reader.stages.last:
-            logits = self.reader.model.output.logits(h[wanted])[:, 0]
+            logits = self.reader.model.output.logits(h)[:, 0]
             wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
             log_p = TensorGroup().columns(wide)[:, : self.vocab_size].log_softmax(-1)
         else:
@@ -159,12 +176,7 @@ class FeedForwardPredictor:
         log_p = self.reader.stages.share(log_p, from_last=True)
         none = torch.full((count,), torch.nan, device=self.device)
         steps = torch.zeros(count, dtype=torch.int64, device=self.device)
-        return Forecast(log_p, none, steps, flops + count * self.vocabulary)
-
-
-def _nothing(vocab_size: int, device: torch.device, flops: float) -> Forecast:
-    none = torch.empty(0, device=device)
-    return Forecast(none.view(0, vocab_size), none, none.long(), flops)
+        return Forecast(log_p, none, steps, count * self.vocabulary)
 
 
 def predictor_of(run: TrainedRun, options: ThinkingOptions) -> EnergyPredictor | FeedForwardPredictor:

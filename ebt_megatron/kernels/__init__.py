@@ -7,7 +7,10 @@ there is no Triton), `triton` (GPU; the vocabulary's products stay with cuBLAS).
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Callable
 from dataclasses import fields
+from types import ModuleType
+from typing import Any
 
 import torch
 
@@ -32,6 +35,13 @@ _MODULES = {
 }
 
 
+def _offered(module: ModuleType, operation: str) -> Callable[..., Any] | None:
+    """A module's operation, if it has it; those of the vocabulary are methods of its `vocabulary`, if it has that."""
+    if operation.startswith("vocab_") and hasattr(module, "vocabulary"):
+        return getattr(module.vocabulary, operation.removeprefix("vocab_"))
+    return getattr(module, operation, None)
+
+
 def select(name: str = "auto") -> Kernels:
     """The operations of a backend.
 
@@ -49,4 +59,4 @@ def select(name: str = "auto") -> Kernels:
         raise ValueError("kernels 'triton' need the triton package: install it, or choose torch")
     modules = [importlib.import_module(f"{__name__}.{module}") for module in _MODULES[name]]
     names = [f.name for f in fields(Kernels) if f.name != "name"]
-    return Kernels(name, **{op: next(getattr(m, op) for m in modules if hasattr(m, op)) for op in names})
+    return Kernels(name, **{op: next(f for m in modules if (f := _offered(m, op)) is not None) for op in names})

@@ -93,14 +93,7 @@ def context_attention(q: Tensor, k: Tensor, v: Tensor, *, segments: Tensor | Non
 
 
 def prediction_attention(
-    q: Tensor,
-    k_self: Tensor,
-    v_self: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    tangent: bool,
-    segments: Tensor | None = None,
+    q: Tensor, k_self: Tensor, v_self: Tensor, k: Tensor, v: Tensor, *, tangent: bool, segments: Tensor | None = None
 ) -> Tensor:
     """Row t attends to context keys s <= t (of its document) and to its own key."""
     heads = q.shape[2]

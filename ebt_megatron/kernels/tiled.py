@@ -428,9 +428,4 @@ def swiglu(x: Tensor, block: int, *, tangent: bool) -> Tensor:
 
 # --- the vocabulary: see `ebt_megatron.kernels.vocabulary` ---------------------------------------
 
-_vocabulary = Vocabulary(Tiles())
-vocab_embed, vocab_refine = _vocabulary.embed, _vocabulary.refine
-vocab_backward, vocab_update = _vocabulary.backward, _vocabulary.update
-vocab_adjoint, vocab_dot_step = _vocabulary.adjoint, _vocabulary.dot_step
-vocab_tangent, vocab_to_logits = _vocabulary.tangent, _vocabulary.to_logits
-vocab_dense_backward = _vocabulary.dense_backward
+vocabulary = Vocabulary(Tiles())

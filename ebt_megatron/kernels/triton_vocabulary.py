@@ -189,12 +189,7 @@ class TritonTiles(Tiles):
                          BY_LOGITS=rule.by_logits, BLOCK=_BLOCK)  # fmt: skip
 
 
-_vocabulary = Vocabulary(TritonTiles())
-vocab_embed, vocab_refine = _vocabulary.embed, _vocabulary.refine
-vocab_backward, vocab_update = _vocabulary.backward, _vocabulary.update
-vocab_adjoint, vocab_dot_step = _vocabulary.adjoint, _vocabulary.dot_step
-vocab_tangent, vocab_to_logits = _vocabulary.tangent, _vocabulary.to_logits
-vocab_dense_backward = _vocabulary.dense_backward
+vocabulary = Vocabulary(TritonTiles())
 
 
 def add_noise_(y: Tensor, keys: Tensor, column_offset: int, std: float, seed: int) -> None:
