@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer
 from typer.testing import CliRunner
 
-from data_prep import text
+from data_prep import text, tokens
 from data_prep.documents import SUFFIXES, Part, read_part, split_files, strip_html
 from data_prep.files import find_files
 from ebt_megatron.core.errors import DataError
@@ -94,7 +94,7 @@ def test_the_order_of_documents_is_that_of_the_input(tmp_path):
     documents = [f"document {i} " * (i % 7 + 1) for i in range(300)]
     folder = text_shards(tmp_path, documents, 8, 16, vocab=300, validation_fraction=0.0) / "train"
     decoded = Tokenizer.from_file(str(folder / "tokenizer.json")).decode(stream(folder), skip_special_tokens=False)
-    assert text.END_OF_TEXT.join([*documents, ""]).startswith(decoded) and len(decoded) > 5000
+    assert tokens.END_OF_TEXT.join([*documents, ""]).startswith(decoded) and len(decoded) > 5000
 
 
 @pytest.mark.parametrize("cut", [40, 1000, 10**6])
@@ -114,7 +114,7 @@ def test_round_trip_text_to_shards_to_text(tmp_path_factory, odd):
     tokenizer = Tokenizer.from_file(str(folder / "train/tokenizer.json"))
     texts = tokenizer.decode(stream(folder / "train"), skip_special_tokens=False)
     distinct = [d for d in dict.fromkeys(documents) if d.strip()]
-    assert text.END_OF_TEXT.join([*distinct, ""]).startswith(texts.rstrip("\ufffd"))
+    assert tokens.END_OF_TEXT.join([*distinct, ""]).startswith(texts.rstrip("\ufffd"))
     assert len(stream(folder / "train")) > 4
 
 
@@ -156,7 +156,7 @@ def hub(tmp_path, monkeypatch):
     """An offline machine whose hub cache has the tokenizer some/model."""
     from huggingface_hub import constants
 
-    tokenizer = text.train_bpe(iter(["some words of a corpus " * 9]), 300)
+    tokenizer = tokens.train_bpe(iter(["some words of a corpus " * 9]), 300)
     model, commit = tmp_path / "hub" / "models--some--model", "0123456789" * 4
     (model / "snapshots" / commit).mkdir(parents=True)
     (model / "refs").mkdir()
@@ -196,7 +196,7 @@ def test_invalid_utf8_becomes_replacement_characters(tmp_path):
 
 def test_a_given_tokenizer_is_kept_beside_the_shards(tmp_path):
     corpus(tmp_path)
-    tokenizer = text.train_bpe(["The number and its square 0123456789. "], 280)
+    tokenizer = tokens.train_bpe(["The number and its square 0123456789. "], 280)
     tokenizer.save(str(tmp_path / "given.json"))
     result = command("--input", tmp_path / "*.txt", "--output", tmp_path / "out", "--tokenizer",
                      tmp_path / "given.json", "--sequence-length", 8, "--validation-fraction", 0.2)  # fmt: skip

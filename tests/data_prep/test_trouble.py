@@ -276,7 +276,7 @@ def test_ids_beyond_the_number_of_tokens_are_counted(tmp_path):
 
 
 def test_a_tokenizer_that_cannot_encode_is_one_line(tmp_path):
-    tokenizer = Tokenizer(models.WordLevel({"a": 0, text.END_OF_TEXT: 1}))
+    tokenizer = Tokenizer(models.WordLevel({"a": 0, tokens.END_OF_TEXT: 1}))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer.save(str(tmp_path / "words.json"))
     with pytest.raises(DataError, match="cannot encode the text"):
