@@ -29,7 +29,7 @@ from ebt_megatron.prediction.state import State
 
 
 @dataclass
-class Thought:
+class Conclusion:
     """What came of thinking about R tokens.
 
     Attributes:
@@ -39,7 +39,7 @@ class Thought:
         flops: that all of it cost, all candidates together.
     """
 
-    state: Any
+    state: State
     energy: Tensor
     steps: Tensor
     flops: float
@@ -146,7 +146,7 @@ class Engine(Reader):
 
     @torch.no_grad()
     def think(self, context: Context, rows: Tensor, positions: Tensor, options: ThinkingOptions,
-              sample_ids: Tensor | None = None, seed: int | None = None) -> Thought:  # fmt: skip
+              sample_ids: Tensor | None = None, seed: int | None = None) -> Conclusion:  # fmt: skip
         """Predict what follows positions of a context, R of them.
 
         Args:
@@ -173,7 +173,7 @@ class Engine(Reader):
         if options.verifies:
             tokens.energy = self.energies(context, queries, state, schedule[-1])
             flops += self._cost(queries, layers=1, vocabulary=1)
-        return self._choose(Thought(state, tokens.energy, tokens.steps, flops), tokens.first, count, options)
+        return self._choose(Conclusion(state, tokens.energy, tokens.steps, flops), tokens.first, count, options)
 
     def _descend(self, context: Context, tokens: Tokens, schedule: Sequence[int], options: ThinkingOptions) -> float:
         """Take the steps; returns their FLOPs."""
@@ -234,18 +234,18 @@ class Engine(Reader):
             return options.langevin_noise
         return thinking.langevin_noise if thinking.langevin_in_evaluation else 0.0
 
-    def _choose(self, thought: Thought, first: Tensor, count: int, options: ThinkingOptions) -> Thought:
+    def _choose(self, thought: Conclusion, first: Tensor, count: int, options: ThinkingOptions) -> Conclusion:
         """Of each token's candidates keep one, or mix them."""
         if options.candidates == 1:
             return thought
         energy, steps = thought.energy.view(-1, count), thought.steps.view(-1, count)
         if options.choose == "mixture":
             weights = (-energy / options.tau).softmax(0)
-            return Thought(thought.state.mixed(weights), (weights * energy).sum(0), steps.amax(0), thought.flops)
+            return Conclusion(thought.state.mixed(weights), (weights * energy).sum(0), steps.amax(0), thought.flops)
         score = energy if options.choose == "energy" else energy - first.view(-1, count)
         best = score.argmin(0)
         kept = best * count + torch.arange(count, device=best.device)
-        return Thought(thought.state.take(kept), thought.energy[kept], thought.steps[kept], thought.flops)
+        return Conclusion(thought.state.take(kept), thought.energy[kept], thought.steps[kept], thought.flops)
 
     # --- what it costs --------------------------------------------------------------------------
 

@@ -18,6 +18,7 @@ from ebt_megatron.inference.reader import Reader
 from ebt_megatron.inference.stages import Stages
 from ebt_megatron.parallel.collectives import TensorGroup
 from ebt_megatron.parallel.setup import ParallelState
+from ebt_megatron.prediction.logits_state import LogitsState
 from ebt_megatron.session import TrainedRun
 from ebt_megatron.tasks import Task
 from ebt_megatron.tasks.text import Text
@@ -142,6 +143,7 @@ class EnergyPredictor(_Reading):
         engine = self.engine
         thought = engine.think(context, rows, positions, self.options, sample_ids, seed)
         if engine.stages.first:
+            assert isinstance(thought.state, LogitsState)
             log_p = thought.state.log_probabilities()
         else:
             log_p = torch.empty(len(rows), self.vocab_size, device=self.device)

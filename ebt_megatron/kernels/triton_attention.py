@@ -37,6 +37,12 @@ def _store(base, rows, stride, rows_end, H, value, BH: tl.constexpr):
 
 
 @triton.jit
+def _load_both(K, V, rows, ks, vs, S, H, BH: tl.constexpr):
+    """Rows of keys and of values."""
+    return _load(K, rows, ks, S, H, BH), _load(V, rows, vs, S, H, BH)
+
+
+@triton.jit
 def _of_rows(vector, KEYS_FIRST: tl.constexpr):
     """One number for each query, to go with a tile of scores."""
     return vector[None, :] if KEYS_FIRST else vector[:, None]
@@ -83,8 +89,7 @@ def _attend(
 ):  # fmt: skip
     """Take BN keys in; `top` is the largest score so far, the sums are relative to it."""
     columns = start + tl.arange(0, BN)
-    k = _load(K, columns, ks, S, H, BH)
-    v = _load(V, columns, vs, S, H, BH)
+    k, v = _load_both(K, V, columns, ks, vs, S, H, BH)
     s = tl.dot(q, tl.trans(k), input_precision="ieee")
     if MASK:
         s = _hide(s, float("-inf"), rows, columns, SEG, S, CAUSAL, SEGMENTS, False)
@@ -215,12 +220,10 @@ def _to_queries(
 ):  # fmt: skip
     """Add what comes to the queries from BN keys."""
     columns = start + tl.arange(0, BN)
-    k = _load(K, columns, ks, S, H, BH)
-    v = _load(V, columns, vs, S, H, BH)
+    k, v = _load_both(K, V, columns, ks, vs, S, H, BH)
     kt, vt = k, v
     if KT:
-        kt = _load(KT_AT, columns, ks, S, H, BH)
-        vt = _load(VT_AT, columns, vs, S, H, BH)
+        kt, vt = _load_both(KT_AT, VT_AT, columns, ks, vs, S, H, BH)
     _, ds, dst, _ = _slopes(q, qt, a, bt, k, v, kt, vt, lse, mu, delta, beta, rows, columns, SEG, S, scale,
                             MASK, TANGENT, KT, CAUSAL, SEGMENTS, False)  # fmt: skip
     dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")

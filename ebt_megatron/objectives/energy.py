@@ -14,9 +14,10 @@ from torch import Tensor
 from ebt_megatron.config import Recipe
 from ebt_megatron.data.loader import MicroBatch
 from ebt_megatron.objectives.graphs import Graphs, graphs_of
-from ebt_megatron.objectives.interface import RankState, Timing, Totals
+from ebt_megatron.objectives.interface import Phase, RankState, Timing, Totals
 from ebt_megatron.objectives.replaying import Replaying
 from ebt_megatron.parallel.setup import ParallelState
+from ebt_megatron.prediction.interface import Prediction
 from ebt_megatron.tasks.interface import Sample, Task
 from ebt_megatron.thinking import double_backward
 from ebt_megatron.thinking.dual_stream import Descent, Thinker, Thought, step_sizes
@@ -77,7 +78,7 @@ class EnergyObjective:
         loss = (losses * losses.new_tensor(plan.step_weights)).sum()
         return Totals(losses, energies, loss, positions)
 
-    def _train_one(self, sample: Sample, index: int, plan: Plan, positions: int, phase: Any) -> Thought:
+    def _train_one(self, sample: Sample, index: int, plan: Plan, positions: int, phase: Phase) -> Thought:
         thinker = self._thinker(sample, plan, positions, random=True, phase=phase)
         if self.recipe.thinking.engine == "double_backward":
             context = self.model.modality.context(sample.observed)
@@ -115,7 +116,7 @@ class EnergyObjective:
     # --- evaluation -----------------------------------------------------------------------------
 
     @torch.no_grad()
-    def evaluate(self, sample: Sample, steps: int, observe: Callable[[Any], None] | None = None) -> Thought:
+    def evaluate(self, sample: Sample, steps: int, observe: Callable[[Prediction], None] | None = None) -> Thought:
         """Per-position losses and energies [steps, S, B] of a micro-batch; nothing is learned.
 
         With pipeline stages, losses are on the first and energies on the last, zeros elsewhere.
@@ -131,7 +132,7 @@ class EnergyObjective:
         (thought,) = self._pipeline([thinker], Plan.thinking(steps)).run()
         return thought
 
-    def thinker(self, sample: Sample, observe: Callable[[Any], None] | None = None) -> Thinker:
+    def thinker(self, sample: Sample, observe: Callable[[Prediction], None] | None = None) -> Thinker:
         """A micro-batch ready to think without learning; `observe` as in `evaluate`."""
         return self._thinker(sample, None, 1, random=False, observe=observe, phase=self.timers.phase)
 
@@ -143,8 +144,8 @@ class EnergyObjective:
         plan: Plan | None,
         positions: int,
         random: bool,
-        observe: Callable[[Any], None] | None = None,
-        phase: Any = nullcontext,
+        observe: Callable[[Prediction], None] | None = None,
+        phase: Phase = nullcontext,
     ) -> Thinker:
         """A micro-batch on this stage; `random`: step sizes and noise as in training."""
         model, options, seed = self.model, self.recipe.thinking, self.recipe.training.seed

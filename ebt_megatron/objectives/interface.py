@@ -20,6 +20,7 @@ from ebt_megatron.tasks.interface import Sample, Task
 from ebt_megatron.thinking.dual_stream import Thought
 
 RankState = dict[str, Any]
+Phase = Callable[[str], AbstractContextManager]
 
 
 class Timing(Protocol):
