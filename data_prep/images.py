@@ -220,6 +220,7 @@ def main(
     model: str | None = options.MODEL,
     patch: int | None = options.PATCH,
     channels: int | None = options.CHANNELS,
+    scale: float | None = options.SCALE,
     pictures_per_shard: int = typer.Option(8192, min=1, help="Samples in each tar."),
     validation_fraction: float = options.VALIDATION_FRACTION,
     skip_broken: bool = options.SKIP_BROKEN,
@@ -244,7 +245,7 @@ def main(
             names = sorted({_class_of(f.path) for f in files})
         source = PictureSource(height, width, tile, names, array_key, labels_key)
         settings = LatentSettings(encoder, patch, channels, model, pictures_per_shard, validation_fraction, seed,
-                                  skip_broken)  # fmt: skip
+                                  skip_broken, scale)  # fmt: skip
         if options.announce(output, found, SUFFIXES, settings.splits, f"pictures of {height} x {width}", dry_run):
             prepare_latents(output, split_files(files), source, settings, str(found), workers=workers, resume=resume,
                             overwrite=overwrite)  # fmt: skip

@@ -40,6 +40,7 @@ class LatentSettings(Settings):
         validation_fraction: share of files (pictures) held out; 0: no validation folder.
         seed: of the split, and of the sample that an encoder is fitted on.
         skip_broken: leave out files that cannot be decoded; else they end the preparation.
+        scale: latents are multiplied by it; None: they are normalised by the train split's statistics.
     """
 
     encoder: str = "pca"
@@ -50,6 +51,7 @@ class LatentSettings(Settings):
     validation_fraction: float = 0.02
     seed: int = 0
     skip_broken: bool = False
+    scale: float | None = None
 
 
 class _Thinned:
@@ -247,7 +249,9 @@ class LatentPasses(Passes):
         if len(labelled) > 1:
             raise DataError("some pictures of the input have labels and some have none: prepare them separately")
         encoder = self.encoder()
-        if encoder.mean is None:
+        if self.settings.scale is not None:
+            encoder.normalise_by(np.zeros(encoder.channels), np.full(encoder.channels, 1 / self.settings.scale))
+        elif encoder.mean is None:
             total, square = sum(np.load(self.moments_of(u)) for u in units)
             entries = int(counts[:, 0].sum()) * np.prod(self._shape(encoder)[:-1])
             mean = total / entries
@@ -335,6 +339,10 @@ def prepare_latents(
                           settings.model)  # fmt: skip
     given = None if settings.encoder in KINDS else sha256_of(Path(settings.encoder))
     options = {k: v for k, v in asdict(settings).items() if k != "skip_broken"}  # it changes nothing of what was made
+    if settings.scale is None:
+        del options["scale"]  # preparations of before had none
+    elif encoder.mean is not None:
+        raise DataError(f"--scale {settings.scale:g}: {settings.encoder} has a normalisation of its own: leave it out")
     record = {"settings": options, "source": vars(source), "encoder": [encoder.settings(), given]}
     with Job(output, record, [file for files in units for file in files], workers, resume, overwrite) as job:
         if job.complete:

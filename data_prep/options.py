@@ -35,6 +35,9 @@ MODEL: str | None = typer.Option(
 )
 PATCH: int | None = typer.Option(None, min=1, help="Side of a patch in pixels [default: 8, or the model's].")
 CHANNELS: int | None = typer.Option(None, min=1, help="Principal components kept of a patch [default: 16].")
+SCALE: float | None = typer.Option(
+    None, min=1e-6, help="Latents are multiplied by this, instead of normalised by the train split's statistics."
+)
 SKIP_BROKEN: bool = typer.Option(False, help="Leave out what cannot be read or decoded; OUTPUT/skipped.txt names it.")
 
 

@@ -165,6 +165,7 @@ def main(
     model: str | None = options.MODEL,
     patch: int | None = options.PATCH,
     channels: int | None = options.CHANNELS,
+    scale: float | None = options.SCALE,
     clips_per_shard: int = typer.Option(512, min=1, help="Clips in each tar."),
     validation_fraction: float = options.VALIDATION_FRACTION,
     skip_broken: bool = options.SKIP_BROKEN,
@@ -182,7 +183,7 @@ def main(
         _av()
         source = VideoSource(frames, height, width, stride, frame_rate, tiles)
         settings = LatentSettings(encoder, patch, channels, model, clips_per_shard, validation_fraction, seed,
-                                  skip_broken)  # fmt: skip
+                                  skip_broken, scale)  # fmt: skip
         found = find_files(input, SUFFIXES)
         what = f"clips of {frames} frames of {height} x {width}"
         if options.announce(output, found, SUFFIXES, settings.splits, what, dry_run):
