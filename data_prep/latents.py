@@ -20,6 +20,7 @@ from ebt_megatron.core.errors import DataError
 from ebt_megatron.core.files import replacing
 from ebt_megatron.data.shards import Manifest, read_manifest, sha256_of, shard_infos, write_shard
 
+from .captions import Captions
 from .encoders import KINDS, Encoder, load_encoder, new_encoder
 from .files import InputFile
 from .job import Job
@@ -74,19 +75,21 @@ class LatentPasses(Passes):
     """What every process does to a unit or a shard.
 
     Per unit: sample-KEY.npy, frames uint8 to fit on; latents-KEY.npy, float32 of every sample, one after the
-    other; hashes-KEY.npy, of the piece of each sample (NaN: broken); labels-KEY.npy, of each sample;
-    pieces-KEY.npy, float64 [pieces, 2], hash and seconds of those that are whole; skipped-KEY.json. Of the
+    other; hashes-KEY.npy, of the piece of each sample (NaN: broken); labels-KEY.npy and captions-KEY.npy, of each
+    sample; pieces-KEY.npy, float64 [pieces, 2], hash and seconds of those that are whole; skipped-KEY.json. Of the
     whole input: moments-N.npy, float64 [2, channels], sums of the train samples of unit N and of their squares.
 
     Attributes:
         held_out: pieces of a smaller hash are for validation.
         fitted: the key of the encoder that latents are made with.
+        captions: what is told of pictures, or None.
     """
 
     settings: LatentSettings
     source: Source
     held_out: float = 0.0
     fitted: str = ""
+    captions: Captions | None = None
 
     def of(self, unit: Unit) -> str:
         """The key of what the encoder makes of a unit."""
@@ -179,6 +182,7 @@ class LatentPasses(Passes):
         encoder = self.encoder()
         hashes: list[float] = []
         labels: list[int] = []
+        texts: list[str] = []
         batch: list[np.ndarray] = []
         whole: list[tuple[float, float]] = []
         skipped: list[str] = []
@@ -197,6 +201,7 @@ class LatentPasses(Passes):
                         batch.append(sample)
                         hashes.append(place)
                         labels.append(piece.label)
+                        texts.append(piece.caption)
                         duration += seconds
                         if len(batch) * len(sample) >= _BATCH:
                             flush()
@@ -209,6 +214,8 @@ class LatentPasses(Passes):
             flush()
             self.save(self.file("hashes", self.of(unit)), np.array(hashes))
             self.save(self.file("labels", self.of(unit)), np.array(labels, np.int64))
+            if self.captions is not None:
+                self.save(self.file("captions", self.of(unit)), self.captions.open().encode(texts))
             self.save(self.file("pieces", self.of(unit)), np.array(whole).reshape(-1, 2))
             self.file("skipped", self.of(unit), "json").write_text(json.dumps(skipped))
 
@@ -248,6 +255,9 @@ class LatentPasses(Passes):
             labelled |= set((labels[splits >= 0] != NO_LABEL).tolist())
         if len(labelled) > 1:
             raise DataError("some pictures of the input have labels and some have none: prepare them separately")
+        names, highest = len(self.source.classes), self._highest([self.of(u) for u in units])
+        if names and highest >= names:
+            raise DataError(f"the input has label {highest}, and --class-names has {names}: name all labels")
         encoder = self.encoder()
         if self.settings.scale is not None:
             encoder.normalise_by(np.zeros(encoder.channels), np.full(encoder.channels, 1 / self.settings.scale))
@@ -263,6 +273,10 @@ class LatentPasses(Passes):
         totals = zip(self.settings.splits, counts.sum(0).tolist(), strict=True)
         return [(name, k) for name, total in totals for k in range(-(-total // per_shard))]
 
+    def _highest(self, keys: list[str]) -> int:
+        """The highest label, or NO_LABEL."""
+        return max(int(np.load(self.file("labels", key)).max(initial=NO_LABEL)) for key in keys)
+
     def write(self, item: tuple[str, int]) -> None:
         """One shard: samples of its split, of all units in order, from number * samples_per_shard on."""
         name, number = item
@@ -271,7 +285,7 @@ class LatentPasses(Passes):
         keys = json.loads(self.whole("keys.json").read_text())
         begin = number * self.settings.samples_per_shard
         end = min(begin + self.settings.samples_per_shard, int(ends[-1]))
-        samples, labels = [], []
+        samples, labels, captions = [], [], []
         for unit in range(int(ends.searchsorted(begin, "right")), int(ends.searchsorted(end)) + 1):
             splits = self.splits(keys[unit])
             rows = np.flatnonzero(splits == split)
@@ -280,9 +294,12 @@ class LatentPasses(Passes):
             latents = self._latents(self.file("latents", keys[unit]), len(splits), encoder)
             samples += [encoder.to_samples(latents[row]) for row in rows]
             labels.append(np.load(self.file("labels", keys[unit]))[rows])
+            if self.captions is not None:
+                captions.append(np.load(self.file("captions", keys[unit]))[rows])
         numbers = np.concatenate(labels)
         write_shard(self.output / name, number, self.source.kind, np.stack(samples),
-                    None if numbers[0] == NO_LABEL else numbers)  # fmt: skip
+                    None if numbers[0] == NO_LABEL else numbers,
+                    np.concatenate(captions) if captions else None)  # fmt: skip
 
     def publish(self, units: list[Unit], shards: list[tuple[str, int]], described: str) -> dict[str, Manifest]:
         """Write encoders and manifests."""
@@ -290,7 +307,8 @@ class LatentPasses(Passes):
         keys = [self.of(u) for u in units]
         pieces = np.concatenate([np.load(self.file("pieces", key)) for key in keys])
         skipped = [line for key in keys for line in json.loads(self.file("skipped", key, "json").read_text())]
-        highest = max(int(np.load(self.file("labels", key)).max(initial=NO_LABEL)) for key in keys)
+        told = {} if self.captions is None else {s: self.captions.save(self.output / s) for s in self.settings.splits}
+        highest = self._highest(keys)
         manifests = {}
         for split, name in enumerate(self.settings.splits):
             folder = self.output / name
@@ -309,6 +327,7 @@ class LatentPasses(Passes):
                 kind=self.source.kind, shape=self._shape(encoder), dtype="float16", samples=samples, shards=infos,
                 encoder={"file": "encoder.npz", "sha256": sha256_of(folder / "encoder.npz"), **encoder.describe()},
                 classes=(self.source.classes or [str(i) for i in range(highest + 1)]), provenance=made,
+                captions=told.get(name, {}),
             )  # fmt: skip
         write_skipped(self.output, skipped)
         for name, manifest in manifests.items():
@@ -318,7 +337,7 @@ class LatentPasses(Passes):
 
 def prepare_latents(
     output: Path, units: list[list[InputFile]], source: Source, settings: LatentSettings, described: str, *,
-    workers: int = 1, resume: bool = False, overwrite: bool = False,
+    workers: int = 1, resume: bool = False, overwrite: bool = False, captions: Captions | None = None,
 ) -> dict[str, Manifest]:  # fmt: skip
     """Encode, normalise and write every split.
 
@@ -329,6 +348,7 @@ def prepare_latents(
         settings: what to make.
         described: what the input is, for the manifest.
         workers, resume, overwrite: see Job.
+        captions: what is told of pictures; the pieces of `source` then have captions.
 
     Raises:
         DataError: an encoder that cannot be had, files that cannot be decoded (unless they are skipped), or
@@ -343,11 +363,14 @@ def prepare_latents(
         del options["scale"]  # preparations of before had none
     elif encoder.mean is not None:
         raise DataError(f"--scale {settings.scale:g}: {settings.encoder} has a normalisation of its own: leave it out")
-    record = {"settings": options, "source": vars(source), "encoder": [encoder.settings(), given]}
+    about = {k: v for k, v in vars(source).items() if k != "captions"}
+    record: dict[str, Any] = {"settings": options, "source": about, "encoder": [encoder.settings(), given]}
+    if captions is not None:
+        record["captions"] = captions.record()
     with Job(output, record, [file for files in units for file in files], workers, resume, overwrite) as job:
         if job.complete:
             return {name: read_manifest(str(output / name)) for name in settings.splits}
-        passes = LatentPasses(output, settings, source, input=key_of(*(u.key for u in pieces)))
+        passes = LatentPasses(output, settings, source, input=key_of(*(u.key for u in pieces)), captions=captions)
         passes = replace(passes, held_out=job.once(lambda: passes.look(pieces)))
         chosen = [] if encoder.fitted else passes.chosen(pieces)
         share = _FIT_FRAMES // max(len(chosen), 1)

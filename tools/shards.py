@@ -26,7 +26,16 @@ from ebt_megatron.core.cli import guarded, user_path
 from ebt_megatron.core.errors import DataError
 from ebt_megatron.core.files import replacing
 from ebt_megatron.data.folder import ShardFolder
-from ebt_megatron.data.shards import LABELS, Manifest, Member, ShardInfo, out_of_range, read_manifest, sha256_of
+from ebt_megatron.data.shards import (
+    Manifest,
+    Member,
+    ShardInfo,
+    member_kind,
+    out_of_range,
+    read_manifest,
+    sample_shape,
+    sha256_of,
+)
 
 from .rewrite import rewrite
 
@@ -55,14 +64,14 @@ def _member_problem(data: bytes, member: Member, manifest: Manifest) -> str:
         block = np.load(io.BytesIO(data))
     except (ValueError, EOFError, OSError) as error:
         return f"cannot be read ({error})"
-    labels = member.name.endswith(f".{LABELS}.npy")
-    if list(block.shape) != [member.samples, *([] if labels else manifest.shape)]:
+    kind = member_kind(member.name)
+    if list(block.shape) != [member.samples, *sample_shape(manifest, kind)]:
         return f"has shape {list(block.shape)}"
-    if not labels and block.dtype != manifest.dtype:
+    if kind == "samples" and block.dtype != manifest.dtype:
         return f"is {block.dtype}, the manifest says {manifest.dtype}"
-    if not labels and not np.isfinite(block).all():
+    if not np.isfinite(block).all():
         return "has values that are not finite"
-    outside = out_of_range(block, manifest, labels)
+    outside = out_of_range(block, manifest, kind)
     return f"holds {outside}" if outside else ""
 
 

@@ -27,6 +27,9 @@ MODES = {
     "reuse, recomputed": (Plan((0.5, 0.5), "detached"),
                           (*RANDOM, "thinking.reuse=true", "model.recompute_layers=true")),
     "recomputed": (Plan((0.5, 0.5), "detached"), (*RANDOM, "model.recompute_layers=true", "model.kernels=torch")),
+    "captions as tokens": (Plan((0.5, 0.5), "detached"), (*RANDOM, *latents.CAPTIONS, "images.class_dropout=0.8")),
+    "captions as vectors": (Plan((0.5, 0.5), "detached"), (*RANDOM, *latents.CAPTIONS, "name=vectors",
+                                                           "images.class_dropout=0.8")),
 }  # fmt: skip
 
 
@@ -76,7 +79,9 @@ RECIPES = {
     "S1, reuse": ("thinking.max_steps=2", "thinking.reuse=true"),
     "S2": ("thinking.loss=last", "thinking.learn_step_size=false", *RANDOM, "thinking.langevin_noise=0.5",
            "model.conditioning=none", "thinking.initial=noise"),
+    "S1, captions": ("thinking.max_steps=2", *latents.CAPTIONS, "images.class_dropout=0.3"),
     "DiT": ("model.architecture=transformer",),
+    "DiT, captions": ("model.architecture=transformer", *latents.CAPTIONS, "images.class_dropout=0.3"),
 }  # fmt: skip
 
 
