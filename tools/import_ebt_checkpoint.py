@@ -1,8 +1,8 @@
 """A checkpoint of the paper's public code, as weights of this project: `ebt-import CKPT`.
 
 The public code (github.com/alexiglad/EBT) saves with PyTorch Lightning. Read are its EBTs of text and video, its
-Transformer++ of both, its denoising EBT of pictures and its denoising DiT; others are refused. Written are
-FILE.safetensors and FILE.yaml, a recipe, from which `ebt-convert import` makes a run.
+Transformer++ of both, its EBTs of pictures (denoising, and from captions) and the DiTs beside them; others are refused.
+Written are FILE.safetensors and FILE.yaml, a recipe, from which `ebt-convert import` makes a run.
 """
 
 from __future__ import annotations
@@ -45,7 +45,11 @@ FAMILIES = {
 }
 _OURS = {"text": "NLP", "video": "VID", "images": "IMG"}
 # Names of what is no weight of the model: metrics' states, and the frozen encoders, which prepare the data.
-_NO_WEIGHTS = {"torchmetrics_dict.": "states of metrics", "model.image_encoder.": "the frozen encoder of frames"}
+_METRICS = {"torchmetrics_dict.": "states of metrics"}
+_FROZEN = {
+    "model.image_encoder.": "the frozen encoder of pictures",
+    "model.text_encoder.": "the frozen one of captions",
+}
 
 
 def convert_weights(weights: dict[str, Tensor], recipe: Recipe) -> dict[str, Tensor]:
@@ -84,8 +88,8 @@ def convert(checkpoint: Path, output: Path, trust: bool = False) -> tuple[Descri
             raise RecipeError(f"hyper-parameter modality={modality} is not supported, only {' and '.join(FAMILIES)}")
         left_out: dict[str, list[str]] = {}
         for name in list(stored):
-            for prefix, what in _NO_WEIGHTS.items():
-                if name.startswith(prefix) and (modality == "VID" or what == "states of metrics"):
+            for prefix, what in (_METRICS if modality == "NLP" else _METRICS | _FROZEN).items():
+                if name.startswith(prefix):
                     left_out.setdefault(what, []).append(name)
                     del stored[name]
         described = FAMILIES[modality].describe(hyper, Source(stored))

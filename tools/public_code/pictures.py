@@ -1,4 +1,4 @@
-"""Denoising of pictures of the public code: a bidirectional EBT, and the DiT (arXiv 2212.09748) beside it.
+"""Pictures of the public code, denoised or made from captions: a bidirectional EBT, and the DiT (arXiv 2212.09748).
 
 Their fixed positions have sines before cosines, ours cosines before sines, on either axis. Nothing else in these
 layers knows one hidden channel from another (their norms have no weights), so all of them are put in our order.
@@ -18,16 +18,19 @@ from .source import Source, interleaved
 
 _TRUNK = {"ebt": "model.transformer", "transformer": "model.diffusion_transformer"}
 _NAMES = {"ebt": "ebt", "dit": "transformer"}
-_SUPPORTED: Supported = {"model_name": tuple(_NAMES), "image_task": ("denoising",)}
+_SUPPORTED: Supported = {"model_name": tuple(_NAMES), "image_task": ("denoising", "t2i")}
 _EBT: Supported = {"clamp_futures_grad": (False,), "mcmc_replay_buffer": (False,)}
+_INITIAL = {"random_noise": "noise", "zeros": "zeros"}
+_PROJECTOR = "model.text_embeddings_projector"
 _WAVES = 256  # of a DiT's level
+_VAE = 8  # pixels of a latent's side
 
 
 def describe(hyper: Hyper, source: Source) -> Described:
-    """What a checkpoint of denoising says; raises RecipeError for what is not supported."""
+    """What a checkpoint of pictures says; raises RecipeError for what is not supported."""
     require(hyper, _SUPPORTED)
     recipe = Recipe(name="imported")
-    m, t, images = recipe.model, recipe.thinking, recipe.images
+    m, t, denoises = recipe.model, recipe.thinking, hyper.get("image_task", "t2i") == "denoising"
     m.architecture = _NAMES[hyper.get("model_name", "ebt")]
     trunk = _TRUNK[m.architecture]
     m.hidden_size, channels, patch, _ = _patches(source, trunk)
@@ -39,21 +42,34 @@ def describe(hyper: Hyper, source: Source) -> Described:
         require(hyper, _EBT)
         describe_thinking(recipe, hyper, source)
         t.initial = "observed"
+        if not denoises:
+            require(hyper, {"denoising_initial_condition": tuple(_INITIAL)})
+            t.initial = _INITIAL[hyper.get("denoising_initial_condition") or "random_noise"]
+            t.initial_std = number(hyper, "gaussian_random_noise_scaling", 1)
         t.langevin_in_evaluation = not hyper.get("no_langevin_during_eval")
-    levels = int(number(hyper, "diffusion_steps"))
-    images.schedule_steps = int(levels / number(hyper, "denoise_images_noise_level", 1))
-    images.beta_first, images.beta_last = 0.1 / images.schedule_steps, 20 / images.schedule_steps
-    images.highest_level = levels - 1
-    images.lowest_level = 0 if hyper.get("randomize_denoise_images_noise_level") else levels - 1
-    images.see_level = False
+    _describe_levels(recipe, hyper, denoises)
     describe_training(recipe, hyper)
     patches = source.shape(f"{trunk}.pos_embed")[1]
     recipe.data.modality, recipe.data.sequence_length = "images", patches
     resolve(recipe)
-    size = patch * math.isqrt(patches)
-    identity = {"picture": [patches, channels * patch**2], "classes": 0, "latent_scale": 1}
-    return Described(recipe, identity, f"images --height {size} --width {size} --encoder pixels --patch {patch} "
-                                       "--scale 1")  # fmt: skip
+    scale, side = (1, patch) if denoises else (0.18215, patch * _VAE)
+    size = side * math.isqrt(patches)
+    encoder = "pixels" if denoises else "vae --model sd-vae-ft-ema --captions ... --caption-encoder clip:..."
+    identity = {"picture": [patches, channels * patch**2], "classes": 0, "latent_scale": scale}
+    return Described(recipe, identity, f"images --height {size} --width {size} --patch {side} --scale {scale} "
+                                       f"--encoder {encoder}")  # fmt: skip
+
+
+def _describe_levels(recipe: Recipe, hyper: Hyper, denoises: bool) -> None:
+    """Set the noise, and what the model is told."""
+    images, levels = recipe.images, int(number(hyper, "diffusion_steps", None if denoises else 1000))
+    images.schedule_steps = int(levels / number(hyper, "denoise_images_noise_level", 1)) if denoises else levels
+    images.beta_first, images.beta_last = 0.1 / images.schedule_steps, 20 / images.schedule_steps
+    images.highest_level = levels - 1
+    images.lowest_level = 0 if hyper.get("randomize_denoise_images_noise_level") else levels - 1
+    images.see_level = False
+    if not denoises:
+        images.captions, images.class_dropout = True, 0.0
 
 
 def _patches(source: Source, trunk: str) -> tuple[int, ...]:
@@ -99,10 +115,21 @@ def weights_of(source: Source, recipe: Recipe) -> dict[str, Tensor]:
     if m.architecture == "ebt":
         source.left.pop("model.langevin_dynamics_noise_std", None)  # a setting here: see `describe_thinking`
         out["head"] = source.take(f"{trunk}.final_layer.linear.weight", 1, width)[0][order]
-        out["modality.condition.vector"] = source.take("model.learned_adaln_condition.weight", 1, width)[0]
         out["step_size"] = source.take("model.alpha")
-        return out
-    return out | _noise(source, trunk, channels, patch, order)
+        return out | _condition(source, recipe, "modality.condition", width)
+    return out | _noise(source, trunk, channels, patch, order) | _condition(source, recipe, "condition", width)
+
+
+def _condition(source: Source, recipe: Recipe, ours: str, width: int) -> dict[str, Tensor]:
+    """What pictures are told besides the level: nothing, which is a vector of an EBT, or a caption's vector."""
+    zeros = torch.zeros(width)
+    if recipe.images.captions:
+        made = source.linear(_PROJECTOR, "out", width, source.shape(f"{_PROJECTOR}.weight")[1])
+        return {f"{ours}.vector": zeros, f"{ours}.captions.not_told": zeros.clone(),
+                f"{ours}.captions.out": made["out.weight"], f"{ours}.captions.out_bias": made["out.bias"]}  # fmt: skip
+    if recipe.model.architecture == "ebt":
+        return {f"{ours}.vector": source.take("model.learned_adaln_condition.weight", 1, width)[0]}
+    return {f"{ours}.vector": zeros}
 
 
 def _noise(source: Source, trunk: str, channels: int, patch: int, order: Tensor) -> dict[str, Tensor]:
@@ -119,7 +146,6 @@ def _noise(source: Source, trunk: str, channels: int, patch: int, order: Tensor)
 
     return {
         "head": noise(linear["head.weight"])[:, order], "head_bias": noise(linear["head.bias"]),
-        "condition.vector": level["in.bias"].new_zeros(width),
         "condition.level_in": level["in.weight"], "condition.level_in_bias": level["in.bias"],
         "condition.level_out": level["out.weight"], "condition.level_out_bias": level["out.bias"],
     }  # fmt: skip

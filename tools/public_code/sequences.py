@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ebt_megatron.config import Recipe, RecipeError, resolve
+from ebt_megatron.config import Recipe, resolve
 
 from .settings import Described, Hyper, Supported, describe_thinking, describe_training, number, require, take
 from .source import Source, interleaved
@@ -61,9 +61,7 @@ def describe_video(hyper: Hyper, source: Source) -> Described:
     recipe.data.modality = "video"
     if thinks:
         t = recipe.thinking
-        if t.langevin_noise:
-            raise RecipeError(f"hyper-parameter langevin_dynamics_noise={t.langevin_noise:g} is not supported: on "
-                              "embedded frames, as theirs is, there is no noise here")  # fmt: skip
+        t.langevin_on = "embedding"
         t.initial, t.initial_std = _INITIAL[hyper.get("denoising_initial_condition") or "random_noise"], 1.0
     recipe.data.sequence_length = int(number(hyper, "context_length")) - 1
     resolve(recipe)
