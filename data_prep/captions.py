@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -121,9 +122,10 @@ class Captions:
     def make(cls, texts: CaptionTexts, encoder: str) -> Captions:
         """With the tokenizer or the model that `encoder` names; raises DataError where it cannot be had."""
         kind, _, given = encoder.partition(":")
+        given = os.path.expanduser(given)
         if kind == "clip":
             ClipCaptions(given)
-            return cls(texts, encoder)
+            return cls(texts, f"clip:{given}")
         if kind != "tokens":
             raise DataError(f"--caption-encoder {encoder}: choose tokens, tokens:TOKENIZER or clip:FOLDER")
         tokenizer: Tokenizer = load_tokenizer(given) if given else train_bpe(sorted(set(texts.all())), _ENTRIES)

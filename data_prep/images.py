@@ -257,7 +257,9 @@ def main(
     array_key: str = typer.Option("images", help="Of the pictures in an .npz."),
     labels_key: str = typer.Option("labels", help="Of the labels in an .npz."),
     class_names: str = typer.Option("", help="Names of the labels of arrays, from 0 on, separated by commas."),
-    captions: str = typer.Option("", help="A file of captions: FILE<TAB>CAPTION lines; of an array, a line each."),
+    captions: str = typer.Option(
+        "", parser=options.name, help="A file of captions: FILE<TAB>CAPTION lines; of an array, a line each."
+    ),
     captions_from_labels: bool = typer.Option(False, help="Generate captions from the labels' names."),
     caption_encoder: str = typer.Option(
         "tokens", help="tokens (of a tokenizer trained on them), tokens:TOKENIZER, clip:FOLDER (a CLIPTextModel)."

@@ -132,6 +132,7 @@ def inspect(folder: Path = FOLDER) -> None:
                            ("stored as", m.dtype), ("shards", len(m.shards)),
                            ("bytes", f"{sum(s.bytes for s in m.shards):,}"), *m.sidecar.items(),
                            *([("classes", ", ".join(m.classes))] if m.classes else []),
+                           *((f"captions: {key}", value) for key, value in m.captions.items()),
                            *m.provenance.items()):  # fmt: skip
             table.add_row(str(key), str(value))
         _console().print(table)
@@ -148,11 +149,12 @@ def verify(folder: Path = FOLDER) -> None:
         problems = []
         for shard in track(m.shards, description="verifying", console=Console(stderr=True)):
             problems += shard_problems(folder, shard, m)
-        sidecar = folder / m.sidecar["file"]
-        if not sidecar.exists() or sha256_of(sidecar) != m.sidecar["sha256"]:
-            problems.append(f"{sidecar}: missing, or not the one the shards were made with")
-        else:
-            problems += _vocabulary_problems(sidecar, m)
+        for recorded in (m.sidecar, m.captions):
+            beside = folder / recorded.get("file", "manifest.json")
+            if "file" in recorded and (not beside.exists() or sha256_of(beside) != recorded["sha256"]):
+                problems.append(f"{beside}: missing, or not the one the shards were made with")
+            elif recorded is m.sidecar:
+                problems += _vocabulary_problems(beside, m)
         if sum(s.samples for s in m.shards) != m.samples:
             problems.append(f"{folder}/manifest.json: {m.samples} samples, its shards have "
                             f"{sum(s.samples for s in m.shards)}")  # fmt: skip
