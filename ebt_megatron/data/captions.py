@@ -101,9 +101,9 @@ class ClipCaptions:
                 truncation=True,
                 max_length=self.network.config.max_position_embeddings,
                 return_tensors="pt",
-            )
+            ).to(self.network.device)
             with torch.inference_mode():
-                rows.append(self.network(**given).pooler_output.float().numpy())
+                rows.append(self.network(**given).pooler_output.float().cpu().numpy())
         return np.concatenate(rows)
 
     def describe(self) -> dict[str, Any]:
@@ -125,6 +125,7 @@ def _digest(folder: str) -> str:
 @functools.cache
 def _load(folder: str) -> tuple[Any, Any]:
     try:
+        import torch
         from transformers import AutoTokenizer, CLIPTextModel
     except ImportError as error:
         raise DataError(f"a CLIP encoder ({folder}) needs transformers ({error}): pip install transformers") from None
@@ -133,7 +134,7 @@ def _load(folder: str) -> tuple[Any, Any]:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, RuntimeError) as error:
         raise DataError(f"the CLIP model at {folder} cannot be loaded ({' '.join(str(error).split())})") from None
-    return network.eval().requires_grad_(False), tokenizer
+    return network.eval().requires_grad_(False).to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer
 
 
 def open_captions(source: Description) -> CaptionEncoder:
