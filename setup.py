@@ -28,6 +28,7 @@ setup(
             "ebt-plan = ebt_megatron.tools.plan:app",
             "ebt-convert = ebt_megatron.tools.convert:app",
             "ebt-import = ebt_megatron.tools.import_ebt_checkpoint:app",
+            "ebt-pictures = ebt_megatron.tools.pictures:app",
             "ebt-report = ebt_megatron.report:app",
         ]
     },

@@ -16,6 +16,7 @@ import itertools
 import math
 import zipfile
 import zlib
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -29,6 +30,7 @@ from ebt_megatron.core.errors import DataError
 from ebt_megatron.core.options import dataclass_options, option
 
 from . import options
+from .captions import Captions, CaptionTexts, read_captions
 from .files import InputFile, content_of, find_files, plain_name
 from .job import Execution
 from .latent_passes import PictureSettings
@@ -127,6 +129,10 @@ def _rgb(picture: Any, format: str) -> Any:
     return picture.convert("RGB")
 
 
+def _name_of(path: str) -> str:
+    return path.rpartition("/")[2]
+
+
 def _class_of(path: str) -> str:
     return path.rpartition("/")[0].rpartition("/")[2]
 
@@ -138,8 +144,10 @@ class PictureSource:
     Attributes:
         height, width: of a sample.
         tile: cut a picture into samples; else make it smaller and take its centre.
-        classes: names of the folders that pictures are in; empty: labels are those of arrays.
+        classes: names of the labels; of picture files those of the folders that they are in. Empty: labels are
+            those of arrays, and have numbers.
         array_key, labels_key: of an .npz.
+        captions: of the pictures, or None.
     """
 
     height: int = option(128, min=1, help="Of a sample: a picture made smaller and cropped to its centre.")
@@ -148,6 +156,7 @@ class PictureSource:
     classes: list[str] = field(default_factory=list)
     array_key: str = option("images", help="Of the pictures in an .npz.")
     labels_key: str = option("labels", help="Of the labels in an .npz.")
+    captions: CaptionTexts | None = None
     kind: ClassVar[str] = "images"
     piece: ClassVar[str] = "picture"
     frames: ClassVar[None] = None
@@ -157,14 +166,21 @@ class PictureSource:
         for path in (file.path for file in files):
             if _is_array(path):
                 pictures, labels = read_array(path, self.array_key, self.labels_key)
+                told = self.captions.given if self.captions else {}
+                if told and len(told) != len(pictures):
+                    raise DataError(f"{path} has {len(pictures)} pictures, and the captions are {len(told)}: give one "
+                                    "line for each")  # fmt: skip
                 for i, picture in enumerate(pictures):
-                    where = f"picture {i} of {path}"
-                    yield Piece(picture.tobytes(), self._of_array(picture, where),
-                                NO_LABEL if labels is None else int(labels[i]))  # fmt: skip
+                    content, label = picture.tobytes(), NO_LABEL if labels is None else int(labels[i])
+                    yield Piece(content, self._of_array(picture, f"picture {i} of {path}"), label,
+                                self._caption(str(i), label, content))  # fmt: skip
             else:
                 data = content_of(path)
                 label = self.classes.index(_class_of(path)) if self.classes else NO_LABEL
-                yield Piece(data, self._of_file(data, path), label)
+                yield Piece(data, self._of_file(data, path), label, self._caption(_name_of(path), label, data))
+
+    def _caption(self, name: str, label: int, content: bytes) -> str:
+        return self.captions.of(name, label, content) if self.captions else ""
 
     def _of_array(self, picture: np.ndarray, where: str) -> Iterator[tuple[np.ndarray, float]]:
         if picture.shape[:2] == (self.height, self.width):
@@ -210,6 +226,49 @@ def split_files(files: list[InputFile]) -> list[list[InputFile]]:
     return [*arrays, *(pictures[i : i + _UNIT] for i in range(0, len(pictures), _UNIT))]
 
 
+@dataclass(frozen=True)
+class CaptionOptions:
+    """What is asked for of captions.
+
+    Attributes:
+        captions: their file; "": none.
+        captions_from_labels: generate them.
+        caption_encoder: see Captions.
+    """
+
+    captions: str = option(
+        "", parser=options.path_or_name, help="A file of captions: FILE<TAB>CAPTION lines; of an array, a line each."
+    )
+    captions_from_labels: bool = option(False, help="Generate captions from the labels' names.")
+    caption_encoder: str = option(
+        "tokens", help="tokens (of a tokenizer trained on them), tokens:TOKENIZER, clip:FOLDER (a CLIPTextModel)."
+    )
+
+    def texts(self, files: list[InputFile], names: list[str]) -> CaptionTexts | None:
+        """The captions of files whose labels have names.
+
+        Raises:
+            DataError: for both kinds, a name that two files have, or captions of several arrays.
+        """
+        path = self.captions
+        if path and self.captions_from_labels:
+            raise DataError("give either --captions or --captions-from-labels")
+        if self.captions_from_labels:
+            if not names:
+                raise DataError("--captions-from-labels needs names: give --class-names, or --classes folders")
+            return CaptionTexts(names=tuple(names))
+        if not path:
+            return None
+        arrays = [f.path for f in files if _is_array(f.path)]
+        if arrays and len(files) > 1:
+            raise DataError(f"--captions {path} is for picture files or for one array; the input has {len(files)} "
+                            f"files with {arrays[0]} among them")  # fmt: skip
+        pictures = [] if arrays else [_name_of(f.path) for f in files]
+        if twice := [name for name, count in Counter(pictures).items() if count > 1]:
+            raise DataError(f"{twice[0]} is the name of several pictures, and captions go by name: rename them")
+        return read_captions(path, pictures)
+
+
 @dataclass_options
 def main(
     *,
@@ -219,6 +278,8 @@ def main(
     labels: str = typer.Option(
         "arrays", "--classes", help="Where labels come from: arrays, or the folders that pictures are in."
     ),
+    class_names: str = typer.Option("", help="Names of the labels of arrays, from 0 on, separated by commas."),
+    asked: CaptionOptions,
     settings: PictureSettings,
     execution: Execution,
     dry_run: bool = options.DRY_RUN,
@@ -235,10 +296,16 @@ def main(
             if arrays := [f.path for f in files if _is_array(f.path)]:
                 raise DataError(f"--classes folders is for picture files; {arrays[0]} is an array")
             classes = sorted({_class_of(f.path) for f in files})
+        elif class_names:
+            classes = [name.strip() for name in class_names.split(",")]
+            if loose := [f.path for f in files if not _is_array(f.path)]:
+                raise DataError(f"--class-names is for labels of arrays; {loose[0]} is a picture file")
+        told = asked.texts(files, classes)
+        captions = Captions.make(told, asked.caption_encoder) if told else None
         what = f"pictures of {source.height} x {source.width}"
         if options.announce(output, found, SUFFIXES, settings.splits, what, dry_run):
-            named = replace(source, classes=classes)
-            prepare_latents(output, split_files(files), named, settings, str(found), execution)
+            named = replace(source, classes=classes, captions=told)
+            prepare_latents(output, split_files(files), named, settings, str(found), execution, captions)
 
     options.command(work)
 

@@ -18,6 +18,7 @@ from ebt_megatron.core.files import replacing
 from ebt_megatron.core.options import option
 from ebt_megatron.data.shards import Manifest, sha256_of, shard_infos, write_shard
 
+from .captions import Captions
 from .encoders import Encoder, load_encoder
 from .options import path_or_name
 from .passes import Settings, Shard, Unit, WorkFolder, key_of, save, threshold, write_skipped
@@ -33,6 +34,7 @@ class LatentSettings(Settings):
 
     Attributes:
         encoder: see new_encoder, as `patch`, `channels` and `model`.
+        scale: latents are multiplied by it; None: they are normalised by the train split's statistics.
         samples_per_shard: in every tar but the last.
     """
 
@@ -44,6 +46,9 @@ class LatentSettings(Settings):
     )
     patch: int | None = option(None, min=1, help="Side of a patch in pixels [default: 8, or the model's].")
     channels: int | None = option(None, min=1, help="Principal components kept of a patch [default: 16].")
+    scale: float | None = option(
+        None, min=1e-6, help="Latents are multiplied by this, instead of normalised by the train split's statistics."
+    )
     samples_per_shard: int = 512
 
 
@@ -169,16 +174,18 @@ class Latents:
     """The latents of every unit.
 
     Per unit: latents-KEY.npy, float32 of every sample, one after the other; hashes-KEY.npy, the place of the piece of
-    each sample (NaN: broken); labels-KEY.npy, of each sample; pieces-KEY.npy, float64 [pieces, 2], place and seconds of
-    those that are whole; skipped-KEY.json.
+    each sample (NaN: broken); labels-KEY.npy and captions-KEY.npy, of each sample; pieces-KEY.npy, float64 [pieces, 2],
+    place and seconds of those that are whole; skipped-KEY.json.
 
     Attributes:
         fitted: the key of the encoder.
+        captions: what is told of pictures, or None.
     """
 
     work: WorkFolder
     pieces: Pieces
     fitted: str
+    captions: Captions | None = None
 
     def key(self, unit: Unit) -> str:
         """Of what the encoder makes of a unit."""
@@ -197,6 +204,7 @@ class Latents:
         encoder, key = self.encoder(), self.key(unit)
         hashes: list[float] = []
         labels: list[int] = []
+        texts: list[str] = []
         batch: list[np.ndarray] = []
         whole: list[tuple[float, float]] = []
         skipped: list[str] = []
@@ -215,6 +223,7 @@ class Latents:
                         batch.append(sample)
                         hashes.append(place)
                         labels.append(piece.label)
+                        texts.append(piece.caption)
                         duration += seconds
                         if len(batch) * len(sample) >= _BATCH:
                             flush()
@@ -227,6 +236,8 @@ class Latents:
             flush()
             save(self.work.file("hashes", key), np.array(hashes))
             save(self.work.file("labels", key), np.array(labels, np.int64))
+            if self.captions is not None:
+                save(self.work.file("captions", key), self.captions.open().encode(texts))
             save(self.work.file("pieces", key), np.array(whole).reshape(-1, 2))
             self.work.file("skipped", key, "json").write_text(json.dumps(skipped))
 
@@ -301,8 +312,13 @@ class LatentShards:
             labelled |= set((labels[splits >= 0] != NO_LABEL).tolist())
         if len(labelled) > 1:
             raise DataError("some pictures of the input have labels and some have none: prepare them separately")
+        names, highest = len(self.latents.pieces.source.classes), self._highest(keys)
+        if names and highest >= names:
+            raise DataError(f"the input has label {highest}, and --class-names has {names}: name all labels")
         encoder = self.latents.encoder()
-        if encoder.mean is None:
+        if self.settings.scale is not None:
+            encoder.normalise_by(np.zeros(encoder.channels), np.full(encoder.channels, 1 / self.settings.scale))
+        elif encoder.mean is None:
             total, square = sum(np.load(self.moments(u)) for u in units)
             entries = int(counts[:, 0].sum()) * np.prod(self.latents.shape(encoder)[:-1])
             mean = total / entries
@@ -314,6 +330,10 @@ class LatentShards:
         totals = zip(self.settings.splits, counts.sum(0).tolist(), strict=True)
         return [(name, k) for name, total in totals for k in range(-(-total // per_shard))]
 
+    def _highest(self, keys: list[str]) -> int:
+        """The highest label, or NO_LABEL."""
+        return max(int(np.load(self.work.file("labels", key)).max(initial=NO_LABEL)) for key in keys)
+
     def write(self, item: Shard) -> None:
         """One shard: samples of its split, of all units in order, from number * samples_per_shard on."""
         name, number = item
@@ -322,7 +342,7 @@ class LatentShards:
         keys = json.loads(self.work.whole("keys.json").read_text())
         begin = number * self.settings.samples_per_shard
         end = min(begin + self.settings.samples_per_shard, int(ends[-1]))
-        samples, labels = [], []
+        samples, labels, captions = [], [], []
         for unit in range(int(ends.searchsorted(begin, "right")), int(ends.searchsorted(end)) + 1):
             splits = self.splits(keys[unit])
             rows = np.flatnonzero(splits == split)
@@ -331,9 +351,12 @@ class LatentShards:
             latents = self.latents.read(keys[unit], encoder, len(splits))
             samples += [encoder.to_samples(latents[row]) for row in rows]
             labels.append(np.load(self.work.file("labels", keys[unit]))[rows])
+            if self.latents.captions is not None:
+                captions.append(np.load(self.work.file("captions", keys[unit]))[rows])
         numbers = np.concatenate(labels)
         write_shard(self.work.output / name, number, self.latents.pieces.source.kind, np.stack(samples),
-                    None if numbers[0] == NO_LABEL else numbers)  # fmt: skip
+                    None if numbers[0] == NO_LABEL else numbers,
+                    np.concatenate(captions) if captions else None)  # fmt: skip
 
     def publish(self, units: list[Unit], shards: list[Shard], source: str) -> dict[str, Manifest]:
         """Write encoders and manifests."""
@@ -341,7 +364,7 @@ class LatentShards:
         keys = [self.latents.key(u) for u in units]
         pieces = np.concatenate([np.load(self.work.file("pieces", key)) for key in keys])
         skipped = [line for key in keys for line in json.loads(self.work.file("skipped", key, "json").read_text())]
-        highest = max(int(np.load(self.work.file("labels", key)).max(initial=NO_LABEL)) for key in keys)
+        highest, captions = self._highest(keys), self.latents.captions
         manifests = {}
         for split, name in enumerate(self.settings.splits):
             folder = self.work.output / name
@@ -360,6 +383,7 @@ class LatentShards:
                 kind=input.kind, shape=self.latents.shape(encoder), dtype="float16", samples=samples, shards=infos,
                 encoder={"file": "encoder.npz", "sha256": sha256_of(folder / "encoder.npz"), **encoder.describe()},
                 classes=(input.classes or [str(i) for i in range(highest + 1)]), provenance=made,
+                captions={} if captions is None else captions.save(folder),
             )  # fmt: skip
         write_skipped(self.work.output, skipped)
         for name, manifest in manifests.items():

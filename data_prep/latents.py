@@ -9,9 +9,12 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
+from ebt_megatron.core.errors import DataError
 from ebt_megatron.data.shards import Manifest, read_manifest, sha256_of
 
+from .captions import Captions
 from .encoders import KINDS, new_encoder
 from .files import InputFile
 from .job import Execution, Job
@@ -22,7 +25,7 @@ from .pieces import Source
 
 def prepare_latents(
     output: Path, units: list[list[InputFile]], source: Source, settings: LatentSettings, described: str,
-    execution: Execution = Execution(),
+    execution: Execution = Execution(), captions: Captions | None = None,
 ) -> dict[str, Manifest]:  # fmt: skip
     """Encode, normalise and write every split.
 
@@ -33,6 +36,7 @@ def prepare_latents(
         settings: what to make.
         described: what the input is, for the manifest.
         execution: how to run.
+        captions: what is told of pictures; the pieces of `source` then have captions.
 
     Raises:
         DataError: an encoder that cannot be had, files that cannot be decoded (unless they are skipped), or
@@ -43,7 +47,14 @@ def prepare_latents(
                           settings.model)  # fmt: skip
     given = None if settings.encoder in KINDS else sha256_of(Path(settings.encoder))
     options = {k: v for k, v in asdict(settings).items() if k != "skip_broken"}  # it changes nothing of what was made
-    record = {"settings": options, "source": vars(source), "encoder": [encoder.settings(), given]}
+    if settings.scale is None:
+        del options["scale"]  # preparations of before had none
+    elif encoder.mean is not None:
+        raise DataError(f"--scale {settings.scale:g}: {settings.encoder} has a normalisation of its own: leave it out")
+    about = {k: v for k, v in vars(source).items() if k != "captions"}
+    record: dict[str, Any] = {"settings": options, "source": about, "encoder": [encoder.settings(), given]}
+    if captions is not None:
+        record["captions"] = captions.record()
     with Job(output, record, [file for files in units for file in files], execution) as job:
         if job.complete:
             return {name: read_manifest(str(output / name)) for name in settings.splits}
@@ -52,7 +63,7 @@ def prepare_latents(
         held_out = job.once(lambda: pieces.held_out(parts))
         fitting = Fitting(work, pieces, held_out, FIT_FRAMES // max(len(chosen), 1))
         job.each("sampling", fitting.sample, chosen, fitting.file)
-        latents = Latents(work, pieces, job.once(lambda: fitting.fit(encoder, chosen)))
+        latents = Latents(work, pieces, job.once(lambda: fitting.fit(encoder, chosen)), captions)
         job.each("encoding", latents.encode, parts, latents.file)
         shards = LatentShards(work, latents, job.once(lambda: latents.held_out(parts)))
         job.each("measuring", shards.measure, parts, shards.moments)

@@ -23,11 +23,13 @@ class Piece(NamedTuple):
         samples: uint8 [frames, height, width, 3] of every clip or tile (of a picture one frame), in order,
             and the seconds it lasts; raises DataError where the file is broken.
         label: of every sample, or NO_LABEL.
+        caption: of every sample; "": there is none.
     """
 
     content: bytes
     samples: Iterator[tuple[np.ndarray, float]]
     label: int = NO_LABEL
+    caption: str = ""
 
 
 class Source(Protocol):

@@ -12,7 +12,8 @@ from ebt_megatron.config import RecipeError, load_recipe
 from ebt_megatron.config.catalog import RECIPES, describe_recipes, find_recipe, recipe_names
 
 ROOT = Path(__file__).parents[1]
-COMMANDS = ("train", "evaluate", "prepare", "shards", "plan", "convert", "import", "report", "generate", "lm-eval")
+COMMANDS = ("train", "evaluate", "prepare", "shards", "plan", "convert", "import", "pictures", "report", "generate",
+            "lm-eval")  # fmt: skip
 IMPORT_ALL = """
 import importlib, pkgutil, sys, ebt_megatron.data_prep, ebt_megatron.tools
 for package in (ebt_megatron.data_prep, ebt_megatron.tools):

@@ -6,6 +6,7 @@ What is written is plain: every weight whole, whatever layout the run has, with 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import typer
 from rich.console import Console
@@ -64,6 +65,13 @@ def export_weights(source: Path, output: Path) -> tuple[Path, int]:
     return folder, sum(w.numel() for w in weights.values())
 
 
+def latent_scale(encoder: dict[str, Any]) -> float | None:
+    """What latents were multiplied by, of a manifest's encoder; None: normalised by statistics."""
+    first = encoder["std"][0]
+    constant = not any(encoder["mean"]) and all(std == first for std in encoder["std"])
+    return float(f"{1 / first:.6g}") if constant else None
+
+
 def import_weights(source: Path, recipe: Path, output: Path, overrides: list[str]) -> None:
     """Make a run that starts, at step 0 with a fresh optimizer, from a file's weights.
 
@@ -89,7 +97,10 @@ def import_weights(source: Path, recipe: Path, output: Path, overrides: list[str
     weights, metadata = read_weights(source)
     # A checkpoint fits every layout, so one process writes it; the run keeps the recipe's layout.
     run = Run(load_recipe(recipe, [*overrides, *_ONE_PROCESS]))
-    needed = fingerprint(resolved, run.task.identity) | {"vocab_size": run.train_data.sources[0].manifest.vocab_size}
+    manifest = run.train_data.sources[0].manifest
+    needed = fingerprint(resolved, run.task.identity) | {"vocab_size": manifest.vocab_size}
+    if manifest.encoder:
+        needed["latent_scale"] = latent_scale(manifest.encoder) or "none (the train split's statistics)"
     check_fingerprint(source, metadata, needed)
     set_weights(source, run.trainer.model, weights)
     lock = RunLock(output)

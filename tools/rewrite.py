@@ -18,6 +18,7 @@ from ebt_megatron.data.folder import ShardFolder
 from ebt_megatron.data.shards import (
     Manifest,
     OutputLock,
+    caption_key,
     clear_partial,
     clear_shards,
     index_name,
@@ -39,6 +40,7 @@ def _common(sources: list[ShardFolder]) -> Manifest:
         m = source.manifest
         for what, ours, theirs in (("kind", m.kind, first.kind), ("sample shape", m.shape, first.shape),
                                    ("dtype", m.dtype, first.dtype), ("classes", m.classes, first.classes),
+                                   ("captions' encoder or length", caption_key(m), caption_key(first)),
                                    ("tokenizer or encoder", m.sidecar["sha256"], first.sidecar["sha256"])):  # fmt: skip
             if ours != theirs:
                 raise DataError(f"{source.folder} has another {what} than {sources[0].folder}: they cannot be one")
@@ -111,9 +113,13 @@ def _write(
         pieces = list(_pieces(sources, begin, min(begin + samples_per_shard, total)))
         samples = np.stack([source.row(i) for source, rows in pieces for i in rows])
         labels = np.array([s.label(i) for s, rows in pieces for i in rows], np.int64) if first.classes else None
-        write_shard(output, number, first.kind, samples, labels)
-    sidecar = sources[0].sidecar()
-    write_whole(output / sidecar.name, sidecar.read_bytes())
+        captions = None
+        if first.captions:
+            captions = np.concatenate([source.gather_captions(np.array(rows)) for source, rows in pieces])
+        write_shard(output, number, first.kind, samples, labels, captions)
+    for recorded in (first.sidecar, first.captions):
+        if "file" in recorded:
+            write_whole(output / recorded["file"], sources[0].verified(recorded).read_bytes())
     tokenizer = dict(first.tokenizer)
     if tokenizer:  # by tokens; every sample has as many
         shares = [s.manifest.tokenizer["bytes_per_token"] * len(s) / total for s in sources]
@@ -121,6 +127,7 @@ def _write(
     manifest = Manifest(
         kind=first.kind, shape=first.shape, dtype=first.dtype, samples=total, shards=shard_infos(output, count),
         provenance=_provenance(sources), tokenizer=tokenizer, encoder=first.encoder, classes=first.classes,
+        captions=first.captions,
     )  # fmt: skip
     clear_partial(output)
     manifest.write(output)

@@ -26,7 +26,16 @@ from ebt_megatron.core.cli import guarded, user_path
 from ebt_megatron.core.errors import DataError
 from ebt_megatron.core.files import replacing
 from ebt_megatron.data.folder import ShardFolder
-from ebt_megatron.data.shards import LABELS, Manifest, Member, ShardInfo, out_of_range, read_manifest, sha256_of
+from ebt_megatron.data.shards import (
+    Manifest,
+    Member,
+    ShardInfo,
+    member_kind,
+    out_of_range,
+    read_manifest,
+    sample_shape,
+    sha256_of,
+)
 
 from .rewrite import rewrite
 
@@ -55,14 +64,14 @@ def _member_problem(data: bytes, member: Member, manifest: Manifest) -> str:
         block = np.load(io.BytesIO(data))
     except (ValueError, EOFError, OSError) as error:
         return f"cannot be read ({error})"
-    labels = member.name.endswith(f".{LABELS}.npy")
-    if list(block.shape) != [member.samples, *([] if labels else manifest.shape)]:
+    kind = member_kind(member.name)
+    if list(block.shape) != [member.samples, *sample_shape(manifest, kind)]:
         return f"has shape {list(block.shape)}"
-    if not labels and block.dtype != manifest.dtype:
+    if kind == "samples" and block.dtype != manifest.dtype:
         return f"is {block.dtype}, the manifest says {manifest.dtype}"
-    if not labels and not np.isfinite(block).all():
+    if not np.isfinite(block).all():
         return "has values that are not finite"
-    outside = out_of_range(block, manifest, labels)
+    outside = out_of_range(block, manifest, kind)
     return f"holds {outside}" if outside else ""
 
 
@@ -123,6 +132,7 @@ def inspect(folder: Path = FOLDER) -> None:
                            ("stored as", m.dtype), ("shards", len(m.shards)),
                            ("bytes", f"{sum(s.bytes for s in m.shards):,}"), *m.sidecar.items(),
                            *([("classes", ", ".join(m.classes))] if m.classes else []),
+                           *((f"captions: {key}", value) for key, value in m.captions.items()),
                            *m.provenance.items()):  # fmt: skip
             table.add_row(str(key), str(value))
         _console().print(table)
@@ -139,11 +149,12 @@ def verify(folder: Path = FOLDER) -> None:
         problems = []
         for shard in track(m.shards, description="verifying", console=Console(stderr=True)):
             problems += shard_problems(folder, shard, m)
-        sidecar = folder / m.sidecar["file"]
-        if not sidecar.exists() or sha256_of(sidecar) != m.sidecar["sha256"]:
-            problems.append(f"{sidecar}: missing, or not the one the shards were made with")
-        else:
-            problems += _vocabulary_problems(sidecar, m)
+        for recorded in (m.sidecar, m.captions):
+            beside = folder / recorded.get("file", "manifest.json")
+            if "file" in recorded and (not beside.exists() or sha256_of(beside) != recorded["sha256"]):
+                problems.append(f"{beside}: missing, or not the one the shards were made with")
+            elif recorded is m.sidecar:
+                problems += _vocabulary_problems(beside, m)
         if sum(s.samples for s in m.shards) != m.samples:
             problems.append(f"{folder}/manifest.json: {m.samples} samples, its shards have "
                             f"{sum(s.samples for s in m.shards)}")  # fmt: skip

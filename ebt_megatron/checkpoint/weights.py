@@ -89,7 +89,7 @@ def check_fingerprint(path: Path, metadata: dict[str, str], fingerprint: dict[st
     for key, saved in json.loads(metadata.get("fingerprint", "{}")).items():
         if key in fingerprint and fingerprint[key] != saved:
             raise RecipeError(f"{path} was written for {key}={saved}, this run has {key}={fingerprint[key]}: use the "
-                              "recipe in the file's metadata, and its tokenizer")  # fmt: skip
+                              "recipe in the file's metadata, and data prepared as its were")  # fmt: skip
 
 
 @torch.no_grad()

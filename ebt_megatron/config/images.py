@@ -23,7 +23,8 @@ class ImagesConfig:
     highest_level: int = at_least(0, 99)
     see_level: bool = True  # an EBT that denoises is told the level; a DiT always is
     classes: bool = False  # told the class of the picture, from the labels of the shards
-    class_dropout: float = fraction(0.1)  # share of training samples that are not, for guidance
+    captions: bool = False  # told the caption of the picture, as the shards have it
+    class_dropout: float = fraction(0.1)  # share of training samples that are told neither, for guidance
 
     def check(self) -> None:
         """Raise RecipeError unless the schedule has the levels."""
@@ -32,6 +33,9 @@ class ImagesConfig:
                 f"images.lowest_level={self.lowest_level}, highest_level={self.highest_level}: must rise and be below "
                 f"images.schedule_steps={self.schedule_steps}"
             )
+        if self.classes and self.captions:
+            raise RecipeError("images.classes=true and images.captions=true: a picture is told one of them, set the "
+                              "other to false")  # fmt: skip
         if not self.beta_first <= self.beta_last < 1:
             raise RecipeError(f"images.beta_first={self.beta_first:g}, beta_last={self.beta_last:g}: must rise and be "
                               "below 1")  # fmt: skip

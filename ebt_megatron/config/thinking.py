@@ -33,7 +33,9 @@ class ThinkingConfig:
     step_size_lr_multiplier: float | None = None  # default: 3 x step_size, as the paper's 1500 for 500
     step_size_min: float = positive(1e-4)
     step_size_scale: float = at_least(1, 1.0)  # alpha is drawn per position from [alpha/scale, alpha*scale]
-    langevin_noise: float = 0.0  # standard deviation added to the prediction before each step
+    langevin_noise: float = 0.0  # standard deviation added before each step
+    # to what: the prediction itself, or, of latents, what the model reads of it, which leaves the prediction as it is
+    langevin_on: str = one_of("prediction", "embedding", default="prediction")
     langevin_in_evaluation: bool = True  # as the model was trained with it
     # observed: of video, the last frame that is observed; of pictures, the noised one
     initial: str = one_of("noise", "zeros", "observed", default="noise")

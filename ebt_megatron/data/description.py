@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from ebt_megatron.core.errors import DataError
 from ebt_megatron.core.files import write_whole
@@ -29,7 +30,11 @@ class Description:
         Raises:
             DataError: if it is missing or not the one the shards were made with.
         """
-        name, expected = self.manifest.sidecar["file"], self.manifest.sidecar["sha256"]
+        return self.verified(self.manifest.sidecar)
+
+    def verified(self, recorded: dict[str, Any]) -> Path:
+        """A file beside the manifest, which has recorded its name ("file") and "sha256"; raises as `sidecar`."""
+        name, expected = recorded["file"], recorded["sha256"]
         path = self._local(name, expected)
         if not path.exists():
             raise DataError(f"{path} is missing: copy it beside the manifest again")
@@ -43,7 +48,9 @@ class Description:
         return Path(self.folder, name)
 
     def copy_to(self, folder: Path) -> None:
-        """Write manifest and sidecar to a folder, which then describes the samples without holding any."""
+        """Write the manifest, and the files it names, to a folder, which then describes the samples and holds none."""
         folder.mkdir(parents=True, exist_ok=True)
-        write_whole(folder / self.manifest.sidecar["file"], self.sidecar().read_bytes())
+        for recorded in (self.manifest.sidecar, self.manifest.captions):
+            if "file" in recorded:
+                write_whole(folder / recorded["file"], self.verified(recorded).read_bytes())
         replace(self.manifest, shards=[]).write(folder)

@@ -20,18 +20,23 @@ from ebt_megatron.core.errors import DataError
 from ebt_megatron.data.description import Description
 from ebt_megatron.data.remote import Cache, RemoteError, in_background, stream_tar
 from ebt_megatron.data.shards import (
+    CAPTIONS,
     LABELS,
     ROWS_PER_MEMBER,
+    Manifest,
     Member,
     ShardInfo,
     content_of,
     is_remote,
+    member_kind,
     out_of_range,
+    sample_shape,
     sha256_of,
 )
 
 VERIFY_BYTES = 512 << 20  # folders up to this size have their checksums verified when training starts
 SAMPLES_CHECKED = 20_000  # of a larger folder, whose tokens are compared with the vocabulary at start
+_MEMBERS = ("samples", LABELS, CAPTIONS)
 _OPEN_SHARDS = 256  # mapped at once: a map holds a file descriptor
 
 
@@ -51,19 +56,15 @@ def _npy(block: np.ndarray) -> np.ndarray:
 class _OpenShard:
     """The members of a tar, as arrays."""
 
-    def __init__(self, path: str | Path, members: list[Member], bytes_of: Any, shape: list[int]):
-        """`bytes_of` gives a member's bytes (uint8); `shape` is that of the folder's samples."""
+    def __init__(self, path: str | Path, members: list[Member], bytes_of: Any, manifest: Manifest):
+        """`bytes_of` gives a member's bytes (uint8)."""
         self.path, self.bytes_of = path, bytes_of
-        suffix = f".{LABELS}.npy"
-        self.members = {
-            "samples": [m for m in members if not m.name.endswith(suffix)],
-            LABELS: [m for m in members if m.name.endswith(suffix)],
-        }
-        self.shapes: dict[str, list[int]] = {"samples": shape, LABELS: []}
+        self.members = {what: [m for m in members if member_kind(m.name) == what] for what in _MEMBERS}
+        self.shapes = {what: sample_shape(manifest, what) for what in _MEMBERS}
         self.arrays: dict[str, list[np.ndarray | None]] = {k: [None] * len(v) for k, v in self.members.items()}
 
     def block(self, what: str, index: int) -> np.ndarray:
-        """The array of member `index` of "samples" or LABELS."""
+        """The array of member `index` of "samples", LABELS or CAPTIONS."""
         array = self.arrays[what][index]
         if array is None:  # a member becomes an array when it is first asked for
             array = self.arrays[what][index] = self._read(self.members[what][index], self.shapes[what])
@@ -131,7 +132,7 @@ class ShardFolder(Description):
         if not verify:
             self._check_some()
             return
-        for number, what in itertools.product(range(len(self.sizes)), ("samples", LABELS)):
+        for number, what in itertools.product(range(len(self.sizes)), _MEMBERS):
             opened = self._shard(number)
             for member in range(len(opened.members[what])):
                 self._check_values(opened.block(what, member), what)
@@ -147,7 +148,7 @@ class ShardFolder(Description):
                 self.gather(some, np.empty((len(some), *self.manifest.shape), self.manifest.dtype))
 
     def _check_values(self, block: np.ndarray, what: str) -> None:
-        problem = out_of_range(block, self.manifest, what == LABELS)
+        problem = out_of_range(block, self.manifest, what)
         if problem:
             raise DataError(f"{self.folder} holds {problem} (tools/shards.py verify says where): prepare it again")
 
@@ -206,7 +207,7 @@ class ShardFolder(Description):
             content = np.memmap(path, mode="r", dtype=np.uint8)
         except FileNotFoundError:  # another process made room in the cache just now
             content = np.memmap(self._file(shard.name, shard.bytes, shard.sha256), mode="r", dtype=np.uint8)
-        return _OpenShard(path, members, lambda m: content[m.offset : m.offset + m.bytes], self.manifest.shape)
+        return _OpenShard(path, members, lambda m: content[m.offset : m.offset + m.bytes], self.manifest)
 
     def _stream(self, shard: ShardInfo) -> _OpenShard:
         url = self._at(shard.name)
@@ -215,13 +216,13 @@ class ShardFolder(Description):
         except RemoteError as error:
             raise DataError(str(error)) from None
         blocks = {name: np.frombuffer(data, np.uint8) for name, data in content.items()}
-        left = {False: shard.samples, True: shard.samples}  # by whether it is labels
+        left = dict.fromkeys(_MEMBERS, shard.samples)
         members = []
         for name, block in blocks.items():
-            labels = name.endswith(f".{LABELS}.npy")
-            members.append(Member(name, 0, len(block), min(left[labels], self._rows)))
-            left[labels] -= members[-1].samples
-        return _OpenShard(url, members, lambda m: blocks[m.name], self.manifest.shape)
+            what = member_kind(name)
+            members.append(Member(name, 0, len(block), min(left[what], self._rows)))
+            left[what] -= members[-1].samples
+        return _OpenShard(url, members, lambda m: blocks[m.name], self.manifest)
 
     def _shard(self, number: int) -> _OpenShard:
         if number in self._open:
@@ -250,6 +251,14 @@ class ShardFolder(Description):
         out = np.empty(len(indices), np.int64)
         self._take(LABELS, indices, out)
         self._check_values(out, LABELS)
+        return out
+
+    def gather_captions(self, indices: np.ndarray) -> np.ndarray:
+        """The captions [N, *shape] of samples `indices`, int64 tokens or float32 vectors, of pictures that have any."""
+        captions = self.manifest.captions
+        out = np.empty((len(indices), *captions["shape"]), np.int64 if captions.get("entries") else np.float32)
+        self._take(CAPTIONS, indices, out)
+        self._check_values(out, CAPTIONS)
         return out
 
     def row(self, index: int) -> np.ndarray:

@@ -27,7 +27,7 @@ from ebt_megatron.core.errors import DataError
 from ebt_megatron.data.folder import ShardFolder
 from ebt_megatron.data.order import Blend
 from ebt_megatron.data.remote import Cache
-from ebt_megatron.data.shards import Manifest
+from ebt_megatron.data.shards import Manifest, caption_key
 
 VALIDATION_IDS = 1 << 50  # sample ids of validation samples start here, apart from training's
 
@@ -42,6 +42,7 @@ class MicroBatch:
         documents: int32 [B, S + 1], which document of its row each token belongs to, or None.
         latents: float32 [B, frames, patches, channels] of video, [B, patches, channels] of pictures, or None.
         labels: int64 [B], of pictures that have classes, or None.
+        captions: [B, ...] of pictures that have captions, int64 tokens or float32 vectors, or None.
         counts: bool [B], of validation: False for samples that only fill the last micro-batch; else None.
     """
 
@@ -50,11 +51,12 @@ class MicroBatch:
     documents: Tensor | None = None
     latents: Tensor | None = None
     labels: Tensor | None = None
+    captions: Tensor | None = None
     counts: Tensor | None = None
 
     def part(self, begin: int, end: int) -> MicroBatch:
         """Its samples begin .. end - 1."""
-        fields = (self.sample_ids, self.tokens, self.documents, self.latents, self.labels, self.counts)
+        fields = (self.sample_ids, self.tokens, self.documents, self.latents, self.labels, self.captions, self.counts)
         return MicroBatch(*(None if f is None else f[begin:end] for f in fields))  # type: ignore[arg-type]
 
 
@@ -90,6 +92,9 @@ def open_sources(recipe: Recipe, split: str) -> list[ShardFolder]:
             raise DataError(f"{source.folder} has samples of {m.shape} and {len(m.classes)} classes, "
                             f"{sources[0].folder} of {first.shape} and {len(first.classes)}, or others: prepare one "
                             "again")  # fmt: skip
+        if caption_key(m) != caption_key(first):
+            raise DataError(f"{source.folder} has captions of another encoder or length than {sources[0].folder}, or "
+                            "one has none: prepare one again")  # fmt: skip
         source.sidecar()
     return sources
 
@@ -214,6 +219,7 @@ class Loader:
         manifest, text = self.sources[0].manifest, self.kind == "text"
         rows = np.empty((len(positions), *manifest.shape), np.int64 if text else np.float32)
         labels = np.empty(len(positions), np.int64)
+        captions: np.ndarray | None = None
         for number, at, samples in self.blend.locate_all(order):
             source, whole = self.sources[number], len(at) == len(rows)
             mine = rows if whole else np.empty((len(at), *manifest.shape), rows.dtype)
@@ -222,6 +228,10 @@ class Loader:
                 rows[at] = mine
             if manifest.classes:
                 labels[at] = source.gather_labels(samples)
+            if manifest.captions:
+                told = source.gather_captions(samples)
+                captions = np.empty((len(rows), *told.shape[1:]), told.dtype) if captions is None else captions
+                captions[at] = told
         sample_ids, data = torch.from_numpy(order), torch.from_numpy(rows)
         counts = None
         if self.split == "validation":
@@ -229,7 +239,8 @@ class Loader:
             sample_ids = sample_ids + VALIDATION_IDS
         if not text:
             classes = torch.from_numpy(labels) if manifest.classes else None
-            return MicroBatch(sample_ids, latents=data, labels=classes, counts=counts)
+            texts = None if captions is None else torch.from_numpy(captions)
+            return MicroBatch(sample_ids, latents=data, labels=classes, captions=texts, counts=counts)
         documents = None
         if self.recipe.data.document_mask:
             # A document ends with its end-of-text token; the next token begins another.

@@ -26,9 +26,9 @@ from ebt_megatron.data.remote import open_url, retry
 SCHEMA_VERSION = 2
 ROWS_PER_MEMBER = {"text": 64, "video": 1, "images": 64}
 ARRAY_NAME = {"text": "tokens", "video": "latents", "images": "latents"}
-LABELS = "labels"
+LABELS, CAPTIONS = "labels", "captions"  # beside the samples of a member, where pictures have them
 _SHARD = r"shard-\d{6,}\.(tar|index\.json)"
-_PARTIAL = rf"({_SHARD}|manifest\.json|tokenizer\.json|encoder\.npz)(\.\d+)?\.partial"
+_PARTIAL = rf"({_SHARD}|manifest\.json|tokenizer\.json|captions\.json|encoder\.npz)(\.\d+)?\.partial"
 _MADE = re.compile(rf"{_SHARD}|manifest\.json|{_PARTIAL}")
 _LEFT = re.compile(rf"{_PARTIAL}|(job\.json|skipped\.txt|rewrite\.json)\.\d+\.partial")
 
@@ -74,6 +74,7 @@ class Manifest:
         encoder: of frames and pictures: {"file", "sha256", "kind", "patch", "height", "width", "mean",
             "std"}; samples are (encoding - mean) / std, by channel.
         classes: names of the labels, where pictures have labels.
+        captions: where pictures have captions: {"kind", "shape", "sha256", "origin", ...}; see `data.captions`.
     """
 
     kind: str
@@ -85,6 +86,7 @@ class Manifest:
     tokenizer: dict[str, Any] = field(default_factory=dict)
     encoder: dict[str, Any] = field(default_factory=dict)
     classes: list[str] = field(default_factory=list)
+    captions: dict[str, Any] = field(default_factory=dict)
     schema_version: int = SCHEMA_VERSION
 
     @property
@@ -114,17 +116,34 @@ def _checksum(manifest: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
-def out_of_range(block: np.ndarray, manifest: Manifest, labels: bool) -> str:
-    """What is wrong with the values of tokens or `labels`: ids that the manifest knows nothing of; or ""."""
-    if not block.size or not (labels or manifest.kind == "text"):
+def member_kind(name: str) -> str:
+    """What a tar member holds, by its name: "samples", LABELS or CAPTIONS."""
+    return next((kind for kind in (LABELS, CAPTIONS) if name.endswith(f".{kind}.npy")), "samples")
+
+
+def sample_shape(manifest: Manifest, kind: str) -> list[int]:
+    """The shape that a sample has in members of a kind."""
+    return {"samples": manifest.shape, LABELS: [], CAPTIONS: manifest.captions.get("shape", [])}[kind]
+
+
+def caption_key(manifest: Manifest) -> list[Any]:
+    """What captions must have in common to be told to one model."""
+    return [manifest.captions.get(key) for key in ("kind", "shape", "sha256")]
+
+
+def out_of_range(block: np.ndarray, manifest: Manifest, kind: str) -> str:
+    """What is wrong with the values of a member of a kind: ids that the manifest knows nothing of; or ""."""
+    entries = "entries of the vocabulary"
+    what, least, count, of = {
+        "samples": ("token", 0, manifest.vocab_size, entries), LABELS: ("label", 0, len(manifest.classes), "classes"),
+        CAPTIONS: ("token", -1, manifest.captions.get("entries", 0), entries),
+    }[kind]  # fmt: skip
+    if not block.size or (not count and kind != LABELS):
         return ""
     low, high = int(block.min()), int(block.max())
-    what, count = ("label", len(manifest.classes)) if labels else ("token", manifest.vocab_size)
-    if low >= 0 and high < count:
+    if low >= least and high < count:
         return ""
-    return (
-        f"{what} {low if low < 0 else high}, outside the {count} {'classes' if labels else 'entries of the vocabulary'}"
-    )
+    return f"{what} {low if low < least else high}, outside the {count} {of}"
 
 
 def sha256_of(path: Path) -> str:
@@ -238,7 +257,10 @@ def read_manifest(folder: str) -> Manifest:
     return Manifest(shards=shards, **raw)
 
 
-def write_shard(folder: Path, number: int, kind: str, samples: np.ndarray, labels: np.ndarray | None = None) -> None:
+def write_shard(
+    folder: Path, number: int, kind: str, samples: np.ndarray, labels: np.ndarray | None = None,
+    captions: np.ndarray | None = None,
+) -> None:  # fmt: skip
     """Write samples [N, *shape] as tar `number` and its index, byte-identical for identical samples.
 
     The tar is renamed into place when complete and its index after it: a shard that has an index is
@@ -250,23 +272,26 @@ def write_shard(folder: Path, number: int, kind: str, samples: np.ndarray, label
         kind: of the manifest.
         samples: a member holds ROWS_PER_MEMBER of them.
         labels: int64 [N], or none.
+        captions: [N, *shape of the manifest's captions], or none.
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / shard_name(number)
     with replacing(path) as partial:
-        index = _write_tar(partial, f"{number:06d}", kind, samples, labels)
+        index = _write_tar(partial, f"{number:06d}", kind, samples, {LABELS: labels, CAPTIONS: captions})
     write_whole(folder / index_name(path.name), json.dumps(index) + "\n")
 
 
-def _write_tar(path: Path, name: str, kind: str, samples: np.ndarray, labels: np.ndarray | None) -> dict[str, Any]:
+def _write_tar(
+    path: Path, name: str, kind: str, samples: np.ndarray, beside: dict[str, np.ndarray | None]
+) -> dict[str, Any]:
     """Write a tar; returns what its index says."""
     rows, members = ROWS_PER_MEMBER[kind], []
     with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
         for first in range(0, len(samples), rows):
             key = f"{name}-{first // rows:06d}"
             blocks = [(f"{key}.{ARRAY_NAME[kind]}.npy", samples[first : first + rows])]
-            if labels is not None:
-                blocks.append((f"{key}.{LABELS}.npy", labels[first : first + rows]))
+            blocks += [(f"{key}.{what}.npy", more[first : first + rows])
+                       for what, more in beside.items() if more is not None]  # fmt: skip
             for member, block in blocks:
                 buffer = io.BytesIO()
                 np.save(buffer, np.ascontiguousarray(block))

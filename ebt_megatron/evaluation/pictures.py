@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ebt_megatron.core.errors import DataError
+from ebt_megatron.data.captions import open_captions
 from ebt_megatron.data.decoder import Decoder, psnr
 from ebt_megatron.data.loader import MicroBatch
 from ebt_megatron.session import TrainedRun
@@ -48,13 +50,13 @@ def sampled(run: TrainedRun, conditions: Tensor, noised: Tensor, sample_ids: Ten
 
     Args:
         run: of a DiT.
-        conditions: int64 [B, 2]; the level in it is not read.
+        conditions: [B, ...] of the task; the level in it is not read.
         noised: [B, S, C], at level `first`.
         sample_ids: int64 [B], which fix the noise of ancestral sampling.
         first, passes: the levels are `NoiseSchedule.levels(first, passes)`.
         ancestral: with DDPM's fresh noise, else by DDIM.
         guidance: w of classifier-free guidance: noise(told) + w (noise(told) - noise(untold)).
-        untold: conditions without the class, for guidance.
+        untold: conditions without class and caption, for guidance.
 
     Returns:
         Pictures [B, S, C].
@@ -68,7 +70,7 @@ def sampled(run: TrainedRun, conditions: Tensor, noised: Tensor, sample_ids: Ten
         to = None if i + 1 == passes else torch.full_like(sample_ids, levels[i + 1])
 
         def noise(conditions: Tensor, now: Tensor = now, x: Tensor = x) -> Tensor:
-            told = torch.stack([now, conditions[:, 1]], 1)
+            told = torch.cat([now[:, None].to(conditions.dtype), conditions[:, 1:]], 1)
             return model.predicted(told, x.transpose(0, 1)).transpose(0, 1)
 
         predicted = noise(conditions)
@@ -87,7 +89,7 @@ def thought_of(run: TrainedRun, sample: Any, steps: int, guidance: float = 0.0, 
         sample: from its task.
         steps: of thinking.
         guidance: w: descends E(told) + w (E(told) - E(untold)), the energy's counterpart of classifier-free guidance.
-        untold: conditions int64 [B, 2] without the class, for guidance.
+        untold: conditions [B, ...] without class and caption, for guidance.
     """
     model: Any = run.model
     descent, length = run.objective.thinker(sample).descent, run.task.length  # type: ignore[attr-defined]
@@ -150,20 +152,40 @@ def denoising(run: TrainedRun, levels: Sequence[int], passes: Sequence[int], pic
     return out
 
 
-def made(run: TrainedRun, labels: Tensor, passes: int, guidance: float = 0.0, ancestral: bool = True) -> Tensor:
-    """Pictures [B, S, C] made from noise, of the classes `labels` [B]; an EBT's by `passes` steps."""
+def made(
+    run: TrainedRun, told: Tensor | Sequence[str], passes: int, guidance: float = 0.0, ancestral: bool = True
+) -> Tensor:
+    """Pictures [B, S, C] made from noise; an EBT's by `passes` steps.
+
+    Args:
+        run: of a model that makes pictures.
+        told: classes int64 [B], or the captions of a model that is told them.
+        passes: of the model.
+        guidance: w, as in `thought_of` and `sampled`.
+        ancestral: as in `sampled`.
+
+    Raises:
+        DataError: for captions to a model that is not told any, or without the encoder they need.
+    """
     task: Any = run.task
-    ids = torch.arange(len(labels)) + (1 << 51)  # apart from training's and validation's
-    told = labels if task.classes else torch.zeros_like(labels)
-    conditions = torch.stack([torch.zeros_like(labels), told], 1)
-    untold = torch.stack([torch.zeros_like(labels), torch.full_like(labels, task.classes)], 1)
+    ids = torch.arange(len(told)) + (1 << 51)  # apart from training's and validation's
+    labels, captions = (told, None) if isinstance(told, Tensor) else (None, captions_for(run, told))
+    conditions = task.conditions(torch.zeros_like(ids), labels, captions)
+    untold = task.untold(conditions)
     if run.objective.thinks:
-        batch = MicroBatch(ids, latents=torch.zeros(len(ids), task.length, task.channels), labels=labels)
-        sample = task.sample(batch, run.state.device)
+        nothing = torch.zeros(len(ids), task.length, task.channels)
+        sample = task.sample(MicroBatch(ids, latents=nothing, labels=labels, captions=captions), run.state.device)
         sample.observed = conditions
         return thought_of(run, sample, passes, guidance, untold)[-1]
     last = task.options.schedule_steps - 1
     return sampled(run, conditions, task.noise(ids), ids, last, passes, ancestral, guidance, untold)
+
+
+def captions_for(run: TrainedRun, texts: Sequence[str]) -> Tensor:
+    """What stands for texts, as for the captions of the run's data; raises DataError as `made`."""
+    if run.task.captions is None:  # type: ignore[attr-defined]
+        raise DataError(f"{run.recipe.name} is not told captions: images.captions=false")
+    return torch.from_numpy(open_captions(run.source).encode(texts))
 
 
 def first_pictures(run: TrainedRun, count: int) -> MicroBatch:

@@ -1,4 +1,4 @@
-"""What pictures are conditioned by: the level of noise, the class; and where in the picture a patch is."""
+"""What pictures are conditioned by: the level of noise, the class, the caption; and where in the picture a patch is."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from megatron.core.transformer import MegatronModule, TransformerConfig
 from torch import Tensor, nn
 
+from ebt_megatron.model.captions import CaptionEmbedding, CaptionShape
 from ebt_megatron.model.initialization import Draw
 from ebt_megatron.parallel.parameters import on_every_stage, replicated
 
@@ -33,16 +34,18 @@ def positions_2d(rows: int, columns: int, width: int) -> Tensor:
 
 
 class ConditionEmbedding(MegatronModule):
-    """(level, class) of pictures [B, 2] -> conditions [B, D]: a learned vector, plus those of level and class.
+    """(level, class, caption) of pictures -> conditions [B, D]: a learned vector, plus those of what is told.
 
     Args:
         config: Megatron's.
         levels: whether the level is told.
         classes: how many there are; 0: the class is not told. One more stands for "not told".
+        captions: what stands for captions; None: they are not told.
         shared: every pipeline stage holds the same weights; Megatron sums their gradients.
     """
 
-    def __init__(self, config: TransformerConfig, levels: bool, classes: int, shared: bool = False):
+    def __init__(self, config: TransformerConfig, levels: bool, classes: int, captions: CaptionShape | None = None,
+                 shared: bool = False):  # fmt: skip
         super().__init__(config)
         width = config.hidden_size
 
@@ -59,14 +62,17 @@ class ConditionEmbedding(MegatronModule):
             self.table = parameter(classes + 1, width)
         # N(0, 0.02^2), as DiT's (arXiv 2212.09748)
         self.draws = {name: Draw(0.02) for name, _ in self.named_parameters() if not name.endswith("bias")}
+        self.captions = None if captions is None else CaptionEmbedding(config, captions, parameter)
 
     def forward(self, conditions: Tensor) -> Tensor:
-        """Conditions int64 [B, 2] -> [B, D]."""
-        level, label = conditions.unbind(-1)
+        """Level, class and what stands for the caption, [B, 2 + its size] -> [B, D]."""
+        level, label = conditions[:, :2].long().unbind(-1)
         out = self.vector.expand(len(level), -1)
         if self.levels:
             hidden = F.linear(waves(level, _FREQUENCIES).to(out.dtype), self.level_in, self.level_in_bias)
             out = out + F.linear(F.silu(hidden), self.level_out, self.level_out_bias)
         if self.classes:
             out = out + self.table[label]
+        if self.captions is not None:
+            out = out + self.captions(conditions[:, 2:])
         return out

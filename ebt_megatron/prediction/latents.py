@@ -115,27 +115,33 @@ class LatentPrediction:
         if start is None and thinking.initial == "noise":
             self.y = self.y + self._noise(0, thinking.initial_std)
         self.history: list[_Step] = []
+        self.now = 0  # the step that is taken
 
-    def _noise(self, stream: int, std: float) -> Tensor:
-        length, batch, channels = self.target.shape
+    def _noise(self, stream: int, std: float, channels: int | None = None) -> Tensor:
+        """N(0, std^2) [S, B, channels], those of latents unless given."""
+        length, batch, own = self.target.shape
         keys = self.kernels.row_keys(self.sample_ids, torch.arange(length, device=self.target.device), stream)
-        noise = torch.zeros(length * batch, channels, dtype=self.target.dtype, device=self.target.device)
+        noise = torch.zeros(length * batch, channels or own, dtype=self.target.dtype, device=self.target.device)
         self.kernels.add_noise_(noise, keys, 0, std, self.seed)
-        return noise.view_as(self.target)
+        return noise.view(length, batch, -1)
 
-    def _langevin(self, step: int) -> Tensor | float:
-        """The Langevin noise before step `step`."""
-        return self._noise(1 + step, self.thinking.langevin_noise) if self.thinking.langevin_noise > 0 else 0.0
+    def _langevin(self, step: int, on: str = "prediction") -> Tensor | float:
+        """The Langevin noise of step `step` on the prediction or on its embedding [S, B, D], whichever has it."""
+        std = self.thinking.langevin_noise
+        if std <= 0 or on != self.thinking.langevin_on:
+            return 0.0
+        return self._noise(1 + step, std, len(self.map.weight) if on == "embedding" else None)
 
     # --- a step ---------------------------------------------------------------------------
 
     def perturb(self, step: int) -> None:
         """See `Prediction`."""
-        self.y = self.y + self._langevin(step)
+        self.now, self.y = step, self.y + self._langevin(step)
 
     def embed(self) -> Tensor:
         """See `Prediction`."""
-        return self.map(self.y)
+        x, noise = self.map(self.y), self._langevin(self.now, "embedding")
+        return x + self.group.own_positions(noise).to(x.dtype) if isinstance(noise, Tensor) else x
 
     def refine(self, energy_grad: Tensor, alpha: Tensor) -> Tensor:
         """See `Prediction`."""
@@ -197,7 +203,7 @@ class LatentAdjoint:
 
     def rewind(self, step: int) -> None:
         """See `PredictionAdjoint`."""
-        self.prediction.step = self.prediction.history[step]
+        self.prediction.now, self.prediction.step = step, self.prediction.history[step]
         self.prediction.y = self.prediction.step.y
 
     def slope(self) -> Tensor:

@@ -22,7 +22,7 @@ class PlainLatents:
         weight, bias: of x = W y + b, [D, C] and [D].
         positions: [S, D] added to x, or None.
         target: [S, B, C].
-        noise: a step's Langevin noise; None: there is none.
+        noise: a step's Langevin noise on y, and, told "embedding", that on x; None: there is none.
     """
 
     start: Tensor
@@ -30,10 +30,12 @@ class PlainLatents:
     bias: Tensor
     positions: Tensor | None
     target: Tensor
-    noise: Callable[[int], Tensor | float] | None
+    noise: Callable[..., Tensor | float] | None
+    taken: int = 0
 
     def perturb(self, y: Tensor, step: int) -> Tensor:
         """Y with the noise before step `step`."""
+        self.taken = step
         return y.clone() if self.noise is None else y + self.noise(step)
 
     def step(
@@ -43,6 +45,8 @@ class PlainLatents:
         x = torch.einsum("sbc,dc->sbd", y.to(self.weight.dtype), self.weight) + self.bias
         if self.positions is not None:
             x = x + self.positions.to(x.dtype).unsqueeze(1)
+        if self.noise is not None:
+            x = x + self.noise(self.taken, "embedding")
         energy = energies(x)
         (gradient,) = torch.autograd.grad(energy.sum(), y, create_graph=create_graph, retain_graph=True)
         return y - alpha.unsqueeze(-1) * gradient, energy

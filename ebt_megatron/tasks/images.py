@@ -12,11 +12,13 @@ from torch import Tensor
 from ebt_megatron.config import Recipe, RecipeError, ThinkingConfig
 from ebt_megatron.core.errors import DataError
 from ebt_megatron.core.randomness import CLASS_STREAM, LEVEL_STREAM, PICTURE_NOISE_STREAM, uniform
+from ebt_megatron.data.captions import NOT_TOLD
 from ebt_megatron.data.decoder import Decoder, psnr
 from ebt_megatron.data.description import Description
 from ebt_megatron.data.loader import MicroBatch
 from ebt_megatron.kernels import Kernels
 from ebt_megatron.kernels.noise import add_noise_, row_keys
+from ebt_megatron.model.captions import CaptionShape
 from ebt_megatron.model.condition import ConditionEmbedding, positions_2d
 from ebt_megatron.model.flops import Cost, joint_cost
 from ebt_megatron.model.joint import DiffusionTransformer, JointEnergy
@@ -42,7 +44,7 @@ class PatchEmbedding(LatentEmbedding):
 
 
 class PictureEmbeddings(PatchEmbedding):
-    """The EBT's view of pictures, `Embeddings`: what is observed is their condition, (level, class)."""
+    """The EBT's view of pictures, `Embeddings`: what is observed is their condition, (level, class, caption)."""
 
     def __init__(
         self, config: TransformerConfig, grid: tuple[int, int], channels: int, condition: ConditionEmbedding,
@@ -52,7 +54,7 @@ class PictureEmbeddings(PatchEmbedding):
         self.condition, self.kernels = condition, kernels
 
     def context(self, observed: Tensor) -> Tensor:
-        """Conditions int64 [B, 2] -> [1, B, D]."""
+        """Conditions [B, 2 + a caption's size] -> [1, B, D]."""
         return self.condition(observed)[None]
 
     def prediction(
@@ -67,7 +69,7 @@ class Images:
     """Pictures, a `Task`.
 
     Where a prediction starts says what is learned: at the noised picture (`thinking.initial=observed`), to denoise;
-    at noise or zeros, to make pictures, by their class if `images.classes`.
+    at noise or zeros, to make pictures, by their class if `images.classes`, their caption if `images.captions`.
 
     Args:
         recipe: the run.
@@ -76,6 +78,7 @@ class Images:
         decoder: what shows them, or None.
         classes: of the labels; 0: there are no labels.
         grid: rows and columns of patches; default: a square.
+        captions: what the manifest says of captions; empty: there are none.
 
     Raises:
         RecipeError, DataError: for settings or data that do not do.
@@ -84,20 +87,25 @@ class Images:
     kind = "images"
 
     def __init__(self, recipe: Recipe, shape: list[int], encoder: str = "", decoder: Decoder | None = None,
-                 classes: int = 0, grid: tuple[int, int] | None = None):  # fmt: skip
+                 classes: int = 0, grid: tuple[int, int] | None = None,
+                 captions: dict[str, Any] | None = None):  # fmt: skip
         check_latents(recipe)
         self.recipe, self.options, self.decoder = recipe, recipe.images, decoder
         self.length, self.channels = shape
         side = round(self.length**0.5)
         self.grid = grid or (side, side)
-        self._check(classes)
+        self._check(classes, captions or {})
         self.classes = classes if self.options.classes else 0
         self.schedule = NoiseSchedule(self.options)
         self.identity = {"encoder": encoder, "picture": list(shape), "classes": self.classes}
+        self.captions: CaptionShape | None = None
+        if self.options.captions and captions:
+            self.captions = CaptionShape(captions["shape"][0], captions.get("entries", 0))
+            self.identity["captions"] = [captions["sha256"], *captions["shape"]]
         self.denoises = recipe.model.architecture != "ebt" or recipe.thinking.initial == "observed"
         self.told_level = self.denoises and (recipe.model.architecture != "ebt" or self.options.see_level)
 
-    def _check(self, classes: int) -> None:
+    def _check(self, classes: int, captions: dict[str, Any]) -> None:
         model, data = self.recipe.model, self.recipe.data
         if self.grid[0] * self.grid[1] != self.length:
             raise DataError(f"pictures of {self.length} patches are no {self.grid[0]} x {self.grid[1]}: prepare the "
@@ -108,6 +116,9 @@ class Images:
         if self.options.classes and not classes:
             raise DataError("images.classes=true needs labels, and the shards have none: prepare them with labels, or "
                             "set images.classes=false")  # fmt: skip
+        if self.options.captions and not captions:
+            raise DataError("images.captions=true needs captions, and the shards have none: prepare them with "
+                            "--captions, or set images.captions=false")  # fmt: skip
         for wrong, why in (
             (model.conditioning not in ("none", "adaln_zero"),
              f"model.conditioning={model.conditioning}: pictures have none (one landscape) or adaln_zero (one for each "
@@ -126,21 +137,21 @@ class Images:
         encoder = manifest.encoder
         grid = encoder["height"] // encoder["patch"], encoder["width"] // encoder["patch"]
         classes = len(manifest.classes)
-        return cls(recipe, manifest.shape, encoder["sha256"], decoder_of(source), classes, grid)
+        return cls(recipe, manifest.shape, encoder["sha256"], decoder_of(source), classes, grid, manifest.captions)
 
     # --- what a model sees ----------------------------------------------------------------------
 
     def sample(self, batch: MicroBatch, device: torch.device, level: int | None = None) -> Sample:
         """Pictures with noise at a level drawn for each, or at `level`.
 
-        What is observed is (level, class), each told or not; the start is the noised picture, and the target the
-        picture, or its noise for a DiT.
+        What is observed is (level, class, caption), each told or not; the start is the noised picture, and the
+        target the picture, or its noise for a DiT.
         """
         assert batch.latents is not None
         clean, ids = batch.latents.to(device), batch.sample_ids.to(device)
         levels = self._levels(ids) if level is None else torch.full_like(ids, level)
         noise = self.noise(ids)
-        observed = torch.stack([levels if self.told_level else torch.zeros_like(levels), self._classes(batch, ids)], 1)
+        observed = self._conditions(batch, ids, levels)
         start = self.schedule.noised(clean, noise, levels).transpose(0, 1) if self.denoises else None
         targets = clean if self.recipe.model.architecture == "ebt" else noise
         return Sample(observed, targets, ids, start=start)
@@ -163,15 +174,34 @@ class Images:
             low, high = 0, self.options.schedule_steps - 1
         return low + (self._draw(sample_ids, LEVEL_STREAM) * (high - low + 1)).long()
 
-    def _classes(self, batch: MicroBatch, sample_ids: Tensor) -> Tensor:
-        """The class of each picture; `classes`, "not told", for some in training, and for all where none is asked."""
-        if not self.classes:
-            return torch.zeros_like(sample_ids)
-        assert batch.labels is not None
-        labels = batch.labels.to(sample_ids.device)
-        if batch.counts is not None:
-            return labels
-        return torch.where(self._draw(sample_ids, CLASS_STREAM) < self.options.class_dropout, self.classes, labels)
+    def _conditions(self, batch: MicroBatch, sample_ids: Tensor, levels: Tensor) -> Tensor:
+        """What is told of each picture; of some in training neither class nor caption is."""
+        device = sample_ids.device
+        told = self.conditions(levels, batch.labels, batch.captions).to(device)
+        if batch.counts is not None or (not self.classes and self.captions is None):
+            return told
+        dropped = self._draw(sample_ids, CLASS_STREAM) < self.options.class_dropout
+        return torch.where(dropped[:, None], self.untold(told), told)
+
+    def conditions(self, levels: Tensor, labels: Tensor | None = None, captions: Tensor | None = None) -> Tensor:
+        """Conditions [B, 2 + a caption's size] of levels, labels [B] and captions, as far as the model is told them."""
+        zero = torch.zeros_like(levels)
+        columns = [levels if self.told_level else zero, zero]
+        if self.classes:
+            assert labels is not None
+            columns[1] = labels.to(levels.device)
+        out = torch.stack(columns, 1)
+        if self.captions is None:
+            return out
+        assert captions is not None
+        return torch.cat([out.to(captions.dtype), captions.to(levels.device)], 1)
+
+    def untold(self, conditions: Tensor) -> Tensor:
+        """Conditions with the same levels, without class and caption."""
+        out = conditions.clone()
+        out[:, 1] = self.classes
+        out[:, 2:] = NOT_TOLD if self.captions is not None and self.captions.entries else 0
+        return out
 
     # --- models ---------------------------------------------------------------------------------
 
@@ -179,7 +209,7 @@ class Images:
         """See `Task`."""
         embeddings = None
         if first:
-            condition = ConditionEmbedding(config, self.told_level, self.classes)
+            condition = ConditionEmbedding(config, self.told_level, self.classes, self.captions)
             embeddings = PictureEmbeddings(config, self.grid, self.channels, condition, kernels)
         return JointEnergy(config, self.recipe, kernels, embeddings, first, last)
 
@@ -188,7 +218,7 @@ class Images:
     ) -> DiffusionTransformer:
         """See `Task`: DiT."""
         config.has_cond_embedder = True  # type: ignore[attr-defined]  # of every stage: Megatron sums the gradients
-        condition = ConditionEmbedding(config, True, self.classes, shared=True)
+        condition = ConditionEmbedding(config, True, self.classes, self.captions, shared=True)
         embedding = PatchEmbedding(config, self.grid, self.channels) if first else None
         return DiffusionTransformer(config, self.recipe, kernels, condition, embedding, self.channels, first, last)
 

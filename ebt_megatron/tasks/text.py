@@ -55,6 +55,9 @@ class Text:
     @classmethod
     def from_data(cls, recipe: Recipe, source: Description) -> Text:
         """See `Task`."""
+        if recipe.thinking.langevin_on == "embedding":
+            raise RecipeError("thinking.langevin_on=embedding is for video and images, data.modality is text: set "
+                              "prediction")  # fmt: skip
         if recipe.thinking.initial == "observed":
             raise RecipeError("thinking.initial=observed is for video and images, data.modality is text: set noise or "
                               "zeros")  # fmt: skip

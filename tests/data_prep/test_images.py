@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from data_prep import images
-from data_prep.encoders import load_encoder
+from data_prep.encoders import load_encoder, patches_of
 from ebt_megatron.data.folder import ShardFolder
 from ebt_megatron.data.shards import read_manifest
 from tests.data_prep.media import contents, invoke, psnr, said
@@ -62,6 +62,18 @@ def test_pictures_of_an_array_come_back_exactly_with_their_labels(tmp_path):
     manifest = read_manifest(str(tmp_path / "out/train"))
     assert manifest.kind == "images" and manifest.shape == [4, 192] and manifest.classes == list("0123456")
     assert manifest.provenance["pictures"] == manifest.samples == counts[0] and len(manifest.shards) == 3
+
+
+def test_latents_are_multiplied_by_a_scale_instead_of_normalised(tmp_path):
+    array = pictures(40)
+    np.save(tmp_path / "a.npy", array)
+    assert prepare(tmp_path, tmp_path / "out", "--scale", 0.25).exit_code == 0
+    shards = ShardFolder(str(tmp_path / "out/train"))
+    expected = {patches_of(p[None], 8).tobytes() for p in array}
+    found = {np.rint((4 * row.astype(np.float32) + 1) * 127.5).astype(np.uint8).tobytes() for row in shards.rows()}
+    assert found < expected and shards.manifest.encoder["std"] == [4.0] * 192
+    done = prepare(tmp_path, tmp_path / "again", "--scale", 0.25, "--encoder", tmp_path / "out/train/encoder.npz")
+    assert "has a normalisation of its own: leave it out" in said(done)
 
 
 @pytest.mark.parametrize("name", ["train-images-idx3-ubyte.gz", "train-images.idx3-ubyte"])

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from unittest import mock
 
 import torch
 
+from ebt_megatron.data.captions import NOT_TOLD
 from ebt_megatron.data.loader import MicroBatch
-from ebt_megatron.model import condition, joint, layers
+from ebt_megatron.model import captions, condition, joint, layers
 from ebt_megatron.model.initialization import Draw
 from ebt_megatron.parallel.setup import shutdown
 from ebt_megatron.tasks import task_class
@@ -18,6 +20,10 @@ from tests import builders
 
 FRAMES, SHAPE = 7, [3, 2]  # of a clip; patches and channels of a frame
 PATCHES = 4  # of a picture
+# What stands for its caption: up to five tokens, or, in recipes of that name, a vector.
+TOKENS = {"kind": "tokens", "shape": [5], "entries": 11, "sha256": "t"}
+VECTORS = {"kind": "clip", "shape": [6], "sha256": "v"}
+CAPTIONS = ("images.classes=false", "images.captions=true")
 LAYOUTS = {
     "TP 2 + SP": ("parallel.tensor=2", "parallel.sequence_parallel=true"),
     "PP 2": ("parallel.pipeline=2",),
@@ -44,7 +50,7 @@ def pictures_recipe(*overrides: str):
 
 def task(recipe):
     if recipe.data.modality == "images":
-        return Images(recipe, [PATCHES, 2], classes=3)
+        return Images(recipe, [PATCHES, 2], classes=3, captions=VECTORS if recipe.name == "vectors" else TOKENS)
     return task_class(recipe.data.modality)(recipe, SHAPE)
 
 
@@ -56,13 +62,23 @@ def clips(count: int, first: int = 0) -> MicroBatch:
 
 
 def pictures(count: int, first: int = 0) -> MicroBatch:
-    """float32 [count, PATCHES, 2], with labels."""
-    latents = torch.randn(count, PATCHES, 2, generator=torch.Generator().manual_seed(first))
-    return MicroBatch(torch.arange(count) + first, latents=latents, labels=torch.arange(count) % 3)
+    """float32 [count, PATCHES, 2], with labels, and captions of one to five tokens."""
+    generator = torch.Generator().manual_seed(first)
+    latents = torch.randn(count, PATCHES, 2, generator=generator)
+    tokens = torch.randint(0, TOKENS["entries"], (count, 5), generator=generator)
+    tokens = tokens.where(torch.arange(5) <= torch.arange(count)[:, None] % 5, NOT_TOLD)
+    return MicroBatch(torch.arange(count) + first, latents=latents, labels=torch.arange(count) % 3, captions=tokens)
+
+
+def with_vectors(batch: MicroBatch) -> MicroBatch:
+    """The same with a vector for each caption."""
+    generator = torch.Generator().manual_seed(int(batch.sample_ids[0]))
+    return replace(batch, captions=torch.randn(len(batch.sample_ids), 6, generator=generator))
 
 
 def sample(recipe, micro_batch: MicroBatch, dtype=torch.float64):
     """As a model sees it, in `dtype`."""
+    micro_batch = with_vectors(micro_batch) if recipe.name == "vectors" else micro_batch
     batch = task(recipe).sample(micro_batch, torch.device("cpu"))
     for name in ("observed", "targets", "start"):
         if (value := getattr(batch, name)) is not None and value.is_floating_point():
@@ -79,7 +95,7 @@ def unless_zero():
 
     draw.xavier = Draw.xavier
     with ExitStack() as patches:
-        for module in (joint, condition, layers):
+        for module in (joint, condition, layers, captions):
             patches.enter_context(mock.patch.object(module, "Draw", draw))
         yield
 

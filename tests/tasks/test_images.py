@@ -27,6 +27,9 @@ MODES = {
     "reuse, recomputed": (Plan((0.5, 0.5), "detached"),
                           (*RANDOM, "thinking.reuse=true", "model.recompute_layers=true")),
     "recomputed": (Plan((0.5, 0.5), "detached"), (*RANDOM, "model.recompute_layers=true", "model.kernels=torch")),
+    "captions as tokens": (Plan((0.5, 0.5), "detached"), (*RANDOM, *latents.CAPTIONS, "images.class_dropout=0.8")),
+    "captions as vectors": (Plan((0.5, 0.5), "detached"), (*RANDOM, *latents.CAPTIONS, "name=vectors",
+                                                           "images.class_dropout=0.8")),
 }  # fmt: skip
 
 
@@ -76,7 +79,9 @@ RECIPES = {
     "S1, reuse": ("thinking.max_steps=2", "thinking.reuse=true"),
     "S2": ("thinking.loss=last", "thinking.learn_step_size=false", *RANDOM, "thinking.langevin_noise=0.5",
            "model.conditioning=none", "thinking.initial=noise"),
+    "S1, captions": ("thinking.max_steps=2", *latents.CAPTIONS, "images.class_dropout=0.3"),
     "DiT": ("model.architecture=transformer",),
+    "DiT, captions": ("model.architecture=transformer", *latents.CAPTIONS, "images.class_dropout=0.3"),
 }  # fmt: skip
 
 
@@ -103,6 +108,32 @@ def test_noise_levels_and_classes_are_drawn_by_sample():
     assert torch.equal(part.start, whole.start[:, 100:110]) and torch.equal(part.observed, whole.observed[100:110])
     batch.counts = torch.ones(400, dtype=torch.bool)  # of validation
     assert torch.equal(task.sample(batch, torch.device("cpu")).observed[:, 1], batch.labels)
+
+
+@pytest.mark.parametrize(("name", "nothing"), [("tokens", -1), ("vectors", 0)])
+def test_some_captions_are_not_told_in_training(name, nothing):
+    recipe = latents.pictures_recipe(*latents.CAPTIONS, f"name={name}", "images.class_dropout=0.5")
+    task, batch = latents.task(recipe), latents.pictures(400)
+    batch = latents.with_vectors(batch) if name == "vectors" else batch
+    observed = task.sample(batch, torch.device("cpu")).observed
+    told = (observed[:, 2:] != nothing).any(1)
+    assert told.float().mean() == pytest.approx(0.5, abs=0.1) and not observed[:, 1].any()
+    assert torch.equal(observed[told, 2:], batch.captions[told]) and (observed[~told, 2:] == nothing).all()
+    assert torch.equal(task.untold(observed)[:, 0], observed[:, 0])
+    batch.counts = torch.ones(400, dtype=torch.bool)  # of validation
+    assert torch.equal(task.sample(batch, torch.device("cpu")).observed[:, 2:], batch.captions)
+
+
+def test_a_caption_is_its_tokens_in_their_order_and_nothing_after_them():
+    recipe = latents.pictures_recipe(*latents.CAPTIONS)
+    read = builders.build(recipe, task=latents.task(recipe)).modality.condition.captions
+    tokens = torch.tensor([[3, 4, -1, -1, -1], [4, 3, -1, -1, -1], [3, 4, 7, 1, 2], [-1] * 5])
+    first, turned, longer, nothing = read(tokens)
+    assert torch.equal(nothing, read.not_told)
+    for other in (turned, longer, nothing):
+        assert not torch.allclose(first, other, rtol=1e-3)
+    read.positions = torch.nn.Parameter(read.positions[:2])
+    assert torch.allclose(read(tokens[:1, :2])[0], first, rtol=1e-12)
 
 
 def test_a_noised_picture_has_the_schedules_variances():
@@ -157,11 +188,17 @@ def test_validation_knows_the_psnr_of_every_step():
     (("model.conditioning=time_embed",), {}, "pictures have none .* or adaln_zero"),
     (("model.num_query_groups=2",), {}, "one group for each head"),
     ((), {"classes": 0}, "images.classes=true needs labels, and the shards have none"),
+    (latents.CAPTIONS, {"captions": {}}, "images.captions=true needs captions, and the shards have none"),
     ((), {"grid": (3, 2)}, "pictures of 4 patches are no 3 x 2"),
 ])  # fmt: skip
 def test_what_does_not_fit_is_refused(overrides, arguments, why):
     with pytest.raises((RecipeError, DataError), match=why):
         Images(latents.pictures_recipe(*overrides), [4, 2], **{"classes": 3} | arguments)
+
+
+def test_class_and_caption_at_once_are_refused():
+    with pytest.raises(RecipeError, match=r"images.classes=true and images.captions=true: a picture is told one"):
+        latents.pictures_recipe("images.captions=true")
 
 
 def test_levels_beyond_the_schedule_are_refused():

@@ -23,6 +23,13 @@ MODES = {
     "S1": (Plan((0.5, 0.5), "detached"), ("thinking.initial=observed",)),
     "S2": (Plan((0, 0, 1.0), "detached"), ("thinking.langevin_noise=0.5", "thinking.step_size_scale=2",
                                          "model.conditioning=none")),
+    "S2, noise on the embedding": (
+        Plan((0, 0, 1.0), "detached"),
+        ("thinking.langevin_noise=0.5", "thinking.langevin_on=embedding", "model.conditioning=none"),
+    ),
+    "full, noise on the embedding": (
+        Plan((0.2, 0.3, 0.5), "full"), ("thinking.langevin_noise=0.5", "thinking.langevin_on=embedding"),
+    ),
     "full": (Plan((0.2, 0.3, 0.5), "full"), ("thinking.langevin_noise=0.5", "thinking.step_size_scale=2")),
     "truncated": (Plan((0.2, 0.3, 0.5), "truncated"), ("thinking.initial=zeros", "thinking.step_size_scale=2")),
     "reuse": (Plan((0.5, 0.5), "detached"), ("thinking.reuse=true", "thinking.step_size_scale=2")),

@@ -1,0 +1,149 @@
+"""Captions of pictures: from a file, or generated from their labels; and how they are told to a model.
+
+A file has a line for each picture: of picture files FILE<TAB>CAPTION, with the file's name; of an array the caption
+alone, in its order. Generated ones say the name of the picture's label in one of a few ways.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from tokenizers import Tokenizer
+
+from ebt_megatron.core.errors import DataError
+from ebt_megatron.data.captions import LONGEST, CaptionEncoder, CaptionTokens, ClipCaptions
+
+from .files import content_of
+from .pieces import place_of
+from .tokens import load_tokenizer, train_bpe
+
+TEMPLATES = ("{}", "a picture of {}", "here one sees {}", "this is {}")
+_ENTRIES = 1024  # of the tokenizer that is trained on the captions, at most
+
+
+@dataclass(frozen=True)
+class CaptionTexts:
+    """Texts of pictures.
+
+    Attributes:
+        given: by name of a picture's file, or by its place in an array; empty: generated from labels.
+        names: of the labels, for those that are generated.
+        origin: where they come from, in words.
+    """
+
+    given: dict[str, str] = field(default_factory=dict)
+    names: tuple[str, ...] = ()
+    origin: str = "generated from labels"
+
+    def of(self, name: str, label: int, content: bytes) -> str:
+        """The caption of a picture.
+
+        Args:
+            name: of its file, or its place in an array.
+            label: its own, or NO_LABEL.
+            content: that chooses between ways to say a label.
+
+        Raises:
+            DataError: if it has none.
+        """
+        if self.given:
+            if name not in self.given:
+                raise DataError(f"{self.origin} has no caption for picture {name}: add it")
+            return self.given[name]
+        if not 0 <= label < len(self.names):
+            has = "no label" if label < 0 else f"label {label}"
+            raise DataError(f"picture {name} has {has}, and captions are generated from the names of "
+                            f"{len(self.names)} labels: give labels, and --class-names for all")  # fmt: skip
+        return TEMPLATES[int(place_of(1, content) * len(TEMPLATES))].format(self.names[label])
+
+    def all(self) -> list[str]:
+        """Every caption there can be."""
+        return list(self.given.values()) or [t.format(n) for n in self.names for t in TEMPLATES]
+
+    def digest(self) -> str:
+        """Of all that is told, for the job's record."""
+        return hashlib.sha256(json.dumps([self.given, self.names]).encode()).hexdigest()
+
+
+def read_captions(path: str, pictures: Sequence[str]) -> CaptionTexts:
+    """The captions of a file.
+
+    Args:
+        path: of the file.
+        pictures: names of the picture files; empty: an array, whose captions are counted when it is read.
+
+    Raises:
+        DataError: if it cannot be read, a picture has no caption, or a caption no picture.
+    """
+    try:
+        lines = content_of(path).decode().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"--captions {path} cannot be read ({error})") from None
+    given: dict[str, str] = {}
+    for number, line in enumerate(lines):
+        name, tab, text = line.partition("\t") if pictures else (str(number), "\t", line)
+        if not tab or not text.strip():
+            needed = "FILE<TAB>CAPTION" if pictures else "a caption"
+            raise DataError(f"line {number + 1} of {path} has no caption: every line is {needed}")
+        given.setdefault(name, text.strip())  # of several captions the first
+    known = set(pictures)
+    if pictures and (more := [name for name in given if name not in known]):
+        raise DataError(f"{path} has {len(more)} captions of files that are not among the pictures, {more[0]} first: "
+                        "leave them out")  # fmt: skip
+    if missing := [name for name in pictures if name not in given]:
+        raise DataError(f"{path} has no caption for {len(missing)} of the pictures, {missing[0]} first: add them")
+    if not given:
+        raise DataError(f"--captions {path} is empty")
+    return CaptionTexts(given, origin=path)
+
+
+@dataclass(frozen=True)
+class Captions:
+    """Texts, and what puts them as they are told.
+
+    Attributes:
+        texts: of the pictures.
+        encoder: "tokens" (a tokenizer trained on them), "tokens:TOKENIZER" or "clip:FOLDER".
+        tokenizer: the text of a tokenizer.json; "": none.
+        length: of the longest caption in tokens.
+    """
+
+    texts: CaptionTexts
+    encoder: str
+    tokenizer: str = ""
+    length: int = 0
+
+    @classmethod
+    def make(cls, texts: CaptionTexts, encoder: str) -> Captions:
+        """With the tokenizer or the model that `encoder` names; raises DataError where it cannot be had."""
+        kind, _, given = encoder.partition(":")
+        given = os.path.expanduser(given)
+        if kind == "clip":
+            ClipCaptions(given)
+            return cls(texts, f"clip:{given}")
+        if kind != "tokens":
+            raise DataError(f"--caption-encoder {encoder}: choose tokens, tokens:TOKENIZER or clip:FOLDER")
+        tokenizer: Tokenizer = load_tokenizer(given) if given else train_bpe(sorted(set(texts.all())), _ENTRIES)
+        longest = max(len(found.ids) for found in tokenizer.encode_batch(texts.all()))
+        return cls(texts, encoder, tokenizer.to_str(), max(1, min(longest, LONGEST)))
+
+    def open(self) -> CaptionEncoder:
+        """What puts them."""
+        if self.tokenizer:
+            return CaptionTokens(self.tokenizer, self.length)
+        return ClipCaptions(self.encoder.partition(":")[2])
+
+    def save(self, folder: Path) -> dict[str, object]:
+        """Write the tokenizer, if there is one, beside a manifest; returns what that says."""
+        if self.tokenizer:
+            (folder / "captions.json").write_bytes(self.tokenizer.encode())
+        return {**self.open().describe(), "origin": self.texts.origin}
+
+    def record(self) -> list[object]:
+        """For the job's record."""
+        return [self.encoder, self.open().describe(), self.texts.origin, self.texts.digest()]

@@ -1,0 +1,179 @@
+"""Text and video of the public code: one causal Transformer, which reads tokens or frames.
+
+Both rotate interleaved pairs, so rows keep their order inside a head.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ebt_megatron.config import Recipe, resolve
+
+from .settings import Described, Hyper, Supported, describe_thinking, describe_training, number, require, take
+from .source import Source, interleaved
+
+_CONDITIONING = {
+    "default": "none", "time_embed": "time_embed_sequence", "adaln": "adaln_sequence", "adaln_zero": "adaln_sequence",
+}  # fmt: skip
+_TRUNK = "model.transformer"
+_STEPS = f"{_TRUNK}.time_embeddings.weight"
+_LATENTS = 4  # channels of the VAE, which has a number of each for 8 x 8 pixels
+_MODELS = ("ebt", "baseline_transformer")
+_EBT: Supported = {
+    "ebt_type": tuple(_CONDITIONING),
+    "ebt_norm": ("rms",),
+    "ebt_act_func": ("silu",),
+    "clamp_futures_grad": (False,),
+}
+_TEXT: Supported = _EBT | {
+    "denoising_initial_condition": ("random_noise", "zeros"),
+    "normalize_initial_condition": (True,),
+    "normalize_initial_condition_only_first_step": (False,),
+    "vocab_to_embed_uses_prob_dist": (False,),
+    "absolute_clamp": (0,),
+    "sharpen_predicted_distribution": (0,),
+}
+_FRAMES: Supported = {"backbone_type": ("vae",), "vae_normalization": (True,), "custom_image_normalization": (False,)}
+_INITIAL = {"random_noise": "noise", "zeros": "zeros", "most_recent_embedding": "observed"}
+
+
+def describe_text(hyper: Hyper, source: Source) -> Described:
+    """What a checkpoint of text says; raises RecipeError for what is not supported."""
+    recipe, thinks = _describe(hyper, source, _TEXT)
+    recipe.model.hidden_size = source.shape("model.embeddings.weight")[1]
+    if thinks:
+        t = recipe.thinking
+        t.step_rule = "probability_descent"  # what normalize_initial_condition does
+        t.initial = _INITIAL[hyper.get("denoising_initial_condition") or "random_noise"]
+        take(t, hyper, initial_std="gaussian_random_noise_scaling")
+        t.replay.enabled = bool(hyper.get("mcmc_replay_buffer"))
+    take(recipe.data, hyper, sequence_length="context_length")
+    resolve(recipe)
+    return Described(recipe, {"vocab_size": len(source.left["model.embeddings.weight"])})
+
+
+def describe_video(hyper: Hyper, source: Source) -> Described:
+    """What a checkpoint of video says; raises RecipeError for what is not supported."""
+    require(hyper, _FRAMES)
+    recipe, thinks = _describe(hyper, source, _EBT | {"denoising_initial_condition": tuple(_INITIAL)})
+    recipe.model.hidden_size, numbers = source.shape("model.encoder_down_projection.weight")
+    recipe.data.modality = "video"
+    if thinks:
+        t = recipe.thinking
+        t.langevin_on = "embedding"
+        t.initial, t.initial_std = _INITIAL[hyper.get("denoising_initial_condition") or "random_noise"], 1.0
+    recipe.data.sequence_length = int(number(hyper, "context_length")) - 1
+    resolve(recipe)
+    scale = 0.18215 if hyper.get("sdxl_vae_standardization") else 1
+    size = 8 * round((numbers / _LATENTS) ** 0.5)
+    identity = {"frame": [numbers // _LATENTS, _LATENTS], "latent_scale": scale}
+    return Described(recipe, identity, f"video --height {size} --width {size} --encoder vae --model sd-vae-ft-mse "
+                                       f"--scale {scale} --frames {recipe.data.sequence_length + 1}")  # fmt: skip
+
+
+def _describe(hyper: Hyper, source: Source, ebt: Supported) -> tuple[Recipe, bool]:
+    """The recipe as far as text and video are alike, not resolved, and whether it thinks."""
+    thinks = hyper.get("model_name", "ebt") == "ebt"
+    require(hyper, {"model_name": _MODELS} | (ebt if thinks else {}))
+    recipe = Recipe(name="imported")
+    m = recipe.model
+    m.num_layers = source.count(f"{_TRUNK}.layers")
+    m.num_attention_heads = int(number(hyper, "multiheaded_attention_heads"))
+    m.ffn_hidden_size = source.shape(f"{_TRUNK}.layers.0.feed_forward.w1.weight")[0]
+    take(m, hyper, norm_epsilon="norm_eps")
+    if thinks:
+        m.conditioning = _CONDITIONING[hyper.get("ebt_type", "default")]
+        landscapes = {"mcmc_num_steps": source.shape(_STEPS)[0]} if m.conditioning != "none" else {}
+        describe_thinking(recipe, hyper | landscapes, source)
+    else:
+        m.architecture = "transformer"
+    describe_training(recipe, hyper)
+    return recipe, thinks
+
+
+def weights_of_text(source: Source, recipe: Recipe) -> dict[str, Tensor]:
+    """Our names and order of rows; raises RecipeError for what is missing or of another shape."""
+    m = recipe.model
+    width, vocab = m.hidden_size, source.shape("model.embeddings.weight")[0]
+    assert width
+    padding = -vocab % m.vocab_multiple
+
+    def table(rows: Tensor) -> Tensor:
+        return torch.cat([rows, rows.new_zeros(padding, width)])
+
+    observed = table(source.take("model.embeddings.weight", vocab, width))
+    if m.architecture == "transformer":
+        output = table(source.take("model.output.weight", vocab, width))
+        return {"embedding.table.weight": observed, "output.projection.weight": output} | _trunk(source, recipe)
+    predicted = source.take("model.vocab_to_embed.weight", width, vocab)
+    return {
+        "modality.context.table.weight": observed, "modality.prediction_embedding.weight": table(predicted.t()),
+    } | _thinking(source, recipe) | _trunk(source, recipe)  # fmt: skip
+
+
+def weights_of_video(source: Source, recipe: Recipe) -> dict[str, Tensor]:
+    """Our names, and frames by patch and then channel; raises RecipeError as `weights_of_text`."""
+    width, numbers = source.shape("model.encoder_down_projection.weight")
+    ebt = recipe.model.architecture == "ebt"
+
+    def frames(weight: Tensor) -> Tensor:
+        """Columns by channel and then place as columns by place and then channel."""
+        return weight.unflatten(1, (_LATENTS, -1)).mT.flatten(1)
+
+    down = source.take("model.encoder_down_projection.weight", width, numbers)
+    name = "modality" if ebt else "embedding"
+    out = {f"{name}.weight": frames(down), f"{name}.bias": down.new_zeros(width)}
+    tied = not ebt and "model.encoder_down_projection.bias" not in source.left
+    if not tied:
+        out[f"{name}.bias"] = source.take("model.encoder_down_projection.bias", width)
+    if ebt:
+        return out | _thinking(source, recipe) | _trunk(source, recipe)
+    # Their output is two linear maps, one after the other.
+    up = source.take("model.encoder_up_projection.weight", numbers, width).double()
+    both = (up @ source.take("model.output.weight", width, width).double()).to(down.dtype)
+    bias = down.new_zeros(numbers) if tied else source.take("model.encoder_up_projection.bias", numbers)
+    out |= {"output.weight": frames(both.t()).t().contiguous(), "output.bias": frames(bias[None])[0]}
+    return out | _trunk(source, recipe)
+
+
+def _thinking(source: Source, recipe: Recipe) -> dict[str, Tensor]:
+    """What an EBT has beside its layers."""
+    m, width = recipe.model, recipe.model.hidden_size
+    assert width
+    source.left.pop("model.langevin_dynamics_noise_std", None)  # a setting here: see `describe_thinking`
+    adaptive = m.conditioning == "adaln_sequence"
+    head = f"{_TRUNK}.final_layer" + (".linear" if adaptive else "")
+    out = {"step_size": source.take("model.alpha"), "head": source.take(f"{head}.weight", 1, width)[0]}
+    if m.conditioning != "none":
+        landscapes = source.take(_STEPS, source.shape(_STEPS)[0], width)
+        # Theirs repeats the last one.
+        out["step_embedding"] = torch.cat(
+            [landscapes, *[landscapes[-1:]] * (recipe.thinking.max_steps - len(landscapes))]
+        )
+    if adaptive:
+        out |= source.modulation(f"{_TRUNK}.final_layer", "final_modulation", 2, width)
+    return out
+
+
+def _trunk(source: Source, recipe: Recipe) -> dict[str, Tensor]:
+    """The layers and the last norm."""
+    m = recipe.model
+    width, ffn, heads = m.hidden_size, m.ffn_hidden_size, m.num_attention_heads
+    assert m.num_layers and width and ffn and heads
+    out = {"final_norm.weight": source.take(f"{_TRUNK}.norm.weight", width)}
+    for i in range(m.num_layers):
+        theirs, ours = f"{_TRUNK}.layers.{i}", f"layers.{i}"
+        attention = [source.take(f"{theirs}.attention.{w}.weight", width, width) for w in ("wq", "wk", "wv")]
+        gate_up = [source.take(f"{theirs}.feed_forward.{w}.weight", ffn, width) for w in ("w1", "w3")]
+        out |= {
+            f"{ours}.norm1.weight": source.take(f"{theirs}.attention_norm.weight", width),
+            f"{ours}.qkv.weight": interleaved(attention, heads),
+            f"{ours}.proj.weight": source.take(f"{theirs}.attention.wo.weight", width, width),
+            f"{ours}.norm2.weight": source.take(f"{theirs}.ffn_norm.weight", width),
+            f"{ours}.fc1.weight": interleaved(gate_up, heads),
+            f"{ours}.fc2.weight": source.take(f"{theirs}.feed_forward.w2.weight", width, ffn),
+        }
+        if m.conditioning == "adaln_sequence":
+            out |= source.modulation(theirs, f"{ours}.modulation", 6, width)
+    return out
