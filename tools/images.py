@@ -18,7 +18,8 @@ from ebt_megatron.core.files import write_whole
 from . import media
 from .steps import Steps
 
-DATA, RUNS = Path("data/images"), Path("runs/images")
+DATA, RUNS, OTHERS = Path("data/images"), Path("runs/images"), ("photographs",)
+SIDE = 28  # of a picture, in pixels
 DENOISERS = {"s1": "EBT, S1", "s2": "EBT, S2", "dit": "DiT"}
 MAKERS = {"maker": "EBT", "maker_dit": "DiT"}
 PASSES = {"s1": range(1, 11), "s2": range(1, 11), "dit": (1, 2, 3, 5, 10, 20, 50, 100)}
@@ -35,8 +36,22 @@ def prepare(step: Steps, given: list[str]) -> None:
         return
     pictures = given or [str(media.found(media.PICTURES, DATA / "pictures", "pictures")[0])]
     inputs = [word for picture in pictures for word in ("--input", picture)]
-    step("prepare", "1. pictures to shards", "data_prep.images", *inputs, "--output", str(DATA), "--height", "28",
-         "--width", "28", "--patch", "4", "--resume")  # fmt: skip
+    step("prepare", "1. pictures to shards", "data_prep.images", *inputs, "--output", str(DATA), "--height", str(SIDE),
+         "--width", str(SIDE), "--patch", "4", "--resume")  # fmt: skip
+
+
+def prepare_others(step: Steps) -> None:
+    """Grey tiles of photographs as shards at DATA/photographs, made with the same encoder, unless they are there."""
+    import numpy as np
+
+    output = DATA / "photographs"
+    if (output / "train" / "manifest.json").exists():
+        return
+    tiles = DATA / "photographs.npy"
+    np.save(tiles, media.grey_tiles(media.found(media.PHOTOGRAPHS, DATA / "raw photographs", "photographs"), SIDE))
+    step("prepare photographs", "1. other pictures to shards", "data_prep.images", "--input", str(tiles), "--output",
+         str(output), "--height", str(SIDE), "--width", str(SIDE), "--encoder", str(DATA / "train" / "encoder.npz"),
+         "--validation-fraction", "0", "--resume")  # fmt: skip
 
 
 def look_at(run_dir: Path, passes: Any) -> dict[str, Any]:

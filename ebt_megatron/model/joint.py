@@ -6,7 +6,7 @@ condition that shifts, scales and gates each (adaLN-zero). Only the energy's go 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ from ebt_megatron.model.layers import Modulation, gated, modulate, replicated
 from ebt_megatron.model.reuse import Tape
 from ebt_megatron.parallel.collectives import TensorGroup
 
+_BOUND_WEIGHT = 0.001  # of the variational bound in DiT's loss (arXiv 2102.09672, eq. 16)
 Modulations = Sequence[tuple[Tensor, Tensor]]
 
 
@@ -161,7 +162,7 @@ class JointEnergy(Landscapes, JointStage):
 
 
 class DiffusionTransformer(Scheduled, JointStage):
-    """A stage of DiT: predicts the noise in a picture.
+    """A stage of DiT: predicts the noise in a picture, and where between its bounds the variance of a step is.
 
     Attributes:
         output: this itself on the last stage, which keeps `y`, the noise that was predicted last without learning,
@@ -172,21 +173,25 @@ class DiffusionTransformer(Scheduled, JointStage):
         condition: (level, class) [B, 2] -> [B, D]; the same on every stage.
         embedding: patches [B, S, C] -> hidden [S(/TP), B, D], on the first stage.
         channels: C.
+        bound: (noise, predicted noise, v, level) -> the variational bound [B, S, C] that v is learned by; None: v is
+            not predicted.
     """
 
     def __init__(self, config: TransformerConfig, recipe: Recipe, kernels: Kernels, condition: nn.Module,
-                 embedding: nn.Module | None, channels: int, pre_process: bool = True,
-                 post_process: bool = True):  # fmt: skip
+                 embedding: nn.Module | None, channels: int, pre_process: bool = True, post_process: bool = True,
+                 bound: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor] | None = None):  # fmt: skip
         super().__init__(config, recipe, kernels, pre_process, post_process)
         self.condition, self.embedding = condition, embedding
+        self.channels, self.bound = channels, bound
         self.group = TensorGroup(bool(config.sequence_parallel))
         if post_process:
-            self.head = replicated(torch.zeros(channels, config.hidden_size, dtype=config.params_dtype), config)
-            self.head_bias = replicated(torch.zeros(channels, dtype=config.params_dtype), config)
+            rows = channels if bound is None else 2 * channels
+            self.head = replicated(torch.zeros(rows, config.hidden_size, dtype=config.params_dtype), config)
+            self.head_bias = replicated(torch.zeros(rows, dtype=config.params_dtype), config)
             self.head.draw = self.head_bias.draw = Draw(0.0)  # type: ignore[attr-defined]
 
     def predicted(self, conditions: Tensor, start: Tensor) -> Tensor:
-        """This stage's output: the noise [S(/TP), B, C] in pictures on the last stage, else hidden states.
+        """This stage's output: noise and, if learned, v [S(/TP), B, C or 2 C] on the last stage, else hidden states.
 
         Args:
             conditions: int64 [B, 2], level and class.
@@ -197,11 +202,11 @@ class DiffusionTransformer(Scheduled, JointStage):
         n = self.run(h, self.modulations(self.condition(conditions)))
         if not self.post_process:
             return n
-        noise = F.linear(n, self.head, self.head_bias)
-        return noise.to(torch.promote_types(noise.dtype, torch.float32))
+        out = F.linear(n, self.head, self.head_bias)
+        return out.to(torch.promote_types(out.dtype, torch.float32))
 
     def forward(self, observed: Tensor, targets: Tensor, segments: Tensor | None, start: Tensor) -> Tensor:
-        """The mean squared error of the noise, [S, B] (last stage), or hidden states.
+        """The mean squared error of the noise, and what v costs, [S, B] (last stage), or hidden states.
 
         Args:
             observed: int64 [B, 2], level and class.
@@ -213,4 +218,9 @@ class DiffusionTransformer(Scheduled, JointStage):
         if not self.post_process:
             return out
         target = self.group.own_positions(targets.transpose(0, 1)).to(out.dtype)
-        return self.group.all_positions((out - target).square().mean(-1))
+        noise = out[..., : self.channels]
+        loss = (noise - target).square()
+        if self.bound is not None:
+            terms = (t.transpose(0, 1) for t in (target, noise, out[..., self.channels :]))
+            loss = loss + _BOUND_WEIGHT * self.bound(*terms, observed[:, 0]).transpose(0, 1)
+        return self.group.all_positions(loss.mean(-1))
