@@ -73,14 +73,18 @@ def _suite(run_dir: Path, overrides: list[str], options: SuiteOptions, target: P
     """Write the suite's numbers, and show what they come to."""
     from rich.console import Console
 
-    from ebt_megatron.evaluation.picture_suite import evaluate_pictures, picture_tables
+    from ebt_megatron.evaluation import picture_report
+    from ebt_megatron.evaluation.picture_suite import evaluate_pictures
     from ebt_megatron.evaluation.suite import evaluate_suite
     from ebt_megatron.evaluation.tables import suite_tables
     from ebt_megatron.session import recipe_of
     from ebt_megatron.tasks import task_class
 
     kind = task_class(recipe_of(run_dir, overrides).data.modality).kind
-    suites = {"text": (evaluate_suite, suite_tables), "images": (evaluate_pictures, picture_tables)}
+    suites: dict[str, tuple[Any, Any]] = {
+        "text": (evaluate_suite, suite_tables),
+        "images": (evaluate_pictures, lambda of: picture_report.tables({of["name"]: of}, every=True)),
+    }
     if kind not in suites:
         raise RecipeError(f"--suite is about {' and '.join(suites)}, {run_dir} is about {kind}: leave it out")
     evaluate_all, tables = suites[kind]

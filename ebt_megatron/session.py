@@ -62,8 +62,9 @@ class Session:
         source = source or data[splits[0]].sources[0]
         task = open_task(recipe, source)
         for split, loader in data.items():
-            if loader.sources[0] is not source and open_task(recipe, loader.sources[0]).identity != task.identity:
-                raise RecipeError(f"data.{split} was not prepared like {source.folder} ({', '.join(task.identity)}): "
+            identity = task.identity if loader.sources[0] is source else open_task(recipe, loader.sources[0]).identity
+            if differs := [key for key, value in task.identity.items() if identity[key] != value]:
+                raise RecipeError(f"data.{split} was not prepared like {source.folder} (another {', '.join(differs)}): "
                                   "prepare one again")  # fmt: skip
         return cls(recipe, state, data, source, task)
 

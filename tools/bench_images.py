@@ -9,10 +9,8 @@ and one that was stopped goes on.
 
 from __future__ import annotations
 
-import json
 import math
 import statistics
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,13 +23,15 @@ from ebt_megatron.config import Recipe, load_recipe
 from ebt_megatron.core.cli import guarded
 from ebt_megatron.core.files import replacing
 from ebt_megatron.data.shards import read_manifest
+from ebt_megatron.evaluation.figures import png_of
+from ebt_megatron.evaluation.picture_report import Reading, curves, tables
 from ebt_megatron.evaluation.tables import Table
 from ebt_megatron.model.flops import joint_cost
 from ebt_megatron.objectives.flops import training_flops
 
 from .bench import machine
 from .images import DATA, OTHERS, prepare, prepare_others
-from .seeds import once, over_seeds, text_of, train, write_results
+from .seeds import over_seeds, text_of, train, write_results
 from .steps import Steps
 
 
@@ -50,9 +50,8 @@ MODELS = {
     "EBT S1, two steps": Model("quickstart_s1", ("thinking.min_steps=2", "thinking.max_steps=2")),
     "EBT S2": Model("quickstart_s2"),
     "DiT": Model("quickstart_dit"),
-    "DiT, FLOPs of S1 two steps": Model("quickstart_dit", flops_of="EBT S1, two steps"),
 }
-QUALITIES = ("psnr", "ssim", "mse")
+OVER_SEEDS = Reading(lambda of: of["mean"], lambda of: 0.0 if math.isnan(of["half"]) else of["half"], text_of)
 
 
 def recipe_of(name: str, seed: int, runs: Path, steps: int) -> Recipe:
@@ -79,11 +78,13 @@ def flops(recipe: Recipe) -> float:
 
 def run(recipe: Recipe) -> dict[str, Any]:
     """Train and evaluate, unless that is done; returns the suite, with the run's metrics."""
-    _, rows = train(recipe)
-    folder = Path(recipe.training.output_dir)
     shifts = [word for name in OTHERS for word in ("--shift", f"{name}={DATA / name / 'train'}")]
-    once(folder / "suite.json", "ebt_megatron.evaluate", str(folder), "--suite", *shifts)
-    return json.loads((folder / "suite.json").read_text()) | {"metrics": rows}
+    suite, rows = train(recipe, "--suite", *shifts, result="suite.json")
+    return suite | {"metrics": rows}
+
+
+def _by_name(results: dict[str, Any]) -> dict[str, Any]:
+    return {model["name"]: model for model in results["models"]}
 
 
 def summary(name: str, results: list[dict[str, Any]], pictures: int, flops: float) -> dict[str, Any]:
@@ -91,58 +92,7 @@ def summary(name: str, results: list[dict[str, Any]], pictures: int, flops: floa
     parts = ("trained steps", "parameters", "denoising", "other pictures", "probe")
     return {"name": name, "seeds": len(results), "pictures": pictures, "flops": flops,
             "seconds_a_step": statistics.median(row["step_seconds"] for r in results for row in r["metrics"]),
-            "chosen": [[r["probe"]["layer"], r["probe"]["level"]] for r in results],
             **over_seeds([{key: r[key] for key in parts if key in r} for r in results])}  # fmt: skip
-
-
-def passes_of(point: Mapping[str, Any]) -> int:
-    """How many a point has, the same for every seed."""
-    return int(point["passes"]["mean"])
-
-
-def best(points: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The number of passes of the highest PSNR."""
-    return max(points, key=lambda p: p["psnr"]["mean"])
-
-
-def _qualities(row: Mapping[str, Any]) -> list[str]:
-    return [text_of(row[key], digits) for key, digits in zip(QUALITIES, (2, 3, 1), strict=True)]
-
-
-def tables(results: dict[str, Any]) -> list[Table]:
-    """What the results come to."""
-    models, first = results["models"], results["models"][0]
-    out = [
-        Table("Models", ["model", "pictures (k)", "training TFLOPs", "s / step"],
-              [[m["name"], f"{m['pictures'] / 1e3:.1f}", f"{m['flops'] / 1e12:.1f}", f"{m['seconds_a_step']:.3f}"]
-               for m in models]),
-    ]  # fmt: skip
-    for level in first["denoising"]:
-        rows = [["the noised picture", "-", *_qualities(first["denoising"][level]["noised"])]]
-        for model in models:
-            points = model["denoising"][level]["passes"]
-            trained = next(p for p in points if passes_of(p) == model["trained steps"]["mean"])
-            shown = {passes_of(p): p for p in (points[0], trained, best(points), points[-1])}
-            rows += [[model["name"], str(n), *_qualities(shown[n])] for n in sorted(shown)]
-        out.append(Table(f"Denoising from level {level}: the first, the trained, the best and the most passes",
-                         ["model", "passes", "PSNR, dB", "SSIM", "MSE"], rows))  # fmt: skip
-    probed = [m for m in models if "probe" in m]
-    whose = ("features", "last layer", "untrained")
-    out.append(Table(
-        "Linear probe: test accuracy, %",
-        ["model", "features", "last layer, no noise", "before training", "(layer, level) of each seed"],
-        [[m["name"], *(text_of(m["probe"][key], 1, 100) for key in whose),
-          "; ".join(f"{a}, {b}" for a, b in m["chosen"])]
-         for m in probed]
-        + [["the pictures' own numbers", text_of(first["probe"]["numbers"], 1, 100), "-", "-", "-"]],
-    ))  # fmt: skip
-    for name in first["other pictures"]:
-        scores = list(dict.fromkeys(score for m in models for score in m["other pictures"][name]))
-        out.append(Table(
-            f"Telling {name} from held-out pictures: AUROC of a higher score", ["score", *(m["name"] for m in models)],
-            [[score, *(text_of(m["other pictures"][name].get(score)) for m in models)] for score in scores],
-        ))  # fmt: skip
-    return out
 
 
 def markdown(results: dict[str, Any]) -> str:
@@ -150,32 +100,17 @@ def markdown(results: dict[str, Any]) -> str:
     where = results["machine"]
     begin = (f"Denoising on {where['machine']}, torch {where['torch']}, {where['date']}. Mean ± half-width of the "
              "95 % interval over seeds.\n")  # fmt: skip
-    return "\n".join([begin, *(f"{t.title}:\n\n{t.markdown()}\n" for t in tables(results))])
+    rows = [[m["name"], f"{m['pictures'] / 1e3:.1f}", f"{m['flops'] / 1e12:.1f}", f"{m['seconds_a_step']:.3f}"]
+            for m in results["models"]]  # fmt: skip
+    models = Table("Models", ["model", "pictures (k)", "training TFLOPs", "s / step"], rows)
+    shown = [models, *tables(_by_name(results), OVER_SEEDS)]
+    return "\n".join([begin, *(f"{t.title}:\n\n{t.markdown()}\n" for t in shown)])
 
 
 def plot(results: dict[str, Any], path: Path) -> None:
-    """PSNR and SSIM against passes, at both levels."""
-    from ebt_megatron.evaluation.figures import EBT_COLOURS, NEUTRAL, RIVAL_COLOURS, figure_of, png_of
-
-    levels = list(results["models"][0]["denoising"])
-    figure, all_axes = figure_of(13.5, 2 * len(levels))
-    colours = {True: iter(EBT_COLOURS), False: iter((*RIVAL_COLOURS, "#1d3f7a"))}
-    for model in results["models"]:
-        colour = next(colours[model["name"].startswith("EBT")])
-        for i, level in enumerate(levels):
-            points = model["denoising"][level]["passes"]
-            for axes, key in zip(all_axes[2 * i :], QUALITIES[:2], strict=False):
-                halves = [0.0 if math.isnan(p[key]["half"]) else p[key]["half"] for p in points]
-                axes.errorbar([passes_of(p) for p in points], [p[key]["mean"] for p in points], halves, fmt="o-", ms=3,
-                              capsize=2, color=colour, label=model["name"])  # fmt: skip
-    for i, level in enumerate(levels):
-        noised = results["models"][0]["denoising"][level]["noised"]
-        for axes, key, label in zip(all_axes[2 * i :], QUALITIES[:2], ("PSNR, dB", "SSIM"), strict=False):
-            axes.axhline(noised[key]["mean"], color=NEUTRAL, ls="--", lw=1)
-            axes.set(xscale="log", xlabel="passes", title=f"{label}, level {level}")
-    all_axes[0].legend(frameon=False, fontsize=7)
+    """PSNR and SSIM against passes."""
     with replacing(path) as partial:
-        partial.write_bytes(png_of(figure))
+        partial.write_bytes(png_of(curves(_by_name(results), OVER_SEEDS)))
 
 
 def main(

@@ -90,18 +90,21 @@ def once(result: Path, module: str, *arguments: str) -> None:
         raise RuntimeError(f"{' '.join(command[2:])} ended with code {done.returncode}:\n{done.stderr[-_LINES_SHOWN:]}")
 
 
-def train(recipe: Recipe, *evaluation: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+def train(
+    recipe: Recipe, *evaluation: str, result: str = "evaluation.json"
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Train and evaluate on one process; a run that is done is not repeated, one that was stopped goes on.
 
     Args:
         recipe: of the run, resolved.
         evaluation: more arguments of `ebt-evaluate`.
+        result: the file that these make it write.
 
     Returns:
-        (evaluation.json, the rows of metrics.jsonl).
+        (what the evaluation wrote, the rows of metrics.jsonl).
     """
     folder = Path(recipe.training.output_dir)
-    evaluated = folder / "evaluation.json"
+    evaluated = folder / result
     if not evaluated.exists():
         folder.mkdir(parents=True, exist_ok=True)
         asked = folder / "asked.yaml"

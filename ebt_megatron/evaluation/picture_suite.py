@@ -16,7 +16,6 @@ from ebt_megatron.evaluation.pictures import denoising, first_pictures
 from ebt_megatron.evaluation.probe import probe
 from ebt_megatron.evaluation.strangers import strangers
 from ebt_megatron.evaluation.suite import SuiteOptions
-from ebt_megatron.evaluation.tables import Table, number, percent
 from ebt_megatron.session import TrainedRun, open_run
 
 PASSES = (1, 2, 3, 5, 10, 30, 100)  # of a DiT, which can take any number
@@ -90,28 +89,3 @@ def evaluate_pictures(run_dir: Path, overrides: Sequence[str], options: SuiteOpt
             progress.update(doing, description=f"{run.recipe.name}: probe", advance=1)
             out["probe"] = probe(run, [0, run.recipe.images.highest_level])
     return out
-
-
-def picture_tables(numbers: dict[str, Any]) -> list[Table]:
-    """What the suite's numbers come to."""
-    tables = [
-        Table(
-            f"Denoising from level {level}",
-            ["passes", "PSNR, dB", "SSIM", "MSE"],
-            [[name, number(row["psnr"], 2), number(row["ssim"]), number(row["mse"], 1)]
-             for name, row in [("the noised picture", of["noised"]), *((str(r["passes"]), r) for r in of["passes"])]],
-        )
-        for level, of in numbers.get("denoising", {}).items()
-    ]  # fmt: skip
-    if "probe" in numbers:
-        of = numbers["probe"]
-        rows = {f"features (layer {of['layer']}, level {of['level']})": of["features"],
-                "features of the last layer, without noise": of["last layer"],
-                "features of the network before training": of["untrained"],
-                "the pictures' own numbers": of["numbers"]}  # fmt: skip
-        tables.append(Table("Linear probe: test accuracy", ["of", "right"],
-                            [[name, percent(value)] for name, value in rows.items()]))  # fmt: skip
-    for name, scores in numbers.get("other pictures", {}).items():
-        tables.append(Table(f"Telling {name} from held-out pictures: AUROC of a higher score", ["score", "AUROC"],
-                            [[score, number(value)] for score, value in scores.items()]))  # fmt: skip
-    return tables

@@ -36,6 +36,7 @@ def features(task: Any, model: Any, batch: MicroBatch, level: int) -> Tensor:
         batch: pictures.
         level: of the noise in them.
     """
+    assert batch.latents is not None
     device = next(model.parameters()).device
     sample = task.sample(batch, device, level)
     observed = sample.observed.clone()
@@ -95,7 +96,7 @@ def probe(run: TrainedRun, levels: Sequence[int], training: int = 4000, test: in
             return accuracy((train, labels[0]), (other, labels[1]))
 
         places = itertools.product(range(len(made[levels[0]][0])), levels)
-        layer, level = max(places, key=lambda place: on(*place, held_out=True))
+        layer, level = max(places, key=lambda place: on(place[0], place[1], True))
         return on(layer, level, False), layer + 1, level, on(-1, levels[0], False)
 
     best, layer, level, last = chosen(run.model)

@@ -221,6 +221,6 @@ class DiffusionTransformer(Scheduled, JointStage):
         noise = out[..., : self.channels]
         loss = (noise - target).square()
         if self.bound is not None:
-            terms = (t.transpose(0, 1) for t in (target, noise, out[..., self.channels :]))
-            loss = loss + _BOUND_WEIGHT * self.bound(*terms, observed[:, 0]).transpose(0, 1)
+            true, predicted, v = (t.transpose(0, 1) for t in (target, noise, out[..., self.channels :]))
+            loss = loss + _BOUND_WEIGHT * self.bound(true, predicted, v, observed[:, 0]).transpose(0, 1)
         return self.group.all_positions(loss.mean(-1))

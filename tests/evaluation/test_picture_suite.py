@@ -9,7 +9,7 @@ import torch
 
 from ebt_megatron.config import RecipeError
 from ebt_megatron.data.decoder import Decoder
-from ebt_megatron.evaluation import picture_suite, probe, strangers
+from ebt_megatron.evaluation import picture_report, picture_suite, probe, strangers
 from ebt_megatron.evaluation.suite import SuiteOptions
 from tests import builders
 from tests.tasks import latents
@@ -130,9 +130,13 @@ def test_the_suite_has_all_parts_and_shows_them(kind, monkeypatch, tmp_path):
     assert list(numbers["denoising"]) == ["30", "61"]
     taken = [row["passes"] for row in numbers["denoising"]["61"]["passes"]]
     assert taken == ([1, 2, 3, 4, 5] if kind == "EBT" else [1, 2, 3, 5])
-    titles = [table.title for table in picture_suite.picture_tables(numbers)]
-    assert [title.partition(":")[0] for title in titles] == [
-        "Denoising from level 30", "Denoising from level 61", "Linear probe", "Telling tiles from held-out pictures",
+    every, best = (picture_report.tables({kind: numbers}, every=every) for every in (True, False))
+    assert [table.title.partition(":")[0] for table in every] == [
+        "Denoising held-out pictures from level 30", "Denoising held-out pictures from level 61", "Linear probe",
+        "Telling tiles from held-out pictures",
     ]  # fmt: skip
+    assert [row[1] for row in every[0].rows] == ["-", *map(str, taken)]
+    assert {row[1] for row in best[0].rows} >= {"-", "1", "3", str(max(taken))} - ({"3"} if kind == "DiT" else set())
+    assert len(picture_report.curves({kind: numbers}).axes) == 4
     with pytest.raises(RecipeError, match="--rival is for text"):
         picture_suite.evaluate_pictures(tmp_path, [], SuiteOptions(rivals=[tmp_path]))
