@@ -114,6 +114,8 @@ class Images:
              "step)"),
             (model.num_query_groups != model.num_attention_heads,
              f"model.num_query_groups={model.num_query_groups}: pictures have one group for each head"),
+            (model.energy_head != "linear",
+             f"model.energy_head={model.energy_head}: the energy of a picture has linear alone"),
             (self.options.learn_sigma and model.architecture == "ebt",
              "images.learn_sigma is about a DiT's random steps: set it to false, or model.architecture=transformer"),
             (self.recipe.training.precision == "fp8", "training.precision=fp8 has no layers for pictures: set bf16"),

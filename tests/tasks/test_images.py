@@ -209,6 +209,7 @@ def test_validation_knows_the_psnr_of_every_step():
 @pytest.mark.parametrize(("overrides", "arguments", "why"), [
     (("data.sequence_length=5",), {}, "pictures have 4 patches: set data.sequence_length=4"),
     (("model.conditioning=time_embed",), {}, "pictures have none .* or adaln_zero"),
+    (("model.energy_head=quadratic",), {}, "model.energy_head=quadratic: the energy of a picture has linear alone"),
     (("images.learn_sigma=true",), {}, "images.learn_sigma is about a DiT's random steps"),
     (("model.num_query_groups=2",), {}, "one group for each head"),
     ((), {"classes": 0}, "images.classes=true needs labels, and the shards have none"),
