@@ -74,13 +74,25 @@ def _suite(run_dir: Path, overrides: list[str], options: SuiteOptions, target: P
     """Write the suite's numbers, and show what they come to."""
     from rich.console import Console
 
+    from ebt_megatron.evaluation import picture_report
+    from ebt_megatron.evaluation.picture_suite import evaluate_pictures
     from ebt_megatron.evaluation.suite import evaluate_suite
     from ebt_megatron.evaluation.tables import suite_tables
+    from ebt_megatron.session import recipe_of
+    from ebt_megatron.tasks import task_class
 
-    numbers = evaluate_suite(run_dir, overrides, options)
+    kind = task_class(recipe_of(run_dir, overrides).data.modality).kind
+    suites: dict[str, tuple[Any, Any]] = {
+        "text": (evaluate_suite, suite_tables),
+        "images": (evaluate_pictures, lambda of: picture_report.tables({of["name"]: of}, every=True)),
+    }
+    if kind not in suites:
+        raise RecipeError(f"--suite is about {' and '.join(suites)}, {run_dir} is about {kind}: leave it out")
+    evaluate_all, tables = suites[kind]
+    numbers = evaluate_all(run_dir, overrides, options)
     write_whole(target, json.dumps(numbers, indent=1) + "\n")
     console = Console(soft_wrap=True, highlight=False)
-    for table in suite_tables(numbers):
+    for table in tables(numbers):
         console.print(table.rich())
     console.print(f"{target} has all numbers")
 
@@ -90,14 +102,18 @@ def main(
     run_dir: Path = typer.Argument(..., help="A training.output_dir."),
     overrides: list[str] = typer.Argument(None, help="key=value pairs, e.g. training.validation_samples=1024."),
     steps: int | None = typer.Option(
-        None, min=1, help="The most thinking steps; default: twice those trained with (the suite: three times)."
+        None, min=1, help="The most thinking steps or passes; default: twice those trained with (the suite: more)."
     ),
     output: Path | None = typer.Option(None, help="Where to write; default: RUN_DIR/evaluation.json, or suite.json."),
     example: bool = typer.Option(True, help="Work out one token, too."),
-    suite: bool = typer.Option(False, "--suite", help="Thinking, starts, energies, uncertainty and shifts (text)."),
-    rival: list[Path] = typer.Option([], help="Of the suite: runs of Transformer++; the first measures shifts."),
-    shift: list[str] = typer.Option([], help="Of the suite: NAME=FOLDER of other text, of the run's tokenizer."),
-    starts: int = typer.Option(8, min=1, help="Of the suite: the most starts to choose among."),
+    suite: bool = typer.Option(
+        False, "--suite", help="Text: thinking, starts, energies, uncertainty, shifts. Images: passes, a probe, shifts."
+    ),
+    rival: list[Path] = typer.Option([], help="Of text's suite: runs of Transformer++; the first measures shifts."),
+    shift: list[str] = typer.Option(
+        [], help="Of the suite: NAME=FOLDER of other text or pictures, of the run's tokenizer or encoder."
+    ),
+    starts: int = typer.Option(8, min=1, help="Of text's suite: the most starts to choose among."),
 ) -> None:
     """Write validation loss, perplexity, energy and accuracy against thinking steps as JSON.
 

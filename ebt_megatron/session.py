@@ -61,8 +61,9 @@ class Session:
         source = source or data[splits[0]].sources[0]
         task = open_task(recipe, source)
         for split, loader in data.items():
-            if loader.sources[0] is not source and open_task(recipe, loader.sources[0]).identity != task.identity:
-                raise RecipeError(f"data.{split} was not prepared like {source.folder} ({', '.join(task.identity)}): "
+            identity = task.identity if loader.sources[0] is source else open_task(recipe, loader.sources[0]).identity
+            if differs := [key for key, value in task.identity.items() if identity[key] != value]:
+                raise RecipeError(f"data.{split} was not prepared like {source.folder} (another {', '.join(differs)}): "
                                   "prepare one again")  # fmt: skip
         return cls(recipe, state, data, source, task)
 
@@ -88,6 +89,18 @@ class TrainedRun(Session):
     tokens: int
 
 
+def recipe_of(run_dir: Path, overrides: Sequence[str] = ()) -> Recipe:
+    """The recipe of a run, on one process.
+
+    Raises:
+        RecipeError: where it is no run directory, or an override does not do.
+    """
+    saved = run_dir / "recipe.yaml"
+    if not saved.exists():
+        raise RecipeError(f"{run_dir} is not a run directory: recipe.yaml is missing")
+    return load_recipe(saved, [*_ONE_PROCESS, *overrides])
+
+
 @contextmanager
 def open_run(
     run_dir: Path, overrides: Sequence[str] = (), splits: Sequence[str] = ("validation",)
@@ -104,10 +117,7 @@ def open_run(
         RecipeError: where it is no run directory, or holds no checkpoint.
         DataError: where the data does not fit.
     """
-    saved = run_dir / "recipe.yaml"
-    if not saved.exists():
-        raise RecipeError(f"{run_dir} is not a run directory: recipe.yaml is missing")
-    recipe = load_recipe(saved, [*_ONE_PROCESS, *overrides])
+    recipe = recipe_of(run_dir, overrides)
     if splits or not (run_dir / DATA / "manifest.json").exists():  # runs of earlier versions keep nothing
         session = Session.open(recipe, splits or ["validation"])
     else:

@@ -16,7 +16,6 @@ import math
 import os
 import statistics
 from dataclasses import dataclass
-from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +30,7 @@ from ebt_megatron.objectives.flops import training_flops
 
 from .bench import machine
 from .quickstart import DATA, prepare
-from .seeds import Interval, once, train
+from .seeds import Interval, once, text_of, train, write_results
 from .steps import Steps
 
 
@@ -69,6 +68,7 @@ ABLATION = {
     "S2, no Langevin noise": Model("quickstart_s2", (*LINEAR_S2, "thinking.langevin_noise=0")),
     "S2, with replay": Model("quickstart_s2", (*LINEAR_S2, "thinking.replay.enabled=true")),
 }
+_PERCENT = " %"
 STARTS = 5  # of the ablation's self-verification
 
 
@@ -145,12 +145,6 @@ def summary(name: str, results: list[dict[str, Any]], flops: float) -> dict[str,
     }  # fmt: skip
 
 
-def _interval(entry: dict[str, float] | None, digits: int = 3, percent: bool = False) -> str:
-    if entry is None:
-        return "-"
-    return Interval(**entry).text(digits, 100 if percent else 1) + (" %" if percent else "")
-
-
 def markdown(results: dict[str, Any]) -> str:
     """The tables, for people."""
     where = results["machine"]
@@ -165,9 +159,9 @@ def markdown(results: dict[str, Any]) -> str:
         think = row["trained_steps"] > 1
         lines.append(
             f"| {row['name']} | {row['tokens'] / 1e6:.2f} | {row['flops'] / 1e12:.1f} | {row['seconds_a_step']:.3f} | "
-            f"{row['trained_steps']} | {_interval(row['loss'])} | "
-            f"{_interval(row['gain_over_first_step'], 1, percent=True) if think else '-'} | "
-            f"{_interval(row['perplexity_over_best_with_more_steps'], 1, percent=True) if think else '-'} |"
+            f"{row['trained_steps']} | {text_of(row['loss'])} | "
+            f"{text_of(row['gain_over_first_step'], 1, 100, ' %') if think else '-'} | "
+            f"{text_of(row['perplexity_over_best_with_more_steps'], 1, 100, ' %') if think else '-'} |"
         )
     gains = [row for row in results["models"] if row["gains"]]
     if gains:
@@ -175,7 +169,7 @@ def markdown(results: dict[str, Any]) -> str:
         lines += ["", "Perplexity gained over the trained number of steps: by the most steps evaluated (longer), and "
                   f"by {STARTS} starts, of which one is kept, or which are averaged:", "",
                   f"| model | {' | '.join(names)} |", "| --- |" + " --- |" * len(names)]  # fmt: skip
-        lines += [f"| {row['name']} | {' | '.join(_interval(row['gains'][n], 1, percent=True) for n in names)} |"
+        lines += [f"| {row['name']} | {' | '.join(text_of(row['gains'][n], 1, 100, _PERCENT) for n in names)} |"
                   for row in gains]  # fmt: skip
     for row in results["models"]:
         if row["trained_steps"] == 1:
@@ -184,8 +178,8 @@ def markdown(results: dict[str, Any]) -> str:
                   "| steps | cross-entropy | perplexity | most likely token right | changed by the step |",
                   "| --- | --- | --- | --- | --- |"]  # fmt: skip
         lines += [
-            f"| {t['steps']} | {_interval(t['loss'])} | {_interval(t['perplexity'], 1)} | "
-            f"{_interval(t['accuracy'], 1, percent=True)} | {_interval(t['changed'], 1, percent=True)} |"
+            f"| {t['steps']} | {text_of(t['loss'])} | {text_of(t['perplexity'], 1)} | "
+            f"{text_of(t['accuracy'], 1, 100, ' %')} | {text_of(t['changed'], 1, 100, ' %')} |"
             for t in row["thinking"]
         ]
     return "\n".join(lines) + "\n"
@@ -256,12 +250,7 @@ def main(
     results = {"machine": machine(), "models": [summary(name, done[name], flops[name]) for name in model]}
     text = markdown(results)
     console.print(text, markup=False, highlight=False)
-    folder = output or runs
-    folder.mkdir(parents=True, exist_ok=True)
-    stem = folder / f"{'ablation' if ablation else 'learning'}-cpu-{date.today().isoformat()}"
-    write_whole(stem.with_suffix(".json"), json.dumps(results, indent=1) + "\n")
-    write_whole(stem.with_suffix(".md"), text)
-    plot(results, stem.with_suffix(".png"))
+    write_results(output or runs, "ablation" if ablation else "learning", results, text, plot)
 
 
 if __name__ == "__main__":

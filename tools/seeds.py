@@ -8,12 +8,14 @@ import os
 import statistics
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import date
 from pathlib import Path
 from typing import Any
 
 from ebt_megatron.config import Recipe, to_yaml
+from ebt_megatron.core.files import write_whole
 
 # Two-sided 95 % quantiles of Student's t by degrees of freedom (n - 1 seeds).
 STUDENT_T = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
@@ -40,6 +42,39 @@ class Interval:
         return f"{scale * self.mean:.{digits}f}{spread}"
 
 
+def over_seeds(values: Sequence[Any], left_out: Collection[str] = ()) -> Any:
+    """Equal trees of numbers -> one tree of intervals; what is no number is the first one's.
+
+    Args:
+        values: a tree for each seed.
+        left_out: keys that the result has not.
+    """
+    first = values[0]
+    if isinstance(first, dict):
+        return {key: over_seeds([v[key] for v in values], left_out) for key in first if key not in left_out}
+    if isinstance(first, list):
+        return [over_seeds(rows, left_out) for rows in zip(*values, strict=True)]
+    if isinstance(first, int | float) and None not in values:
+        return vars(Interval.of(values))
+    return first
+
+
+def text_of(entry: Mapping[str, float] | None, digits: int = 3, scale: float = 1, unit: str = "") -> str:
+    """`Interval.text` of an interval of `over_seeds`, and its unit; "-" for None."""
+    return "-" if entry is None else Interval(**entry).text(digits, scale) + unit
+
+
+def write_results(
+    folder: Path, name: str, results: dict[str, Any], text: str, plot: Callable[[dict[str, Any], Path], None]
+) -> None:
+    """Write NAME-cpu-DATE.json, .md and .png into a folder; `plot` makes the last one."""
+    folder.mkdir(parents=True, exist_ok=True)
+    stem = folder / f"{name}-cpu-{date.today().isoformat()}"
+    write_whole(stem.with_suffix(".json"), json.dumps(results, indent=1) + "\n")
+    write_whole(stem.with_suffix(".md"), text)
+    plot(results, stem.with_suffix(".png"))
+
+
 def once(result: Path, module: str, *arguments: str) -> None:
     """Run `python -m MODULE ...` on one thread, unless its result is there.
 
@@ -55,18 +90,21 @@ def once(result: Path, module: str, *arguments: str) -> None:
         raise RuntimeError(f"{' '.join(command[2:])} ended with code {done.returncode}:\n{done.stderr[-_LINES_SHOWN:]}")
 
 
-def train(recipe: Recipe, *evaluation: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+def train(
+    recipe: Recipe, *evaluation: str, result: str = "evaluation.json"
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Train and evaluate on one process; a run that is done is not repeated, one that was stopped goes on.
 
     Args:
         recipe: of the run, resolved.
         evaluation: more arguments of `ebt-evaluate`.
+        result: the file that these make it write.
 
     Returns:
-        (evaluation.json, the rows of metrics.jsonl).
+        (what the evaluation wrote, the rows of metrics.jsonl).
     """
     folder = Path(recipe.training.output_dir)
-    evaluated = folder / "evaluation.json"
+    evaluated = folder / result
     if not evaluated.exists():
         folder.mkdir(parents=True, exist_ok=True)
         asked = folder / "asked.yaml"

@@ -51,9 +51,9 @@ class Steps:
         """Pretrain a recipe on so many ranks."""
         self(f"train {name}", f"{number}. pretrain: {name}", "ebt_megatron.train", recipe, *overrides, ranks=ranks)
 
-    def evaluate(self, number: int, name: str, run_dir: Path) -> None:
+    def evaluate(self, number: int, name: str, run_dir: Path, *arguments: str) -> None:
         """Evaluate a run."""
-        self(f"evaluate {name}", f"{number}. evaluate: {name}", "ebt_megatron.evaluate", str(run_dir))
+        self(f"evaluate {name}", f"{number}. evaluate: {name}", "ebt_megatron.evaluate", str(run_dir), *arguments)
 
     def done(self, paths: Mapping[str, Path], next_steps: str) -> None:
         """Say how long everything took, where the report is, and how to go on."""

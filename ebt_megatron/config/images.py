@@ -22,6 +22,7 @@ class ImagesConfig:
     lowest_level: int = at_least(0, 99)  # an EBT is trained to denoise levels drawn from these; a DiT from all
     highest_level: int = at_least(0, 99)
     see_level: bool = True  # an EBT that denoises is told the level; a DiT always is
+    learn_sigma: bool = False  # a DiT learns the variance of a random step, too (arXiv 2102.09672)
     classes: bool = False  # told the class of the picture, from the labels of the shards
     captions: bool = False  # told the caption of the picture, as the shards have it
     class_dropout: float = fraction(0.1)  # share of training samples that are told neither, for guidance

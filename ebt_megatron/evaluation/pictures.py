@@ -54,7 +54,7 @@ def sampled(run: TrainedRun, conditions: Tensor, noised: Tensor, sample_ids: Ten
         noised: [B, S, C], at level `first`.
         sample_ids: int64 [B], which fix the noise of ancestral sampling.
         first, passes: the levels are `NoiseSchedule.levels(first, passes)`.
-        ancestral: with DDPM's fresh noise, else by DDIM.
+        ancestral: with DDPM's fresh noise, of learned variance if the run learned one; else by DDIM.
         guidance: w of classifier-free guidance: noise(told) + w (noise(told) - noise(untold)).
         untold: conditions without class and caption, for guidance.
 
@@ -69,16 +69,24 @@ def sampled(run: TrainedRun, conditions: Tensor, noised: Tensor, sample_ids: Ten
         now = torch.full_like(sample_ids, level)
         to = None if i + 1 == passes else torch.full_like(sample_ids, levels[i + 1])
 
-        def noise(conditions: Tensor, now: Tensor = now, x: Tensor = x) -> Tensor:
-            told = torch.cat([now[:, None].to(conditions.dtype), conditions[:, 1:]], 1)
-            return model.predicted(told, x.transpose(0, 1)).transpose(0, 1)
+        def noise(conditions: Tensor, now: Tensor = now, x: Tensor = x) -> tuple[Tensor, Tensor | None]:
+            return noise_in(model, torch.cat([now[:, None].to(conditions.dtype), conditions[:, 1:]], 1), x)
 
-        predicted = noise(conditions)
+        predicted, v = noise(conditions)
         if guidance and untold is not None:
-            predicted = predicted + guidance * (predicted - noise(untold))
+            predicted = predicted + guidance * (predicted - noise(untold)[0])
         fresh = task.noise(sample_ids, 1 + i) if ancestral else None
-        x = schedule.step(x, predicted, now, to, fresh)
+        x = schedule.step(x, predicted, now, to, fresh, v)
     return x
+
+
+def noise_in(model: Any, conditions: Tensor, noised: Tensor) -> tuple[Tensor, Tensor | None]:
+    """What a DiT takes for the noise of pictures [B, S, C], and its v, or None if that is not learned."""
+    out = model.predicted(conditions, noised.transpose(0, 1)).transpose(0, 1)
+    if out.shape[-1] == noised.shape[-1]:
+        return out, None
+    noise, v = out.chunk(2, -1)
+    return noise, v
 
 
 def thought_of(run: TrainedRun, sample: Any, steps: int, guidance: float = 0.0, untold: Tensor | None = None) -> Tensor:
@@ -188,7 +196,13 @@ def captions_for(run: TrainedRun, texts: Sequence[str]) -> Tensor:
     return torch.from_numpy(open_captions(run.source).encode(texts))
 
 
-def first_pictures(run: TrainedRun, count: int) -> MicroBatch:
-    """Up to `count` pictures of the validation data, in one micro-batch."""
+def first_pictures(run: TrainedRun, count: int, whole: bool = False) -> MicroBatch:
+    """Up to `count` pictures of the validation data, in one micro-batch.
+
+    Args:
+        run: opened with its validation data.
+        count: how many.
+        whole: also those beyond training.validation_samples.
+    """
     loader = run.data["validation"]
-    return loader.read(list(range(min(count, loader.validation_samples))))
+    return loader.read(list(range(min(count, len(loader.blend) if whole else loader.validation_samples))))

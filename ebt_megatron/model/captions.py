@@ -55,7 +55,7 @@ class CaptionEmbedding(MegatronModule):
         for name, (rows, columns) in sizes.items():
             setattr(self, name, parameter(rows, columns))
             setattr(self, f"{name}_bias", parameter(rows))
-            self.draws[name] = Draw.xavier(columns, rows)
+            self.draws |= {name: Draw.xavier(columns, rows), f"{name}_bias": Draw(0.0)}
 
     def _linear(self, name: str, x: Tensor) -> Tensor:
         return F.linear(x, getattr(self, name), getattr(self, f"{name}_bias"))

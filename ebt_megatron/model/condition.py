@@ -60,8 +60,8 @@ class ConditionEmbedding(MegatronModule):
             self.level_out, self.level_out_bias = parameter(width, width), parameter(width)
         if classes:
             self.table = parameter(classes + 1, width)
-        # N(0, 0.02^2), as DiT's (arXiv 2212.09748)
-        self.draws = {name: Draw(0.02) for name, _ in self.named_parameters() if not name.endswith("bias")}
+        # N(0, 0.02^2), as DiT's (arXiv 2212.09748), and biases 0
+        self.draws = {n: Draw(0.0 if n.endswith("bias") else 0.02) for n, _ in self.named_parameters()}
         self.captions = None if captions is None else CaptionEmbedding(config, captions, parameter)
 
     def forward(self, conditions: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ condition that shifts, scales and gates each (adaLN-zero). Only the energy's go 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -24,6 +24,7 @@ from ebt_megatron.model.reuse import Tape
 from ebt_megatron.parallel.collectives import TensorGroup
 from ebt_megatron.parallel.parameters import replicated
 
+_BOUND_WEIGHT = 0.001  # of the variational bound in DiT's loss (arXiv 2102.09672, eq. 16)
 Modulations = Sequence[tuple[Tensor, Tensor]]
 
 
@@ -141,6 +142,7 @@ class JointEnergy(Landscapes, JointStage):
             self.add_step_size(thinking)
         if post_process:
             self.head = replicated(torch.zeros(width, dtype=dtype), config)
+            self.draws["head"] = Draw(0.0)
 
     def context(self, h: Tensor, length: int, segments: Tensor | None, step: int = 0) -> tuple[Tensor, Modulations]:
         """The condition [1, B, D] as it is passed on, and what it does in each layer."""
@@ -160,7 +162,7 @@ class JointEnergy(Landscapes, JointStage):
 
 
 class DiffusionTransformer(Scheduled, JointStage):
-    """A stage of DiT: predicts the noise in a picture.
+    """A stage of DiT: predicts the noise in a picture, and where between its bounds the variance of a step is.
 
     Attributes:
         output: this itself on the last stage, which keeps `y`, the noise that was predicted last without learning,
@@ -168,28 +170,33 @@ class DiffusionTransformer(Scheduled, JointStage):
 
     Args:
         config, recipe, kernels, pre_process, post_process: as `JointStage`.
-        condition: (level, class) [B, 2] -> [B, D]; the same on every stage.
+        condition: (level, class, caption) [B, 2 + its size] -> [B, D]; the same on every stage.
         embedding: patches [B, S, C] -> hidden [S(/TP), B, D], on the first stage.
         channels: C.
+        bound: (noise, predicted noise, v, level) -> the variational bound [B, S, C] that v is learned by; None: v is
+            not predicted.
     """
 
     def __init__(self, config: TransformerConfig, recipe: Recipe, kernels: Kernels, condition: nn.Module,
-                 embedding: nn.Module | None, channels: int, pre_process: bool = True,
-                 post_process: bool = True):  # fmt: skip
+                 embedding: nn.Module | None, channels: int, pre_process: bool = True, post_process: bool = True,
+                 bound: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor] | None = None):  # fmt: skip
         super().__init__(config, recipe, kernels, pre_process, post_process)
         self.condition, self.embedding = condition, embedding
         if not pre_process:
             self.copies.add("condition")
+        self.channels, self.bound = channels, bound
         self.group = TensorGroup(bool(config.sequence_parallel))
         if post_process:
-            self.head = replicated(torch.zeros(channels, config.hidden_size, dtype=config.params_dtype), config)
-            self.head_bias = replicated(torch.zeros(channels, dtype=config.params_dtype), config)
+            rows = channels if bound is None else 2 * channels
+            self.head = replicated(torch.zeros(rows, config.hidden_size, dtype=config.params_dtype), config)
+            self.head_bias = replicated(torch.zeros(rows, dtype=config.params_dtype), config)
+            self.draws |= {"head": Draw(0.0), "head_bias": Draw(0.0)}
 
     def predicted(self, conditions: Tensor, start: Tensor) -> Tensor:
-        """This stage's output: the noise [S(/TP), B, C] in pictures on the last stage, else hidden states.
+        """This stage's output: noise and, if learned, v [S(/TP), B, C or 2 C] on the last stage, else hidden states.
 
         Args:
-            conditions: int64 [B, 2], level and class.
+            conditions: [B, 2 + a caption's size], level, class and caption.
             start: [S, B, C], the noised pictures.
         """
         h = self.embedding(start.transpose(0, 1)) if self.embedding is not None else self.input_tensor
@@ -197,14 +204,14 @@ class DiffusionTransformer(Scheduled, JointStage):
         n = self.run(h, self.modulations(self.condition(conditions)))
         if not self.post_process:
             return n
-        noise = F.linear(n, self.head, self.head_bias)
-        return noise.to(torch.promote_types(noise.dtype, torch.float32))
+        out = F.linear(n, self.head, self.head_bias)
+        return out.to(torch.promote_types(out.dtype, torch.float32))
 
     def forward(self, observed: Tensor, targets: Tensor, segments: Tensor | None, start: Tensor) -> Tensor:
-        """The mean squared error of the noise, [S, B] (last stage), or hidden states.
+        """The mean squared error of the noise, and what v costs, [S, B] (last stage), or hidden states.
 
         Args:
-            observed: int64 [B, 2], level and class.
+            observed: [B, 2 + a caption's size], level, class and caption.
             targets: [B, S, C], the noise.
             segments: not read.
             start: [S, B, C], the noised pictures.
@@ -213,4 +220,9 @@ class DiffusionTransformer(Scheduled, JointStage):
         if not self.post_process:
             return out
         target = self.group.own_positions(targets.transpose(0, 1)).to(out.dtype)
-        return self.group.all_positions((out - target).square().mean(-1))
+        noise = out[..., : self.channels]
+        loss = (noise - target).square()
+        if self.bound is not None:
+            true, predicted, v = (t.transpose(0, 1) for t in (target, noise, out[..., self.channels :]))
+            loss = loss + _BOUND_WEIGHT * self.bound(true, predicted, v, observed[:, 0].long()).transpose(0, 1)
+        return self.group.all_positions(loss.mean(-1))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -16,15 +18,24 @@ class NoiseSchedule:
 
     Attributes:
         kept: a, float64 [T].
+        bounds: log of the least and of the most variance of DDPM's step down from a level, float64 [2, T].
     """
 
     def __init__(self, options: ImagesConfig):
-        betas = torch.linspace(options.beta_first, options.beta_last, options.schedule_steps, dtype=torch.float64)
-        self.kept = (1 - betas).cumprod(0)
+        self.betas = torch.linspace(options.beta_first, options.beta_last, options.schedule_steps, dtype=torch.float64)
+        self.kept = (1 - self.betas).cumprod(0)
+        before = torch.cat([torch.ones(1, dtype=torch.float64), self.kept[:-1]])
+        least = self.betas * (1 - before) / (1 - self.kept)
+        least[0] = least[1] if len(least) > 1 else self.betas[0]  # 0 itself has no logarithm (arXiv 2102.09672, code)
+        self.bounds = torch.stack([least, self.betas]).log()
+
+    @staticmethod
+    def _of(values: Tensor, level: Tensor, like: Tensor) -> Tensor:
+        """Values [T] at levels [B], to go with [B, S, C]."""
+        return values.to(like.device)[level].to(like.dtype)[:, None, None]
 
     def _kept(self, level: Tensor, like: Tensor) -> Tensor:
-        """A of levels [B], to go with [B, S, C]."""
-        return self.kept.to(like.device)[level].to(like.dtype)[:, None, None]
+        return self._of(self.kept, level, like)
 
     def noised(self, clean: Tensor, noise: Tensor, level: Tensor) -> Tensor:
         """Pictures [B, S, C] with noise at levels int64 [B]."""
@@ -41,9 +52,34 @@ class NoiseSchedule:
         """Evenly spaced levels from `first` down, one for each pass; the last pass ends without noise."""
         return [round(first * (1 - i / passes)) for i in range(passes)]
 
+    def log_variance(self, v: Tensor, level: Tensor) -> Tensor:
+        """The learned log variance of the step down from levels [B]; v [B, S, C] of 0 and 1 gives its bounds."""
+        least, most = (self._of(bound, level, v) for bound in self.bounds)
+        return v * most + (1 - v) * least
+
+    def variational_bound(self, noise: Tensor, predicted: Tensor, v: Tensor, level: Tensor) -> Tensor:
+        """T times the term of the variational bound at a level: a sample of the whole bound, in nats per number.
+
+        KL(q(x_t-1 | x_t, x_0) || p(x_t-1 | x_t)), at level 0 -log p(x_0 | x_1), its density. Both means are affine in
+        the noise with the same slope, beta / sqrt((1 - beta) (1 - a)).
+
+        Args:
+            noise, predicted: true and predicted [B, S, C]; the mean is a constant (arXiv 2102.09672, section 3.1).
+            v: [B, S, C], of the variance.
+            level: int64 [B].
+        """
+        log_variance = self.log_variance(v, level)
+        slope = self._of(self.betas / ((1 - self.betas) * (1 - self.kept)).sqrt(), level, v)
+        squared = (slope * (predicted.detach() - noise)).square() / log_variance.exp()
+        true = self._of(self.bounds[0], level, v)
+        divergence = log_variance - true - 1 + (true - log_variance).exp() + squared
+        likelihood = math.log(2 * math.pi) + log_variance + squared
+        return len(self.betas) / 2 * torch.where((level == 0)[:, None, None], likelihood, divergence)
+
     def step(
-        self, noised: Tensor, noise: Tensor, level: Tensor, to: Tensor | None, fresh: Tensor | None = None
-    ) -> Tensor:
+        self, noised: Tensor, noise: Tensor, level: Tensor, to: Tensor | None, fresh: Tensor | None = None,
+        v: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
         """From a level to a lower one (arXiv 2010.02502, eq. 12).
 
         Args:
@@ -51,13 +87,15 @@ class NoiseSchedule:
             noise: what a model takes for their noise.
             level, to: int64 [B]; None: no noise at all.
             fresh: N(0, 1) to make the step as random as DDPM's (ancestral); None: DDIM's, which is not.
+            v: [B, S, C], where between its bounds the variance of a random step is; None: the lower one.
         """
         clean = self.clean(noised, noise, level)
         if to is None:
             return clean
         kept, after = self._kept(level, noised), self._kept(to, noised)
-        deviation = torch.zeros_like(kept)
-        if fresh is not None:
-            deviation = ((1 - after) / (1 - kept) * (1 - kept / after)).clamp_min(0).sqrt()
-        out = after.sqrt() * clean + (1 - after - deviation**2).clamp_min(0).sqrt() * noise
-        return out if fresh is None else out + deviation * fresh
+        if fresh is None:
+            return after.sqrt() * clean + (1 - after).sqrt() * noise
+        most = 1 - kept / after  # beta of the whole step (arXiv 2102.09672, section 4)
+        least = (1 - after) / (1 - kept) * most
+        variance = least if v is None else (v * most.log() + (1 - v) * least.log()).exp()
+        return after.sqrt() * clean + (1 - after - least).clamp_min(0).sqrt() * noise + variance.sqrt() * fresh

@@ -97,13 +97,15 @@ class Images:
         self._check(classes, captions or {})
         self.classes = classes if self.options.classes else 0
         self.schedule = NoiseSchedule(self.options)
-        self.identity = {"encoder": encoder, "picture": list(shape), "classes": self.classes}
         self.captions: CaptionShape | None = None
         if self.options.captions and captions:
             self.captions = CaptionShape(captions["shape"][0], captions.get("entries", 0))
-            self.identity["captions"] = [captions["sha256"], *captions["shape"]]
         self.denoises = recipe.model.architecture != "ebt" or recipe.thinking.initial == "observed"
         self.told_level = self.denoises and (recipe.model.architecture != "ebt" or self.options.see_level)
+        self.identity = {"encoder": encoder, "picture": list(shape), "classes": self.classes,
+                         "told the level": self.told_level, "images.learn_sigma": self.options.learn_sigma}  # fmt: skip
+        if self.captions and captions:
+            self.identity["captions"] = [captions["sha256"], *captions["shape"]]
 
     def _check(self, classes: int, captions: dict[str, Any]) -> None:
         model, data = self.recipe.model, self.recipe.data
@@ -125,6 +127,10 @@ class Images:
              "step)"),
             (model.num_query_groups != model.num_attention_heads,
              f"model.num_query_groups={model.num_query_groups}: pictures have one group for each head"),
+            (model.energy_head != "linear",
+             f"model.energy_head={model.energy_head}: the energy of a picture has linear alone"),
+            (self.options.learn_sigma and model.architecture == "ebt",
+             "images.learn_sigma is about a DiT's random steps: set it to false, or model.architecture=transformer"),
             (self.recipe.training.precision == "fp8", "training.precision=fp8 has no layers for pictures: set bf16"),
         ):  # fmt: skip
             if wrong:
@@ -220,11 +226,13 @@ class Images:
         config.has_cond_embedder = True  # type: ignore[attr-defined]  # of every stage: Megatron sums the gradients
         condition = ConditionEmbedding(config, True, self.classes, self.captions, shared=True)
         embedding = PatchEmbedding(config, self.grid, self.channels) if first else None
-        return DiffusionTransformer(config, self.recipe, kernels, condition, embedding, self.channels, first, last)
+        bound = self.schedule.variational_bound if self.options.learn_sigma else None
+        return DiffusionTransformer(config, self.recipe, kernels, condition, embedding, self.channels, first, last,
+                                    bound)  # fmt: skip
 
     def cost(self) -> Cost:
         """See `Task`."""
-        return joint_cost(self.recipe, self.channels)
+        return joint_cost(self.recipe, self.channels * (2 if self.options.learn_sigma else 1))
 
     # --- evaluation -----------------------------------------------------------------------------
 

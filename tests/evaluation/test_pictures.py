@@ -84,16 +84,18 @@ def test_guidance_descends_further_from_the_untold_class():
 
 
 class Oracle:
-    """Knows the noise of its pictures, as a DiT."""
+    """Knows the noise of its pictures, as a DiT; with v, as one that learned variances."""
 
-    def __init__(self, schedule, clean):
-        self.schedule, self.clean, self.asked = schedule, clean, []
+    def __init__(self, schedule, clean, v=None):
+        self.schedule, self.clean, self.v, self.asked = schedule, clean, v, []
 
     def predicted(self, conditions, start):
         level = conditions[:, 0]
         self.asked.append(int(level[0]))
         kept = self.schedule.kept[level][:, None, None].float()
-        return ((start.transpose(0, 1) - kept.sqrt() * self.clean) / (1 - kept).sqrt()).transpose(0, 1)
+        noise = (start.transpose(0, 1) - kept.sqrt() * self.clean) / (1 - kept).sqrt()
+        parts = [noise] if self.v is None else [noise, torch.full_like(noise, self.v)]
+        return torch.cat(parts, -1).transpose(0, 1)
 
 
 @pytest.mark.parametrize("ancestral", [False, True])
@@ -109,10 +111,31 @@ def test_who_knows_the_noise_gets_the_picture_in_any_number_of_passes(ancestral,
     assert len(oracle.asked) == passes and oracle.asked[0] == 99 and oracle.asked == sorted(set(oracle.asked))[::-1]
 
 
-@pytest.mark.parametrize("architecture", ["ebt", "transformer"])
-def test_pictures_are_made_by_class(architecture):
-    start = () if architecture == "transformer" else ("thinking.initial=noise",)
-    run = opened(f"model.architecture={architecture}", *start)
+@pytest.mark.parametrize("ancestral", [False, True])
+def test_ancestral_sampling_alone_uses_learned_variances(ancestral):
+    schedule, clean, ids = NoiseSchedule(ImagesConfig()), torch.zeros(2, 4, 2), torch.arange(2)
+    fixed = torch.randn(2, 4, 2)
+    task = SimpleNamespace(schedule=schedule, noise=lambda ids, stream=0: fixed)
+    seen = []
+
+    class Watched(Oracle):
+        def predicted(self, conditions, start):
+            seen[-1].append(start)
+            return super().predicted(conditions, start)
+
+    for v in (None, 0.0, 1.0):
+        seen.append([])
+        run = SimpleNamespace(model=Watched(schedule, clean, v), task=task)
+        pictures.sampled(run, torch.zeros(2, 2, dtype=torch.int64), 2 * fixed, ids, 99, 3, ancestral)
+    plain, lower, upper = (torch.stack(starts) for starts in seen)
+    assert torch.allclose(plain, lower, atol=1e-5) and torch.allclose(lower, upper, atol=1e-5) == (not ancestral)
+
+
+@pytest.mark.parametrize("setting", ["ebt", "transformer", "learned variances"])
+def test_pictures_are_made_by_class(setting):
+    settings = {"ebt": ("thinking.initial=noise",), "transformer": ("model.architecture=transformer",),
+                "learned variances": ("model.architecture=transformer", "images.learn_sigma=true")}  # fmt: skip
+    run = opened(*settings[setting])
     labels = torch.tensor([0, 1, 0])
     made = pictures.made(run, labels, 3, guidance=1.0)
     assert made.shape == (3, 4, 2) and made.isfinite().all()

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.distributions import Normal, kl_divergence
 
 from ebt_megatron.config import ImagesConfig, RecipeError
 from ebt_megatron.core.errors import DataError
@@ -82,6 +83,7 @@ RECIPES = {
     "S1, captions": ("thinking.max_steps=2", *latents.CAPTIONS, "images.class_dropout=0.3"),
     "DiT": ("model.architecture=transformer",),
     "DiT, captions": ("model.architecture=transformer", *latents.CAPTIONS, "images.class_dropout=0.3"),
+    "DiT, learned variances": ("model.architecture=transformer", "images.learn_sigma=true"),
 }  # fmt: skip
 
 
@@ -168,6 +170,58 @@ def test_an_ancestral_step_keeps_the_variance_of_the_level():
     assert x.square().mean() == pytest.approx(1 - schedule.kept[300].item(), rel=0.03)
 
 
+@pytest.mark.parametrize("at", [0, 1, 400, 999])
+def test_the_variational_bound_is_the_divergence_of_two_gaussians(at):
+    """Both made from their definitions: DDPM's posterior, and the same with a predicted picture and variance."""
+    schedule = NoiseSchedule(ImagesConfig())
+    clean, noise, predicted, v = torch.randn(4, 2, 3, 5, dtype=torch.float64)
+    level = torch.full((2,), at)
+    beta, kept, before = schedule.betas[at], schedule.kept[at], schedule.kept[at - 1] if at else torch.tensor(1.0)
+    noised = schedule.noised(clean, noise, level)
+
+    def mean(picture):
+        return (before.sqrt() * beta * picture + (1 - beta).sqrt() * (1 - before) * noised) / (1 - kept)
+
+    least = (1 - before) / (1 - kept) * beta if at else schedule.bounds[0, 0].exp()
+    ours = Normal(mean(schedule.clean(noised, predicted, level)), (beta**v * least ** (1 - v)).sqrt())
+    expected = kl_divergence(Normal(mean(clean), least.sqrt()), ours) if at else -ours.log_prob(clean)
+    found = schedule.variational_bound(noise, predicted, v, level)
+    assert builders.relative_error(found, 1000 * expected) < 1e-9
+
+
+def test_a_learned_variance_is_between_those_of_ddpm():
+    schedule = NoiseSchedule(ImagesConfig())
+    level = torch.tensor([1, 500, 999])
+    zero, one = torch.zeros(3, 1, 1, dtype=torch.float64), torch.ones(3, 1, 1, dtype=torch.float64)
+    posterior = schedule.betas[level] * (1 - schedule.kept[level - 1]) / (1 - schedule.kept[level])
+    assert torch.allclose(schedule.log_variance(zero, level).exp().flatten(), posterior, rtol=1e-12)
+    assert torch.allclose(schedule.log_variance(one, level).exp().flatten(), schedule.betas[level], rtol=1e-12)
+
+
+@pytest.mark.parametrize("fresh", [0.0, 1.0])
+def test_a_random_step_has_the_learned_variance_and_ddpms_mean(fresh):
+    schedule, at, to = NoiseSchedule(ImagesConfig()), torch.tensor([600]), torch.tensor([599])
+    noised, noise, v = torch.randn(3, 1, 4, 5, dtype=torch.float64)
+    random = torch.full_like(noised, fresh)
+    beta, kept = schedule.betas[600], schedule.kept[600]
+    mean = (noised - beta / (1 - kept).sqrt() * noise) / (1 - beta).sqrt()
+    expected = mean + fresh * (schedule.log_variance(v, at) / 2).exp()
+    assert torch.allclose(schedule.step(noised, noise, at, to, random, v), expected, rtol=1e-9)
+
+
+def test_learning_a_variance_leaves_the_learning_of_the_noise_alone():
+    """Its mean is a constant: the rows of the noise get the gradient of the mean squared error alone."""
+    recipe = latents.pictures_recipe("model.architecture=transformer", "images.learn_sigma=true")
+    model = builders.build(recipe, task=latents.task(recipe))
+    sample = latents.sample(recipe, latents.pictures(2))
+    noise = model.predicted(sample.observed, sample.start)[..., :2]
+    (noise - sample.targets.transpose(0, 1)).square().mean(-1).sum().backward()
+    expected, model.head.grad = model.head.grad, None
+    model(sample.observed, sample.targets, None, sample.start).sum().backward()
+    assert torch.allclose(model.head.grad[:2], expected[:2], rtol=1e-12)
+    assert not expected[2:].any() and model.head.grad[2:].abs().min() > 0
+
+
 def test_validation_knows_the_psnr_of_every_step():
     recipe = latents.pictures_recipe("images.lowest_level=99", "images.highest_level=99")
     task = latents.task(recipe)
@@ -186,6 +240,8 @@ def test_validation_knows_the_psnr_of_every_step():
 @pytest.mark.parametrize(("overrides", "arguments", "why"), [
     (("data.sequence_length=5",), {}, "pictures have 4 patches: set data.sequence_length=4"),
     (("model.conditioning=time_embed",), {}, "pictures have none .* or adaln_zero"),
+    (("model.energy_head=quadratic",), {}, "model.energy_head=quadratic: the energy of a picture has linear alone"),
+    (("images.learn_sigma=true",), {}, "images.learn_sigma is about a DiT's random steps"),
     (("model.num_query_groups=2",), {}, "one group for each head"),
     ((), {"classes": 0}, "images.classes=true needs labels, and the shards have none"),
     (latents.CAPTIONS, {"captions": {}}, "images.captions=true needs captions, and the shards have none"),

@@ -3,7 +3,7 @@
 import pytest
 
 from ebt_megatron.config import RecipeError, load_recipe
-from tools.plan import Hardware, estimate, parameter_count
+from tools.plan import Hardware, estimate, parameter_count, parts_of
 
 HARDWARE = Hardware(tflops=100, bandwidth=100, network=10)
 
@@ -23,6 +23,27 @@ def test_parameters_are_those_of_the_model():
     initialize(r.parallel, 0)
     built = sum(p.numel() for p in build_model(r, Text(r, 1000)).parameters() if p.dim() == 2)
     assert parameter_count(r, 1000) == built
+
+
+@pytest.mark.parametrize("architecture", ["ebt", "transformer"])
+def test_so_are_those_of_a_model_of_pictures(architecture):
+    from ebt_megatron.parallel.setup import initialize
+    from ebt_megatron.tasks.build import build_model
+    from ebt_megatron.tasks.images import Images
+
+    r = recipe("data.modality=images", "data.sequence_length=16", "model.conditioning=none", "model.num_layers=2",
+               f"model.architecture={architecture}")  # fmt: skip
+    initialize(r.parallel, 0)
+    named = build_model(r, Images(r, [16, 48])).named_parameters()
+    built = sum(p.numel() for name, p in named if p.dim() == 2 and not name.startswith(("final", "condition")))
+    assert parameter_count(r, 0, 48) == built
+
+
+def test_pictures_cost_what_their_task_says():
+    from ebt_megatron.tasks.images import Images
+
+    r = recipe("data.modality=images", "data.sequence_length=16", "model.conditioning=none")
+    assert parts_of(r, 50000, 48) == Images(r, [16, 48]).cost()
 
 
 def test_pipeline_stages_divide_weights_and_add_a_bubble():
