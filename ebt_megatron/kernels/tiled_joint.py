@@ -194,7 +194,7 @@ def add_gated(h: Tensor, x: Tensor, gate: Tensor, bias: Tensor, *, tangent: bool
 
 # --- attention --------------------------------------------------------------------------------
 
-_SCORES = 1 << 18  # of some heads and queries, held at once
+_SCORES = 1 << 17  # of some heads and queries, held at once
 _QUERIES = 256  # of a head, at most
 
 
