@@ -11,8 +11,8 @@ _ELEMENTS = 1 << 18  # of a tensor worked on at once, so that what is made of th
 
 
 def positions(x: Tensor) -> Iterator[slice]:
-    """Neighbouring positions of x [S, ...], some at a time."""
-    size = max(1, _ELEMENTS * len(x) // max(x.numel(), 1))
+    """Neighbouring positions of x [S, ...], some at a time; all where there is no cache to stay in (a GPU)."""
+    size = max(1, _ELEMENTS * len(x) // max(x.numel(), 1)) if x.device.type == "cpu" else max(1, len(x))
     return (slice(i, min(i + size, len(x))) for i in range(0, len(x), size))
 
 
