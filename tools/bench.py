@@ -19,6 +19,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,20 +33,28 @@ from ebt_megatron.core.files import write_whole
 
 if TYPE_CHECKING:
     from ebt_megatron.config import Recipe
+    from ebt_megatron.tasks.interface import Task
 
 CASES: dict[str, dict[str, Any]] = {
     "xxs": {
         "title": "xxs-like: 6 layers, width 384, V = 50,304, S = 256",
-        "vocab": 50304,
+        "width": 50304,
         "overrides": ["model.size=xxs", "data.sequence_length=256", "training.micro_batch_size=4",
                       "training.global_batch_size=4"],
     },
     "long": {
         "title": "8 layers, width 512, V = 8,192, S = 1,024",
-        "vocab": 8192,
+        "width": 8192,
         "overrides": ["model.num_layers=8", "model.hidden_size=512", "model.num_attention_heads=8",
                       "optimizer.lr=1e-3", "data.sequence_length=1024", "training.micro_batch_size=1",
                       "training.global_batch_size=1"],
+    },
+    "images": {
+        "title": "pictures: 6 layers, width 384, 256 patches of 16 numbers (Transformer++: a DiT)",
+        "width": 16,
+        "overrides": ["data.modality=images", "model.size=xxs", "model.conditioning=none", "thinking.initial=observed",
+                      "data.sequence_length=256", "training.micro_batch_size=8", "training.global_batch_size=8"],
+        "variants": ["Transformer++", "dual stream", "dual stream, reuse", "dual stream, 8 steps", "double backward"],
     },
 }  # fmt: skip
 
@@ -70,8 +79,23 @@ def _peak_rss() -> int:
         return next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM"))
 
 
-def training_step(recipe: Recipe, vocab: int) -> Callable[[int], float]:
-    """A function of a seed that does forward and backward of one micro-batch of random tokens; it returns the loss."""
+def _task(recipe: Recipe, width: int) -> Task:
+    """Text of a vocabulary, or square pictures of patches, of this size."""
+    from ebt_megatron.tasks.images import Images
+    from ebt_megatron.tasks.text import Text
+
+    if recipe.data.modality == "images":
+        return Images(recipe, [recipe.data.sequence_length, width])
+    return Text(recipe, width)
+
+
+def training_step(recipe: Recipe, width: int) -> Callable[[int], float]:
+    """A function of a seed that does forward and backward of one micro-batch of random data; it returns the loss.
+
+    Args:
+        recipe: of text or pictures.
+        width: of a position: the vocabulary, or the numbers of a patch.
+    """
     import torch
 
     from ebt_megatron.core.timing import Timers
@@ -79,21 +103,23 @@ def training_step(recipe: Recipe, vocab: int) -> Callable[[int], float]:
     from ebt_megatron.objectives import build_objective
     from ebt_megatron.parallel.setup import initialize
     from ebt_megatron.tasks.build import build_model
-    from ebt_megatron.tasks.text import Text
 
     state = initialize(recipe.parallel, recipe.training.seed)
-    task = Text(recipe, vocab)
+    task = _task(recipe, width)
     model = build_model(recipe, task).to(state.device)
     objective = build_objective(model, recipe, task, state, Timers())
-    shape = recipe.training.micro_batch_size, recipe.data.sequence_length + 1
+    batch, length = recipe.training.micro_batch_size, recipe.data.sequence_length
 
     def step(seed: int) -> float:
         for p in model.parameters():
             if p.grad is not None:  # in place: a CUDA graph writes where it was recorded
                 p.grad.zero_()
-        tokens = torch.randint(vocab, shape, generator=torch.Generator().manual_seed(seed))
-        ids = torch.arange(shape[0]) + seed * shape[0]
-        return float(objective.train_batch([MicroBatch(ids, tokens)], seed).loss)  # float: the device is done
+        generator, ids = torch.Generator().manual_seed(seed), torch.arange(batch) + seed * batch
+        if task.kind == "images":
+            data = MicroBatch(ids, latents=torch.randn(batch, length, width, generator=generator))
+        else:
+            data = MicroBatch(ids, torch.randint(width, (batch, length + 1), generator=generator))
+        return float(objective.train_batch([data], seed).loss)  # float: the device is done
 
     return step
 
@@ -111,16 +137,21 @@ def draws(recipe: Recipe) -> list[tuple[float, int]]:
     return [(chance, seed_of[plan.steps]) for chance, plan in distribution]
 
 
-def minimum_flops(recipe: Recipe, vocab: int) -> float:
+def minimum_flops(recipe: Recipe, width: int) -> float:
     """Of one micro-batch: the least a first-order method needs, in the mean over what training draws."""
-    from ebt_megatron.model.flops import cost
     from ebt_megatron.thinking.plan import Plan
 
-    per_sample, batch = cost(recipe, vocab), recipe.training.micro_batch_size
+    per_sample, batch = _task(recipe, width).cost(), recipe.training.micro_batch_size
     if recipe.model.architecture == "transformer":
         return batch * per_sample.transformer()
     plans = Plan.distribution(recipe.thinking)
     return batch * sum(chance * per_sample.minimum(plan.steps, len(plan.learned)) for chance, plan in plans)
+
+
+class _Untracked(nullcontext):
+    """Modules are not told apart."""
+
+    parents = frozenset({"Global"})
 
 
 def counted_flops(step: Callable[[int], float], seed: int = 0) -> int:
@@ -133,7 +164,9 @@ def counted_flops(step: Callable[[int], float], seed: int = 0) -> int:
 
     aten = torch.ops.aten
     in_place = {aten.addmm_: product, aten.baddbmm_: product}  # torch counts their other forms only
-    with FlopCounterMode(display=False, custom_mapping=in_place) as counter:
+    counter = FlopCounterMode(display=False, custom_mapping=in_place)
+    counter.mod_tracker = _Untracked()  # type: ignore[assignment]  # its hooks do not bear gradients to an input alone
+    with counter:
         step(seed)
     return counter.get_total_flops()
 
@@ -158,8 +191,8 @@ def _child(case: str, variant: str, timed: bool) -> dict[str, Any]:
     recipe = load_recipe(None, CASES[case]["overrides"] + chosen["overrides"])
     if chosen.get("double_length"):
         recipe.data.sequence_length *= 2
-    vocab = CASES[case]["vocab"]
-    step = training_step(recipe, vocab)
+    width = CASES[case]["width"]
+    step = training_step(recipe, width)
     out: dict[str, Any] = {"tokens": recipe.training.micro_batch_size * recipe.data.sequence_length}
     if not timed:
         if torch.cuda.is_available():
@@ -176,7 +209,7 @@ def _child(case: str, variant: str, timed: bool) -> dict[str, Any]:
     drawn = draws(recipe)
     out["flops"] = sum(chance * counted_flops(step, seed) for chance, seed in drawn)
     out["seconds"] = sum(chance * median_seconds(step, [seed]) for chance, seed in drawn)
-    out["minimum_flops"] = minimum_flops(recipe, vocab)
+    out["minimum_flops"] = minimum_flops(recipe, width)
     return out
 
 
@@ -251,10 +284,11 @@ def main(
     console.print(f"{facts}, {threads} threads")
     for name in case:
         rows: dict[str, dict[str, Any]] = {}
-        rounds = [v for v in variant if not VARIANTS[v].get("memory_only")] * repeats
+        variants = [v for v in variant if v in CASES[name].get("variants", VARIANTS)]
+        rounds = [v for v in variants if not VARIANTS[v].get("memory_only")] * repeats
         seconds: dict[str, list[float]] = {v: [] for v in rounds}
-        for i, v in enumerate(track([*variant, *rounds], description=name, console=console, transient=True)):
-            timed = i >= len(variant)
+        for i, v in enumerate(track([*variants, *rounds], description=name, console=console, transient=True)):
+            timed = i >= len(variants)
             rows[v] = rows.get(v, {}) | _spawn(name, v, timed, threads)
             if timed:
                 seconds[v].append(rows[v]["seconds"])
@@ -262,10 +296,9 @@ def main(
             rows[v] |= {"seconds": sorted(measured)[len(measured) // 2], "rounds": measured}
         console.print(_table(name, rows))
         cases[name] = rows
-        if {"dual stream", "dual stream, 8 steps", "dual stream, 2S"} <= set(rows):
-            base = rows["dual stream"]["memory"]
-            console.print(f"memory with 8 steps / 2 steps: {rows['dual stream, 8 steps']['memory'] / base:.3f}; "
-                          f"at 2S / S: {rows['dual stream, 2S']['memory'] / base:.3f}")  # fmt: skip
+        for v, what in (("dual stream, 8 steps", "8 steps / 2 steps"), ("dual stream, 2S", "2S / S")):
+            if {"dual stream", v} <= set(rows):
+                console.print(f"memory, {what}: {rows[v]['memory'] / rows['dual stream']['memory']:.3f}")
     if output:
         output.parent.mkdir(parents=True, exist_ok=True)
         write_whole(output, json.dumps({"machine": facts, "cases": cases}, indent=1) + "\n")

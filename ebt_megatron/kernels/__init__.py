@@ -21,13 +21,14 @@ __all__ = ["Kernels", "RefineStats", "StepRule", "select"]
 # Where each backend's operations come from: the first module that has them.
 _MODULES = {
     "reference": ("reference", "rotary", "noise", "fp8"),
-    "torch": ("tiled", "cached", "rotary", "noise", "fp8", "reference"),
+    "torch": ("tiled", "tiled_joint", "cached", "rotary", "noise", "fp8", "reference"),
     "triton": (
         "triton_attention",
         "triton_elementwise",
         "triton_vocabulary",
         "triton_fp8",
         "tiled",
+        "tiled_joint",
         "cached",
         "noise",
         "reference",

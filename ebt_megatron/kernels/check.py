@@ -50,7 +50,7 @@ def attention_case(
     op: str, length: int, batch: int, heads: int, groups: int, size: int, tangent: bool, documents: bool = False,
     seed: int = 0,
 ) -> Case:  # fmt: skip
-    """Random heads for `prediction_attention`, `context_attention` or `full_attention`."""
+    """Random heads for `prediction_attention`, `context_attention` or `full_attention` (groups: the heads)."""
     randn, streams = _randn(seed), batch * (2 if tangent else 1)
     segments = None
     if documents:
@@ -59,9 +59,10 @@ def attention_case(
     if op == "context_attention":
         args = [randn(length, batch, n, size) for n in (heads, groups, groups)]
         return Case(op, args, {"segments": segments}, (0, 1, 2), (0, 1, 2))
-    args = [randn(length, streams, n, size) for n in (heads, groups, groups)]
     if op == "full_attention":
-        return Case(op, args, {"tangent": tangent}, (0, 1, 2), (0, 1, 2))
+        mixed = [randn(length, streams, heads * 3 * size), randn(heads * 3 * size)]
+        return Case(op, [*mixed, size], {"tangent": tangent}, (0, 1), (0, 1))
+    args = [randn(length, streams, n, size) for n in (heads, groups, groups)]
     args += [randn(length, batch, groups, size) for _ in range(2)]
     every = tuple(range(5))
     return Case(op, args, {"tangent": tangent, "segments": segments}, every, every)
@@ -80,7 +81,7 @@ def cached_case(
 
 
 def elementwise_case(op: str, length: int, batch: int, width: int, tangent: bool, seed: int = 0) -> Case:
-    """Random hidden states for `rms_norm`, `layer_norm`, `swiglu` (block: the width) or `gelu`."""
+    """Random hidden states for `rms_norm`, `layer_norm`, `swiglu` (block: the width), `gelu` or `add_gated`."""
     randn, streams = _randn(seed), batch * (2 if tangent else 1)
     if op == "swiglu":
         return Case(op, [randn(length, streams, 4 * width), width], {"tangent": tangent}, (0,), (0,))
@@ -88,8 +89,11 @@ def elementwise_case(op: str, length: int, batch: int, width: int, tangent: bool
     if op == "rms_norm":
         return Case(op, [x, randn(width), 1e-5], {"tangent": tangent}, (0, 1), (0, 1))
     if op == "layer_norm":
-        return Case(op, [x, 1e-5], {"tangent": tangent}, (0,), (0,))
-    return Case(op, [x], {"tangent": tangent}, (0,), (0,))
+        return Case(op, [x, 1e-5, randn(batch, width), randn(batch, width)], {"tangent": tangent}, (0, 2, 3), (0, 2, 3))
+    if op == "add_gated":
+        args = [x, randn(length, streams, width), randn(batch, width), randn(width)]
+        return Case(op, args, {"tangent": tangent}, (0, 1, 2, 3), (0, 1, 2, 3))
+    return Case(op, [x, randn(width)], {"tangent": tangent}, (0, 1), (0, 1))
 
 
 def heads_case(length: int, batch: int, groups: int, queries: int, size: int, seed: int = 0) -> Case:

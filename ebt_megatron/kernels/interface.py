@@ -101,14 +101,16 @@ class Kernels:
         prediction_attention: (q, k_self, v_self, k, v, *, tangent, segments=None) -> [S, B*, N*H];
             row t sees context keys s <= t of its document (segments int32 [B, S]) and its own key;
             k and v carry no tangent.
-        full_attention: (q, k, v, *, tangent) -> [S, B*, N*H]; bidirectional, all carry tangents.
+        full_attention: (mixed [S, B*, N*3*H], bias [N*3*H], size, *, tangent) -> [S, B*, N*H]; bidirectional;
+            mixed + bias has, by head of this size, its query, its key and its value.
         cached_attention: (q [B, Q, N, H], k and v [B, G, C, H], seen bool [B, Q, C], k_self=None, v_self=None) ->
             [B, Q, N*H]; over keys kept before: each query sees those of its row of the batch that `seen` says, and its
             own [B, Q, G, H] if given. No gradient to k and v.
         rms_norm: (x, weight, epsilon, *, tangent).
-        layer_norm: (x, epsilon, *, tangent); no affine parameters.
+        layer_norm: (x, epsilon, shift, scale, *, tangent): normalised, times 1 + scale, plus shift; [B, D] each.
         swiglu: (x, block, *, tangent); [..., 2F] -> [..., F], gate and up alternate in blocks of columns.
-        gelu: (x, *, tangent); tanh form.
+        gelu: (x, bias, *, tangent): of x + bias; tanh form.
+        add_gated: (h, x, gate [B, D], bias, *, tangent): h + gate (x + bias).
         vocab_embed: (y, table, valid) -> (p table [T, D], lse [T]) over the local columns alone.
         vocab_refine: (y, lse, table, valid, energy_grad, centre, alpha, target, rule, y_next=None) -> RefineStats;
             writes y' to y_next [T, V] if given.
@@ -144,6 +146,7 @@ class Kernels:
     layer_norm: Callable[..., Tensor]
     swiglu: Callable[..., Tensor]
     gelu: Callable[..., Tensor]
+    add_gated: Callable[..., Tensor]
     vocab_embed: Callable[..., tuple[Tensor, Tensor]]
     vocab_refine: Callable[..., RefineStats]
     vocab_backward: Callable[..., None]

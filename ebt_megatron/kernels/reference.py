@@ -37,12 +37,12 @@ def rms_norm(x: Tensor, weight: Tensor, epsilon: float, *, tangent: bool) -> Ten
     return _dual(value, x) if tangent else value(x)
 
 
-def layer_norm(x: Tensor, epsilon: float, *, tangent: bool) -> Tensor:
-    """(x - mean) / standard deviation over the last dimension, without affine parameters."""
+def layer_norm(x: Tensor, epsilon: float, shift: Tensor, scale: Tensor, *, tangent: bool) -> Tensor:
+    """(x - mean) / standard deviation over the last dimension, times 1 + scale, plus shift."""
 
     def value(x: Tensor) -> Tensor:
         centred = x - x.mean(-1, keepdim=True)
-        return centred * torch.rsqrt(centred.square().mean(-1, keepdim=True) + epsilon)
+        return centred * torch.rsqrt(centred.square().mean(-1, keepdim=True) + epsilon) * (1 + scale) + shift
 
     return _dual(value, x) if tangent else value(x)
 
@@ -57,13 +57,23 @@ def swiglu(x: Tensor, block: int, *, tangent: bool) -> Tensor:
     return _dual(value, x) if tangent else value(x)
 
 
-def gelu(x: Tensor, *, tangent: bool) -> Tensor:
-    """GELU in its tanh form (arXiv 1606.08415)."""
+def gelu(x: Tensor, bias: Tensor, *, tangent: bool) -> Tensor:
+    """GELU in its tanh form (arXiv 1606.08415) of x + bias."""
 
     def value(x: Tensor) -> Tensor:
+        x = x + bias
         return 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
 
     return _dual(value, x) if tangent else value(x)
+
+
+def add_gated(h: Tensor, x: Tensor, gate: Tensor, bias: Tensor, *, tangent: bool) -> Tensor:
+    """H + gate (x + bias)."""
+
+    def value(h: Tensor, x: Tensor) -> Tensor:
+        return h + gate * (x + bias)
+
+    return _dual(value, h, x) if tangent else value(h, x)
 
 
 def _heads_first(x: Tensor, heads: int) -> Tensor:
@@ -110,15 +120,14 @@ def prediction_attention(
     return _dual(value, q, k_self, v_self) if tangent else value(q, k_self, v_self)
 
 
-def full_attention(q: Tensor, k: Tensor, v: Tensor, *, tangent: bool) -> Tensor:
-    """Every row attends to every key; with `tangent`, all three carry one."""
-    heads = q.shape[2]
+def full_attention(mixed: Tensor, bias: Tensor, size: int, *, tangent: bool) -> Tensor:
+    """Every position attends to every other; its query, key and value are in `mixed` + bias, head by head."""
 
-    def value(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        q, k, v = (_heads_first(t, heads) for t in (q, k, v))
-        return _hidden((q @ k.mT / math.sqrt(q.shape[-1])).softmax(-1) @ v)
+    def value(mixed: Tensor) -> Tensor:
+        q, k, v = (mixed + bias).unflatten(-1, (-1, 3, size)).permute(3, 1, 2, 0, 4)
+        return _hidden((q @ k.mT / math.sqrt(size)).softmax(-1) @ v)
 
-    return _dual(value, q, k, v) if tangent else value(q, k, v)
+    return _dual(value, mixed) if tangent else value(mixed)
 
 
 def cached_attention(

@@ -18,18 +18,17 @@ so the backward pass needs, beside inputs and outputs, only the log-sum-exp and 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ebt_megatron.kernels.streams import dot, positions, streams, wide
 from ebt_megatron.kernels.vocabulary import Tiles, Vocabulary, exp_minus
 
 _QUERY_BLOCK = 128
 _SCORES = 1 << 18  # scores of one block of queries and heads held at once, so that they stay in cache
-_ELEMENTS = 1 << 18  # of a tensor worked on elementwise at once, likewise
 
 
 # --- attention --------------------------------------------------------------------------------
@@ -83,10 +82,6 @@ def _halves(x: Tensor | None, stacked: bool) -> tuple[Any, ...]:
     return x.chunk(2) if stacked and x is not None else (x, None)
 
 
-def _dot(x: Tensor, y: Tensor) -> Tensor:
-    return (x * y).sum(-1, keepdim=True)
-
-
 class _Attention(torch.autograd.Function):
     """Attention over shared keys and, optionally, each row's own key; with or without tangents.
 
@@ -111,7 +106,7 @@ class _Attention(torch.autograd.Function):
             _hide(s, b, visible, future, segments, r)
             top = s.amax(-1, keepdim=True)
             if own_key:
-                own = _dot(qb, k_self[r, b])
+                own = dot(qb, k_self[r, b])
                 top = torch.maximum(top, own)
             p = exp_minus(s, top, s)
             total = p.sum(-1, keepdim=True)
@@ -138,7 +133,7 @@ class _Attention(torch.autograd.Function):
             if vt is not None:
                 otb.baddbmm_(p, vt[r, :visible])
             if own_key:
-                pt_own = (_dot(qtb, k_self[r, b]) + _dot(qb, kt_self[r, b])).mul_(p_own)
+                pt_own = (dot(qtb, k_self[r, b]) + dot(qb, kt_self[r, b])).mul_(p_own)
                 mean += pt_own
                 otb.addcmul_(pt_own, v_self[r, b]).addcmul_(p_own, vt_self[r, b])
             mu[r, b] = mean
@@ -169,12 +164,12 @@ class _Attention(torch.autograd.Function):
             p = torch.bmm(qb, key.mT)
             _hide(p, b, visible, future, segments, r)
             exp_minus(p, lse[r, b], p)
-            delta = _dot(ab, ob)
+            delta = dot(ab, ob)
             ds = torch.bmm(ab, value.mT)  # A
             if tangent:
                 qtb, bb = qt[r, b] * scale, at[r, b]
-                delta += _dot(bb, ot[r, b])
-                beta = _dot(bb, ob)
+                delta += dot(bb, ot[r, b])
+                beta = dot(bb, ob)
                 if vt is not None:
                     ds.baddbmm_(bb, vt[r, :visible].mT)
                 dst = torch.bmm(bb, value.mT).sub_(beta)  # B - beta
@@ -201,14 +196,14 @@ class _Attention(torch.autograd.Function):
                 dv[r, :visible].baddbmm_(p.mT, ab)
             if own_key:
                 kb, vb = k_self[r, b], v_self[r, b]
-                p_own = (_dot(qb, kb) - lse[r, b]).exp_()
-                ds_own = _dot(ab, vb).sub_(delta)
+                p_own = (dot(qb, kb) - lse[r, b]).exp_()
+                ds_own = dot(ab, vb).sub_(delta)
                 torch.mul(p_own, ab, out=dv_self[r, b])
                 if tangent:
                     ktb = kt_self[r, b]
-                    st_own = _dot(qtb, kb).add_(_dot(qb, ktb)).sub_(mu[r, b])
-                    dst_own = _dot(bb, vb).sub_(beta)
-                    ds_own.add_(_dot(bb, vt_self[r, b])).addcmul_(st_own, dst_own)
+                    st_own = dot(qtb, kb).add_(dot(qb, ktb)).sub_(mu[r, b])
+                    dst_own = dot(bb, vb).sub_(beta)
+                    ds_own.add_(dot(bb, vt_self[r, b])).addcmul_(st_own, dst_own)
                     dst_own.mul_(p_own)
                     dv_self[r, b].addcmul_(st_own.mul_(p_own), bb)
                     torch.mul(p_own, bb, out=dvt_self[r, b])
@@ -238,11 +233,6 @@ class _Layout(torch.autograd.Function):
         return _from_heads(grad, ctx.batch, ctx.groups), None
 
 
-def _wide(*tensors: Tensor) -> list[Tensor]:
-    """At least float32, for accumulation."""
-    return [t if t.dtype == torch.float64 else t.float() for t in tensors]
-
-
 def _repeat_segments(segments: Tensor | None, heads: int) -> Tensor | None:
     return None if segments is None else segments.repeat_interleave(heads, 0)
 
@@ -257,7 +247,7 @@ def context_attention(q: Tensor, k: Tensor, v: Tensor, *, segments: Tensor | Non
             k, v = k.repeat_interleave(repeat, 1), v.repeat_interleave(repeat, 1)
         return F.scaled_dot_product_attention(q, k, v, is_causal=True).permute(2, 0, 1, 3).flatten(2)
     batch = q.shape[1]
-    q, k, v = (_Layout.apply(t, heads) for t in _wide(q, k, v))
+    q, k, v = (_Layout.apply(t, heads) for t in wide(q, k, v))
     o = _Attention.apply(q, None, None, k, v, False, True, _repeat_segments(segments, heads))
     return _from_heads(o, batch, heads).flatten(2).to(dtype)
 
@@ -275,31 +265,12 @@ def prediction_attention(
     """See `Kernels.prediction_attention`."""
     heads, dtype, batch = q.shape[2], q.dtype, q.shape[1]
     segments = _repeat_segments(segments, heads)
-    q, k_self, v_self, k, v = (_Layout.apply(t, heads) for t in _wide(q, k_self, v_self, k, v))
+    q, k_self, v_self, k, v = (_Layout.apply(t, heads) for t in wide(q, k_self, v_self, k, v))
     o = _Attention.apply(q, k_self, v_self, k, v, tangent, True, segments)
     return _from_heads(o, batch, heads).flatten(2).to(dtype)
 
 
-def full_attention(q: Tensor, k: Tensor, v: Tensor, *, tangent: bool) -> Tensor:
-    """See `Kernels.full_attention`."""
-    heads, dtype, batch = q.shape[2], q.dtype, q.shape[1]
-    q, k, v = (_Layout.apply(t, heads) for t in _wide(q, k, v))
-    o = _Attention.apply(q, None, None, k, v, tangent, False, None)
-    return _from_heads(o, batch, heads).flatten(2).to(dtype)
-
-
 # --- elementwise ------------------------------------------------------------------------------
-
-
-def _positions(x: Tensor) -> Iterator[slice]:
-    """Neighbouring positions of x [S, ...], some at a time: what is made of them stays in cache."""
-    size = max(1, _ELEMENTS * len(x) // max(x.numel(), 1))
-    return (slice(i, min(i + size, len(x))) for i in range(0, len(x), size))
-
-
-def _streams(x: Tensor, tangent: bool) -> tuple[Tensor, ...]:
-    """Value, and tangent if there is one, of x [S, B*, ...]; views."""
-    return x.chunk(2, 1) if tangent else (x,)
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -309,15 +280,15 @@ class _RMSNorm(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, epsilon: float, tangent: bool) -> Tensor:
         out = torch.empty_like(x, memory_format=torch.contiguous_format)
         scales = []
-        for s in _positions(x):
-            value, *directions = _wide(*_streams(x[s], tangent))
+        for s in positions(x):
+            value, *directions = wide(*streams(x[s], tangent))
             r = torch.rsqrt(value.square().mean(-1, keepdim=True).add_(epsilon))
             scales.append(r)
             results = [value * r]
             for direction in directions:
-                along = _dot(value, direction).mul_(r**3).div_(-x.shape[-1])
+                along = dot(value, direction).mul_(r**3).div_(-x.shape[-1])
                 results.append((direction * r).addcmul_(value, along))
-            for result, part in zip(results, _streams(out[s], tangent), strict=True):
+            for result, part in zip(results, streams(out[s], tangent), strict=True):
                 part.copy_(result.mul_(weight))
         ctx.save_for_backward(x, weight, *scales)
         ctx.tangent = tangent
@@ -330,22 +301,22 @@ class _RMSNorm(torch.autograd.Function):
         #   dx  = r a - r^2 (<n x'> b + <n b> x') - r^2 (<x a> + <x' b> - 3 <n x'> <n b>) n
         x, weight, *scales = ctx.saved_tensors
         out = torch.empty_like(x, memory_format=torch.contiguous_format)
-        w = _wide(weight)[0]
+        w = wide(weight)[0]
         w_grad = torch.zeros_like(w) if ctx.needs_input_grad[1] else None
         width = x.shape[-1]
 
         def mean(t: Tensor) -> Tensor:
             return (t @ w).div_(width)[..., None]
 
-        for s, r in zip(_positions(x), scales, strict=True):
-            (value, *directions), (a, *tangents) = (_wide(*_streams(t[s], ctx.tangent)) for t in (x, grad))
-            product, results = value * a, _streams(out[s], ctx.tangent)
+        for s, r in zip(positions(x), scales, strict=True):
+            (value, *directions), (a, *tangents) = (wide(*streams(t[s], ctx.tangent)) for t in (x, grad))
+            product, results = value * a, streams(out[s], ctx.tangent)
             dx = a * r
             if directions:
                 (direction,), (b,) = directions, tangents
                 product.addcmul_(direction, b)
                 crossed = value * b
-                along, turned = _dot(value, direction).mul_(r).div_(width), mean(crossed).mul_(r)
+                along, turned = dot(value, direction).mul_(r).div_(width), mean(crossed).mul_(r)
                 dx.addcmul_(b, r**2 * along, value=-1).mul_(w).addcmul_(direction, r**2 * turned, value=-1)
                 radial = mean(product).addcmul_(along, turned, value=-3)
                 if w_grad is not None:
@@ -371,19 +342,19 @@ class _SwiGLU(torch.autograd.Function):
     @staticmethod
     def _parts(x: Tensor, block: int, tangent: bool) -> list[Tensor]:
         """Gate and up, and their tangents if there are, [s, B, n, block] each, of x [s, B*, 2 n block]."""
-        return [part for half in _streams(x, tangent) for part in half.unflatten(-1, (-1, 2, block)).unbind(-2)]
+        return [part for half in streams(x, tangent) for part in half.unflatten(-1, (-1, 2, block)).unbind(-2)]
 
     @staticmethod
     def _results(x: Tensor, block: int, tangent: bool) -> list[Tensor]:
         """The value, and its tangent if there is one, [s, B, n, block] each, of x [s, B*, n block]."""
-        return [half.unflatten(-1, (-1, block)) for half in _streams(x, tangent)]
+        return [half.unflatten(-1, (-1, block)) for half in streams(x, tangent)]
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, block: int, tangent: bool) -> Tensor:
         ctx.block, ctx.tangent = block, tangent
         ctx.save_for_backward(x)
         out = x.new_empty(*x.shape[:-1], x.shape[-1] // 2)
-        for s in _positions(x):
+        for s in positions(x):
             gate, up, *tangents = _SwiGLU._parts(x[s], block, tangent)
             y, *y_tangent = _SwiGLU._results(out[s], block, tangent)
             sigma = gate.sigmoid()
@@ -398,7 +369,7 @@ class _SwiGLU(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         (x,) = ctx.saved_tensors
         out = torch.empty_like(x, memory_format=torch.contiguous_format)
-        for s in _positions(x):
+        for s in positions(x):
             gate, up, *tangents = _SwiGLU._parts(x[s], ctx.block, ctx.tangent)
             a, *b = _SwiGLU._results(grad[s], ctx.block, ctx.tangent)
             d_gate, d_up, *d_tangents = _SwiGLU._parts(out[s], ctx.block, ctx.tangent)

@@ -518,8 +518,11 @@ def prediction_attention(
     return _Attention.apply(q, k_self, v_self, k, v, segments, tangent, True).flatten(2)
 
 
-def full_attention(q: Tensor, k: Tensor, v: Tensor, *, tangent: bool) -> Tensor:
+def full_attention(mixed: Tensor, bias: Tensor, size: int, *, tangent: bool) -> Tensor:
     """See `Kernels.full_attention`."""
+    value, *directions = mixed.chunk(2, 1) if tangent else (mixed,)
+    whole = torch.cat([value + bias, *directions], 1) if tangent else value + bias
+    q, k, v = whole.unflatten(-1, (-1, 3, size)).unbind(-2)
     return _Attention.apply(q, None, None, k, v, None, tangent, False).flatten(2)
 
 

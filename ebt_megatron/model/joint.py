@@ -19,21 +19,13 @@ from ebt_megatron.config import Recipe
 from ebt_megatron.kernels import Kernels
 from ebt_megatron.model.backbone import Landscapes, LayerStage, Scheduled, layers_of_stage
 from ebt_megatron.model.initialization import Draw, draw_of_embedding
-from ebt_megatron.model.layers import Modulation, gated, modulate
+from ebt_megatron.model.layers import Modulation
 from ebt_megatron.model.reuse import Tape
 from ebt_megatron.parallel.collectives import TensorGroup
 from ebt_megatron.parallel.parameters import replicated
 
 _BOUND_WEIGHT = 0.001  # of the variational bound in DiT's loss (arXiv 2102.09672, eq. 16)
 Modulations = Sequence[tuple[Tensor, Tensor]]
-
-
-def add_bias(x: Tensor, bias: Tensor, tangent: bool) -> Tensor:
-    """x + bias; a tangent has none."""
-    if not tangent:
-        return x + bias
-    value, direction = x.chunk(2, 1)
-    return torch.cat([value + bias, direction], 1)
 
 
 class JointLayer(MegatronModule):
@@ -55,10 +47,11 @@ class JointLayer(MegatronModule):
         self.draws |= {f"{name}.bias": Draw(0.0) for name in fans}
         self.modulation = Modulation(config, parts=6, zero=True)
 
-    def _linear(self, name: str, x: Tensor, tangent: bool, tape: Tape | None) -> Tensor:
+    def _linear(self, name: str, x: Tensor, tangent: bool, tape: Tape | None) -> tuple[Tensor, Tensor]:
+        """What a linear layer gives, and its bias, which what follows adds."""
         layer = getattr(self, name)
         out = layer(x)[0] if tape is None else tape.apply(f"{id(self)}.{name}", layer, x, tangent)
-        return add_bias(out, layer.bias, tangent)
+        return out, layer.bias
 
     def modulations(self, condition: Tensor) -> tuple[Tensor, Tensor]:
         """Condition [B, D] -> shift, scale and gate of the attention and of the MLP, [B, 3 D] each."""
@@ -69,15 +62,18 @@ class JointLayer(MegatronModule):
         self, h: Tensor, modulations: tuple[Tensor, Tensor], tangent: bool = False, tape: Tape | None = None
     ) -> Tensor:
         """Hidden [S(/TP), B, D], or [S(/TP), 2B, D] with tangent -> the same."""
+        kernels = self.kernels
         shift, scale, gate = modulations[0].chunk(3, -1)
-        n = modulate(self.kernels.layer_norm(h, self.epsilon, tangent=tangent), shift, scale, tangent)
-        mixed = self._linear("qkv", n, tangent, tape).unflatten(-1, (-1, 3, self.head_size))
-        o = self.kernels.full_attention(*(t.contiguous() for t in mixed.unbind(-2)), tangent=tangent)
-        h = h + gated(self._linear("proj", o, tangent, tape), gate, tangent)
+        n = kernels.layer_norm(h, self.epsilon, shift, scale, tangent=tangent)
+        o = kernels.full_attention(*self._linear("qkv", n, tangent, tape), self.head_size, tangent=tangent)
+        out, bias = self._linear("proj", o, tangent, tape)
+        h = kernels.add_gated(h, out, gate, bias, tangent=tangent)
         shift, scale, gate = modulations[1].chunk(3, -1)
-        n = modulate(self.kernels.layer_norm(h, self.epsilon, tangent=tangent), shift, scale, tangent)
-        hidden = self.kernels.gelu(self._linear("fc1", n, tangent, tape), tangent=tangent)
-        return h + gated(self._linear("fc2", hidden, tangent, tape), gate, tangent)
+        n = kernels.layer_norm(h, self.epsilon, shift, scale, tangent=tangent)
+        out, bias = self._linear(
+            "fc2", kernels.gelu(*self._linear("fc1", n, tangent, tape), tangent=tangent), tangent, tape
+        )
+        return kernels.add_gated(h, out, gate, bias, tangent=tangent)
 
 
 class JointStage(LayerStage):
@@ -109,8 +105,7 @@ class JointStage(LayerStage):
             h = self.maybe_recomputed(layer, h, pair, tangent, tape, kept=tape is not None)
         if not self.post_process:
             return h
-        n = self.kernels.layer_norm(h, self.config.layernorm_epsilon, tangent=tangent)
-        return modulate(n, *modulations[-1], tangent)
+        return self.kernels.layer_norm(h, self.config.layernorm_epsilon, *modulations[-1], tangent=tangent)
 
 
 class JointEnergy(Landscapes, JointStage):

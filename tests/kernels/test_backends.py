@@ -14,7 +14,7 @@ from ebt_megatron.kernels.vocabulary import Tiles
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 1e-2}
 ATTENTION = ["prediction_attention", "context_attention", "full_attention"]
-ELEMENTWISE = ["rms_norm", "layer_norm", "swiglu", "gelu"]
+ELEMENTWISE = ["rms_norm", "layer_norm", "swiglu", "gelu", "add_gated"]
 torch_backend = kernels.select("torch")
 
 
@@ -150,9 +150,10 @@ def test_lost_tangent_terms_are_noticed():
     """The comparison itself: a backend that forgets the tangent of the keys is caught."""
     import dataclasses
 
-    def forgetful(q, k, v, *, tangent):
-        k = torch.cat([k[:, : k.shape[1] // 2], torch.zeros_like(k[:, k.shape[1] // 2 :])], 1)
-        return torch_backend.full_attention(q, k, v, tangent=tangent)
+    def forgetful(mixed, bias, size, *, tangent):
+        mixed = mixed.unflatten(-1, (-1, 3, size)).clone()
+        mixed[:, mixed.shape[1] // 2 :, :, 1] = 0
+        return torch_backend.full_attention(mixed.flatten(2), bias, size, tangent=tangent)
 
     backend = dataclasses.replace(torch_backend, full_attention=forgetful)
     case = check.attention_case("full_attention", 6, 1, 2, 2, 4, True)

@@ -15,7 +15,7 @@ from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinea
 from megatron.core.transformer import MegatronModule
 from torch import Tensor, nn
 
-from ebt_megatron import kernels
+from ebt_megatron import kernels as kernel_backends
 from ebt_megatron.core.randomness import stable_seed
 from ebt_megatron.model.initialization import named_weights
 from ebt_megatron.model.layers import modulate
@@ -32,6 +32,12 @@ def recipe(*overrides: str):
     return builders.small_recipe(*sizes, "model.num_query_groups=2", *overrides)
 
 
+def normalised(kernels, h, tangent):
+    """LayerNorm alone: no condition of a sample acts on it."""
+    nothing = h.new_zeros(1, WIDTH)
+    return kernels.layer_norm(h, 1e-5, nothing, nothing, tangent=tangent)
+
+
 class JointLayer(MegatronModule):
     """Attention of every prediction to every other, and an MLP; the context shifts and scales its position's."""
 
@@ -39,7 +45,7 @@ class JointLayer(MegatronModule):
         super().__init__(config)
         options = {"config": config, "init_method": config.init_method, "bias": False}
         rows = {**options, "input_is_parallel": True, "skip_bias_add": True}
-        self.kernels = kernels.select("torch")
+        self.kernels = kernel_backends.select("torch")
         self.mix = replicated(torch.empty(WIDTH, WIDTH, dtype=config.params_dtype), config)
         self.modulation = replicated(torch.empty(2 * WIDTH, WIDTH, dtype=config.params_dtype), config)
         self.qkv = ColumnParallelLinear(WIDTH, 3 * WIDTH, gather_output=False, **options)
@@ -56,11 +62,11 @@ class JointLayer(MegatronModule):
             layer = getattr(self, name)
             return layer(x)[0] if tape is None else tape.apply(f"{id(self)}.{name}", layer, x, tangent)
 
-        n = modulate(self.kernels.layer_norm(h, 1e-5, tangent=tangent), *shift_and_scale, tangent)
-        q, k, v = linear("qkv", n).unflatten(-1, (-1, 3, WIDTH // HEADS)).unbind(3)
-        h = h + linear("proj", self.kernels.full_attention(q, k, v, tangent=tangent))
-        n = self.kernels.layer_norm(h, 1e-5, tangent=tangent)
-        return h + linear("fc2", self.kernels.gelu(linear("fc1", n), tangent=tangent))
+        mixed = linear("qkv", modulate(normalised(self.kernels, h, tangent), *shift_and_scale, tangent))
+        no_bias = mixed.new_zeros(mixed.shape[-1])
+        h = h + linear("proj", self.kernels.full_attention(mixed, no_bias, WIDTH // HEADS, tangent=tangent))
+        hidden = linear("fc1", normalised(self.kernels, h, tangent))
+        return h + linear("fc2", self.kernels.gelu(hidden, hidden.new_zeros(hidden.shape[-1]), tangent=tangent))
 
 
 class JointToy(MegatronModule):
@@ -117,7 +123,7 @@ class JointToy(MegatronModule):
             h = layer.predict(h, modulation, tangent, tape)
         if not self.last:
             return h
-        n = self.layers[0].kernels.layer_norm(h, 1e-5, tangent=tangent)
+        n = normalised(self.layers[0].kernels, h, tangent)
         return (n.chunk(2, 1)[1] if tangent else n) @ self.head
 
 
