@@ -1,6 +1,7 @@
 """The suite of pictures: features are what the networks compute; probes and detectors find what is there."""
 
 from contextlib import contextmanager
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -8,6 +9,7 @@ import pytest
 import torch
 
 from ebt_megatron.config import RecipeError
+from ebt_megatron.data.captions import NOT_TOLD
 from ebt_megatron.data.decoder import Decoder
 from ebt_megatron.evaluation import picture_report, picture_suite, probe, strangers
 from ebt_megatron.evaluation.suite import SuiteOptions
@@ -43,14 +45,15 @@ def opened(kind, *overrides):
                            data={"train": loader(200), "validation": loader(60)})  # fmt: skip
 
 
+@pytest.mark.parametrize("told", [(), latents.CAPTIONS], ids=["classes", "captions"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_features_are_the_means_of_what_layers_put_out(kind):
-    run, batch = opened(kind), latents.pictures(4)
-    batch.labels = torch.full((4,), run.task.classes)  # as not told
-    batch.counts = torch.ones(4, dtype=torch.bool)
+def test_features_are_the_means_of_what_layers_put_out(kind, told):
+    run, batch = opened(kind, *told), latents.pictures(4)
+    untold = replace(batch, labels=torch.full((4,), run.task.classes), counts=torch.ones(4, dtype=torch.bool),
+                     captions=torch.full_like(batch.captions, NOT_TOLD))  # fmt: skip
     seen = []
     hooks = [layer.register_forward_hook(lambda m, given, out: seen.append(out)) for layer in run.model.layers]
-    run.objective.evaluate(run.task.sample(batch, torch.device("cpu"), 50), 1)
+    run.objective.evaluate(run.task.sample(untold, torch.device("cpu"), 50), 1)
     for hook in hooks:
         hook.remove()
     found = probe.features(run.task, run.model, batch, 50)

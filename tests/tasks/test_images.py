@@ -209,9 +209,10 @@ def test_a_random_step_has_the_learned_variance_and_ddpms_mean(fresh):
     assert torch.allclose(schedule.step(noised, noise, at, to, random, v), expected, rtol=1e-9)
 
 
-def test_learning_a_variance_leaves_the_learning_of_the_noise_alone():
+@pytest.mark.parametrize("told", [(), ("name=vectors", *latents.CAPTIONS)], ids=["classes", "captions"])
+def test_learning_a_variance_leaves_the_learning_of_the_noise_alone(told):
     """Its mean is a constant: the rows of the noise get the gradient of the mean squared error alone."""
-    recipe = latents.pictures_recipe("model.architecture=transformer", "images.learn_sigma=true")
+    recipe = latents.pictures_recipe("model.architecture=transformer", "images.learn_sigma=true", *told)
     model = builders.build(recipe, task=latents.task(recipe))
     sample = latents.sample(recipe, latents.pictures(2))
     noise = model.predicted(sample.observed, sample.start)[..., :2]
