@@ -43,15 +43,13 @@ class Model:
     equal_flops: bool = False
 
 
-LINEAR = "model.energy_head=linear"  # the paper's
-LINEAR_S2 = (LINEAR, "thinking.step_size=50")
+LINEAR, QUADRATIC = "model.energy_head=linear", "model.energy_head=quadratic"  # the paper's is linear
 MODELS = {
     "S1": Model("quickstart_s1", (LINEAR, "thinking.learned_steps=null")),
     "S1, one of two losses drawn": Model("quickstart_s1", (LINEAR, "thinking.learned_steps=1")),
-    "S2": Model("quickstart_s2", LINEAR_S2),
-    "S1, quadratic energy": Model("quickstart_s1", ("thinking.learned_steps=null",)),
-    "S1, quadratic energy, one of two losses drawn": Model("quickstart_s1", ("thinking.learned_steps=1",)),
-    "S2, quadratic energy": Model("quickstart_s2"),
+    "S1, quadratic energy": Model("quickstart_s1", (QUADRATIC, "thinking.learned_steps=null")),
+    "S2": Model("quickstart_s2"),
+    "S2, quadratic energy": Model("quickstart_s2", (QUADRATIC, "thinking.step_size=10")),
     "Transformer++": Model("quickstart_transformer"),
     "Transformer++, FLOPs of S1": Model("quickstart_transformer", equal_flops=True),
     # A token costs 0.97 of what one costs S2 at three steps.
@@ -63,10 +61,10 @@ MODELS = {
 # The rows of the paper's ablation of S2; the quickstart's has no replay.
 ABLATION = {
     "S2": MODELS["S2"],
-    "S2, fixed step size": Model("quickstart_s2", (*LINEAR_S2, "thinking.step_size_scale=1")),
-    "S2, always three steps": Model("quickstart_s2", (*LINEAR_S2, "thinking.min_steps=3")),
-    "S2, no Langevin noise": Model("quickstart_s2", (*LINEAR_S2, "thinking.langevin_noise=0")),
-    "S2, with replay": Model("quickstart_s2", (*LINEAR_S2, "thinking.replay.enabled=true")),
+    "S2, fixed step size": Model("quickstart_s2", ("thinking.step_size_scale=1")),
+    "S2, always three steps": Model("quickstart_s2", ("thinking.min_steps=3")),
+    "S2, no Langevin noise": Model("quickstart_s2", ("thinking.langevin_noise=0")),
+    "S2, with replay": Model("quickstart_s2", ("thinking.replay.enabled=true")),
 }
 _PERCENT = " %"
 STARTS = 5  # of the ablation's self-verification

@@ -30,7 +30,7 @@ from .quickstart import DATA, prepare
 from .seeds import once, over_seeds, text_of, write_results
 from .steps import Steps
 
-THINKERS = ("S1, quadratic energy", "S2, quadratic energy")
+THINKERS = ("S1, quadratic energy", "S2")
 RIVALS = ("Transformer++", "Transformer++, FLOPs of S1", "Transformer++, inference FLOPs of S2")
 _SHARE = "flops to reach the trained steps' perplexity"
 _LEFT_OUT = ("portrait", "curve", "name", "rival")
