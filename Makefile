@@ -57,7 +57,7 @@ bench-learning: install  ## what S1, S2 and Transformer++ learn from the quickst
 ablation: install  ## S2 without each of its parts, three seeds each: the paper's ablation at the quickstart's size
 	$(BIN)/python -m tools.bench_learning --ablation
 
-bench-images: install  ## denoising EBTs and DiTs on Fashion-MNIST, three seeds each: passes, probes, other pictures (about 40 minutes)
+bench-images: install  ## denoising EBTs and DiTs on Fashion-MNIST, three seeds each: passes, probes, other pictures
 	$(BIN)/python -m tools.bench_images
 
 bench-inference: install  ## the time of a new token: against the prefix, the candidates and Transformer++
