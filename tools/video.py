@@ -45,9 +45,9 @@ def clips_of(run_dir: Path) -> tuple[Any, Any]:
     with open_run(run_dir, ["training.validation_samples=100000"]) as run:
         task: Any = run.task
         frames = first_clips(run, 100000)
-        moving = frames.diff(dim=1).abs().mean((1, 2)).argsort(descending=True)
+        moving = frames.diff(dim=1).abs().mean((1, 2, 3)).argsort(descending=True)
         chosen = frames[moving[:: max(1, len(moving) // (2 * SHOWN))][:SHOWN]]
-        shown = [task.decoder.pictures(clips.unflatten(-1, task.shape)).round().byte().numpy()
+        shown = [task.decoder.pictures(clips).round().byte().numpy()
                  for clips in (rolled_out(run, chosen, GIVEN), chosen)]  # fmt: skip
     return shown[0], shown[1]
 

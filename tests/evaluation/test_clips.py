@@ -10,14 +10,16 @@ from tests import builders
 from tests.tasks import latents
 
 
-@pytest.mark.parametrize("architecture", ["ebt", "transformer"])
-def test_a_clip_goes_on_from_its_own_frames(architecture):
-    start = ("thinking.initial=observed",) if architecture == "ebt" else ()
-    recipe = latents.recipe(f"model.architecture={architecture}", "thinking.max_steps=2", *start)
+@pytest.mark.parametrize("options", [
+    ("thinking.max_steps=2", "thinking.initial=observed"), ("thinking.max_steps=2", "video.tokens_per_side=2"),
+    ("model.architecture=transformer",), ("model.architecture=transformer", "video.predicts=change"),
+])  # fmt: skip
+def test_a_clip_goes_on_from_its_own_frames(options):
+    recipe = latents.recipe(*options)
     task = latents.task(recipe)
     model = builders.build(recipe, torch.float32, task)
     run = SimpleNamespace(recipe=recipe, task=task, objective=builders.objective(model, recipe, task))
-    frames = latents.clips(2).latents.flatten(2)
+    frames = latents.clips(2).latents
     clip = rolled_out(run, frames, given=3)
     assert torch.equal(clip[:, :3], frames[:, :3])
     other = frames.clone()

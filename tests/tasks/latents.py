@@ -12,11 +12,12 @@ from ebt_megatron.model import condition, joint, layers
 from ebt_megatron.model.initialization import Draw
 from ebt_megatron.parallel.setup import shutdown
 from ebt_megatron.tasks import task_class
+from ebt_megatron.tasks.frames import FrameTokens
 from ebt_megatron.tasks.images import Images
 from ebt_megatron.training.trainer import Trainer
 from tests import builders
 
-FRAMES, SHAPE = 7, [3, 2]  # of a clip; patches and channels of a frame
+FRAMES, SHAPE = 7, [4, 2]  # of a clip; patches (2 x 2) and channels of a frame
 PATCHES = 4  # of a picture
 LAYOUTS = {
     "TP 2 + SP": ("parallel.tensor=2", "parallel.sequence_parallel=true"),
@@ -45,7 +46,7 @@ def pictures_recipe(*overrides: str):
 def task(recipe):
     if recipe.data.modality == "images":
         return Images(recipe, [PATCHES, 2], classes=3)
-    return task_class(recipe.data.modality)(recipe, SHAPE)
+    return task_class(recipe.data.modality)(recipe, FrameTokens(2, 2, 2, recipe.video.tokens_per_side))
 
 
 def clips(count: int, first: int = 0) -> MicroBatch:
