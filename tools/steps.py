@@ -45,15 +45,15 @@ class Steps:
         if code:
             self.console.print(f"[red]error:[/red] this step ended with code {code}; run `{self.again}` again to retry")
             sys.exit(code)
-        self.seconds[name] = time.perf_counter() - begin
+        self.seconds[name] = self.seconds.get(name, 0) + time.perf_counter() - begin
 
     def train(self, number: int, name: str, recipe: str, ranks: int, *overrides: str) -> None:
         """Pretrain a recipe on so many ranks."""
         self(f"train {name}", f"{number}. pretrain: {name}", "ebt_megatron.train", recipe, *overrides, ranks=ranks)
 
-    def evaluate(self, number: int, name: str, run_dir: Path) -> None:
+    def evaluate(self, number: int, name: str, run_dir: Path, *arguments: str) -> None:
         """Evaluate a run."""
-        self(f"evaluate {name}", f"{number}. evaluate: {name}", "ebt_megatron.evaluate", str(run_dir))
+        self(f"evaluate {name}", f"{number}. evaluate: {name}", "ebt_megatron.evaluate", str(run_dir), *arguments)
 
     def done(self, paths: Mapping[str, Path], next_steps: str) -> None:
         """Say how long everything took, where the report is, and how to go on."""

@@ -22,7 +22,7 @@ from ebt_megatron.model.transformer import TransformerLM
 from ebt_megatron.tasks.frames import FrameTokens
 from ebt_megatron.tasks.interface import Sample
 from ebt_megatron.tasks.latent_model import LatentEmbedding, LatentEmbeddings, LatentOutput
-from ebt_megatron.tasks.latents import check_latents, decoder_of
+from ebt_megatron.tasks.latents import check_latents, decoder_of, encoder_of
 from ebt_megatron.thinking.dual_stream import Thinker
 
 
@@ -63,8 +63,7 @@ class Video:
     @classmethod
     def from_data(cls, recipe: Recipe, source: Description) -> Video:
         """See `Task`."""
-        manifest = source.manifest
-        encoder, (_, _, channels) = manifest.encoder, manifest.shape
+        encoder, (_, _, channels) = encoder_of(source), source.manifest.shape
         rows, columns = (encoder[side] // encoder["patch"] for side in ("height", "width"))
         tokens = FrameTokens(rows, columns, channels, recipe.video.tokens_per_side)
         return cls(recipe, tokens, encoder["sha256"], decoder_of(source))

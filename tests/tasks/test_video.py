@@ -1,6 +1,7 @@
 """Video: exact gradients in every mode, the same losses on every layout, and what validation says of it."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from ebt_megatron.data.decoder import Decoder
 from ebt_megatron.evaluation.validation import validate
 from ebt_megatron.tasks.frames import FrameTokens
 from ebt_megatron.tasks.interface import Sample
-from ebt_megatron.tasks.video import VideoMeter
+from ebt_megatron.tasks.video import Video, VideoMeter
 from ebt_megatron.thinking.plan import Plan
 from tests import builders
 from tests.distributed_utils import run_ranks
@@ -175,6 +176,18 @@ def test_a_frame_repeated_exactly_has_no_error():
 def test_what_does_not_do_is_refused(override, why):
     with pytest.raises(RecipeError, match=why):
         latents.task(latents.recipe(*override.split()))
+
+
+@pytest.mark.parametrize(("changed", "why"), [
+    ({"mean": None, "std": None}, "manifest.json does not say mean, std of its encoder: prepare the data again"),
+    ({"height": 32}, "has samples of 4 patches, and its encoder makes 4 x 2 of a frame"),
+])  # fmt: skip
+def test_a_manifest_that_does_not_say_what_its_latents_are_is_refused(changed, why):
+    encoder = {"sha256": "0", "height": 16, "width": 16, "patch": 8, "mean": [0.0], "std": [1.0]} | changed
+    told = {key: value for key, value in encoder.items() if value is not None}
+    source = SimpleNamespace(folder="films", manifest=SimpleNamespace(encoder=told, shape=[7, 4, 2]))
+    with pytest.raises(DataError, match=why):
+        Video.from_data(latents.recipe(), source)
 
 
 def test_an_encoder_without_its_statistics_is_refused(tmp_path):
