@@ -21,8 +21,8 @@ GAMES = (
     "freeway", "frogger", "phoenix", "pong", "riverraid", "seaquest", "space_invaders",
 )  # fmt: skip
 OTHER_GAMES = ("air_raid", "galaxian", "ice_hockey", "kaboom", "time_pilot")
-FRAMES = 360  # of an episode, 15 a second
 EPISODES = 2  # of a game that is trained on
+TRAINED_FRAMES, HELD_OUT_FRAMES = 360, 96  # of an episode, 15 a second
 
 
 def held_out() -> dict[str, str]:
@@ -62,12 +62,12 @@ def prepare(step: Steps, given: list[str]) -> None:
     films = media.found(media.FILMS, raw / "films", "films")
     games: dict[str, list[Path]] = {}
     try:
-        for name, asked in (
-            ("train", [(game, seed) for game in GAMES for seed in range(EPISODES)]),
-            ("episodes", [(game, 1000) for game in GAMES]),
-            ("games", [(game, 1000) for game in OTHER_GAMES]),
+        for name, asked, frames in (
+            ("train", [(game, seed) for game in GAMES for seed in range(EPISODES)], TRAINED_FRAMES),
+            ("episodes", [(game, 1000) for game in GAMES], HELD_OUT_FRAMES),
+            ("games", [(game, 1000) for game in OTHER_GAMES], HELD_OUT_FRAMES),
         ):
-            games[name] = atari.write_films(kept, raw / "games", FRAMES, asked, 2)
+            games[name] = atari.write_films(kept, raw / "games", frames, asked, 2)
     except DataError as error:
         step.console.print(f"films alone, and no games: {error}", highlight=False)
     others = [film for film in films if film.name in HELD_OUT_FILMS]
