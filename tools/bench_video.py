@@ -25,8 +25,6 @@ from ebt_megatron.config import Recipe, load_recipe
 from ebt_megatron.core.cli import quiet_libraries
 from ebt_megatron.core.files import replacing, write_whole
 from ebt_megatron.data.folder import ShardFolder
-from ebt_megatron.objectives.flops import training_flops
-from ebt_megatron.tasks import open_task
 
 from .bench import machine
 from .bench_learning import Model
@@ -44,23 +42,29 @@ MODELS = {
 }
 
 
+def _flops_of(recipe: Recipe) -> float:
+    """Of an optimizer step."""
+    from ebt_megatron.objectives.flops import training_flops
+    from ebt_megatron.tasks import open_task
+
+    return training_flops(recipe, open_task(recipe, ShardFolder(recipe.data.train[0])).cost())
+
+
 def recipe_of(name: str, seed: int, runs: Path, steps: int | None) -> Recipe:
     """The recipe of one run, its number of steps resolved."""
 
     def load(model: Model, *more: str) -> Recipe:
         folder = runs / f"{name.lower().replace('++', 'pp').replace(',', '').replace(' ', '-')}-{seed}"
         return load_recipe(RECIPES[model.recipe], [
-            *model.overrides, f"training.seed={1234 + seed}", f"training.output_dir={folder}", *more,
+            *model.overrides, "training.micro_batch_size=32", "training.validation_interval=0",
+            f"training.seed={1234 + seed}", f"training.output_dir={folder}", *more,
         ])  # fmt: skip
-
-    def flops_of(recipe: Recipe) -> float:
-        return training_flops(recipe, open_task(recipe, ShardFolder(recipe.data.train[0])).cost())
 
     given = () if steps is None else (f"training.steps={steps}",)
     recipe = load(MODELS[name], *given)
     if MODELS[name].equal_flops:
-        budget = flops_of(load(MODELS["EBT S1"], *given))
-        recipe = load(MODELS[name], f"training.steps={round(recipe.training.steps * budget / flops_of(recipe))}")
+        budget = _flops_of(load(MODELS["EBT S1"], *given))
+        recipe = load(MODELS[name], f"training.steps={round(recipe.training.steps * budget / _flops_of(recipe))}")
     return recipe
 
 
@@ -96,10 +100,9 @@ def summary(name: str, results: Sequence[dict[str, Any]], recipe: Recipe) -> dic
         } | {key: first[key] for key in ("repeat_last_loss", "repeat_last_psnr", "extrapolation_loss",
                                         "extrapolation_psnr", "positions")}  # fmt: skip
     first = next(iter(results[0]["sets"].values()))
-    task = open_task(recipe, ShardFolder(recipe.data.train[0]))
     return {
         "name": name, "seeds": len(results), "steps": recipe.training.steps, "frames": first["tokens"],
-        "flops": recipe.training.steps * training_flops(recipe, task.cost()),
+        "flops": recipe.training.steps * _flops_of(recipe),
         "seconds_a_step": Interval.of([result["seconds"] for result in results]).mean, "sets": sets,
     }  # fmt: skip
 

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import io
 import json
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 
@@ -17,12 +19,16 @@ from ebt_megatron.core.cli import guarded, quiet_libraries
 from .films import held_out, prepare
 from .steps import Steps
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 RUNS = Path("runs/video")
 LABELS = {"s1": "EBT, S1", "s2": "EBT, S2", "transformer": "Transformer++"}
 RECIPES = {name: Path(f"recipes/video/quickstart_{name}.yaml") for name in LABELS}
 SIMPLE = {"repeat_last": "the last frame again", "extrapolation": "extrapolation"}
+DASHES = {"repeat_last": "--", "extrapolation": ":"}
 GIVEN = 8  # frames that a rolled-out clip begins with
-SHOWN = 4  # clips of each set
+SHOWN, MEASURED = 4, 96  # clips of each set
 NEXT_STEPS = """ebt-prepare video --input 'films/**/*.mp4' --output data/films --height 224 --width 224 \\
     --frame-rate 4 --encoder vae --model FOLDER
 ebt-train video/s1_xxs data.train=[data/films/train] data.validation=[data/films/validation]"""
@@ -33,23 +39,29 @@ def result_of(run_dir: Path, held: str) -> Path:
     return run_dir / f"evaluation-{held.replace(' ', '-')}.json"
 
 
-def clips_of(run_dir: Path, sets: dict[str, str]) -> tuple[Any, Any]:
-    """Rolled-out clips of a run and the true ones, uint8 arrays [clips, frames, height, width, 3]; some of each set."""
+def clips_of(run_dir: Path, sets: dict[str, str]) -> tuple[Any, Any, dict[str, Any]]:
+    """Rolled-out clips of a run and the true ones, uint8 arrays [clips, frames, height, width, 3], some of each set.
+
+    And of every set the losses by how many frames ahead, over more clips.
+    """
     import torch
 
-    from ebt_megatron.evaluation.clips import first_clips, rolled_out
+    from ebt_megatron.evaluation.clips import by_horizon, rolled_out, spread_clips
     from ebt_megatron.session import open_run
 
     shown: tuple[list[Any], list[Any]] = [], []
-    for shards in sets.values():
+    ahead = {}
+    for held, shards in sets.items():
         with open_run(run_dir, [f"data.validation=[{shards}]", "training.validation_samples=1000000"]) as run:
             task: Any = run.task
-            frames = first_clips(run, 100000)
+            frames = spread_clips(run, MEASURED)
+            clips = rolled_out(run, frames, GIVEN)
+            ahead[held] = by_horizon(clips, frames, GIVEN)
             moving = frames.diff(dim=1).abs().mean((1, 2, 3)).argsort(descending=True)
-            chosen = frames[moving[:: max(1, len(moving) // (2 * SHOWN))][:SHOWN]]
-            for kept, clips in zip(shown, (rolled_out(run, chosen, GIVEN), chosen), strict=True):
-                kept.append(task.decoder.pictures(clips).round().byte())
-    return torch.cat(shown[0]).numpy(), torch.cat(shown[1]).numpy()
+            chosen = moving[:: max(1, len(moving) // (2 * SHOWN))][:SHOWN]
+            for kept, values in zip(shown, (clips, frames), strict=True):
+                kept.append(task.decoder.pictures(values[chosen]).round().byte())
+    return torch.cat(shown[0]).numpy(), torch.cat(shown[1]).numpy(), ahead
 
 
 def animation(rows: list[Any], scale: int = 3) -> bytes:
@@ -80,42 +92,55 @@ def write_report(runs: Path) -> dict[str, Path]:
     colours = dict(zip(LABELS, (*EBT_COLOURS[:2], RIVAL_COLOURS[0]), strict=True))
     page = Page("EBT and Transformer++ on film, on this machine")
 
-    def against_thinking() -> Any:
-        figure, axes = figure_of(4.2 * len(sets), len(sets))
-        for held, plot in zip(sets, [axes] if len(sets) == 1 else axes, strict=True):
-            for name, of_sets in results.items():
-                rows, repeat = of_sets[held]["thinking"], of_sets[held]["repeat_last_loss"]
-                plot.plot([r["steps"] for r in rows], [r["loss"] / repeat for r in rows], "o-", color=colours[name],
-                          label=LABELS[name])  # fmt: skip
-            plot.axhline(1, color=NEUTRAL, ls="--", lw=1, label=SIMPLE["repeat_last"])
-            plot.set(xlabel="thinking steps", title=held)
-        (axes if len(sets) == 1 else axes[0]).set_ylabel("loss / loss of the last frame again")
-        plot.legend(frameon=False, fontsize=8)
-        return figure
-
-    def by_position() -> Any:
-        figure, axes = figure_of(4.2 * len(sets), len(sets))
-        for held, plot in zip(sets, [axes] if len(sets) == 1 else axes, strict=True):
-            for name, of_sets in results.items():
-                losses = of_sets[held]["loss_by_position"]["steps"][of_sets[held]["trained_steps"] - 1]
-                plot.plot(range(1, len(losses) + 1), losses, "o-", ms=3, color=colours[name], label=LABELS[name])
-            for (simple, label), style in zip(SIMPLE.items(), ("--", ":"), strict=True):
-                losses = results["s1"][held]["loss_by_position"][simple]
-                plot.plot(range(1, len(losses) + 1), losses, color=NEUTRAL, ls=style, label=label)
-            plot.set(xlabel="observed frames", title=held)
-        (axes if len(sets) == 1 else axes[0]).set_ylabel("loss")
-        plot.legend(frameon=False, fontsize=8)
-        return figure
-
-    page.figure(
-        "thinking", "Held-out films; smooth L1 of normalised latents, all positions of a clip.", against_thinking
-    )
-    page.figure("positions", "As trained; beside two predictors that learn nothing.", by_position)
     rolled = {name: clips_of(runs / name, sets) for name in LABELS}
+
+    def panels(draw: Callable[[Any, str], None], x: str, y: str) -> Figure:
+        """One plot for each set."""
+        figure, axes = figure_of(4.2 * len(sets), len(sets))
+        several = [axes] if len(sets) == 1 else list(axes)
+        for held, plot in zip(sets, several, strict=True):
+            draw(plot, held)
+            plot.set(xlabel=x, title=held)
+        several[0].set_ylabel(y)
+        several[-1].legend(frameon=False, fontsize=8)
+        return figure
+
+    def curve(plot: Any, values: list[float], name: str) -> None:
+        """Losses 1, 2 ... of a model, or of what learns nothing."""
+        style = {"color": colours[name], "marker": "o", "ms": 3} if name in colours else {"color": NEUTRAL}
+        plot.plot(range(1, len(values) + 1), values, ls=DASHES.get(name, "-"), label=(LABELS | SIMPLE)[name], **style)
+
+    def thinking(plot: Any, held: str) -> None:
+        for name, of_sets in results.items():
+            repeat = of_sets[held]["repeat_last_loss"]
+            curve(plot, [row["loss"] / repeat for row in of_sets[held]["thinking"]], name)
+        plot.axhline(1, color=NEUTRAL, ls="--", lw=1, label=SIMPLE["repeat_last"])
+
+    def positions(plot: Any, held: str) -> None:
+        for name, of_sets in results.items():
+            curve(plot, of_sets[held]["loss_by_position"]["steps"][of_sets[held]["trained_steps"] - 1], name)
+        for simple in SIMPLE:
+            curve(plot, results["s1"][held]["loss_by_position"][simple], simple)
+
+    def horizons(plot: Any, held: str) -> None:
+        for name, (_, _, ahead) in rolled.items():
+            curve(plot, ahead[held]["model"], name)
+        for simple in SIMPLE:
+            curve(plot, rolled["s1"][2][held][simple], simple)
+        plot.set_ylim(0, 3 * max(rolled["s1"][2][held]["repeat_last"]))
+
+    for figure, draw, x, y, caption in (
+        ("thinking", thinking, "thinking steps", "loss / loss of the last frame again",
+         "Smooth L1 of normalised latents, all positions of a clip."),
+        ("positions", positions, "observed frames", "loss", "As trained; beside two predictors that learn nothing."),
+        ("horizons", horizons, "frames ahead", "loss",
+         f"Rolled out: after {GIVEN} frames each is predicted from those predicted before it; {MEASURED} clips."),
+    ):  # fmt: skip
+        page.figure(figure, caption, partial(panels, draw, x, y))
     order = ["the truth", *LABELS.values()]
     caption = (f"Held-out clips, from above: {', '.join(order)}; {SHOWN} each of {', '.join(sets)}. {GIVEN} frames are "
                "given; under the red line every frame is predicted from those predicted before it.")  # fmt: skip
-    page.picture("clips.gif", animation([rolled["s1"][1], *(clips for clips, _ in rolled.values())]), caption)
+    page.picture("clips.gif", animation([rolled["s1"][1], *(clips for clips, _, _ in rolled.values())]), caption)
 
     header = ["model", "thinking steps", "validation loss", "against the last frame", "PSNR, dB"]
     for held in sets:

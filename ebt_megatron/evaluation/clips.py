@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ebt_megatron.data.loader import MicroBatch
@@ -37,9 +38,31 @@ def rolled_out(run: TrainedRun, frames: Tensor, given: int, steps: int | None = 
     return clip
 
 
-def first_clips(run: TrainedRun, count: int) -> Tensor:
-    """Up to `count` clips of the validation data, [B, F, patches, channels]."""
+def by_horizon(clips: Tensor, frames: Tensor, given: int) -> dict[str, list[float]]:
+    """Smooth L1 (beta 1) 1, 2 ... frames ahead: of rolled-out clips, of the last given frame and of it extrapolated.
+
+    Args:
+        clips: from `rolled_out`, [B, F, patches, channels].
+        frames: the true ones.
+        given: as there; at least 2.
+    """
+    last, truth = frames[:, given - 1 : given], frames[:, given:]
+    ahead = torch.arange(1, truth.shape[1] + 1, device=frames.device)[:, None, None]
+    predicted = {
+        "model": clips[:, given:],
+        "repeat_last": last.expand_as(truth),
+        "extrapolation": last + ahead * (last - frames[:, given - 2 : given - 1]),
+    }
+    return {
+        name: F.smooth_l1_loss(values, truth, reduction="none").mean((0, 2, 3)).tolist()
+        for name, values in predicted.items()
+    }
+
+
+def spread_clips(run: TrainedRun, count: int) -> Tensor:
+    """Up to `count` clips spread evenly over the validation data, [B, F, patches, channels]."""
     loader = run.data["validation"]
-    latents = loader.read(list(range(min(count, loader.validation_samples)))).latents
+    number = loader.validation_samples
+    latents = loader.read(list(range(0, number, -(-number // count)))).latents
     assert latents is not None
     return latents

@@ -4,17 +4,21 @@ from pathlib import Path
 
 import pytest
 
+from ebt_megatron.objectives.flops import training_flops
 from ebt_megatron.tasks.frames import FrameTokens
 from ebt_megatron.tasks.video import Video
 from tools import bench_video
 from tools.bench_video import markdown, recipe_of, summary
 
 
+def flops(recipe):
+    return training_flops(recipe, Video(recipe, FrameTokens(4, 4, 16)).cost())
+
+
 @pytest.fixture(autouse=True)
 def tiles(monkeypatch):
     """The task of the quickstart's shards, without them."""
-    monkeypatch.setattr(bench_video, "ShardFolder", lambda folder: folder)
-    monkeypatch.setattr(bench_video, "open_task", lambda recipe, _: Video(recipe, FrameTokens(4, 4, 16)))
+    monkeypatch.setattr(bench_video, "_flops_of", flops)
 
 
 def result(losses, repeat):
@@ -42,8 +46,6 @@ def test_gains_are_over_the_last_frame_of_the_same_set():
 def test_a_transformer_of_equal_flops_trains_longer():
     s1, equal, short = (recipe_of(name, 1, Path("runs"), 100) for name in
                         ("EBT S1", "Transformer++, FLOPs of S1", "Transformer++"))  # fmt: skip
-    task = Video(s1, FrameTokens(4, 4, 16))
-    budget = bench_video.training_flops(s1, task.cost()) * 100
-    assert equal.training.steps * bench_video.training_flops(equal, task.cost()) == pytest.approx(budget, rel=0.01)
+    assert equal.training.steps * flops(equal) == pytest.approx(100 * flops(s1), rel=0.01)
     assert short.training.steps == 100 and short.video.predicts == "change"
     assert {r.training.seed for r in (s1, equal, short)} == {1235}
