@@ -85,14 +85,11 @@ def played(ale_py: Any, game: str, seed: int) -> Iterator[np.ndarray]:
                 machine.reset_game()
 
 
-def write_film(kept: Path, output: Path, frames: int, episode: tuple[str, int]) -> Path:
-    """Write OUTPUT/GAME-SEED.mkv, without loss, unless it is there; returns its path."""
+def write_film(kept: Path, frames: int, film: tuple[str, int, Path]) -> None:
+    """Write the film of a game and a seed to a path, without loss."""
     import av
 
-    game, seed = episode
-    path = output / f"{game}-{seed}.mkv"
-    if path.exists():
-        return path
+    game, seed, path = film
     partial_path = path.with_suffix(".partial")
     pictures = played(emulator(kept), game, seed)
     with av.open(str(partial_path), "w", format="matroska", options={"fflags": "+bitexact"}) as container:
@@ -105,20 +102,22 @@ def write_film(kept: Path, output: Path, frames: int, episode: tuple[str, int]) 
                 container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, "rgb24")))
         container.mux(stream.encode())
     partial_path.replace(path)
-    return path
 
 
 def write_films(kept: Path, output: Path, frames: int, episodes: list[tuple[str, int]], workers: int) -> list[Path]:
-    """The films of (game, seed), in several processes.
+    """The films OUTPUT/GAME-SEED.mkv of (game, seed); those that are not there are written by several processes.
 
     Raises:
         DataError: where the emulator cannot be had.
     """
-    if emulator(kept) is None:
-        raise DataError(f"no {PACKAGE.split('==')[0]} here, and pip cannot download it: pip install '{PACKAGE}'")
-    output.mkdir(parents=True, exist_ok=True)
-    with get_context("spawn").Pool(workers) as pool:
-        return pool.map(partial(write_film, kept, output, frames), episodes, chunksize=1)
+    films = [(game, seed, output / f"{game}-{seed}.mkv") for game, seed in episodes]
+    if missing := [film for film in films if not film[2].exists()]:
+        if emulator(kept) is None:
+            raise DataError(f"no {PACKAGE.split('==')[0]} here, and pip cannot download it: pip install '{PACKAGE}'")
+        output.mkdir(parents=True, exist_ok=True)
+        with get_context("spawn").Pool(workers) as pool:
+            pool.map(partial(write_film, kept, frames), missing, chunksize=1)
+    return [path for *_, path in films]
 
 
 def main(

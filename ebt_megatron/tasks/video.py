@@ -51,7 +51,7 @@ class Video:
                               "token a frame: set video.tokens_per_side=1, or another conditioning")  # fmt: skip
         self.recipe, self.tokens, self.decoder = recipe, tokens, decoder
         self.length = recipe.data.sequence_length * tokens.count
-        self.identity = {"encoder": encoder, "frame": [tokens.rows * tokens.columns, tokens.channels]}
+        self.identity: dict[str, Any] = {"encoder": encoder, "frame": [tokens.rows * tokens.columns, tokens.channels]}
         if tokens.count > 1:
             self.identity["video.tokens_per_side"] = tokens.side
         thinks = recipe.model.architecture == "ebt"
