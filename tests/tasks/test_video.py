@@ -30,7 +30,7 @@ MODES = {
     "reuse": (Plan((0.5, 0.5), "detached"), ("thinking.reuse=true", "thinking.step_size_scale=2")),
     "2 x 2 tokens": (Plan((0.5, 0.5), "detached"), ("video.tokens_per_side=2", "thinking.initial=observed",
                                                     "thinking.step_size_scale=2")),
-    "2 x 2 tokens, full, reuse off": (Plan((0.2, 0.3, 0.5), "full"), ("video.tokens_per_side=2",
+    "2 x 2 tokens, full": (Plan((0.2, 0.3, 0.5), "full"), ("video.tokens_per_side=2",
                                                                      "thinking.langevin_noise=0.5")),
     "2 x 2 tokens, reuse": (Plan((0.5, 0.5), "detached"), ("video.tokens_per_side=2", "thinking.reuse=true")),
 }  # fmt: skip
