@@ -57,7 +57,7 @@ bench-learning: install  ## what S1, S2 and Transformer++ learn from the quickst
 ablation: install  ## S2 without each of its parts, three seeds each: the paper's ablation at the quickstart's size
 	$(BIN)/python -m tools.bench_learning --ablation
 
-bench-video: install  ## next-frame EBTs and Transformer++ on the films of `make video`, three seeds each (about an hour)
+bench-video: install  ## next-frame EBTs and Transformer++ on the films of `make video`, three seeds each
 	$(BIN)/python -m tools.bench_video
 
 bench-inference: install  ## the time of a new token: against the prefix, the candidates and Transformer++
