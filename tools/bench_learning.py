@@ -61,10 +61,10 @@ MODELS = {
 # The rows of the paper's ablation of S2; the quickstart's has no replay.
 ABLATION = {
     "S2": MODELS["S2"],
-    "S2, fixed step size": Model("quickstart_s2", ("thinking.step_size_scale=1")),
-    "S2, always three steps": Model("quickstart_s2", ("thinking.min_steps=3")),
-    "S2, no Langevin noise": Model("quickstart_s2", ("thinking.langevin_noise=0")),
-    "S2, with replay": Model("quickstart_s2", ("thinking.replay.enabled=true")),
+    "S2, fixed step size": Model("quickstart_s2", ("thinking.step_size_scale=1",)),
+    "S2, always three steps": Model("quickstart_s2", ("thinking.min_steps=3",)),
+    "S2, no Langevin noise": Model("quickstart_s2", ("thinking.langevin_noise=0",)),
+    "S2, with replay": Model("quickstart_s2", ("thinking.replay.enabled=true",)),
 }
 _PERCENT = " %"
 STARTS = 5  # of the ablation's self-verification

@@ -45,7 +45,7 @@ class Steps:
         if code:
             self.console.print(f"[red]error:[/red] this step ended with code {code}; run `{self.again}` again to retry")
             sys.exit(code)
-        self.seconds[name] = time.perf_counter() - begin
+        self.seconds[name] = self.seconds.get(name, 0) + time.perf_counter() - begin
 
     def train(self, number: int, name: str, recipe: str, ranks: int, *overrides: str) -> None:
         """Pretrain a recipe on so many ranks."""

@@ -1,4 +1,4 @@
-"""The video quickstart: real films to shards, two EBTs and a Transformer++ that predict the next frame, a report.
+"""The video quickstart: films and games to shards, two EBTs and a Transformer++ that predict the next frame, a report.
 
 Every part is skipped if it is already done, so running it again goes on where it stopped.
 """
@@ -7,49 +7,61 @@ from __future__ import annotations
 
 import io
 import json
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 
 from ebt_megatron.core.cli import guarded, quiet_libraries
 
-from . import media
+from .films import held_out, prepare
 from .steps import Steps
 
-DATA, RUNS = Path("data/video"), Path("runs/video")
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+RUNS = Path("runs/video")
 LABELS = {"s1": "EBT, S1", "s2": "EBT, S2", "transformer": "Transformer++"}
+RECIPES = {name: Path(f"recipes/video/quickstart_{name}.yaml") for name in LABELS}
+SIMPLE = {"repeat_last": "the last frame again", "extrapolation": "extrapolation"}
+DASHES = {"repeat_last": "--", "extrapolation": ":"}
 GIVEN = 8  # frames that a rolled-out clip begins with
-SHOWN = 8  # clips
+SHOWN, MEASURED = 4, 96  # clips of each set
 NEXT_STEPS = """ebt-prepare video --input 'films/**/*.mp4' --output data/films --height 224 --width 224 \\
     --frame-rate 4 --encoder vae --model FOLDER
 ebt-train video/s1_xxs data.train=[data/films/train] data.validation=[data/films/validation]"""
 
 
-def prepare(step: Steps, given: list[str]) -> None:
-    """Films as shards at DATA, unless they are there: tiles of 32 x 32, 0.25 s apart, whole films held out."""
-    if (DATA / "train" / "manifest.json").exists():
-        return
-    films = given or [str(film) for film in media.found(media.FILMS, DATA / "films", "films")]
-    inputs = [word for film in films for word in ("--input", film)]
-    step("prepare", "1. films to shards", "data_prep.video", *inputs, "--output", str(DATA), "--frames", "16",
-         "--height", "32", "--width", "32", "--tiles", "6", "--frame-rate", "4", "--validation-fraction", "0.3",
-         "--seed", "1", "--resume", "--skip-broken")  # fmt: skip
+def result_of(run_dir: Path, held: str) -> Path:
+    """Where a run's evaluation on a set of held-out films is."""
+    return run_dir / f"evaluation-{held.replace(' ', '-')}.json"
 
 
-def clips_of(run_dir: Path) -> tuple[Any, Any]:
-    """Rolled-out clips of a run and the true ones, uint8 arrays [clips, frames, height, width, 3]."""
-    from ebt_megatron.evaluation.clips import first_clips, rolled_out
+def clips_of(run_dir: Path, sets: dict[str, str]) -> tuple[Any, Any, dict[str, Any]]:
+    """Rolled-out clips of a run and the true ones, uint8 arrays [clips, frames, height, width, 3], some of each set.
+
+    And of every set the losses by how many frames ahead, over more clips.
+    """
+    import torch
+
+    from ebt_megatron.evaluation.clips import by_horizon, rolled_out, spread_clips
     from ebt_megatron.session import open_run
 
-    with open_run(run_dir, ["training.validation_samples=100000"]) as run:
-        task: Any = run.task
-        frames = first_clips(run, 100000)
-        moving = frames.diff(dim=1).abs().mean((1, 2)).argsort(descending=True)
-        chosen = frames[moving[:: max(1, len(moving) // (2 * SHOWN))][:SHOWN]]
-        shown = [task.decoder.pictures(clips.unflatten(-1, task.shape)).round().byte().numpy()
-                 for clips in (rolled_out(run, chosen, GIVEN), chosen)]  # fmt: skip
-    return shown[0], shown[1]
+    shown: tuple[list[Any], list[Any]] = [], []
+    ahead = {}
+    for held, shards in sets.items():
+        with open_run(run_dir, [f"data.validation=[{shards}]", "training.validation_samples=1000000"]) as run:
+            task: Any = run.task
+            frames = spread_clips(run, MEASURED)
+            clips = rolled_out(run, frames, GIVEN)
+            ahead[held] = by_horizon(clips, frames, GIVEN)
+            moving = frames.diff(dim=1).abs().mean((1, 2, 3)).argsort(descending=True)
+            chosen = moving[:: max(1, len(moving) // (2 * SHOWN))][:SHOWN]
+            for kept, values in zip(shown, (clips, frames), strict=True):
+                kept.append(task.decoder.pictures(values[chosen]).round().byte())
+    return torch.cat(shown[0]).numpy(), torch.cat(shown[1]).numpy(), ahead
 
 
 def animation(rows: list[Any], scale: int = 3) -> bytes:
@@ -71,65 +83,86 @@ def animation(rows: list[Any], scale: int = 3) -> bytes:
 
 def write_report(runs: Path) -> dict[str, Path]:
     """The report of the evaluated runs in a folder."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    from ebt_megatron.evaluation.figures import EBT_COLOURS, NEUTRAL, RIVAL_COLOURS, figure_of, png_of
+    from ebt_megatron.evaluation.figures import EBT_COLOURS, NEUTRAL, RIVAL_COLOURS, figure_of
     from ebt_megatron.evaluation.page import Page
     from ebt_megatron.evaluation.tables import Table
 
-    results = {name: json.loads((runs / name / "evaluation.json").read_text()) for name in LABELS}
+    sets = held_out()
+    results = {name: {held: json.loads(result_of(runs / name, held).read_text()) for held in sets} for name in LABELS}
     colours = dict(zip(LABELS, (*EBT_COLOURS[:2], RIVAL_COLOURS[0]), strict=True))
-    any_of = results["s1"]
-    repeat = any_of["repeat_last_loss"]
     page = Page("EBT and Transformer++ on film, on this machine")
 
-    figure, axes = figure_of()
-    for name, result in results.items():
-        rows = result["thinking"]
-        axes.plot([r["steps"] for r in rows], [r["loss"] for r in rows], "o-", color=colours[name], label=LABELS[name])
-    axes.axhline(repeat, color=NEUTRAL, ls="--", lw=1, label="the last frame again")
-    axes.set(xlabel="thinking steps", ylabel="validation loss (smooth L1)", title="Next frame: loss against thinking")
-    axes.legend(frameon=False)
-    page.picture("thinking.png", png_of(figure), "Held-out films; loss of normalised latents, all positions of a clip.")
+    rolled = {name: clips_of(runs / name, sets) for name in LABELS}
 
-    figure, axes = figure_of()
-    for name, result in results.items():
-        steps = result["loss_by_position"]["steps"][result["trained_steps"] - 1]
-        axes.plot(range(1, len(steps) + 1), steps, "o-", ms=3, color=colours[name], label=LABELS[name])
-    for simple, style in (("repeat_last", "--"), ("extrapolation", ":")):
-        values = any_of["loss_by_position"][simple]
-        axes.plot(range(1, len(values) + 1), values, color=NEUTRAL, ls=style, label=simple.replace("_", " "))
-    axes.set(xlabel="observed frames", ylabel="validation loss", title="Loss by how many frames were observed")
-    axes.legend(frameon=False, fontsize=8)
-    page.picture("positions.png", png_of(figure), "As trained; beside two predictors that learn nothing.")
-    plt.close("all")
+    def panels(draw: Callable[[Any, str], None], x: str, y: str) -> Figure:
+        """One plot for each set."""
+        figure, axes = figure_of(4.2 * len(sets), len(sets))
+        several = [axes] if len(sets) == 1 else list(axes)
+        for held, plot in zip(sets, several, strict=True):
+            draw(plot, held)
+            plot.set(xlabel=x, title=held)
+        several[0].set_ylabel(y)
+        several[-1].legend(frameon=False, fontsize=8)
+        return figure
 
-    rolled = {name: clips_of(runs / name) for name in LABELS}
+    def curve(plot: Any, values: list[float], name: str) -> None:
+        """Losses 1, 2 ... of a model, or of what learns nothing."""
+        style = {"color": colours[name], "marker": "o", "ms": 3} if name in colours else {"color": NEUTRAL}
+        plot.plot(range(1, len(values) + 1), values, ls=DASHES.get(name, "-"), label=(LABELS | SIMPLE)[name], **style)
+
+    def thinking(plot: Any, held: str) -> None:
+        for name, of_sets in results.items():
+            repeat = of_sets[held]["repeat_last_loss"]
+            curve(plot, [row["loss"] / repeat for row in of_sets[held]["thinking"]], name)
+        plot.axhline(1, color=NEUTRAL, ls="--", lw=1, label=SIMPLE["repeat_last"])
+
+    def positions(plot: Any, held: str) -> None:
+        for name, of_sets in results.items():
+            curve(plot, of_sets[held]["loss_by_position"]["steps"][of_sets[held]["trained_steps"] - 1], name)
+        for simple in SIMPLE:
+            curve(plot, results["s1"][held]["loss_by_position"][simple], simple)
+
+    def horizons(plot: Any, held: str) -> None:
+        for name, (_, _, ahead) in rolled.items():
+            curve(plot, ahead[held]["model"], name)
+        for simple in SIMPLE:
+            curve(plot, rolled["s1"][2][held][simple], simple)
+        plot.set_ylim(0, 3 * max(rolled["s1"][2][held]["repeat_last"]))
+
+    for figure, draw, x, y, caption in (
+        ("thinking", thinking, "thinking steps", "loss / loss of the last frame again",
+         "Smooth L1 of normalised latents, all positions of a clip."),
+        ("positions", positions, "observed frames", "loss", "As trained; beside two predictors that learn nothing."),
+        ("horizons", horizons, "frames ahead", "loss",
+         f"Rolled out: after {GIVEN} frames each is predicted from those predicted before it; {MEASURED} clips."),
+    ):  # fmt: skip
+        page.figure(figure, caption, partial(panels, draw, x, y))
     order = ["the truth", *LABELS.values()]
-    caption = (f"Held-out clips, from above: {', '.join(order)}. {GIVEN} frames are given; under the red line every "
-               "frame is predicted from those predicted before it.")  # fmt: skip
-    page.picture("clips.gif", animation([rolled["s1"][1], *(clips for clips, _ in rolled.values())]), caption)
+    caption = (f"Held-out clips, from above: {', '.join(order)}; {SHOWN} each of {', '.join(sets)}. {GIVEN} frames are "
+               "given; under the red line every frame is predicted from those predicted before it.")  # fmt: skip
+    page.picture("clips.gif", animation([rolled["s1"][1], *(clips for clips, _, _ in rolled.values())]), caption)
 
-    rows = [["model", "thinking steps", "validation loss", "against the last frame", "PSNR, dB"]]
-    for name, result in results.items():
-        for row in result["thinking"]:
-            trained = " (trained)" if row["steps"] == result["trained_steps"] else ""
-            rows.append([LABELS[name], f"{row['steps']}{trained}", f"{row['loss']:.4f}",
-                         f"{100 * (row['loss'] / repeat - 1):+.1f} %", f"{row['psnr']:.2f}"])  # fmt: skip
-    for simple in ("repeat_last", "extrapolation"):
-        loss = any_of[f"{simple}_loss"]
-        rows.append([simple.replace("_", " "), "-", f"{loss:.4f}", f"{100 * (loss / repeat - 1):+.1f} %",
-                     f"{any_of[f'{simple}_psnr']:.2f}"])  # fmt: skip
-    page.table(Table("Held-out films", rows[0], rows[1:]))
+    header = ["model", "thinking steps", "validation loss", "against the last frame", "PSNR, dB"]
+    for held in sets:
+        rows = []
+        any_of = results["s1"][held]
+        repeat = any_of["repeat_last_loss"]
+        for name, of_sets in results.items():
+            for row in of_sets[held]["thinking"]:
+                trained = " (trained)" if row["steps"] == of_sets[held]["trained_steps"] else ""
+                rows.append([LABELS[name], f"{row['steps']}{trained}", f"{row['loss']:.4f}",
+                             f"{100 * (row['loss'] / repeat - 1):+.1f} %", f"{row['psnr']:.2f}"])  # fmt: skip
+        for simple, label in SIMPLE.items():
+            loss = any_of[f"{simple}_loss"]
+            rows.append([label, "-", f"{loss:.4f}", f"{100 * (loss / repeat - 1):+.1f} %",
+                         f"{any_of[f'{simple}_psnr']:.2f}"])  # fmt: skip
+        page.table(Table(f"Held out: {held}", header, rows))
     page.text("How to go on", NEXT_STEPS)
     return page.write(runs / "report")
 
 
 def main(
-    input: list[str] = typer.Option([], help="Films: globs, folders or URLs; default: some that packages bring."),
+    input: list[str] = typer.Option([], help="Films: globs, folders or URLs; default: films and games of packages."),
     override: list[str] = typer.Option([], help="key=value for every recipe, e.g. training.seed=2."),
     runs: Path = typer.Option(RUNS, help="Where the runs go."),
     processes: int = typer.Option(2, help="Ranks: data parallel."),
@@ -140,10 +173,13 @@ def main(
         quiet_libraries()
         step = Steps("make video")
         prepare(step, input)
-        for number, name in enumerate(LABELS, 2):
-            recipe, output = f"recipes/video/quickstart_{name}.yaml", f"training.output_dir={runs / name}"
-            step.train(number, name, recipe, processes, output, *override)
-            step.evaluate(number, name, runs / name)
+        sets = held_out()
+        data = f"data.validation=[{','.join(sets.values())}]"
+        for number, (name, recipe) in enumerate(RECIPES.items(), 2):
+            step.train(number, name, str(recipe), processes, f"training.output_dir={runs / name}", data, *override)
+            for held, shards in sets.items():
+                step.evaluate(number, name, runs / name, f"data.validation=[{shards}]", "--output",
+                              str(result_of(runs / name, held)))  # fmt: skip
         step.done(write_report(runs), NEXT_STEPS)
 
     guarded(work)

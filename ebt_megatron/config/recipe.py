@@ -10,6 +10,7 @@ from ebt_megatron.config.images import ImagesConfig
 from ebt_megatron.config.model import ModelConfig
 from ebt_megatron.config.thinking import ThinkingConfig
 from ebt_megatron.config.training import OptimizerConfig, ParallelConfig, TrainingConfig
+from ebt_megatron.config.video import VideoConfig
 from ebt_megatron.core.errors import RecipeError
 
 
@@ -22,6 +23,7 @@ class Recipe:
     thinking: ThinkingConfig = field(default_factory=ThinkingConfig)
     data: DataConfig = field(default_factory=DataConfig)
     images: ImagesConfig = field(default_factory=ImagesConfig)
+    video: VideoConfig = field(default_factory=VideoConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)

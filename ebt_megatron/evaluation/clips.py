@@ -2,46 +2,67 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from ebt_megatron.data.loader import MicroBatch
 from ebt_megatron.session import TrainedRun
-from ebt_megatron.tasks.interface import Sample
+from ebt_megatron.tasks.video import Video
 
 
 @torch.no_grad()
 def rolled_out(run: TrainedRun, frames: Tensor, given: int, steps: int | None = None) -> Tensor:
-    """Clips [B, S + 1, C] of which the first `given` frames are true, and each later one is predicted.
+    """Clips [B, F, patches, channels] of which the first `given` frames are true, and each later one is predicted.
 
     Args:
         run: of video, on one process.
-        frames: true clips [B, S + 1, C].
+        frames: true clips [B, F, patches, channels].
         given: frames to go on from, at least 1.
         steps: thinking steps of each frame; default: those trained with.
     """
-    steps = steps or run.recipe.thinking.max_steps
+    steps, task = steps or run.recipe.thinking.max_steps, cast(Video, run.task)
     clip = torch.zeros_like(frames)  # what is not there yet is not seen: the model is causal
     clip[:, :given] = frames[:, :given]
     ids = torch.arange(len(frames)) + (1 << 51)  # apart from training's and validation's
-    starts = run.recipe.thinking.initial == "observed" and run.objective.thinks
     for frame in range(given, frames.shape[1]):
-        observed = clip[:, :-1]
-        sample = Sample(observed, clip[:, 1:], ids, start=observed.transpose(0, 1) if starts else None)
         made: list[Tensor] = []
 
         def keep(prediction: Any, made: list[Tensor] = made) -> None:
             made.append(prediction.y)
 
-        run.objective.evaluate(sample, steps, keep)
-        clip[:, frame] = made[-1][frame - 1]
+        run.objective.evaluate(task.sample(MicroBatch(ids, latents=clip), frames.device), steps, keep)
+        clip[:, frame] = task.tokens.join(made[-1].transpose(0, 1))[:, frame - 1]
     return clip
 
 
-def first_clips(run: TrainedRun, count: int) -> Tensor:
-    """Up to `count` clips of the validation data, [B, S + 1, C]."""
+def by_horizon(clips: Tensor, frames: Tensor, given: int) -> dict[str, list[float]]:
+    """Smooth L1 (beta 1) 1, 2 ... frames ahead: of rolled-out clips, of the last given frame and of it extrapolated.
+
+    Args:
+        clips: from `rolled_out`, [B, F, patches, channels].
+        frames: the true ones.
+        given: as there; at least 2.
+    """
+    last, truth = frames[:, given - 1 : given], frames[:, given:]
+    ahead = torch.arange(1, truth.shape[1] + 1, device=frames.device)[:, None, None]
+    predicted = {
+        "model": clips[:, given:],
+        "repeat_last": last.expand_as(truth),
+        "extrapolation": last + ahead * (last - frames[:, given - 2 : given - 1]),
+    }
+    return {
+        name: F.smooth_l1_loss(values, truth, reduction="none").mean((0, 2, 3)).tolist()
+        for name, values in predicted.items()
+    }
+
+
+def spread_clips(run: TrainedRun, count: int) -> Tensor:
+    """Up to `count` clips spread evenly over the validation data, [B, F, patches, channels]."""
     loader = run.data["validation"]
-    latents = loader.read(list(range(min(count, loader.validation_samples)))).latents
+    number = loader.validation_samples
+    latents = loader.read(list(range(0, number, -(-number // count)))).latents
     assert latents is not None
-    return latents.flatten(2)
+    return latents

@@ -48,9 +48,9 @@ def _randn(seed: int) -> Callable[..., Tensor]:
 
 def attention_case(
     op: str, length: int, batch: int, heads: int, groups: int, size: int, tangent: bool, documents: bool = False,
-    seed: int = 0,
+    seed: int = 0, block: int = 1,
 ) -> Case:  # fmt: skip
-    """Random heads for `prediction_attention`, `context_attention` or `full_attention` (groups: the heads)."""
+    """Random heads for `prediction_attention`, `context_attention` or `full_attention`; `block` of the first two."""
     randn, streams = _randn(seed), batch * (2 if tangent else 1)
     segments = None
     if documents:
@@ -58,14 +58,14 @@ def attention_case(
         segments = (torch.rand(batch, length, generator=generator) < 0.2).cumsum(1).int()
     if op == "context_attention":
         args = [randn(length, batch, n, size) for n in (heads, groups, groups)]
-        return Case(op, args, {"segments": segments}, (0, 1, 2), (0, 1, 2))
+        return Case(op, args, {"segments": segments, "block": block}, (0, 1, 2), (0, 1, 2))
     if op == "full_attention":
         mixed = [randn(length, streams, heads * 3 * size), randn(heads * 3 * size)]
         return Case(op, [*mixed, size], {"tangent": tangent}, (0, 1), (0, 1))
     args = [randn(length, streams, n, size) for n in (heads, groups, groups)]
     args += [randn(length, batch, groups, size) for _ in range(2)]
     every = tuple(range(5))
-    return Case(op, args, {"tangent": tangent, "segments": segments}, every, every)
+    return Case(op, args, {"tangent": tangent, "segments": segments, "block": block}, every, every)
 
 
 def cached_case(

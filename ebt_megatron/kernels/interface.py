@@ -97,9 +97,10 @@ class Kernels:
         split_heads: (mixed [S, B*, G*(N/G+2)*H], table [S, H/2, 2], groups, size) -> q [S, B*, N, H],
             k and v [S, B*, G, H]: by group, its queries, its key and its value; queries and keys are rotated by the
             angles whose cosines and sines are in the table, on interleaved pairs.
-        context_attention: (q, k, v, *, segments=None) -> [S, B, N*H]; causal.
-        prediction_attention: (q, k_self, v_self, k, v, *, tangent, segments=None) -> [S, B*, N*H];
-            row t sees context keys s <= t of its document (segments int32 [B, S]) and its own key;
+        context_attention: (q, k, v, *, segments=None, block=1) -> [S, B, N*H]; causal by blocks of neighbouring rows:
+            row t sees keys s < (t // block + 1) block (of its document).
+        prediction_attention: (q, k_self, v_self, k, v, *, tangent, segments=None, block=1) -> [S, B*, N*H];
+            row t sees the context keys that row t of the context sees (segments int32 [B, S]) and its own key;
             k and v carry no tangent.
         full_attention: (mixed [S, B*, N*3*H], bias [N*3*H], size, *, tangent) -> [S, B*, N*H]; bidirectional;
             mixed + bias has, by head of this size, its query, its key and its value.

@@ -85,30 +85,40 @@ def _hidden(o: Tensor) -> Tensor:
     return o.permute(2, 0, 1, 3).flatten(2)
 
 
-def _mask(length: int, segments: Tensor | None, like: Tensor) -> Tensor:
+def _mask(length: int, segments: Tensor | None, block: int, like: Tensor) -> Tensor:
     """0 where context key s may be seen from row t, else -inf; [S, S] or [B, 1, S, S]."""
-    mask = torch.full((length, length), -math.inf, dtype=like.dtype, device=like.device).triu(1)
+    number = torch.arange(length, device=like.device) // block
+    mask = torch.zeros(length, length, dtype=like.dtype, device=like.device)
+    mask.masked_fill_(number > number[:, None], -math.inf)
     if segments is None:
         return mask
     other = segments[:, :, None] != segments[:, None, :]
     return torch.where(other[:, None], -math.inf, mask)
 
 
-def context_attention(q: Tensor, k: Tensor, v: Tensor, *, segments: Tensor | None = None) -> Tensor:
-    """Causal attention; q [S, B, N, H], k and v [S, B, G, H] -> [S, B, N*H]."""
+def context_attention(q: Tensor, k: Tensor, v: Tensor, *, segments: Tensor | None = None, block: int = 1) -> Tensor:
+    """Causal attention, by blocks; q [S, B, N, H], k and v [S, B, G, H] -> [S, B, N*H]."""
     heads = q.shape[2]
     k, v = _heads_first(k, heads), _heads_first(v, heads)
-    scores = _heads_first(q, heads) @ k.mT / math.sqrt(q.shape[-1]) + _mask(len(q), segments, q)
+    scores = _heads_first(q, heads) @ k.mT / math.sqrt(q.shape[-1]) + _mask(len(q), segments, block, q)
     return _hidden(scores.softmax(-1) @ v)
 
 
 def prediction_attention(
-    q: Tensor, k_self: Tensor, v_self: Tensor, k: Tensor, v: Tensor, *, tangent: bool, segments: Tensor | None = None
+    q: Tensor,
+    k_self: Tensor,
+    v_self: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    tangent: bool,
+    segments: Tensor | None = None,
+    block: int = 1,
 ) -> Tensor:
-    """Row t attends to context keys s <= t (of its document) and to its own key."""
+    """Row t attends to the context keys of its block and of those before it (of its document), and to its own key."""
     heads = q.shape[2]
     keys, values = _heads_first(k, heads), _heads_first(v, heads)
-    mask = _mask(len(q), segments, q)
+    mask = _mask(len(q), segments, block, q)
 
     def value(q: Tensor, k_self: Tensor, v_self: Tensor) -> Tensor:
         q, k_self, v_self = (_heads_first(t, heads) for t in (q, k_self, v_self))

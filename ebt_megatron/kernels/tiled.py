@@ -1,7 +1,8 @@
 """The `torch` backend: tiled torch code, with backward passes written by hand.
 
 Memory is linear in the sequence length. Attention goes through blocks of queries and,
-causally, only the keys before each block's end.
+causally, only the keys before each block's end. `causal` is 0 where every row sees every key, else the number of
+neighbouring rows that see each other.
 
 Attention with tangents. With scores s, their tangents s', p = softmax(s), mu = <p, s'>:
 
@@ -52,11 +53,16 @@ def _from_heads(x: Tensor, batch: int, groups: int) -> Tensor:
     return x.permute(2, 0, 1, 3)
 
 
-def _blocks(queries: int, keys: int, rows: int, causal: bool) -> list[tuple[slice, slice, int]]:
+def _query_block(causal: int) -> int:
+    """Queries of a block: whole groups of rows that see each other."""
+    return max(causal, _QUERY_BLOCK // causal * causal) if causal else _QUERY_BLOCK
+
+
+def _blocks(queries: int, keys: int, rows: int, causal: int) -> list[tuple[slice, slice, int]]:
     """(rows of B * N, queries, end of visible keys) of each block."""
-    out = []
-    for begin in range(0, queries, _QUERY_BLOCK):
-        end = min(begin + _QUERY_BLOCK, queries)
+    out, size = [], _query_block(causal)
+    for begin in range(0, queries, size):
+        end = min(begin + size, queries)
         visible = end if causal else keys
         step = max(1, _SCORES // ((end - begin) * visible))
         out += [(slice(r, min(r + step, rows)), slice(begin, end), visible) for r in range(0, rows, step)]
@@ -72,9 +78,12 @@ def _hide(scores: Tensor, block: slice, visible: int, future: Tensor | None, seg
         scores.masked_fill_(segments[r, block, None] != segments[r, None, :visible], -math.inf)
 
 
-def _future(like: Tensor, causal: bool) -> Tensor | None:
-    """-inf where a key comes after its query, to be added to the scores of a block with itself."""
-    return like.new_full((_QUERY_BLOCK, _QUERY_BLOCK), -math.inf).triu(1) if causal else None
+def _future(like: Tensor, causal: int) -> Tensor | None:
+    """-inf where a key comes after what its query sees, to be added to the scores of a block with itself."""
+    if not causal:
+        return None
+    number = torch.arange(_query_block(causal), device=like.device) // causal
+    return like.new_zeros(len(number), len(number)).masked_fill_(number > number[:, None], -math.inf)
 
 
 def _halves(x: Tensor | None, stacked: bool) -> tuple[Any, ...]:
@@ -237,10 +246,10 @@ def _repeat_segments(segments: Tensor | None, heads: int) -> Tensor | None:
     return None if segments is None else segments.repeat_interleave(heads, 0)
 
 
-def context_attention(q: Tensor, k: Tensor, v: Tensor, *, segments: Tensor | None = None) -> Tensor:
+def context_attention(q: Tensor, k: Tensor, v: Tensor, *, segments: Tensor | None = None, block: int = 1) -> Tensor:
     """See `Kernels.context_attention`."""
     heads, dtype = q.shape[2], q.dtype
-    if segments is None:
+    if segments is None and block == 1:
         repeat = heads // k.shape[2]
         q, k, v = (t.permute(1, 2, 0, 3) for t in (q, k, v))
         if repeat > 1:
@@ -248,7 +257,7 @@ def context_attention(q: Tensor, k: Tensor, v: Tensor, *, segments: Tensor | Non
         return F.scaled_dot_product_attention(q, k, v, is_causal=True).permute(2, 0, 1, 3).flatten(2)
     batch = q.shape[1]
     q, k, v = (_Layout.apply(t, heads) for t in wide(q, k, v))
-    o = _Attention.apply(q, None, None, k, v, False, True, _repeat_segments(segments, heads))
+    o = _Attention.apply(q, None, None, k, v, False, block, _repeat_segments(segments, heads))
     return _from_heads(o, batch, heads).flatten(2).to(dtype)
 
 
@@ -261,12 +270,13 @@ def prediction_attention(
     *,
     tangent: bool,
     segments: Tensor | None = None,
+    block: int = 1,
 ) -> Tensor:
     """See `Kernels.prediction_attention`."""
     heads, dtype, batch = q.shape[2], q.dtype, q.shape[1]
     segments = _repeat_segments(segments, heads)
     q, k_self, v_self, k, v = (_Layout.apply(t, heads) for t in wide(q, k_self, v_self, k, v))
-    o = _Attention.apply(q, k_self, v_self, k, v, tangent, True, segments)
+    o = _Attention.apply(q, k_self, v_self, k, v, tangent, block, segments)
     return _from_heads(o, batch, heads).flatten(2).to(dtype)
 
 

@@ -4,7 +4,8 @@ The formulas are those of `ebt_megatron.kernels.tiled`. A program takes a block 
 (forward, `_queries_backward`) or of keys (`_keys_backward`), so that nothing is added up
 with atomics. Value and tangent queries of a block share the loads of keys and values.
 Products accumulate in fp32; fp32 inputs multiply in full fp32. Blocks of scores that are seen
-whole are not masked; exponentials are of base 2, as the hardware's.
+whole are not masked; exponentials are of base 2, as the hardware's. CAUSAL is 0 where every row
+sees every key, else the number of neighbouring rows that see each other.
 """
 
 from __future__ import annotations
@@ -60,7 +61,7 @@ def _hide(
     """`hidden` in place of scores that queries [rows] do not see; SEG points at the sample's document numbers."""
     seen = _of_columns(columns < S, KEYS_FIRST)
     if CAUSAL:
-        seen = seen & (_of_columns(columns, KEYS_FIRST) <= _of_rows(rows, KEYS_FIRST))
+        seen = seen & (_of_columns(columns // CAUSAL, KEYS_FIRST) <= _of_rows(rows // CAUSAL, KEYS_FIRST))
     if SEGMENTS:
         of_rows = tl.load(SEG + rows, mask=rows < S, other=-1)
         of_columns = tl.load(SEG + columns, mask=columns < S, other=-2)
@@ -74,8 +75,8 @@ def _range(block, S, CAUSAL: tl.constexpr, SEGMENTS: tl.constexpr, BM: tl.conste
     end = S
     whole = S // BN * BN
     if CAUSAL:
-        end = tl.minimum(S, (block + 1) * BM)
-        whole = block * BM // BN * BN
+        end = tl.minimum(S, tl.cdiv((block + 1) * BM, CAUSAL) * CAUSAL)
+        whole = tl.minimum(S, (block * BM // CAUSAL + 1) * CAUSAL) // BN * BN
     if SEGMENTS:
         whole = 0
     return whole, end
@@ -373,8 +374,8 @@ def _keys_backward(
         vt = _load(V + (b + B) * vb + g * vn, columns, vs, S, H, BH)
     begin, whole = 0, 0  # queries from `whole` on see all of these keys
     if CAUSAL:
-        begin = block * BN // BM * BM
-        whole = tl.minimum(tl.cdiv((block + 1) * BN, BM) * BM, S)
+        begin = block * BN // CAUSAL * CAUSAL // BM * BM
+        whole = tl.minimum(tl.cdiv(((block + 1) * BN - 1) // CAUSAL * CAUSAL, BM) * BM, S)
     if SEGMENTS:
         whole = S
     SEG += b * S
@@ -460,7 +461,7 @@ class _Attention(torch.autograd.Function):
     """See `ebt_megatron.kernels.tiled`; without k_self and v_self, keys carry tangents too."""
 
     @staticmethod
-    def forward(ctx: Any, q, k_self, v_self, k, v, segments, tangent: bool, causal: bool):
+    def forward(ctx: Any, q, k_self, v_self, k, v, segments, tangent: bool, causal: int):
         q, k, v = _unit(q), _unit(k), _unit(v)
         own = k_self is not None
         k_self, v_self = (_unit(k_self), _unit(v_self)) if own else (k, v)
@@ -512,10 +513,10 @@ class _Attention(torch.autograd.Function):
 
 def prediction_attention(
     q: Tensor, k_self: Tensor, v_self: Tensor, k: Tensor, v: Tensor, *, tangent: bool,
-    segments: Tensor | None = None,
+    segments: Tensor | None = None, block: int = 1,
 ) -> Tensor:  # fmt: skip
     """See `Kernels.prediction_attention`."""
-    return _Attention.apply(q, k_self, v_self, k, v, segments, tangent, True).flatten(2)
+    return _Attention.apply(q, k_self, v_self, k, v, segments, tangent, block).flatten(2)
 
 
 def full_attention(mixed: Tensor, bias: Tensor, size: int, *, tangent: bool) -> Tensor:
@@ -523,13 +524,13 @@ def full_attention(mixed: Tensor, bias: Tensor, size: int, *, tangent: bool) -> 
     value, *directions = mixed.chunk(2, 1) if tangent else (mixed,)
     whole = torch.cat([value + bias, *directions], 1) if tangent else value + bias
     q, k, v = whole.unflatten(-1, (-1, 3, size)).unbind(-2)
-    return _Attention.apply(q, None, None, k, v, None, tangent, False).flatten(2)
+    return _Attention.apply(q, None, None, k, v, None, tangent, 0).flatten(2)
 
 
-def context_attention(q: Tensor, k: Tensor, v: Tensor, *, segments: Tensor | None = None) -> Tensor:
-    """See `Kernels.context_attention`: flash-attn or SDPA without documents, our kernel with them."""
-    if segments is not None:
-        return _Attention.apply(q, None, None, k, v, segments, False, True).flatten(2)
+def context_attention(q: Tensor, k: Tensor, v: Tensor, *, segments: Tensor | None = None, block: int = 1) -> Tensor:
+    """See `Kernels.context_attention`: flash-attn or SDPA if plainly causal, else our kernel."""
+    if segments is not None or block > 1:
+        return _Attention.apply(q, None, None, k, v, segments, False, block).flatten(2)
     try:
         from flash_attn import flash_attn_func
     except ImportError:

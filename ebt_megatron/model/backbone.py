@@ -58,19 +58,26 @@ class Backbone(LayerStage):
     Args:
         config, recipe, pre_process, post_process: as `LayerStage`.
         kernels: how the hot operations run.
+        block: neighbouring positions that see each other, e.g. the tokens of a frame.
     """
 
     def __init__(
-        self, config: TransformerConfig, recipe: Recipe, kernels: Kernels, pre_process: bool, post_process: bool
+        self,
+        config: TransformerConfig,
+        recipe: Recipe,
+        kernels: Kernels,
+        pre_process: bool,
+        post_process: bool,
+        block: int = 1,
     ):
         super().__init__(config, recipe, pre_process, post_process)
-        self.recipe, self.kernels = recipe, kernels
+        self.recipe, self.kernels, self.block = recipe, kernels, block
 
     def add_layers(self) -> None:
         """Build layers and norm; after what comes before them, as checkpoints hold parameters in this order."""
         config, recipe, kernels = self.config, self.recipe, self.kernels
         assert config.kv_channels
-        spec = layer_spec(recipe.model, kernels, fp8=recipe.training.precision == "fp8")
+        spec = layer_spec(recipe.model, kernels, recipe.training.precision == "fp8", self.block)
         self.layers = layers_of_stage(config, lambda: build_module(spec, config))
         if self.post_process:
             self.final_norm = RMSNorm(config, kernels)

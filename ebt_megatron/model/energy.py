@@ -1,8 +1,8 @@
 """The Energy-Based Transformer over sequences: E(context, prediction), one energy per position.
 
-The prediction at position t reads context positions <= t and itself, never another
-prediction, so E = sum_t E_t where E_t depends on prediction t alone, and the context
-stream never depends on any prediction.
+The prediction at position t reads context positions <= t (up to the end of t's block, where positions come in
+blocks) and itself, never another prediction, so E = sum_t E_t where E_t depends on prediction t alone, and the
+context stream never depends on any prediction.
 """
 
 from __future__ import annotations
@@ -44,6 +44,7 @@ class EnergyTransformer(Landscapes, Backbone):
         modality: the embeddings of context and prediction; used on the first stage only.
         pre_process: this is the first stage (embeddings, the step size).
         post_process: this is the last stage (final norm, energy head).
+        block: positions of the context that see each other; a prediction is for the position one block later.
     """
 
     separable = True
@@ -57,8 +58,9 @@ class EnergyTransformer(Landscapes, Backbone):
         modality: nn.Module | None,
         pre_process: bool = True,
         post_process: bool = True,
+        block: int = 1,
     ):
-        super().__init__(config, recipe, kernels, pre_process, post_process)
+        super().__init__(config, recipe, kernels, pre_process, post_process, block)
         model, thinking = recipe.model, recipe.thinking
         self.conditioning, self.energy_head = model.conditioning, model.energy_head
         self.num_landscapes = thinking.max_steps
@@ -150,7 +152,7 @@ class EnergyTransformer(Landscapes, Backbone):
                 h = torch.cat([value + mark, direction], 1)
             else:
                 h = h + mark
-        rotations = self.rotary.table(length, 1, h)
+        rotations = self.rotary.table(length, self.block, h)
         for layer, key_value in zip(self.layers, key_values, strict=True):
             assert isinstance(layer, TransformerLayer)
             h = self.maybe_recomputed(layer.predict, h, key_value, rotations, tangent=tangent, condition=condition,

@@ -78,16 +78,17 @@ class Cost:
         return 6 * steps * (self.layers + context + self.vocabulary)
 
 
-def cost(recipe: Recipe, vocab_size: int) -> Cost:
+def cost(recipe: Recipe, vocab_size: int, block: int = 1) -> Cost:
     """FLOPs of the recipe's parts for one sample.
 
     Args:
         recipe: a resolved recipe.
         vocab_size: 0 for modalities without a vocabulary.
+        block: positions for each one of data.sequence_length; they see each other.
     """
-    length = recipe.data.sequence_length
+    length = block * recipe.data.sequence_length
     assert recipe.model.hidden_size
-    visible = (length + 1) / 2
+    visible = (length + block) / 2
     return Cost(length * position_flops(recipe, visible), 2 * length * recipe.model.hidden_size * vocab_size)
 
 

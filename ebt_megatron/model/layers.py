@@ -3,7 +3,8 @@
 One set of weights serves three streams, all sequence-first [S, B, D]:
 
 - the *context* stream, plain causal attention (it is also the whole of Transformer++);
-- the *prediction* stream, where position t attends to context positions <= t and to itself;
+- the *prediction* stream, where position t attends to context positions <= t and to itself, or, where
+  `block` positions of a context see each other, to all up to the last of t's block, and to itself;
 - the *tangent* stream, the derivative of the prediction stream along a direction. It runs
   stacked behind the prediction stream along the batch ([S, 2B, D]), so that each linear
   layer sees both at once.
@@ -37,13 +38,13 @@ class LayerSubmodules:
     row_linear: ModuleSpec
 
 
-def layer_spec(model: ModelConfig, kernels: Kernels, fp8: bool) -> ModuleSpec:
-    """The layer with megatron-core's own parallel linear layers, or with theirs in fp8."""
+def layer_spec(model: ModelConfig, kernels: Kernels, fp8: bool, block: int) -> ModuleSpec:
+    """The layer with megatron-core's own parallel linear layers, or with theirs in fp8; `block` as TransformerLayer."""
     if fp8:
         linears = [ModuleSpec(m, params={"kernels": kernels}) for m in (Fp8ColumnParallelLinear, Fp8RowParallelLinear)]
     else:
         linears = [ModuleSpec(m) for m in (ColumnParallelLinear, RowParallelLinear)]
-    return ModuleSpec(TransformerLayer, {"model": model, "kernels": kernels}, LayerSubmodules(*linears))
+    return ModuleSpec(TransformerLayer, {"model": model, "kernels": kernels, "block": block}, LayerSubmodules(*linears))
 
 
 class Rotary:
@@ -122,15 +123,30 @@ def gated(x: Tensor, gate: Tensor | None, tangent: bool) -> Tensor:
 
 
 class TransformerLayer(MegatronModule):
-    """RMSNorm, attention with rotary positions, RMSNorm, SwiGLU; no bias, no dropout."""
+    """RMSNorm, attention with rotary positions, RMSNorm, SwiGLU; no bias, no dropout.
 
-    def __init__(self, config: TransformerConfig, submodules: LayerSubmodules, model: ModelConfig, kernels: Kernels):
+    Args:
+        config: Megatron's.
+        submodules: its linear layers.
+        model: the recipe's part.
+        kernels: how the hot operations run.
+        block: neighbouring positions that see each other; attention is causal from block to block.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        submodules: LayerSubmodules,
+        model: ModelConfig,
+        kernels: Kernels,
+        block: int = 1,
+    ):
         super().__init__(config)
         assert config.num_query_groups and config.ffn_hidden_size and config.kv_channels
         tensor = config.tensor_model_parallel_size
         width, head = config.hidden_size, config.kv_channels
         heads, groups, ffn = config.num_attention_heads, config.num_query_groups, config.ffn_hidden_size
-        self.kernels, self.head_size = kernels, head
+        self.kernels, self.head_size, self.block = kernels, head, block
         self.local_groups = groups // tensor
         self.ffn_block = ffn // heads  # gate and up rows alternate in blocks: whole blocks on each rank
 
@@ -215,7 +231,7 @@ class TransformerLayer(MegatronModule):
 
         def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             key_value[:] = k, v
-            return self.kernels.context_attention(q, k, v, segments=segments)
+            return self.kernels.context_attention(q, k, v, segments=segments, block=self.block)
 
         h = self.stream(h, rotations, attend, condition=condition)
         return h, key_value[0], key_value[1]
@@ -236,7 +252,7 @@ class TransformerLayer(MegatronModule):
         Args:
             h, tangent, condition, tape: as in `stream`.
             key_value: the context stream's keys and values at this layer.
-            rotations: of positions 1 .. S: a prediction stands one after its last context position.
+            rotations: of positions block .. S + block - 1: a prediction stands one block after its context position.
             segments: as in `context`.
 
         Returns:
@@ -244,6 +260,7 @@ class TransformerLayer(MegatronModule):
         """
 
         def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            return self.kernels.prediction_attention(q, k, v, *key_value, tangent=tangent, segments=segments)
+            return self.kernels.prediction_attention(q, k, v, *key_value, tangent=tangent, segments=segments,
+                                                     block=self.block)  # fmt: skip
 
         return self.stream(h, rotations, attend, tangent=tangent, condition=condition, tape=tape)

@@ -21,7 +21,7 @@ class TransformerLM(Scheduled, Backbone):
     """One pipeline stage of Transformer++.
 
     Args:
-        config, recipe, kernels, pre_process, post_process: as EnergyTransformer.
+        config, recipe, kernels, pre_process, post_process, block: as EnergyTransformer.
         embedding: observed samples -> hidden states (first stage); e.g. TokenEmbedding.
         output: hidden states -> loss per position (last stage); e.g. TextOutput.
     """
@@ -35,8 +35,9 @@ class TransformerLM(Scheduled, Backbone):
         output: nn.Module | None,
         pre_process: bool = True,
         post_process: bool = True,
+        block: int = 1,
     ):
-        super().__init__(config, recipe, kernels, pre_process, post_process)
+        super().__init__(config, recipe, kernels, pre_process, post_process, block)
         self.embedding, self.output = embedding, output
         self.add_layers()
 
@@ -52,8 +53,13 @@ class TransformerLM(Scheduled, Backbone):
         h = self.stream(h, rotations, attend)
         return self.final_norm(h) if self.post_process else h
 
-    def forward(self, observed: Tensor, targets: Tensor, segments: Tensor | None = None) -> Tensor:
-        """Observed samples [B, S, ...] -> per-position loss [S, B] (last stage) or hidden states."""
+    def forward(
+        self, observed: Tensor, targets: Tensor, segments: Tensor | None = None, start: Tensor | None = None
+    ) -> Tensor:
+        """Observed samples [B, S, ...] -> per-position loss [S, B] (last stage) or hidden states.
+
+        `start` is what the output is a change of, where it is one.
+        """
         if self.pre_process:
             assert self.embedding is not None
             h = self.embedding(observed)
@@ -64,4 +70,4 @@ class TransformerLM(Scheduled, Backbone):
         if not self.post_process:
             return h
         assert self.output is not None
-        return self.output(h, targets)
+        return self.output(h, targets) if start is None else self.output(h, targets, start)

@@ -32,22 +32,30 @@ class LinearMap(MegatronModule):
 
 
 class LatentEmbedding(LinearMap):
-    """Latents [B, S, C] -> hidden [S(/TP), B, D], by one linear map with a bias."""
+    """Latents [B, S, C] -> hidden [S(/TP), B, D], by one linear map with a bias.
 
-    def __init__(self, config: TransformerConfig, channels: int):
+    Args:
+        config: Megatron's.
+        channels: C.
+        places: [S, D] added to what the map gives, which say where in its frame each token is; None: nothing is.
+    """
+
+    def __init__(self, config: TransformerConfig, channels: int, places: Tensor | None = None):
         super().__init__(config, config.hidden_size, channels)
+        self.places = places
 
     def forward(self, latents: Tensor) -> Tensor:
         """Latents [B, S, C] -> hidden [S(/TP), B, D]."""
         own = self.group.own_positions(latents.transpose(0, 1)).to(self.weight.dtype)
-        return F.linear(own, self.weight, self.bias)
+        x = F.linear(own, self.weight, self.bias)
+        return x if self.places is None else x + self.group.own_positions(self.places)[:, None].to(x)
 
 
 class LatentEmbeddings(LatentEmbedding):
     """The EBT's view of frames, `Embeddings`: one map for observed and predicted alike, as in the paper."""
 
-    def __init__(self, config: TransformerConfig, channels: int, kernels: Kernels):
-        super().__init__(config, channels)
+    def __init__(self, config: TransformerConfig, channels: int, kernels: Kernels, places: Tensor | None = None):
+        super().__init__(config, channels, places)
         self.kernels = kernels
 
     def context(self, observed: Tensor) -> Tensor:
@@ -58,7 +66,8 @@ class LatentEmbeddings(LatentEmbedding):
         self, targets: Tensor, sample_ids: Tensor, thinking: ThinkingConfig, seed: int, start: Tensor | None = None
     ) -> LatentPrediction:
         """See `Embeddings`; `start` is whole, without NaN."""
-        embed = LatentMap(self.weight, self.bias, self.group)
+        places = None if self.places is None else self.places.to(self.weight.device)
+        embed = LatentMap(self.weight, self.bias, self.group, places)
         return LatentPrediction(self.kernels, embed, targets, sample_ids, thinking, seed, start)
 
 
@@ -74,14 +83,21 @@ class LatentOutput(LinearMap):
     def __init__(self, config: TransformerConfig, channels: int):
         super().__init__(config, channels, config.hidden_size)
 
-    def predicted(self, h: Tensor) -> Tensor:
-        """Hidden [S(/TP), B, D] -> latents of this rank's positions [S(/TP), B, C]."""
+    def predicted(self, h: Tensor, start: Tensor | None) -> Tensor:
+        """Hidden [S(/TP), B, D] -> latents of this rank's positions [S(/TP), B, C], as changes of `start` if given."""
         predicted = F.linear(h, self.weight, self.bias)
-        return predicted.to(torch.promote_types(predicted.dtype, torch.float32))
+        predicted = predicted.to(torch.promote_types(predicted.dtype, torch.float32))
+        return predicted if start is None else self.group.own_positions(start).to(predicted.dtype) + predicted
 
-    def forward(self, h: Tensor, targets: Tensor) -> Tensor:
-        """Smooth L1 (beta 1, the mean over C) [S, B] of targets [B, S, C]."""
-        predicted = self.predicted(h)
+    def forward(self, h: Tensor, targets: Tensor, start: Tensor | None = None) -> Tensor:
+        """Smooth L1 (beta 1, the mean over C) [S, B] of targets [B, S, C].
+
+        Args:
+            h: [S(/TP), B, D].
+            targets: [B, S, C].
+            start: [S, B, C] that the output is a change of; None: the output is the latents.
+        """
+        predicted = self.predicted(h, start)
         if not torch.is_grad_enabled():
             self.y = self.group.from_hidden(predicted)
         target = self.group.own_positions(targets.transpose(0, 1)).to(predicted.dtype)

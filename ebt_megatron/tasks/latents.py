@@ -1,8 +1,11 @@
-"""What the tasks over latents share: what they refuse, and their decoder."""
+"""What the tasks over latents share: what they refuse, and what their encoder and decoder are."""
 
 from __future__ import annotations
 
+from typing import Any
+
 from ebt_megatron.config import Recipe, RecipeError
+from ebt_megatron.core.errors import DataError
 from ebt_megatron.data.decoder import Decoder
 from ebt_megatron.data.description import Description
 
@@ -22,6 +25,25 @@ def check_latents(recipe: Recipe) -> None:
     ):
         if given:
             raise RecipeError(f"{key} is about text, data.modality is {modality}: set {key.split('=')[0]}={fix}")
+
+
+def encoder_of(source: Description) -> dict[str, Any]:
+    """What the manifest of `source` says of the encoder of its frames.
+
+    Raises:
+        DataError: where it does not say what made the latents, of which size, and what they were normalised by, or
+            samples have another number of patches.
+    """
+    encoder, shape = source.manifest.encoder, source.manifest.shape
+    missing = [key for key in ("sha256", "height", "width", "patch", "mean", "std") if key not in encoder]
+    if missing:
+        raise DataError(f"{source.folder}/manifest.json does not say {', '.join(missing)} of its encoder: prepare the "
+                        "data again")  # fmt: skip
+    rows, columns = (encoder[side] // encoder["patch"] for side in ("height", "width"))
+    if rows * columns != shape[-2]:
+        raise DataError(f"{source.folder} has samples of {shape[-2]} patches, and its encoder makes {rows} x {columns} "
+                        "of a frame: prepare the data again")  # fmt: skip
+    return encoder
 
 
 def decoder_of(source: Description) -> Decoder | None:

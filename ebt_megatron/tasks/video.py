@@ -1,4 +1,4 @@
-"""Video: the next frame's latents at every frame of a clip, one token a frame."""
+"""Video: the next frame's latents at every frame of a clip, one token a frame or k x k of them."""
 
 from __future__ import annotations
 
@@ -10,74 +10,97 @@ import torch.nn.functional as F
 from megatron.core.transformer import TransformerConfig
 from torch import Tensor
 
-from ebt_megatron.config import Recipe
+from ebt_megatron.config import Recipe, RecipeError
 from ebt_megatron.data.decoder import Decoder, psnr
 from ebt_megatron.data.description import Description
 from ebt_megatron.data.loader import MicroBatch
 from ebt_megatron.kernels import Kernels
+from ebt_megatron.model.condition import positions_2d
 from ebt_megatron.model.energy import EnergyTransformer
 from ebt_megatron.model.flops import Cost, cost
 from ebt_megatron.model.transformer import TransformerLM
+from ebt_megatron.tasks.frames import FrameTokens
 from ebt_megatron.tasks.interface import Sample
 from ebt_megatron.tasks.latent_model import LatentEmbedding, LatentEmbeddings, LatentOutput
-from ebt_megatron.tasks.latents import check_latents, decoder_of
+from ebt_megatron.tasks.latents import check_latents, decoder_of, encoder_of
 from ebt_megatron.thinking.dual_stream import Thinker
 
 
 class Video:
-    """Next-frame prediction, a `Task`: a token is a frame, all of its patches' channels one after another.
+    """Next-frame prediction, a `Task`.
+
+    Each token of a frame reads all tokens of the frames observed so far and predicts the token of its place in the next
+    frame. Predicted tokens do not see each other, so that the energy of a frame is the sum of its tokens' own.
 
     Args:
         recipe: the run.
-        shape: [patches, channels] of a frame.
+        tokens: of a frame.
         encoder: the SHA-256 of what made the latents.
         decoder: what shows them, or None.
 
     Raises:
-        RecipeError: for settings that are made for logits.
+        RecipeError: for settings that are made for logits, or for one token a frame.
     """
 
     kind = "video"
 
-    def __init__(self, recipe: Recipe, shape: list[int], encoder: str = "", decoder: Decoder | None = None):
+    def __init__(self, recipe: Recipe, tokens: FrameTokens, encoder: str = "", decoder: Decoder | None = None):
         check_latents(recipe)
-        self.recipe, self.shape, self.decoder = recipe, list(shape), decoder
-        self.length, self.channels = recipe.data.sequence_length, shape[0] * shape[1]
-        self.identity = {"encoder": encoder, "frame": self.shape}
+        if tokens.count > 1 and recipe.model.conditioning == "time_embed_sequence":
+            raise RecipeError("model.conditioning=time_embed_sequence puts a token before the frames, and is for one "
+                              "token a frame: set video.tokens_per_side=1, or another conditioning")  # fmt: skip
+        self.recipe, self.tokens, self.decoder = recipe, tokens, decoder
+        self.length = recipe.data.sequence_length * tokens.count
+        self.identity: dict[str, Any] = {"encoder": encoder, "frame": [tokens.rows * tokens.columns, tokens.channels]}
+        if tokens.count > 1:
+            self.identity["video.tokens_per_side"] = tokens.side
+        thinks = recipe.model.architecture == "ebt"
+        change = recipe.thinking.initial == "observed" if thinks else recipe.video.predicts == "change"
+        self.from_last = change  # predictions go out from the last frame that is observed
+        if change and not thinks:
+            self.identity["video.predicts"] = "change"
 
     @classmethod
     def from_data(cls, recipe: Recipe, source: Description) -> Video:
         """See `Task`."""
-        manifest = source.manifest
-        return cls(recipe, manifest.shape[1:], manifest.encoder["sha256"], decoder_of(source))
+        encoder, (_, _, channels) = encoder_of(source), source.manifest.shape
+        rows, columns = (encoder[side] // encoder["patch"] for side in ("height", "width"))
+        tokens = FrameTokens(rows, columns, channels, recipe.video.tokens_per_side)
+        return cls(recipe, tokens, encoder["sha256"], decoder_of(source))
 
     def sample(self, batch: MicroBatch, device: torch.device) -> Sample:
         """Every frame but the last is observed, and every one but the first is to be predicted."""
         assert batch.latents is not None
-        frames = batch.latents.flatten(2).to(device)
-        observed, targets = frames[:, :-1], frames[:, 1:]
-        last = self.recipe.thinking.initial == "observed" and self.recipe.model.architecture == "ebt"
-        start = observed.transpose(0, 1) if last else None
+        tokens = self.tokens.split(batch.latents.to(device))
+        observed, targets = tokens[:, : self.length], tokens[:, self.tokens.count :]
+        start = observed.transpose(0, 1) if self.from_last else None
         return Sample(observed, targets, batch.sample_ids.to(device), start=start)
+
+    def _places(self, width: int) -> Tensor | None:
+        """Where in its frame each token is, [S, D]; None where a frame is one."""
+        if self.tokens.count == 1:
+            return None
+        return positions_2d(self.tokens.side, self.tokens.side, width).repeat(self.recipe.data.sequence_length, 1)
 
     def energy_model(self, config: TransformerConfig, kernels: Kernels, first: bool, last: bool) -> EnergyTransformer:
         """See `Task`."""
-        embeddings = LatentEmbeddings(config, self.channels, kernels) if first else None
-        return EnergyTransformer(config, self.recipe, kernels, embeddings, first, last)
+        places = self._places(config.hidden_size)
+        embeddings = LatentEmbeddings(config, self.tokens.size, kernels, places) if first else None
+        return EnergyTransformer(config, self.recipe, kernels, embeddings, first, last, self.tokens.count)
 
     def feed_forward_model(self, config: TransformerConfig, kernels: Kernels, first: bool, last: bool) -> TransformerLM:
         """See `Task`: Transformer++ with a linear output and the same loss."""
-        embedding = LatentEmbedding(config, self.channels) if first else None
-        output = LatentOutput(config, self.channels) if last else None
-        return TransformerLM(config, self.recipe, kernels, embedding, output, first, last)
+        embedding = LatentEmbedding(config, self.tokens.size, self._places(config.hidden_size)) if first else None
+        output = LatentOutput(config, self.tokens.size) if last else None
+        return TransformerLM(config, self.recipe, kernels, embedding, output, first, last, self.tokens.count)
 
     def cost(self) -> Cost:
-        """See `Task`; what is a product with the vocabulary for text is one with the channels of a frame."""
-        return cost(self.recipe, self.channels)
+        """See `Task`; what is a product with the vocabulary for text is one with the channels of a token."""
+        return cost(self.recipe, self.tokens.size, self.tokens.count)
 
     def meter(self, steps: int, device: torch.device) -> VideoMeter:
         """See `Task`."""
-        return VideoMeter(steps, self.length, self.shape, self.decoder, device)
+        return VideoMeter(steps, self.recipe.data.sequence_length, self.tokens, self.decoder, device)
 
     def describe(self, loss: float) -> dict[str, float]:
         """A smooth L1 loss is what it is."""
@@ -88,7 +111,7 @@ class Video:
 
 
 def extrapolated(observed: Tensor) -> Tensor:
-    """The next frames [B, S, C] if each went on as from the frame before it; the first is repeated."""
+    """The next frames [B, F, ...] if each went on as from the frame before it; the first is repeated."""
     before = torch.cat([observed[:, :1], observed[:, :-1]], 1)
     return 2 * observed - before
 
@@ -100,40 +123,38 @@ class VideoMeter:
 
     Args:
         steps: n.
-        length: S.
-        shape: [patches, channels] of a frame.
+        length: F, the frames predicted.
+        tokens: of a frame.
         decoder: what shows frames, or None.
         device: of the sums.
     """
 
     SIMPLE = ("repeat_last", "extrapolation")
 
-    def __init__(self, steps: int, length: int, shape: list[int], decoder: Decoder | None, device: torch.device):
-        self.shape, self.decoder = shape, decoder
-        # Of each predictor: losses and squared errors of pixels, [2, S].
+    def __init__(self, steps: int, length: int, tokens: FrameTokens, decoder: Decoder | None, device: torch.device):
+        self.tokens, self.decoder = tokens, decoder
+        # Of each predictor: losses and squared errors of pixels, [2, F].
         self.simple, self.model = (
             torch.zeros(n, 2, length, dtype=torch.float64, device=device) for n in (len(self.SIMPLE), steps)
         )
         self.seen = torch.zeros(1, dtype=torch.float64, device=device)
 
     def _errors(self, predicted: Tensor, targets: Tensor, valid: Tensor) -> Tensor:
-        """Losses and squared errors of pixels summed over samples, [2, S], of frames [B, S, C]."""
-        loss = F.smooth_l1_loss(predicted, targets, reduction="none").mean(-1)
-        pixels = torch.zeros_like(loss)
-        if self.decoder is not None:
-            frames = (t.unflatten(-1, self.shape) for t in (predicted, targets))
-            pixels = self.decoder.squared_error(*frames)
+        """Losses and squared errors of pixels summed over samples, [2, F], of frames [B, F, patches, channels]."""
+        loss = F.smooth_l1_loss(predicted, targets, reduction="none").mean((-1, -2))
+        pixels = torch.zeros_like(loss) if self.decoder is None else self.decoder.squared_error(predicted, targets)
         return torch.stack([t.double()[valid].sum(0) for t in (loss, pixels)])
 
     def watch(self, sample: Sample, valid: Tensor) -> Callable[[Any], None]:
         """See `Meter`."""
-        targets, taken = sample.targets, iter(range(len(self.model)))
-        for sums, predicted in zip(self.simple, (sample.observed, extrapolated(sample.observed)), strict=True):
+        observed, targets = self.tokens.join(sample.observed), self.tokens.join(sample.targets)
+        taken = iter(range(len(self.model)))
+        for sums, predicted in zip(self.simple, (observed, extrapolated(observed)), strict=True):
             sums += self._errors(predicted, targets, valid)
         self.seen += valid.sum()
 
         def observe(prediction: Any) -> None:
-            predicted = prediction.y.transpose(0, 1)
+            predicted = self.tokens.join(prediction.y.transpose(0, 1))
             self.model[next(taken)] += self._errors(predicted, targets.to(predicted.dtype), valid)
 
         return observe

@@ -76,13 +76,16 @@ def text_energies(model: Any, context: Tensor, segments: Tensor | None, step: in
     # Row t of the prediction sees context s <= t + extra, where extra counts the step's token.
     extra = length - rows
     causal = torch.full((length, length), -math.inf, dtype=x.dtype, device=x.device).triu(1)
+    if model.block > 1:  # the rows of a block see each other
+        together = torch.ones(model.block, model.block, dtype=torch.bool, device=x.device)
+        causal = causal.masked_fill(torch.block_diag(*[together] * (length // model.block)), 0)
     if segments is not None:
         other = segments[:, :, None] != segments[:, None, :]
         causal = torch.where(other[:, None], -math.inf, causal)
     own = torch.full((rows, rows), -math.inf, dtype=x.dtype, device=x.device).fill_diagonal_(0)
     from_context = causal[..., extra:, :]
     mask = torch.cat([from_context, own.expand(*from_context.shape[:-2], rows, rows)], -1)
-    positions = torch.cat([torch.arange(length), torch.arange(rows) + 1 + extra]).to(x.device)
+    positions = torch.cat([torch.arange(length), torch.arange(rows) + model.block + extra]).to(x.device)
 
     def branch(layer: Any, index: int, h: Tensor, norm: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
         """H plus one of a layer's two branches, modulated."""

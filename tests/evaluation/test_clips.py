@@ -5,19 +5,21 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from ebt_megatron.evaluation.clips import rolled_out
+from ebt_megatron.evaluation.clips import by_horizon, rolled_out
 from tests import builders
 from tests.tasks import latents
 
 
-@pytest.mark.parametrize("architecture", ["ebt", "transformer"])
-def test_a_clip_goes_on_from_its_own_frames(architecture):
-    start = ("thinking.initial=observed",) if architecture == "ebt" else ()
-    recipe = latents.recipe(f"model.architecture={architecture}", "thinking.max_steps=2", *start)
+@pytest.mark.parametrize("options", [
+    ("thinking.max_steps=2", "thinking.initial=observed"), ("thinking.max_steps=2", "video.tokens_per_side=2"),
+    ("model.architecture=transformer",), ("model.architecture=transformer", "video.predicts=change"),
+])  # fmt: skip
+def test_a_clip_goes_on_from_its_own_frames(options):
+    recipe = latents.recipe(*options)
     task = latents.task(recipe)
     model = builders.build(recipe, torch.float32, task)
     run = SimpleNamespace(recipe=recipe, task=task, objective=builders.objective(model, recipe, task))
-    frames = latents.clips(2).latents.flatten(2)
+    frames = latents.clips(2).latents
     clip = rolled_out(run, frames, given=3)
     assert torch.equal(clip[:, :3], frames[:, :3])
     other = frames.clone()
@@ -27,3 +29,13 @@ def test_a_clip_goes_on_from_its_own_frames(architecture):
     assert torch.allclose(rolled_out(run, clip, given=5), clip, atol=1e-5)
     one = rolled_out(run, clip, given=6)
     assert torch.allclose(one[:, 6], clip[:, 6], atol=1e-5) and not torch.allclose(one[:, 6], frames[:, 6], atol=1e-2)
+
+
+def test_losses_by_horizon_are_those_of_each_later_frame():
+    frames = torch.arange(6.0).view(1, 6, 1, 1).expand(2, 6, 3, 1) / 10  # a straight line
+    clips = frames.clone()
+    clips[:, 5] += 0.5
+    losses = by_horizon(clips, frames, 3)
+    assert losses["model"] == pytest.approx([0, 0, 0.125])
+    assert losses["repeat_last"] == pytest.approx([0.005, 0.02, 0.045], rel=1e-4)
+    assert losses["extrapolation"] == pytest.approx([0, 0, 0], abs=1e-6)

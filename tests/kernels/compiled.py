@@ -47,12 +47,12 @@ def main(names):
     at, el, vo = triton_attention, triton_elementwise, triton_vocabulary
     for size in (int(name.removeprefix("attention ")) for name in names if name.startswith("attention")):
         for kind, tangent, own, causal in (
-            ("value", False, True, True),
-            ("tangent", True, True, True),
-            ("tangents of keys", True, False, False),
-            ("value", False, False, True),
+            ("value", False, True, 1),
+            ("tangent", True, True, 1),
+            ("tangents of keys", True, False, 0),
+            ("value", False, False, 9),
         ):
-            flags = {"TANGENT": tangent, "CAUSAL": causal, "SEGMENTS": causal}
+            flags = {"TANGENT": tangent, "CAUSAL": causal, "SEGMENTS": causal > 0}
             blocks = {name: at.launch_options(name, kind, size, 2) for name in ("forward", "queries", "keys")}
             compile_kernel(at._forward, OWN=own, **flags, **blocks["forward"])
             compile_kernel(at._queries_backward, OWN=own, **flags, **blocks["queries"])

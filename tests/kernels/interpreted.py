@@ -87,14 +87,15 @@ def test_context_attention(documents, dtype):
     ("prediction_attention", True), ("prediction_attention", False), ("full_attention", True),
     ("context_attention", False),
 ])  # fmt: skip
-@pytest.mark.parametrize("blocks", [(16, 16), (32, 16), (16, 32), (16, 64)])
-def test_blocks_of_any_shape(op, tangent, documents, blocks, monkeypatch):
-    """Blocks of queries and of keys need not be of one size, nor divide the length."""
+@pytest.mark.parametrize(("blocks", "together"), [((16, 16), 1), ((32, 16), 4), ((16, 32), 9), ((16, 64), 20)])
+def test_blocks_of_any_shape(op, tangent, documents, blocks, together, monkeypatch):
+    """Blocks of queries and of keys need not be of one size, nor divide the length, nor fit rows seen together."""
     options = {"BM": blocks[0], "BN": blocks[1], "BH": 16, "num_warps": 4, "num_stages": 1}
     monkeypatch.setattr(triton_attention, "launch_options", lambda *_: options)
     if op == "full_attention" and documents:
         pytest.skip("images have no documents")
-    assert_close(check.attention_case(op, 40, 1, 2, 1, 8, tangent, documents), torch.float32, backend)
+    case = check.attention_case(op, 40, 1, 2, 1, 8, tangent, documents, block=together)
+    assert_close(case, torch.float32, backend)
 
 
 # Not the very smallest, where results cancel to nothing and float32 has no relative accuracy.
@@ -106,12 +107,13 @@ ANY = settings(max_examples=12, deadline=None, derandomize=True)
     op=st.sampled_from(["prediction_attention", "context_attention", "full_attention"]), length=st.integers(1, 70),
     batch=st.integers(1, 2), groups=st.integers(1, 2), repeat=st.integers(1, 2), half_size=st.integers(1, 20),
     tangent=st.booleans(), documents=st.booleans(), dtype=st.sampled_from(DTYPES), seed=st.integers(0, 1000),
+    block=st.sampled_from([1, 4, 9, 40]),
 )  # fmt: skip
-def test_attention_of_any_shape(op, length, batch, groups, repeat, half_size, tangent, documents, dtype, seed):
+def test_attention_of_any_shape(op, length, batch, groups, repeat, half_size, tangent, documents, dtype, seed, block):
     tangent &= op != "context_attention"
     documents &= op != "full_attention"
     shape = length, batch, groups * repeat, groups, 2 * half_size
-    assert_close(check.attention_case(op, *shape, tangent, documents, seed), dtype, backend)
+    assert_close(check.attention_case(op, *shape, tangent, documents, seed, block), dtype, backend)
 
 
 @ANY

@@ -60,12 +60,12 @@ def test_attention_over_a_cache(queries, keys, batch, groups, own, dtype):
 @given(
     op=st.sampled_from(ATTENTION), length=st.integers(1, 140), batch=st.integers(1, 3), groups=st.integers(1, 2),
     repeat=st.integers(1, 3), half_size=st.integers(1, 20), tangent=st.booleans(), documents=st.booleans(),
-    seed=st.integers(0, 1000),
+    seed=st.integers(0, 1000), block=st.sampled_from([1, 2, 9, 130]),
 )  # fmt: skip
-def test_attention_of_any_shape(op, length, batch, groups, repeat, half_size, tangent, documents, seed):
+def test_attention_of_any_shape(op, length, batch, groups, repeat, half_size, tangent, documents, seed, block):
     tangent &= op != "context_attention"
     case = check.attention_case(op, length, batch, groups * repeat, groups, 2 * half_size, tangent,
-                                documents and op != "full_attention", seed)  # fmt: skip
+                                documents and op != "full_attention", seed, block)  # fmt: skip
     assert_close(case, torch.float64)
 
 

@@ -14,11 +14,12 @@ from ebt_megatron.model import captions, condition, joint, layers
 from ebt_megatron.model.initialization import Draw
 from ebt_megatron.parallel.setup import shutdown
 from ebt_megatron.tasks import task_class
+from ebt_megatron.tasks.frames import FrameTokens
 from ebt_megatron.tasks.images import Images
 from ebt_megatron.training.trainer import Trainer
 from tests import builders
 
-FRAMES, SHAPE = 7, [3, 2]  # of a clip; patches and channels of a frame
+FRAMES, SHAPE = 7, [4, 2]  # of a clip; patches (2 x 2) and channels of a frame
 PATCHES = 4  # of a picture
 # What stands for its caption: up to five tokens, or, in recipes of that name, a vector.
 TOKENS = {"kind": "tokens", "shape": [5], "entries": 11, "sha256": "t"}
@@ -51,7 +52,7 @@ def pictures_recipe(*overrides: str):
 def task(recipe):
     if recipe.data.modality == "images":
         return Images(recipe, [PATCHES, 2], classes=3, captions=VECTORS if recipe.name == "vectors" else TOKENS)
-    return task_class(recipe.data.modality)(recipe, SHAPE)
+    return task_class(recipe.data.modality)(recipe, FrameTokens(2, 2, 2, recipe.video.tokens_per_side))
 
 
 def clips(count: int, first: int = 0) -> MicroBatch:

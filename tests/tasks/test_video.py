@@ -1,6 +1,7 @@
 """Video: exact gradients in every mode, the same losses on every layout, and what validation says of it."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from ebt_megatron.config import RecipeError
 from ebt_megatron.core.errors import DataError
 from ebt_megatron.data.decoder import Decoder
 from ebt_megatron.evaluation.validation import validate
+from ebt_megatron.tasks.frames import FrameTokens
 from ebt_megatron.tasks.interface import Sample
 from ebt_megatron.tasks.video import Video, VideoMeter
 from ebt_megatron.thinking.plan import Plan
@@ -33,6 +35,11 @@ MODES = {
     "full": (Plan((0.2, 0.3, 0.5), "full"), ("thinking.langevin_noise=0.5", "thinking.step_size_scale=2")),
     "truncated": (Plan((0.2, 0.3, 0.5), "truncated"), ("thinking.initial=zeros", "thinking.step_size_scale=2")),
     "reuse": (Plan((0.5, 0.5), "detached"), ("thinking.reuse=true", "thinking.step_size_scale=2")),
+    "2 x 2 tokens": (Plan((0.5, 0.5), "detached"), ("video.tokens_per_side=2", "thinking.initial=observed",
+                                                    "thinking.step_size_scale=2")),
+    "2 x 2 tokens, full": (Plan((0.2, 0.3, 0.5), "full"), ("video.tokens_per_side=2",
+                                                                     "thinking.langevin_noise=0.5")),
+    "2 x 2 tokens, reuse": (Plan((0.5, 0.5), "detached"), ("video.tokens_per_side=2", "thinking.reuse=true")),
 }  # fmt: skip
 
 
@@ -50,6 +57,39 @@ def test_gradients_are_those_of_double_backward(mode):
     for name, gradient in reference.items():
         assert gradient.abs().max() > 0, name
         assert builders.relative_error(ours[name], gradient) < 1e-10, name
+
+
+def test_a_token_is_a_square_of_patches():
+    frames = torch.arange(2 * 3 * 24 * 2).view(2, 3, 24, 2)  # of 4 x 6 patches
+    tokens = FrameTokens(4, 6, 2, 2)
+    split = tokens.split(frames)
+    assert split.shape == (2, 12, tokens.size) and torch.equal(tokens.join(split), frames)
+    second = frames[1, 2].view(4, 6, 2)[:2, 3:]  # the upper right
+    assert torch.equal(split[1, 9], second.flatten())
+    assert torch.equal(FrameTokens(4, 6, 2).split(frames), frames.flatten(2))
+
+
+def test_tokens_of_a_frame_see_it_whole_and_no_later_one():
+    recipe = latents.recipe("video.tokens_per_side=2", "thinking.initial=zeros", "model.conditioning=none")
+    model = builders.build(recipe, task=latents.task(recipe))
+    batch = latents.sample(recipe, latents.clips(1))
+    observed = batch.observed.requires_grad_()
+    context = model.modality.context(observed)
+    _, key_values = model.context(context, context.shape[0], None)
+    x = model.modality.prediction(batch.targets, batch.sample_ids, recipe.thinking, 0).embed()
+    energies = model.predict(x, key_values, len(x), None, 0, tangent=False)
+    (seen,) = torch.autograd.grad(energies[9, 0], observed)  # the second token of the third frame
+    assert seen.any(-1)[0].tolist() == [True] * 12 + [False] * 12
+
+
+def test_a_transformer_of_changes_starts_at_the_last_frame():
+    recipe = latents.recipe("model.architecture=transformer", "video.predicts=change")
+    model = builders.build(recipe, task=latents.task(recipe))
+    batch = latents.sample(recipe, latents.clips(2))
+    torch.nn.init.zeros_(model.output.weight), torch.nn.init.zeros_(model.output.bias)
+    losses = model(batch.observed, batch.targets, None, batch.start)
+    expected = F.smooth_l1_loss(batch.observed, batch.targets, reduction="none").mean(-1).T
+    assert torch.allclose(losses, expected)
 
 
 def test_one_map_reads_observed_and_predicted_frames():
@@ -81,7 +121,9 @@ RECIPES = {
     "S1": ("thinking.max_steps=2", "thinking.initial=observed"),
     "S2": ("thinking.loss=last", "thinking.learn_step_size=false", "thinking.step_size_scale=2",
            "thinking.langevin_noise=0.5", "model.conditioning=none"),
+    "2 x 2 tokens": ("thinking.max_steps=2", "video.tokens_per_side=2"),
     "Transformer++": ("model.architecture=transformer",),
+    "Transformer++ of changes": ("model.architecture=transformer", "video.predicts=change", "video.tokens_per_side=2"),
 }  # fmt: skip
 
 
@@ -98,11 +140,12 @@ def test_losses_do_not_depend_on_the_layout(layout, single):
         assert ranks[0][name] == pytest.approx(losses, rel=1e-5), name
 
 
+@pytest.mark.parametrize("side", [1, 2])
 @pytest.mark.parametrize("architecture", ["ebt", "transformer"])
-def test_validation_knows_losses_by_position_and_simple_predictors(architecture):
-    recipe = latents.recipe(f"model.architecture={architecture}")
+def test_validation_knows_losses_by_position_and_simple_predictors(architecture, side):
+    recipe = latents.recipe(f"model.architecture={architecture}", f"video.tokens_per_side={side}")
     task = latents.task(recipe)
-    task.decoder = Decoder(50 * torch.eye(2), torch.full((2,), 128.0), 3, 1, 1)
+    task.decoder = Decoder(50 * torch.eye(2), torch.full((2,), 128.0), 2, 2, 1)
     model = builders.build(recipe, torch.float32, task)
     objective = builders.objective(model, recipe, task)
     batch = latents.clips(4)
@@ -123,7 +166,7 @@ def test_validation_knows_losses_by_position_and_simple_predictors(architecture)
 
 
 def test_a_frame_repeated_exactly_has_no_error():
-    meter = VideoMeter(1, 4, [2, 3], None, torch.device("cpu"))
+    meter = VideoMeter(1, 4, FrameTokens(1, 2, 3), None, torch.device("cpu"))
     still = torch.randn(2, 1, 6).expand(2, 5, 6)
     meter.watch(Sample(still[:, :-1], still[:, 1:], torch.arange(2)), torch.tensor([True, True]))
     assert meter.results(8, True)["repeat_last_loss"] == 0
@@ -134,10 +177,24 @@ def test_a_frame_repeated_exactly_has_no_error():
                                      "thinking.replay.enabled=false"),
     ("thinking.regenerate=4", "set thinking.regenerate=0"),
     ("thinking.logits_dtype=bfloat16", "set thinking.logits_dtype=float32"),
+    ("video.tokens_per_side=3", "video.tokens_per_side=3 does not divide frames of 2 x 2 patches"),
+    ("video.tokens_per_side=2 model.conditioning=time_embed_sequence", "set video.tokens_per_side=1"),
 ])  # fmt: skip
-def test_what_is_about_logits_is_refused(override, why):
+def test_what_does_not_do_is_refused(override, why):
     with pytest.raises(RecipeError, match=why):
-        Video(latents.recipe(override), latents.SHAPE)
+        latents.task(latents.recipe(*override.split()))
+
+
+@pytest.mark.parametrize(("changed", "why"), [
+    ({"mean": None, "std": None}, "manifest.json does not say mean, std of its encoder: prepare the data again"),
+    ({"height": 32}, "has samples of 4 patches, and its encoder makes 4 x 2 of a frame"),
+])  # fmt: skip
+def test_a_manifest_that_does_not_say_what_its_latents_are_is_refused(changed, why):
+    encoder = {"sha256": "0", "height": 16, "width": 16, "patch": 8, "mean": [0.0], "std": [1.0]} | changed
+    told = {key: value for key, value in encoder.items() if value is not None}
+    source = SimpleNamespace(folder="films", manifest=SimpleNamespace(encoder=told, shape=[7, 4, 2]))
+    with pytest.raises(DataError, match=why):
+        Video.from_data(latents.recipe(), source)
 
 
 def test_an_encoder_without_its_statistics_is_refused(tmp_path):

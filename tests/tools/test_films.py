@@ -1,0 +1,63 @@
+"""What the video quickstart trains on and what it holds out."""
+
+import itertools
+
+import pytest
+
+from ebt_megatron.core.errors import DataError
+from tools import films
+
+
+class Recorder:
+    """Writes down the preparations asked for, and leaves what they would."""
+
+    def __init__(self):
+        self.asked, self.console = {}, self
+        self.said = []
+
+    def __call__(self, name, title, module, *arguments):
+        words = list(arguments)
+        output = films.Path(words[words.index("--output") + 1])
+        inputs = [films.Path(b).name for a, b in itertools.pairwise(words) if a == "--input"]
+        self.asked[output.name] = (inputs, words)
+        (output / "train").mkdir(parents=True)
+        (output / "train" / "manifest.json").touch()
+
+    def print(self, text, **_):
+        self.said.append(text)
+
+
+@pytest.fixture
+def step(tmp_path, monkeypatch):
+    monkeypatch.setattr(films, "DATA", tmp_path)
+    there = [films.Path(name) for name in ("vtest.avi", *films.HELD_OUT_FILMS)]
+    monkeypatch.setattr(films.media, "found", lambda *_: there)
+    return Recorder()
+
+
+def test_nothing_that_is_held_out_is_trained_on(step, monkeypatch):
+    write = lambda kept, output, frames, asked, workers: [output / f"{g}-{s}.mkv" for g, s in asked]  # noqa: E731
+    monkeypatch.setattr(films.atari, "write_films", write)
+    films.prepare(step, [])
+    trained = set(step.asked["train"][0])
+    for name in ("films", "episodes", "games"):
+        inputs, words = step.asked[name]
+        assert inputs and not trained & set(inputs)
+        assert words[words.index("--encoder") + 1] == str(films.DATA / "train" / "encoder.npz")
+    games = {name.rsplit("-", 1)[0] for name in trained if name.endswith(".mkv")}
+    assert {name.rsplit("-", 1)[0] for name in step.asked["episodes"][0]} == games == set(films.GAMES)
+    assert not games & {name.rsplit("-", 1)[0] for name in step.asked["games"][0]}
+    assert list(films.held_out()) == ["films", "episodes of the same games", "other games"]
+    before = dict(step.asked)
+    films.prepare(step, [])
+    assert step.asked == before
+
+
+def test_without_games_there_are_films(step, monkeypatch):
+    def none(*_):
+        raise DataError("no ale-py here")
+
+    monkeypatch.setattr(films.atari, "write_films", none)
+    films.prepare(step, [])
+    assert step.asked["train"][0] == ["vtest.avi"] and list(films.held_out()) == ["films"]
+    assert step.said == ["films alone, and no games: no ale-py here"]
