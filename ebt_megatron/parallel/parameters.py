@@ -4,6 +4,7 @@ tensor_model_parallel, partition_dim    the parameter is this rank's part of one
 sequence_parallel                       every tensor-parallel rank holds it whole and sees its own positions alone,
                                         so gradients are to be summed over the ranks
 pipeline_parallel                       every pipeline stage holds it, so gradients are to be summed over the stages
+shared                                  another stage holds the original, which the gradient's norm counts
 main_grad                               where its data-parallel wrapper sums gradients, in fp32
 main_param                              the optimizer's fp32 copy
 """
@@ -28,6 +29,12 @@ def on_every_stage(parameter: nn.Parameter) -> nn.Parameter:
     """A parameter that every pipeline stage holds."""
     parameter.pipeline_parallel = True  # type: ignore[attr-defined]
     return parameter
+
+
+def mark_copies(module: nn.Module) -> None:
+    """Note that another pipeline stage holds the originals of a module's parameters."""
+    for parameter in module.parameters():
+        parameter.shared = True  # type: ignore[attr-defined]
 
 
 def mark_tensor_parallel(model: nn.Module) -> None:

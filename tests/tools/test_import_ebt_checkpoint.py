@@ -113,12 +113,12 @@ def thinker(model, recipe, batch, logits, plan=None):
     """Our side, starting from logits [B, S, V]."""
     start = F.pad(logits.transpose(0, 1), (0, model.modality.prediction_embedding.weight.shape[0] - VOCAB))
     prediction = model.modality.prediction(batch.targets, batch.sample_ids, recipe.thinking, 0, start)
-    sizes = step_sizes(model.step_size, recipe.thinking, batch.sample_ids, prediction.length, 0, random=False)
+    sizes = step_sizes(model.step_size, recipe.thinking, batch.sample_ids, batch.targets.shape[1], 0, random=False)
     weight = None if plan is None else position_weight(batch, model.head.dtype)
     descent = Descent(prediction, model.step_size, *sizes, plan, weight, separable=model.separable)
     embed = lambda: model.modality.context(batch.observed)  # noqa: E731
     learned = plan.learned if plan else ()
-    return Thinker(model, len(batch.sample_ids), prediction.length, None, learned, embed, descent)
+    return Thinker(model, len(batch.sample_ids), batch.targets.shape[1], None, learned, embed, descent)
 
 
 def noise(batch, dtype):
