@@ -131,7 +131,7 @@ def test_folders_are_searched_for_suffixes_in_any_letters(tmp_path, suffix):
 
 @pytest.mark.parametrize(
     "content",
-    [gzip.compress(b"text " * 99), b"PK\3\4\x14\0\0\0\x08\0", b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR",
+    [gzip.compress(b"text " * 99, mtime=0), b"PK\3\4\x14\0\0\0\x08\0", b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR",
      b"\xff\xd8\xff\xe0\0\x10JFIF", "UTF-16".encode("utf-16")],
 )  # fmt: skip
 def test_what_is_no_text_is_refused_before_work_starts(tmp_path, content):
