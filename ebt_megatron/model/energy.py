@@ -75,7 +75,7 @@ class EnergyTransformer(Landscapes, Backbone):
             if adaptive:  # every stage reads it
                 on_every_stage(self.step_embedding)
                 if not pre_process:
-                    self.copies.add("step_embedding")
+                    self.hold_copy("step_embedding")
         if pre_process:
             self.add_step_size(thinking)
         self.add_layers()

@@ -22,7 +22,7 @@ from ebt_megatron.model.initialization import Draw, draw_of_embedding
 from ebt_megatron.model.layers import Modulation
 from ebt_megatron.model.reuse import Tape
 from ebt_megatron.parallel.collectives import TensorGroup
-from ebt_megatron.parallel.parameters import mark_copies, replicated
+from ebt_megatron.parallel.parameters import replicated
 
 _BOUND_WEIGHT = 0.001  # of the variational bound in DiT's loss (arXiv 2102.09672, eq. 16)
 Modulations = Sequence[tuple[Tensor, Tensor]]
@@ -178,8 +178,7 @@ class DiffusionTransformer(Scheduled, JointStage):
         super().__init__(config, recipe, kernels, pre_process, post_process)
         self.condition, self.embedding = condition, embedding
         if not pre_process:
-            self.copies.add("condition")
-            mark_copies(condition)
+            self.hold_copy("condition")
         self.channels, self.bound = channels, bound
         self.group = TensorGroup(bool(config.sequence_parallel))
         if post_process:

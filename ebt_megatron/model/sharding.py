@@ -7,8 +7,10 @@ from typing import Any
 from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron.core.transformer import MegatronModule, TransformerConfig
+from torch import nn
 
 from ebt_megatron.model.initialization import Draw, first_layer_of_stage
+from ebt_megatron.parallel.parameters import mark_copies
 
 
 class StageModule(MegatronModule):
@@ -27,6 +29,12 @@ class StageModule(MegatronModule):
         self.draws: dict[str, Draw] = {}
         self.lr_multipliers: dict[str, float] = {}
         self.copies: set[str] = set()
+
+    def hold_copy(self, name: str) -> None:
+        """Say that another stage holds the original of a parameter, or of a module."""
+        self.copies.add(name)
+        held = getattr(self, name)
+        mark_copies(held.parameters() if isinstance(held, nn.Module) else [held])
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None

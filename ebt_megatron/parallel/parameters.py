@@ -11,6 +11,8 @@ main_param                              the optimizer's fp32 copy
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
@@ -31,9 +33,9 @@ def on_every_stage(parameter: nn.Parameter) -> nn.Parameter:
     return parameter
 
 
-def mark_copies(module: nn.Module) -> None:
-    """Note that another pipeline stage holds the originals of a module's parameters."""
-    for parameter in module.parameters():
+def mark_copies(parameters: Iterable[nn.Parameter]) -> None:
+    """Note that another pipeline stage holds the originals of parameters."""
+    for parameter in parameters:
         parameter.shared = True  # type: ignore[attr-defined]
 
 
