@@ -117,7 +117,7 @@ def summary(name: str, results: list[dict[str, Any]], flops: float) -> dict[str,
     for rows in zip(*(r["thinking"] for r in results), strict=True):
         entry: dict[str, Any] = {"steps": rows[0]["steps"]}
         for key in ("loss", "perplexity", "accuracy", "changed"):
-            values = [row[key] for row in rows]
+            values = [row.get(key) for row in rows]  # some are of thinking alone
             entry[key] = None if None in values else vars(Interval.of(values))
         thinking.append(entry)
     gains = [1 - r["thinking"][trained - 1]["perplexity"] / r["thinking"][0]["perplexity"] for r in results]
