@@ -8,7 +8,6 @@ with the mean and standard deviation that its latents were normalised by.
 from __future__ import annotations
 
 import functools
-import hashlib
 import io
 import json
 import zipfile
@@ -21,6 +20,7 @@ import numpy as np
 
 from ebt_megatron.core.errors import DataError
 from ebt_megatron.core.files import replacing
+from ebt_megatron.data.shards import sha256_of_all
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -254,11 +254,7 @@ def _digest(kind: str, folder: str) -> str:
     if not (Path(folder) / "config.json").exists():
         package = KINDS[kind].package
         raise DataError(f"--model {folder!r}: no config.json there; a {kind} encoder needs a folder saved by {package}")
-    digest = hashlib.sha256()
-    for path in files:
-        with path.open("rb") as stream:
-            digest.update(hashlib.file_digest(stream, "sha256").digest())
-    return digest.hexdigest()
+    return sha256_of_all(files)
 
 
 @functools.cache

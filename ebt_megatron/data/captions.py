@@ -25,6 +25,7 @@ from tokenizers import Tokenizer
 
 from ebt_megatron.core.errors import DataError
 from ebt_megatron.data.description import Description
+from ebt_megatron.data.shards import sha256_of_all
 
 LONGEST = 77  # tokens, CLIP's own; longer captions are cut
 NOT_TOLD = -1
@@ -115,11 +116,7 @@ def _digest(folder: str) -> str:
     files = [p for p in sorted(Path(folder).glob("*")) if p.suffix in (".json", ".safetensors", ".bin", ".txt")]
     if not (Path(folder) / "config.json").exists():
         raise DataError(f"no CLIP model at {folder!r}: config.json is missing; give a folder saved by transformers")
-    digest = hashlib.sha256()
-    for path in files:
-        with path.open("rb") as stream:
-            digest.update(hashlib.file_digest(stream, "sha256").digest())
-    return digest.hexdigest()
+    return sha256_of_all(files)
 
 
 @functools.cache

@@ -105,16 +105,9 @@ def context_attention(q: Tensor, k: Tensor, v: Tensor, *, segments: Tensor | Non
 
 
 def prediction_attention(
-    q: Tensor,
-    k_self: Tensor,
-    v_self: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    tangent: bool,
-    segments: Tensor | None = None,
-    block: int = 1,
-) -> Tensor:
+    q: Tensor, k_self: Tensor, v_self: Tensor, k: Tensor, v: Tensor, *, tangent: bool,
+    segments: Tensor | None = None, block: int = 1,
+) -> Tensor:  # fmt: skip
     """Row t attends to the context keys of its block and of those before it (of its document), and to its own key."""
     heads = q.shape[2]
     keys, values = _heads_first(k, heads), _heads_first(v, heads)
