@@ -12,11 +12,10 @@ from typing import Any
 
 import typer
 
-from ebt_megatron.core.cli import guarded, quiet_libraries
 from ebt_megatron.core.errors import DataError
 
 from . import media
-from .steps import Steps
+from .steps import OVERRIDE, PROCESSES, Steps
 
 DATA, RUNS, OTHERS = Path("data/images"), Path("runs/images"), ("photographs",)
 SIDE = 28  # of a picture, in pixels
@@ -131,15 +130,12 @@ def write_report(runs: Path) -> dict[str, Path]:
 
 def main(
     input: list[str] = typer.Option([], help="Pictures or arrays, labels beside; default: Fashion-MNIST's package."),
-    override: list[str] = typer.Option([], help="key=value for every recipe, e.g. training.seed=2."),
-    runs: Path = typer.Option(RUNS, help="Where the runs go."),
-    processes: int = typer.Option(2, help="Ranks: data parallel."),
-) -> None:
+    runs: Path = typer.Option(RUNS, help="Where the runs go."), override: list[str] = OVERRIDE,
+    processes: int = PROCESSES,
+) -> None:  # fmt: skip
     """Prepare pictures, pretrain the models and write the report."""
 
-    def work() -> None:
-        quiet_libraries()
-        step = Steps("make images")
+    def work(step: Steps) -> None:
         prepare(step, input)
         if not input:
             try:
@@ -156,7 +152,7 @@ def main(
                 step.evaluate(number, name, runs / name, "--suite", *shifts)
         step.done(write_report(runs), NEXT_STEPS)
 
-    guarded(work)
+    Steps.run("make images", work)
 
 
 if __name__ == "__main__":

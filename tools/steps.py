@@ -6,10 +6,16 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
+import typer
 from rich.console import Console
+
+from ebt_megatron.core.cli import guarded, quiet_libraries
+
+OVERRIDE: list[str] = typer.Option([], help="key=value for every recipe, e.g. training.seed=2.")
+PROCESSES: int = typer.Option(2, help="Ranks: data parallel.")
 
 
 class Steps:
@@ -25,6 +31,12 @@ class Steps:
     def __init__(self, again: str):
         self.console, self.again = Console(), again
         self.seconds: dict[str, float] = {}
+
+    @classmethod
+    def run(cls, again: str, work: Callable[[Steps], None]) -> None:
+        """Do the work of a quickstart, whose command is `again`; an error of the user's is one line."""
+        quiet_libraries()
+        guarded(lambda: work(cls(again)))
 
     def __call__(self, name: str, title: str, module: str, *arguments: str, ranks: int = 0) -> None:
         """Run `python -m MODULE ...`, its output shown; exits with its code if it fails.

@@ -14,10 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from ebt_megatron.core.cli import guarded, quiet_libraries
-
 from .films import held_out, prepare
-from .steps import Steps
+from .steps import OVERRIDE, PROCESSES, Steps
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -163,15 +161,12 @@ def write_report(runs: Path) -> dict[str, Path]:
 
 def main(
     input: list[str] = typer.Option([], help="Films: globs, folders or URLs; default: films and games of packages."),
-    override: list[str] = typer.Option([], help="key=value for every recipe, e.g. training.seed=2."),
-    runs: Path = typer.Option(RUNS, help="Where the runs go."),
-    processes: int = typer.Option(2, help="Ranks: data parallel."),
-) -> None:
+    runs: Path = typer.Option(RUNS, help="Where the runs go."), override: list[str] = OVERRIDE,
+    processes: int = PROCESSES,
+) -> None:  # fmt: skip
     """Prepare films, pretrain the models, evaluate them and write the report."""
 
-    def work() -> None:
-        quiet_libraries()
-        step = Steps("make video")
+    def work(step: Steps) -> None:
         prepare(step, input)
         sets = held_out()
         data = f"data.validation=[{','.join(sets.values())}]"
@@ -182,7 +177,7 @@ def main(
                               str(result_of(runs / name, held)))  # fmt: skip
         step.done(write_report(runs), NEXT_STEPS)
 
-    guarded(work)
+    Steps.run("make video", work)
 
 
 if __name__ == "__main__":
