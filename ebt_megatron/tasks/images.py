@@ -190,16 +190,20 @@ class Images:
         return torch.where(dropped[:, None], self.untold(told), told)
 
     def conditions(self, levels: Tensor, labels: Tensor | None = None, captions: Tensor | None = None) -> Tensor:
-        """Conditions [B, 2 + a caption's size] of levels, labels [B] and captions, as far as the model is told them."""
+        """Conditions [B, 2 + a caption's size] of levels, labels [B] and captions, as far as the model is told them.
+
+        Without labels, or captions, pictures are told none.
+        """
         zero = torch.zeros_like(levels)
-        columns = [levels if self.told_level else zero, zero]
-        if self.classes:
-            assert labels is not None
-            columns[1] = labels.to(levels.device)
-        out = torch.stack(columns, 1)
+        level, label = levels if self.told_level else zero, zero + self.classes
+        if self.classes and labels is not None:
+            label = labels.to(levels.device)
+        out = torch.stack([level, label], 1)
         if self.captions is None:
             return out
-        assert captions is not None
+        if captions is None:
+            nothing = NOT_TOLD if self.captions.entries else 0.0
+            captions = torch.full((len(levels), self.captions.size), nothing)
         return torch.cat([out.to(captions.dtype), captions.to(levels.device)], 1)
 
     def untold(self, conditions: Tensor) -> Tensor:

@@ -126,6 +126,17 @@ def test_some_captions_are_not_told_in_training(name, nothing):
     assert torch.equal(task.sample(batch, torch.device("cpu")).observed[:, 2:], batch.captions)
 
 
+@pytest.mark.parametrize(("overrides", "columns"), [
+    ((), [3]), ((*latents.CAPTIONS, "name=tokens"), [0, *[-1] * 5]),
+    ((*latents.CAPTIONS, "name=vectors"), [0, *[0] * 6]),
+])  # fmt: skip
+def test_pictures_without_labels_or_captions_are_told_none(overrides, columns):
+    task, batch = latents.task(latents.pictures_recipe(*overrides)), latents.pictures(2)
+    batch.labels = batch.captions = None
+    observed = task.sample(batch, torch.device("cpu")).observed
+    assert observed[:, 1:].tolist() == [columns] * 2 and torch.equal(task.untold(observed), observed)
+
+
 def test_a_caption_is_its_tokens_in_their_order_and_nothing_after_them():
     recipe = latents.pictures_recipe(*latents.CAPTIONS)
     read = builders.build(recipe, task=latents.task(recipe)).modality.condition.captions
