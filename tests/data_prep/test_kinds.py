@@ -49,8 +49,10 @@ def files(draw):
     def content(documents):
         data = CONTENT[suffix](documents)
         ends = [0, *(int(c * len(data)) for c in cuts), len(data)]
-        packed = b"".join(PACK[packing](data[b:e]) for b, e in itertools.pairwise(ends))
-        return {"none": packed, "cut": packed[: -1 - len(packed) // 9], "trailing": packed + b"junk"}[damage]
+        frames = [PACK[packing](data[b:e]) for b, e in itertools.pairwise(ends)]
+        packed = b"".join(frames)
+        lost = min(1 + len(packed) // 9, len(frames[-1]) - 1)  # not a whole frame: that nobody could notice
+        return {"none": packed, "cut": packed[: len(packed) - lost], "trailing": packed + b"junk"}[damage]
 
     return name, content, damage == "none"
 
