@@ -26,7 +26,6 @@ from ebt_megatron.data.remote import open_url, retry
 
 SCHEMA_VERSION = 2
 ROWS_PER_MEMBER = {"text": 64, "video": 1, "images": 64}
-_ENCODER = ("file", "sha256", "kind", "patch", "height", "width", "mean", "std")  # what a manifest says of it
 ARRAY_NAME = {"text": "tokens", "video": "latents", "images": "latents"}
 LABELS, CAPTIONS = "labels", "captions"  # beside the samples of a member, where pictures have them
 _SHARD = r"shard-\d{6,}\.(tar|index\.json)"
@@ -264,11 +263,7 @@ def read_manifest(folder: str) -> Manifest:
     if recorded != _checksum(raw):
         raise DataError(f"{path} does not match its own checksum: it was damaged or edited; {again}")
     shards = [ShardInfo(**s) for s in raw.pop("shards")]
-    manifest = Manifest(shards=shards, **raw)
-    missing = [key for key in _ENCODER if key not in (manifest.encoder or {})]
-    if manifest.kind in ("video", "images") and missing:
-        raise DataError(f"{path} does not say the {', '.join(missing)} of the encoder; prepare the data again")
-    return manifest
+    return Manifest(shards=shards, **raw)
 
 
 def write_shard(

@@ -26,7 +26,7 @@ from ebt_megatron.prediction.latents import LatentMap, LatentPrediction
 from ebt_megatron.tasks.diffusion import NoiseSchedule
 from ebt_megatron.tasks.interface import NoMeter, Sample
 from ebt_megatron.tasks.latent_model import LatentEmbedding
-from ebt_megatron.tasks.latents import check_latents, decoder_of
+from ebt_megatron.tasks.latents import check_latents, decoder_of, encoder_of
 from ebt_megatron.thinking.dual_stream import Thinker
 
 
@@ -140,7 +140,7 @@ class Images:
     def from_data(cls, recipe: Recipe, source: Description) -> Images:
         """See `Task`."""
         manifest = source.manifest
-        encoder = manifest.encoder
+        encoder = encoder_of(source)
         grid = encoder["height"] // encoder["patch"], encoder["width"] // encoder["patch"]
         classes = len(manifest.classes)
         return cls(recipe, manifest.shape, encoder["sha256"], decoder_of(source), classes, grid, manifest.captions)

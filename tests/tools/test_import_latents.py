@@ -13,6 +13,7 @@ from ebt_megatron.config import RecipeError, load_recipe, to_yaml
 from ebt_megatron.parallel.setup import initialize
 from ebt_megatron.tasks.build import build_model
 from ebt_megatron.tasks.diffusion import NoiseSchedule
+from ebt_megatron.tasks.frames import FrameTokens
 from ebt_megatron.tasks.images import Images
 from ebt_megatron.tasks.interface import Sample
 from ebt_megatron.tasks.video import Video
@@ -68,7 +69,7 @@ def imported(original, folder, hyper, dtype):
     recipe = load_recipe(folder / "weights.yaml", ["model.kernels=reference"])
     initialize(recipe.parallel, 0)
     if hyper["modality"] == "VID":
-        task = Video(recipe, [SIDE**2, LATENTS])
+        task = Video(recipe, FrameTokens(SIDE, SIDE, LATENTS))
     else:
         task = Images(recipe, [GRID**2, 3 * PATCH**2], captions=CLIP)
     model = build_model(recipe, task).to(dtype)
