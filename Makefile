@@ -6,7 +6,7 @@ BIN     = $(VENV)/bin
 TORCH  ?= torch==2.13.0
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart video images test test-slow test-gpu lint format bench bench-learning ablation bench-images bench-video bench-inference bench-data validate-gpu clean
+.PHONY: help install quickstart video images test test-slow test-gpu lint format bench bench-learning ablation bench-thinking bench-images bench-video bench-inference bench-data validate-gpu clean
 
 help:            ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 16
@@ -56,6 +56,9 @@ bench-learning: install  ## what S1, S2 and Transformer++ learn from the quickst
 
 ablation: install  ## S2 without each of its parts, three seeds each: the paper's ablation at the quickstart's size
 	$(BIN)/python -m tools.bench_learning --ablation
+
+bench-thinking: install  ## the evaluation suite of S1 and S2, three seeds, beside three Transformer++, on other text near to far
+	$(BIN)/python -m tools.bench_thinking
 
 bench-images: install  ## denoising EBTs and DiTs on Fashion-MNIST, three seeds each: passes, probes, other pictures
 	$(BIN)/python -m tools.bench_images
