@@ -217,7 +217,7 @@ def tables(of: dict[str, Any]) -> list[Table]:
 
 def plot(results: dict[str, Any], path: Path) -> None:
     """Loss per step, and the gain over the first step against the shift of the text."""
-    from ebt_megatron.evaluation.figures import EBT_COLOURS, RIVAL_COLOURS, figure_of, png_of
+    from ebt_megatron.evaluation.figures import EBT_COLOURS, NEUTRAL, RIVAL_COLOURS, figure_of, png_of
 
     of = results["suites"]
     figure, (thinking, gain) = figure_of(10, 2)
@@ -233,12 +233,14 @@ def plot(results: dict[str, Any], path: Path) -> None:
     for text, row in of[THINKERS[-1]]["shifts"].items():
         at = row["shift"]["mean"], 100 * row["gain over the first step"]["mean"]
         gain.annotate(text, at, xytext=(4, 4), textcoords="offset points", fontsize=7)
-    for name, colour in zip(RIVALS, RIVAL_COLOURS, strict=False):
+    for name, colour in zip(RIVALS, (*RIVAL_COLOURS, NEUTRAL), strict=True):
         loss = of[THINKERS[-1]]["by model"][name]["loss"]["mean"]
         thinking.axhline(loss, ls="--", lw=1, color=colour, label=name)
     thinking.set(xlabel="thinking steps", ylabel="validation loss (nats)")
     gain.set(xlabel="shift (Transformer++'s perplexity there / at home)", xscale="log",
              ylabel="perplexity gained over the first step, %")  # fmt: skip
+    for formatted in (gain.xaxis.set_major_formatter, gain.xaxis.set_minor_formatter):
+        formatted("{x:g}")
     for axes in (thinking, gain):
         axes.legend(frameon=False, fontsize=8)
     write_whole(path, png_of(figure))
