@@ -10,7 +10,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Iterable
 from concurrent.futures import Future
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -177,10 +177,15 @@ class ShardFolder(Description):
     def _local(self, name: str, sha256: str) -> Path:
         if not self.remote or self.cache is not None:
             return self._file(name, None, sha256)
-        self._temporary = tempfile.TemporaryDirectory(prefix="ebt-megatron-")  # as long as this object lives
         path = Path(self._temporary.name, name)
-        path.write_bytes(content_of(self._at(name)))
+        if not path.exists():
+            path.write_bytes(content_of(self._at(name)))
         return path
+
+    @cached_property
+    def _temporary(self) -> tempfile.TemporaryDirectory[str]:
+        """Where a remote folder's sidecars are without a cache, for as long as this object lives."""
+        return tempfile.TemporaryDirectory(prefix="ebt-megatron-")
 
     def expect(self, numbers: list[int]) -> None:
         """Read these remote shards in the background, the first ones first, and let go of all others."""

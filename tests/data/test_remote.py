@@ -144,6 +144,14 @@ def test_a_connection_that_breaks_is_opened_again(shards, memory, tmp_path, monk
 
 
 @pytest.mark.parametrize("cached", [False, True])
+def test_a_sidecar_stays_where_it_is(memory, cached, tmp_path):
+    folder = ShardFolder("memory://bucket/train", Cache(tmp_path / "cache") if cached else None)
+    first = folder.sidecar()
+    folder.copy_to(tmp_path / "kept")
+    assert folder.sidecar() == first and first.read_bytes() == (tmp_path / "kept" / first.name).read_bytes()
+
+
+@pytest.mark.parametrize("cached", [False, True])
 @pytest.mark.parametrize(
     "damage, message",
     [
