@@ -16,6 +16,7 @@ from pathlib import Path
 from tokenizers import Tokenizer
 
 from ebt_megatron.core.errors import DataError
+from ebt_megatron.core.files import write_whole
 from ebt_megatron.data.captions import LONGEST, CaptionEncoder, CaptionTokens, ClipCaptions
 
 from .files import content_of
@@ -141,7 +142,7 @@ class Captions:
     def save(self, folder: Path) -> dict[str, object]:
         """Write the tokenizer, if there is one, beside a manifest; returns what that says."""
         if self.tokenizer:
-            (folder / "captions.json").write_bytes(self.tokenizer.encode())
+            write_whole(folder / "captions.json", self.tokenizer)
         return {**self.open().describe(), "origin": self.texts.origin}
 
     def record(self) -> list[object]:

@@ -112,6 +112,7 @@ class ClipCaptions:
         return {"kind": "clip", "shape": [self.network.config.hidden_size], "sha256": self.sha256, "model": self.model}
 
 
+@functools.cache
 def _digest(folder: str) -> str:
     files = [p for p in sorted(Path(folder).glob("*")) if p.suffix in (".json", ".safetensors", ".bin", ".txt")]
     if not (Path(folder) / "config.json").exists():
