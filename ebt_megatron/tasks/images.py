@@ -9,7 +9,7 @@ import torch
 from megatron.core.transformer import TransformerConfig
 from torch import Tensor
 
-from ebt_megatron.config import Recipe, RecipeError, ThinkingConfig
+from ebt_megatron.config import Recipe, RecipeError
 from ebt_megatron.core.errors import DataError
 from ebt_megatron.core.randomness import CLASS_STREAM, LEVEL_STREAM, PICTURE_NOISE_STREAM, uniform
 from ebt_megatron.data.captions import NOT_TOLD
@@ -22,47 +22,32 @@ from ebt_megatron.model.captions import CaptionShape
 from ebt_megatron.model.condition import ConditionEmbedding, positions_2d
 from ebt_megatron.model.flops import Cost, joint_cost
 from ebt_megatron.model.joint import DiffusionTransformer, JointEnergy
-from ebt_megatron.prediction.latents import LatentMap, LatentPrediction
 from ebt_megatron.tasks.diffusion import NoiseSchedule
 from ebt_megatron.tasks.interface import NoMeter, Sample
-from ebt_megatron.tasks.latent_model import LatentEmbedding
+from ebt_megatron.tasks.latent_model import LatentEmbedding, LatentEmbeddings
 from ebt_megatron.tasks.latents import check_latents, decoder_of, encoder_of
 from ebt_megatron.thinking.dual_stream import Thinker
 
 
-class PatchEmbedding(LatentEmbedding):
-    """Patches [B, S, C] -> hidden [S(/TP), B, D]: a linear map, and where in the picture each is."""
+class PictureEmbeddings(LatentEmbeddings):
+    """The EBT's view of pictures, `Embeddings`: what is observed is their condition, (level, class, caption).
 
-    def __init__(self, config: TransformerConfig, grid: tuple[int, int], channels: int):
-        super().__init__(config, channels)
-        self.positions = positions_2d(*grid, config.hidden_size)
+    Args:
+        config: Megatron's.
+        channels: of a patch.
+        kernels: how the hot operations run.
+        places: [S, D], where in the picture each patch is.
+        condition: (level, class, caption) -> [B, D].
+    """
 
-    def forward(self, latents: Tensor) -> Tensor:
-        """Patches [B, S, C] -> hidden [S(/TP), B, D]."""
-        x = super().forward(latents)
-        return x + self.group.own_positions(self.positions)[:, None].to(x)
-
-
-class PictureEmbeddings(PatchEmbedding):
-    """The EBT's view of pictures, `Embeddings`: what is observed is their condition, (level, class, caption)."""
-
-    def __init__(
-        self, config: TransformerConfig, grid: tuple[int, int], channels: int, condition: ConditionEmbedding,
-        kernels: Kernels,
-    ):  # fmt: skip
-        super().__init__(config, grid, channels)
-        self.condition, self.kernels = condition, kernels
+    def __init__(self, config: TransformerConfig, channels: int, kernels: Kernels, places: Tensor,
+                 condition: ConditionEmbedding):  # fmt: skip
+        super().__init__(config, channels, kernels, places)
+        self.condition = condition
 
     def context(self, observed: Tensor) -> Tensor:
         """Conditions [B, 2 + a caption's size] -> [1, B, D]."""
         return self.condition(observed)[None]
-
-    def prediction(
-        self, targets: Tensor, sample_ids: Tensor, thinking: ThinkingConfig, seed: int, start: Tensor | None = None
-    ) -> LatentPrediction:
-        """See `Embeddings`; `start` is whole, without NaN."""
-        embed = LatentMap(self.weight, self.bias, self.group, self.positions.to(self.weight.device))
-        return LatentPrediction(self.kernels, embed, targets, sample_ids, thinking, seed, start)
 
 
 class Images:
@@ -220,7 +205,7 @@ class Images:
         embeddings = None
         if first:
             condition = ConditionEmbedding(config, self.told_level, self.classes, self.captions)
-            embeddings = PictureEmbeddings(config, self.grid, self.channels, condition, kernels)
+            embeddings = PictureEmbeddings(config, self.channels, kernels, self._places(config), condition)
         return JointEnergy(config, self.recipe, kernels, embeddings, first, last)
 
     def feed_forward_model(
@@ -229,10 +214,14 @@ class Images:
         """See `Task`: DiT."""
         config.has_cond_embedder = True  # type: ignore[attr-defined]  # of every stage: Megatron sums the gradients
         condition = ConditionEmbedding(config, True, self.classes, self.captions, shared=True)
-        embedding = PatchEmbedding(config, self.grid, self.channels) if first else None
+        embedding = LatentEmbedding(config, self.channels, self._places(config)) if first else None
         bound = self.schedule.variational_bound if self.options.learn_sigma else None
         return DiffusionTransformer(config, self.recipe, kernels, condition, embedding, self.channels, first, last,
                                     bound)  # fmt: skip
+
+    def _places(self, config: TransformerConfig) -> Tensor:
+        rows, columns = self.grid
+        return positions_2d(rows, columns, config.hidden_size)
 
     def cost(self) -> Cost:
         """See `Task`."""
