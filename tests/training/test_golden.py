@@ -53,6 +53,7 @@ RECIPES = {
     "conditioning adaln": ("model.conditioning=adaln",),
     "conditioning adaln_zero": ("model.conditioning=adaln_zero",),
     "conditioning adaln_sequence": ("model.conditioning=adaln_sequence",),
+    "quadratic energy": ("model.energy_head=quadratic", "thinking.reuse=true"),
     "reuse": ("thinking.reuse=true",),
     "regenerated": ("thinking.regenerate=7",),
     "regenerated, full": ("thinking.regenerate=7", "thinking.gradient=full", *THROUGH),
