@@ -23,6 +23,7 @@ import typer
 
 from ebt_megatron.core.cli import guarded
 from ebt_megatron.core.errors import DataError
+from ebt_megatron.core.files import replacing
 
 PACKAGE = "ale-py==0.12.1"
 SKIP = 4  # frames of the emulator, at 60 a second, for each one of the film
@@ -90,9 +91,11 @@ def write_film(kept: Path, frames: int, film: tuple[str, int, Path]) -> None:
     import av
 
     game, seed, path = film
-    partial_path = path.with_suffix(".partial")
     pictures = played(emulator(kept), game, seed)
-    with av.open(str(partial_path), "w", format="matroska", options={"fflags": "+bitexact"}) as container:
+    with (
+        replacing(path) as partial_path,
+        av.open(str(partial_path), "w", format="matroska", options={"fflags": "+bitexact"}) as container,
+    ):
         stream = container.add_stream("ffv1", rate=Fraction(60, SKIP))
         for number, picture in zip(range(WARM_UP + frames), pictures, strict=False):
             if not number:
@@ -101,7 +104,6 @@ def write_film(kept: Path, frames: int, film: tuple[str, int, Path]) -> None:
             if number >= WARM_UP:
                 container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, "rgb24")))
         container.mux(stream.encode())
-    partial_path.replace(path)
 
 
 def write_films(kept: Path, output: Path, frames: int, episodes: list[tuple[str, int]], workers: int) -> list[Path]:

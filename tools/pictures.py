@@ -10,6 +10,7 @@ import typer
 
 from ebt_megatron.core.cli import guarded, quiet_libraries, say, user_path
 from ebt_megatron.core.errors import DataError, RecipeError
+from ebt_megatron.core.files import write_whole
 
 from .images import sheet
 
@@ -68,9 +69,11 @@ def main(
     def work() -> None:
         if caption and label:
             raise DataError("give either --caption or --label")
+        if not output.absolute().parent.is_dir():
+            raise RecipeError(f"--output {output}: {output.parent} is not a folder")
         quiet_libraries()
         rows = make(run_dir, caption, label, each, passes, guidance)
-        output.write_bytes(sheet(list(rows.float())))
+        write_whole(output, sheet(list(rows.float())))
         say(f"{output}: {len(rows)} rows of {each} pictures")
 
     guarded(work)
