@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import math
 import statistics
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,18 +30,8 @@ from ebt_megatron.objectives.flops import training_flops
 
 from .bench import machine
 from .images import DATA, OTHERS, prepare, prepare_others
-from .seeds import over_seeds, text_of, train, write_results
+from .seeds import Model, over_seeds, resolved_recipe, run_folder, text_of, train, write_results
 from .steps import Steps
-
-
-@dataclass(frozen=True)
-class Model:
-    """What is trained: a recipe of the quickstart with changes; flops_of: for as many FLOPs as that model."""
-
-    recipe: str
-    overrides: tuple[str, ...] = ()
-    flops_of: str | None = None
-
 
 MODELS = {
     "EBT S1": Model("quickstart_s1"),
@@ -56,18 +45,14 @@ OVER_SEEDS = Reading(lambda of: of["mean"], lambda of: 0.0 if math.isnan(of["hal
 
 def recipe_of(name: str, seed: int, runs: Path, steps: int) -> Recipe:
     """The recipe of one run, its number of steps resolved."""
-    model = MODELS[name]
 
-    def load(steps: int) -> Recipe:
+    def load(model: Model, steps: int | None) -> Recipe:
         return load_recipe(f"images/{model.recipe}", [
             *model.overrides, "training.micro_batch_size=32", f"training.seed={1234 + seed}",
-            f"training.steps={steps}", f"training.output_dir={runs / name.lower().replace(',', '').replace(' ', '-')}"
-            f"-{seed}",
+            f"training.steps={steps}", f"training.output_dir={run_folder(runs, name, seed)}",
         ])  # fmt: skip
 
-    if model.flops_of is None:
-        return load(steps)
-    return load(round(flops(recipe_of(model.flops_of, seed, runs, steps)) / flops(load(1))))
+    return resolved_recipe(MODELS, name, load, flops, steps)
 
 
 def flops(recipe: Recipe) -> float:

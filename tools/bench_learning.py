@@ -15,7 +15,6 @@ import json
 import math
 import os
 import statistics
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,28 +29,19 @@ from ebt_megatron.objectives.flops import training_flops
 
 from .bench import machine
 from .quickstart import DATA, prepare
-from .seeds import Interval, once, text_of, train, write_results
+from .seeds import Interval, Model, once, resolved_recipe, run_folder, text_of, train, write_results
 from .steps import Steps
-
-
-@dataclass(frozen=True)
-class Model:
-    """What is trained: a recipe of the quickstart with changes; equal_flops: for as many FLOPs as S1."""
-
-    recipe: str
-    overrides: tuple[str, ...] = ()
-    equal_flops: bool = False
-
 
 LINEAR, QUADRATIC = "model.energy_head=linear", "model.energy_head=quadratic"  # the paper's is linear
 MODELS = {
     "S1": Model("quickstart_s1", (LINEAR, "thinking.learned_steps=null")),
     "S1, one of two losses drawn": Model("quickstart_s1", (LINEAR, "thinking.learned_steps=1")),
+    "S1, quadratic energy, one of two losses drawn": Model("quickstart_s1"),
     "S1, quadratic energy": Model("quickstart_s1", (QUADRATIC, "thinking.learned_steps=null")),
     "S2": Model("quickstart_s2"),
     "S2, quadratic energy": Model("quickstart_s2", (QUADRATIC, "thinking.step_size=10")),
     "Transformer++": Model("quickstart_transformer"),
-    "Transformer++, FLOPs of S1": Model("quickstart_transformer", equal_flops=True),
+    "Transformer++, FLOPs of S1": Model("quickstart_transformer", flops_of="S1"),
     # A token costs 0.97 of what one costs S2 at three steps.
     "Transformer++, inference FLOPs of S2": Model(
         "quickstart_transformer",
@@ -66,30 +56,23 @@ ABLATION = {
     "S2, no Langevin noise": Model("quickstart_s2", ("thinking.langevin_noise=0",)),
     "S2, with replay": Model("quickstart_s2", ("thinking.replay.enabled=true",)),
 }
-_PERCENT = " %"
 STARTS = 5  # of the ablation's self-verification
 
 
 def recipe_of(name: str, seed: int, data: Path, runs: Path, steps: int, vocab_size: int) -> Recipe:
     """The recipe of one run, its number of steps resolved."""
 
-    def load(model: Model, steps: int) -> Recipe:
-        folder = runs / f"{name.lower().replace('++', 'pp').replace(',', '').replace(' ', '-')}-{seed}"
+    def load(model: Model, steps: int | None) -> Recipe:
         return load_recipe(Path("recipes/text") / f"{model.recipe}.yaml", [
             *model.overrides, "training.micro_batch_size=8", f"data.train=[{data}/train]",
             f"data.validation=[{data}/validation]", f"training.seed={1234 + seed}", f"training.steps={steps}",
-            f"training.output_dir={folder}",
+            f"training.output_dir={run_folder(runs, name, seed)}",
         ])  # fmt: skip
 
-    def flops_of(recipe: Recipe) -> float:
-        return training_flops(recipe, cost(recipe, vocab_size))
+    def flops(recipe: Recipe) -> float:
+        return recipe.training.steps * training_flops(recipe, cost(recipe, vocab_size))
 
-    model = (MODELS | ABLATION)[name]
-    recipe = load(model, steps)
-    if model.equal_flops:
-        budget = flops_of(load(MODELS["S1"], steps))
-        recipe = load(model, round(steps * budget / flops_of(recipe)))
-    return recipe
+    return resolved_recipe(MODELS | ABLATION, name, load, flops, steps)
 
 
 def run(recipe: Recipe, most_steps: int, starts: int = 0) -> dict[str, Any]:
@@ -167,8 +150,9 @@ def markdown(results: dict[str, Any]) -> str:
         lines += ["", "Perplexity gained over the trained number of steps: by the most steps evaluated (longer), and "
                   f"by {STARTS} starts, of which one is kept, or which are averaged:", "",
                   f"| model | {' | '.join(names)} |", "| --- |" + " --- |" * len(names)]  # fmt: skip
-        lines += [f"| {row['name']} | {' | '.join(text_of(row['gains'][n], 1, 100, _PERCENT) for n in names)} |"
-                  for row in gains]  # fmt: skip
+        for row in gains:
+            cells = [text_of(row["gains"][n], 1, 100, " %") for n in names]
+            lines.append(f"| {row['name']} | {' | '.join(cells)} |")
     for row in results["models"]:
         if row["trained_steps"] == 1:
             continue

@@ -13,7 +13,6 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
-from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +22,12 @@ from rich.progress import track
 
 from ebt_megatron.config import Recipe, load_recipe
 from ebt_megatron.core.cli import quiet_libraries
-from ebt_megatron.core.files import replacing, write_whole
+from ebt_megatron.core.files import write_whole
 from ebt_megatron.data.folder import ShardFolder
 
 from .bench import machine
-from .bench_learning import Model
 from .films import held_out, prepare
-from .seeds import Interval, once, train
+from .seeds import Interval, Model, once, resolved_recipe, run_folder, train, write_results
 from .steps import Steps
 from .video import RECIPES
 
@@ -37,35 +35,30 @@ MODELS = {
     "EBT S1": Model("s1"),
     "EBT S2": Model("s2"),
     "Transformer++": Model("transformer"),
-    "Transformer++, FLOPs of S1": Model("transformer", equal_flops=True),
+    "Transformer++, FLOPs of S1": Model("transformer", flops_of="EBT S1"),
     "Transformer++ without the last frame": Model("transformer", ("video.predicts=frame",)),
 }
 
 
 def _flops_of(recipe: Recipe) -> float:
-    """Of an optimizer step."""
+    """That a training takes."""
     from ebt_megatron.objectives.flops import training_flops
     from ebt_megatron.tasks import open_task
 
-    return training_flops(recipe, open_task(recipe, ShardFolder(recipe.data.train[0])).cost())
+    return recipe.training.steps * training_flops(recipe, open_task(recipe, ShardFolder(recipe.data.train[0])).cost())
 
 
 def recipe_of(name: str, seed: int, runs: Path, steps: int | None) -> Recipe:
     """The recipe of one run, its number of steps resolved."""
 
-    def load(model: Model, *more: str) -> Recipe:
-        folder = runs / f"{name.lower().replace('++', 'pp').replace(',', '').replace(' ', '-')}-{seed}"
+    def load(model: Model, steps: int | None) -> Recipe:
+        given = () if steps is None else (f"training.steps={steps}",)
         return load_recipe(RECIPES[model.recipe], [
             *model.overrides, "training.micro_batch_size=32", "training.validation_interval=0",
-            f"training.seed={1234 + seed}", f"training.output_dir={folder}", *more,
+            f"training.seed={1234 + seed}", f"training.output_dir={run_folder(runs, name, seed)}", *given,
         ])  # fmt: skip
 
-    given = () if steps is None else (f"training.steps={steps}",)
-    recipe = load(MODELS[name], *given)
-    if MODELS[name].equal_flops:
-        budget = _flops_of(load(MODELS["EBT S1"], *given))
-        recipe = load(MODELS[name], f"training.steps={round(recipe.training.steps * budget / _flops_of(recipe))}")
-    return recipe
+    return resolved_recipe(MODELS, name, load, _flops_of, steps)
 
 
 def run(recipe: Recipe, sets: dict[str, str]) -> dict[str, Any]:
@@ -102,7 +95,7 @@ def summary(name: str, results: Sequence[dict[str, Any]], recipe: Recipe) -> dic
     first = next(iter(results[0]["sets"].values()))
     return {
         "name": name, "seeds": len(results), "steps": recipe.training.steps, "frames": first["tokens"],
-        "flops": recipe.training.steps * _flops_of(recipe),
+        "flops": _flops_of(recipe),
         "seconds_a_step": Interval.of([result["seconds"] for result in results]).mean, "sets": sets,
     }  # fmt: skip
 
@@ -145,10 +138,9 @@ def markdown(results: dict[str, Any]) -> str:
 
 def plot(results: dict[str, Any], path: Path) -> None:
     """For each set of held-out films the loss against the last frame again: by thinking steps, by observed frames."""
-    import matplotlib
-
-    matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+
+    from ebt_megatron.evaluation.figures import png_of
 
     sets = results["models"][0]["sets"]
     figure, axes = plt.subplots(2, len(sets), figsize=(4.3 * len(sets), 7), dpi=110, squeeze=False)
@@ -173,10 +165,7 @@ def plot(results: dict[str, Any], path: Path) -> None:
     for each in axes.flat:
         each.spines[["top", "right"]].set_visible(False)
         each.grid(alpha=0.25)
-    figure.tight_layout()
-    with replacing(path) as partial:
-        figure.savefig(partial, format="png")
-    plt.close(figure)
+    write_whole(path, png_of(figure))
 
 
 def main(
@@ -202,12 +191,7 @@ def main(
     }
     text = markdown(results)
     console.print(text, markup=False, highlight=False)
-    folder = output or runs
-    folder.mkdir(parents=True, exist_ok=True)
-    stem = folder / f"video-cpu-{date.today().isoformat()}"
-    write_whole(stem.with_suffix(".json"), json.dumps(results, indent=1) + "\n")
-    write_whole(stem.with_suffix(".md"), text)
-    plot(results, stem.with_suffix(".png"))
+    write_results(output or runs, "video", results, text, plot)
 
 
 if __name__ == "__main__":

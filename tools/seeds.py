@@ -23,6 +23,40 @@ _LINES_SHOWN = 2000  # characters of a failed command's errors
 
 
 @dataclass(frozen=True)
+class Model:
+    """What is trained: a recipe of a quickstart with changes; flops_of: for as many FLOPs as that model."""
+
+    recipe: str
+    overrides: tuple[str, ...] = ()
+    flops_of: str | None = None
+
+
+def run_folder(runs: Path, name: str, seed: int) -> Path:
+    """Where the run of a model with a seed is."""
+    return runs / f"{name.lower().replace('++', 'pp').replace(',', '').replace(' ', '-')}-{seed}"
+
+
+def resolved_recipe(
+    models: Mapping[str, Model], name: str, load: Callable[[Model, int | None], Recipe],
+    flops: Callable[[Recipe], float], steps: int | None,
+) -> Recipe:  # fmt: skip
+    """The recipe of a run, its number of steps resolved.
+
+    Args:
+        models: by name.
+        name: of the one.
+        load: a model and a number of steps (None: its recipe's) -> the recipe.
+        flops: of a whole training.
+        steps: of models that are not trained for as many FLOPs as another.
+    """
+    model, recipe = models[name], load(models[name], steps)
+    if model.flops_of is None:
+        return recipe
+    budget = flops(load(models[model.flops_of], steps))
+    return load(model, round(recipe.training.steps * budget / flops(recipe)))
+
+
+@dataclass(frozen=True)
 class Interval:
     """A mean over seeds and the half-width of its 95 % interval (Student's t); nan for one seed."""
 
