@@ -47,10 +47,8 @@ def suite(folder: Path, rivals: dict[str, Path], shifts: dict[str, Path], starts
     for name, path in rivals.items():
         text = text.replace(path.name, name)
     numbers = json.loads(text)
-    for model, name in zip(numbers["models"], (folder.name, *rivals), strict=True):
-        numbers.setdefault("by model", {})[name if model["rival"] else "this"] = model
-    numbers["uncertainty"] = {name if name in rivals else "this": of for name, of in numbers["uncertainty"].items()}
-    del numbers["models"]
+    for part, of in (("by model", numbers.pop("models")), ("uncertainty", numbers["uncertainty"].values())):
+        numbers[part] = dict(zip(("this", *rivals), of, strict=True))  # the run itself is always the first
     return numbers
 
 

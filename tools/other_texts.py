@@ -127,7 +127,7 @@ def main(
     def work() -> None:
         if not tokenizer.exists():
             raise DataError(f"no {tokenizer}: give the tokenizer.json of the run's training shards")
-        step, console = Steps("this"), Console(stderr=True)
+        step, console = Steps("python -m tools.other_texts"), Console(stderr=True)
         for name, text in TEXTS.items():
             if (output / name / "train" / "manifest.json").exists():
                 continue

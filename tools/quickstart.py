@@ -11,7 +11,7 @@ import typer
 
 from ebt_megatron.report import NEXT_STEPS
 
-from .steps import Steps
+from .steps import PROCESSES, Steps
 
 DATA = Path("data/quickstart")
 RUNS = Path("runs/quickstart")
@@ -31,22 +31,22 @@ def prepare(step: Steps, processes: int, megabytes: int) -> None:
          "--resume")  # fmt: skip
 
 
-def main(
-    processes: int = typer.Option(2, help="Ranks; data parallel: 1, 2."),
-    megabytes: int = typer.Option(16, help="How much text to prepare."),
-) -> None:
+def main(processes: int = PROCESSES, megabytes: int = typer.Option(16, help="How much text to prepare.")) -> None:
     """Prepare data, pretrain the models, evaluate them and write the report."""
-    step = Steps("make quickstart")
-    prepare(step, processes, megabytes)
-    for number, (name, recipe) in enumerate(RECIPES.items(), 2):
-        step.train(number, name, recipe, processes)
-    for name in RECIPES:
-        step.evaluate(len(RECIPES) + 2, name, RUNS / name)
-    from ebt_megatron.evaluation.report import write_report
 
-    title = "EBT and Transformer++ on real text, on this machine"
-    runs = {"EBT, S1": RUNS / "s1", "EBT, S2": RUNS / "s2", "Transformer++": RUNS / "transformer"}
-    step.done(write_report(runs, RUNS / "report", title, NEXT_STEPS), NEXT_STEPS)
+    def work(step: Steps) -> None:
+        prepare(step, processes, megabytes)
+        for number, (name, recipe) in enumerate(RECIPES.items(), 2):
+            step.train(number, name, recipe, processes)
+        for name in RECIPES:
+            step.evaluate(len(RECIPES) + 2, name, RUNS / name)
+        from ebt_megatron.evaluation.report import write_report
+
+        title = "EBT and Transformer++ on real text, on this machine"
+        runs = {"EBT, S1": RUNS / "s1", "EBT, S2": RUNS / "s2", "Transformer++": RUNS / "transformer"}
+        step.done(write_report(runs, RUNS / "report", title, NEXT_STEPS), NEXT_STEPS)
+
+    Steps.run("make quickstart", work)
 
 
 if __name__ == "__main__":
