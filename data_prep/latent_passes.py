@@ -315,6 +315,9 @@ class LatentShards:
         names, highest = len(self.latents.pieces.source.classes), self._highest(keys)
         if names and highest >= names:
             raise DataError(f"the input has label {highest}, and --class-names has {names}: name all labels")
+        if not names and highest >= counts.sum():
+            raise DataError(f"the input has label {highest} and {counts.sum():,} samples, so that most classes have "
+                            "none: number labels from 0 on, or name them all with --class-names")  # fmt: skip
         encoder = self.latents.encoder()
         if self.settings.scale is not None:
             encoder.normalise_by(np.zeros(encoder.channels), np.full(encoder.channels, 1 / self.settings.scale))

@@ -137,15 +137,11 @@ def draws(recipe: Recipe) -> list[tuple[float, int]]:
     return [(chance, seed_of[plan.steps]) for chance, plan in distribution]
 
 
-def minimum_flops(recipe: Recipe, width: int) -> float:
+def least_flops(recipe: Recipe, width: int) -> float:
     """Of one micro-batch: the least a first-order method needs, in the mean over what training draws."""
-    from ebt_megatron.thinking.plan import Plan
+    from ebt_megatron.objectives.flops import minimum_flops
 
-    per_sample, batch = _task(recipe, width).cost(), recipe.training.micro_batch_size
-    if recipe.model.architecture == "transformer":
-        return batch * per_sample.transformer()
-    plans = Plan.distribution(recipe.thinking)
-    return batch * sum(chance * per_sample.minimum(plan.steps, len(plan.learned)) for chance, plan in plans)
+    return recipe.training.micro_batch_size * minimum_flops(recipe, _task(recipe, width).cost())
 
 
 class _Untracked(nullcontext):
@@ -209,7 +205,7 @@ def _child(case: str, variant: str, timed: bool) -> dict[str, Any]:
     drawn = draws(recipe)
     out["flops"] = sum(chance * counted_flops(step, seed) for chance, seed in drawn)
     out["seconds"] = sum(chance * median_seconds(step, [seed]) for chance, seed in drawn)
-    out["minimum_flops"] = minimum_flops(recipe, width)
+    out["minimum_flops"] = least_flops(recipe, width)
     return out
 
 

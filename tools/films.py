@@ -21,7 +21,7 @@ GAMES = (
     "freeway", "frogger", "phoenix", "pong", "riverraid", "seaquest", "space_invaders",
 )  # fmt: skip
 OTHER_GAMES = ("air_raid", "galaxian", "ice_hockey", "kaboom", "time_pilot")
-EPISODES = 2  # of a game that is trained on
+EPISODES = 12  # of a game that is trained on
 TRAINED_FRAMES, HELD_OUT_FRAMES = 360, 96  # of an episode, 15 a second
 
 
@@ -38,7 +38,7 @@ def _shards(step: Steps, films: list[str], output: Path, *more: str) -> None:
     """Films as tiles of 32 x 32 pixels in OUTPUT/train, and in OUTPUT/validation if `more` says so."""
     inputs = [word for film in films for word in ("--input", film)]
     step(f"prepare {output.name}", "1. films to shards", "data_prep.video", *inputs, "--output", str(output),
-         "--frames", "16", "--height", "32", "--width", "32", "--tiles", "5", "--frame-rate", "7.5", "--seed", "1",
+         "--frames", "16", "--height", "32", "--width", "32", "--tiles", "3", "--frame-rate", "7.5", "--seed", "1",
          "--resume", "--skip-broken", *more)  # fmt: skip
 
 

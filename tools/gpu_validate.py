@@ -252,6 +252,7 @@ def training_speed(rates: dict[str, float]) -> list[dict[str, Any]]:
     import gc
 
     from ebt_megatron.model.flops import cost
+    from ebt_megatron.objectives.flops import minimum_flops
 
     from .bench import median_seconds, training_step
 
@@ -284,7 +285,7 @@ def training_speed(rates: dict[str, float]) -> list[dict[str, Any]]:
                     row["milliseconds"] = median_seconds(step, range(1, 6)) * 1e3
                     row["step GB"] = (torch.cuda.max_memory_allocated() - base) / 1e9
                     if recipe.model.architecture == "ebt":
-                        flops = batch * cost(recipe, vocab).minimum(2, 2)
+                        flops = batch * minimum_flops(recipe, cost(recipe, vocab))
                         row["minimum FLOPs, share of matrix rate"] = (
                             flops / row["milliseconds"] * 1e3 / rates["matrix_flops"]
                         )

@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import typer
@@ -16,6 +16,17 @@ from ebt_megatron.core.cli import guarded, quiet_libraries
 
 OVERRIDE: list[str] = typer.Option([], help="key=value for every recipe, e.g. training.seed=2.")
 PROCESSES: int = typer.Option(2, help="Ranks: data parallel.")
+
+
+_WORDS_SHOWN = 24  # of each end of a command
+
+
+def shown(command: Sequence[str]) -> str:
+    """A command for people: of a very long one both ends."""
+    left_out = len(command) - 2 * _WORDS_SHOWN
+    if left_out <= 1:
+        return " ".join(command)
+    return " ".join([*command[:_WORDS_SHOWN], f"[{left_out} words more]", *command[-_WORDS_SHOWN:]])
 
 
 class Steps:
@@ -50,7 +61,7 @@ class Steps:
         launcher = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), "-m"] if ranks else []
         command = [sys.executable, "-m", *launcher, module, *arguments]
         self.console.rule(title, align="left")
-        self.console.print(" ".join(command), style="dim", soft_wrap=True, highlight=False)
+        self.console.print(shown(command), style="dim", soft_wrap=True, highlight=False, markup=False)
         begin = time.perf_counter()
         env = {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "TOKENIZERS_PARALLELISM": "true"} | dict(os.environ)
         code = subprocess.run(command, env=env, check=False).returncode

@@ -39,7 +39,7 @@ class ThinkingConfig:
     langevin_in_evaluation: bool = True  # as the model was trained with it
     # observed: of video, the last frame that is observed; of pictures, the noised one
     initial: str = one_of("noise", "zeros", "observed", default="noise")
-    initial_std: float = 0.3
+    initial_std: float = at_least(0, 0.0)  # of the noise; 0: as zeros, which for text saves passes over the vocabulary
     engine: str = one_of("dual_stream", "double_backward", default="dual_stream")  # the latter: the slow reference
     reuse: bool = False  # learn takes activations and input gradients from propose (more memory)
     # bfloat16: half the memory; small steps of a logit round away
@@ -47,6 +47,11 @@ class ThinkingConfig:
     # > 0: logits are not stored, every pass makes them anew, so many rows at a time (less memory)
     regenerate: int = at_least(0, 0, ": a number of rows, or 0 to store the logits")
     replay: ReplayConfig = field(default_factory=ReplayConfig)
+
+    @property
+    def noisy(self) -> bool:
+        """Whether noise decides where thinking starts or goes, so that several starts differ."""
+        return self.langevin_noise > 0 or (self.initial == "noise" and self.initial_std > 0)
 
     def check(self) -> None:
         """Raise RecipeError unless there is a number of steps to draw."""

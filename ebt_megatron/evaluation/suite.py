@@ -261,7 +261,8 @@ def _collect(run: TrainedRun, options: SuiteOptions, doing: Callable[[str], None
     doing(f"{run.recipe.name}: thinking")
     plain = scores(validation)
     more = []
-    for start in range(1, options.starts):
+    several = run.recipe.thinking.noisy or not run.objective.thinks  # else every start is the same
+    for start in range(1, options.starts if several else 1):
         doing(f"{run.recipe.name}: start {start + 1} of {options.starts}")
         more.append(scores(validation, trained, start))
     wrong = {}

@@ -179,7 +179,7 @@ class Engine(Reader):
         """Take the steps; returns their FLOPs."""
         spent = 0.0
         for step, landscape in enumerate(schedule):
-            noise = self._noise(step, options)
+            noise = options.noise(self.recipe.thinking, step)
             if options.flops is not None:
                 self._afford(tokens, options.flops - spent, step, options)
             if not len(tokens.alive):
@@ -225,15 +225,6 @@ class Engine(Reader):
         """Of a candidate: the first one's are those of training's evaluation."""
         return sample_ids ^ stable_seed("candidate", candidate) if candidate else sample_ids
 
-    def _noise(self, step: int, options: ThinkingOptions) -> float:
-        """The deviation of the noise before a step."""
-        thinking = self.recipe.thinking
-        if step and options.langevin_first_only:
-            return 0.0
-        if options.langevin_noise is not None:
-            return options.langevin_noise
-        return thinking.langevin_noise if thinking.langevin_in_evaluation else 0.0
-
     def _choose(self, thought: Conclusion, first: Tensor, count: int, options: ThinkingOptions) -> Conclusion:
         """Of each token's candidates keep one, or mix them."""
         if options.candidates == 1:
@@ -259,7 +250,7 @@ class Engine(Reader):
 
     def _step_flops(self, queries: Queries, step: int, options: ThinkingOptions) -> Tensor:
         """FLOPs of step `step` of each token [R]; to accept it takes energies of what it leads to and, noisy, left."""
-        checks = 1 + (self._noise(step, options) > 0) if options.accept_only else 0
+        checks = 1 + (options.noise(self.recipe.thinking, step) > 0) if options.accept_only else 0
         return self._flops(queries, layers=2 + checks, vocabulary=2 + checks)
 
     def require_budget(self, tokens: int, length: int, options: ThinkingOptions) -> None:

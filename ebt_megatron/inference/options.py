@@ -7,6 +7,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+from ebt_megatron.config import ThinkingConfig
 from ebt_megatron.core.errors import RecipeError
 from ebt_megatron.core.options import option
 
@@ -80,6 +81,14 @@ class ThinkingOptions:
             value = getattr(self, name)
             if value is not None and not (value >= 0 and math.isfinite(value)):
                 raise RecipeError(f"{name}={value}: must be a finite number of at least 0")
+
+    def noise(self, thinking: ThinkingConfig, step: int = 0) -> float:
+        """The deviation of the Langevin noise before a step, of a run with this recipe."""
+        if step and self.langevin_first_only:
+            return 0.0
+        if self.langevin_noise is not None:
+            return self.langevin_noise
+        return thinking.langevin_noise if thinking.langevin_in_evaluation else 0.0
 
     def schedule(self, landscapes: int) -> list[int]:
         """The landscape of each step, of so many that were trained."""

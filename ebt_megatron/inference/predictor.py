@@ -209,6 +209,10 @@ def build_predictor(
     stages, vocabulary = Stages(state, model.config), task.cost().vocabulary / task.length
     if recipe.model.architecture == "ebt":
         options.check()
+        noisy = replace(recipe.thinking, langevin_noise=options.noise(recipe.thinking)).noisy
+        if options.candidates > 1 and not noisy:
+            raise RecipeError(f"candidates={options.candidates}: without noise every start of {where} is the same: "
+                              "give a langevin_noise, 0.3 say, or leave candidates out")  # fmt: skip
         return EnergyPredictor(Engine(model, recipe, stages, task.length, vocabulary), options, task.vocab_size)
     if options != ThinkingOptions(final_energy=options.final_energy):
         raise RecipeError(f"{where} is a {recipe.model.architecture}, which does not think: leave out steps, "

@@ -116,8 +116,9 @@ class Kernels:
         vocab_refine: (y, lse, table, valid, energy_grad, centre, alpha, target, rule, y_next=None) -> RefineStats;
             writes y' to y_next [T, V] if given.
         vocab_backward: (y, lse, table, valid, energy_grad, centre, alpha, target, rule, lse_next, scale, mean,
-            x_grad, xt_grad, table_grad, y_next=None): table_grad += p^T x_grad +
-            (r * (scale lambda - mean))^T xt_grad, in place, scale > 0; y becomes y' in place, unless y' is given.
+            x_grad, xt_grad, table_grad, y_next=None): table_grad += p^T x_grad (unless that is None) +
+            (r * (scale lambda - mean))^T xt_grad, in place, scale > 0 (mean: of logit_descent; the others subtract
+            none); y becomes y' in place, unless y' is given.
         vocab_update: (y, lse, table, valid, energy_grad, centre, alpha, rule): y becomes y' in place.
         vocab_adjoint: (y', lse', target, weight, valid, adjoint): adjoint += weight lambda, in place.
         vocab_dot_step: (y, lse, table, valid, energy_grad, centre, rule, adjoint) -> <adjoint, g> [T],

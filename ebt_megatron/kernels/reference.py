@@ -218,14 +218,17 @@ def vocab_refine(
 
 def vocab_backward(
     y: Tensor, lse: Tensor, table: Tensor, valid: int, energy_grad: Tensor, centre: Tensor, alpha: Tensor,
-    target: Tensor, rule: StepRule, lse_next: Tensor, scale: Tensor, mean: Tensor, x_grad: Tensor, xt_grad: Tensor,
-    table_grad: Tensor, y_next: Tensor | None = None,
+    target: Tensor, rule: StepRule, lse_next: Tensor, scale: Tensor, mean: Tensor, x_grad: Tensor | None,
+    xt_grad: Tensor, table_grad: Tensor, y_next: Tensor | None = None,
 ) -> None:  # fmt: skip
     """See `Kernels.vocab_backward`."""
     p, _, moved = _step(y, lse, table, valid, energy_grad, centre, alpha, rule)
-    direction = scale[:, None] * (_probabilities(moved, lse_next, valid) - _one_hot(target, p)) - mean[:, None]
-    direction = _factor(p, rule) * direction
-    table_grad[:valid] += (p.mT @ x_grad + direction.mT @ xt_grad)[:valid]
+    direction = scale[:, None] * (_probabilities(moved, lse_next, valid) - _one_hot(target, p))
+    if rule is StepRule.LOGIT:
+        direction = p * (direction - mean[:, None])
+    table_grad[:valid] += (direction.mT @ xt_grad)[:valid]
+    if x_grad is not None:
+        table_grad[:valid] += (p.mT @ x_grad)[:valid]
     if y_next is None:
         y.copy_(moved)
 

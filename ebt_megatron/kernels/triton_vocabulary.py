@@ -113,9 +113,9 @@ def _direction(NEXT, P, OUT, LSE, COLUMN, SCALE, MEAN, next_stride, C, BY_LOGITS
     y_next = tl.load(NEXT + row * next_stride + c, mask=c < C, other=float("-inf")).to(tl.float32)
     p_next = tl.exp(y_next - tl.load(LSE + row))
     hot = (c == tl.load(COLUMN + row)).to(tl.float32)
-    out = tl.load(SCALE + row) * (p_next - hot) - tl.load(MEAN + row)
+    out = tl.load(SCALE + row) * (p_next - hot)
     if BY_LOGITS:
-        out *= tl.load(P + row * C + c, mask=c < C, other=0.0).to(tl.float32)
+        out = (out - tl.load(MEAN + row)) * tl.load(P + row * C + c, mask=c < C, other=0.0).to(tl.float32)
     tl.store(OUT + row * C + c, out.to(OUT.dtype.element_ty), mask=c < C)
 
 

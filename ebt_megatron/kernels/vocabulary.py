@@ -81,16 +81,22 @@ class Tiles:
         """
         p = weight if rule is StepRule.MIRROR else exp_minus(y, lse[:, None], weight)
         g = q.sub_(centre[:, None]).mul_(p) if rule.by_logits else q
-        moved = torch.addcmul(p if rule.from_probabilities else y, g, alpha[:, None], value=-1, out=spare)
-        if y_next is not None:
+        stored = y_next is not None and y_next.dtype == spare.dtype
+        moved = torch.addcmul(
+            p if rule.from_probabilities else y, g, alpha[:, None], value=-1, out=y_next if stored else spare
+        )
+        if y_next is not None and not stored:
             y_next.copy_(moved)
         if y.dtype != moved.dtype:  # what is made of y' is made of it as it will be stored
             moved.copy_(moved.to(y.dtype))
         top = torch.maximum(stats.top, moved.amax(1))
         factor = (stats.top - top).exp()
-        e = exp_minus(moved, top[:, None], spare)
+        e = exp_minus(moved, top[:, None], spare if rule.by_logits else weight)
         stats.total.mul_(factor).add_(e.sum(1))
-        stats.mean.mul_(factor).add_((p.mul_(e) if rule.by_logits else p.copy_(e)).sum(1))
+        if rule.by_logits:
+            stats.mean.mul_(factor).add_(weight.mul_(e).sum(1))
+        else:
+            stats.mean.copy_(stats.total)
         stats.top.copy_(top)
         return factor
 
@@ -110,16 +116,15 @@ class Tiles:
         self, y_next: Tensor, lse_next: Tensor, column: Tensor, scale: Tensor, mean: Tensor, p: Tensor, out: Tensor,
         rule: StepRule,
     ) -> None:  # fmt: skip
-        """out = r (scale (p' - 1[target]) - mean).
+        """out = r (scale (p' - 1[target]) - mean); mean is for logit_descent alone, as p is.
 
         column [t]: the target's, if it is in this tile. scale is positive.
         """
         exp_minus(y_next, (lse_next - scale.log())[:, None], out)
         here = (column >= 0) & (column < out.shape[1])
         out.scatter_add_(1, column.clamp(0, out.shape[1] - 1)[:, None], -(scale * here)[:, None])
-        out.sub_(mean[:, None])
         if rule.by_logits:
-            out.mul_(p)
+            out.sub_(mean[:, None]).mul_(p)
 
 
 def _multiply(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
@@ -212,13 +217,14 @@ class Vocabulary:
 
     def backward(
         self, y: Tensor, lse: Tensor, table: Tensor, valid: int, energy_grad: Tensor, centre: Tensor, alpha: Tensor,
-        target: Tensor, rule: StepRule, lse_next: Tensor, scale: Tensor, mean: Tensor, x_grad: Tensor,
+        target: Tensor, rule: StepRule, lse_next: Tensor, scale: Tensor, mean: Tensor, x_grad: Tensor | None,
         xt_grad: Tensor, table_grad: Tensor, y_next: Tensor | None = None,
     ) -> None:  # fmt: skip
         """See `Kernels.vocab_backward`."""
         dtype = self.tiles.operand_dtype(y, table)
         slope, values, tangents = self._buffers(y, valid, lse.dtype, dtype, dtype)
-        narrow, x_grad, xt_grad = energy_grad.to(dtype), x_grad.to(dtype), xt_grad.to(dtype)
+        narrow, xt_grad = energy_grad.to(dtype), xt_grad.to(dtype)
+        x_grad = None if x_grad is None else x_grad.to(dtype)
         for c in self._columns(valid):
             rows = table[c].to(dtype)
             for t in self._tokens(y):
@@ -228,10 +234,12 @@ class Vocabulary:
                     self.tiles.update(y[t, c], q, lse[t], centre[t], alpha[t], p, rule)
                     moved = y[t, c]
                 else:
-                    self.tiles.probability(y[t, c], lse[t], p)
+                    if x_grad is not None or rule.by_logits:
+                        self.tiles.probability(y[t, c], lse[t], p)
                     moved = y_next[t, c]
                 self.tiles.direction(moved, lse_next[t], target[t] - c.start, scale[t], mean[t], p, direction, rule)
-                _accumulate(table_grad[c], p.mT, x_grad[t])
+                if x_grad is not None:
+                    _accumulate(table_grad[c], p.mT, x_grad[t])
                 _accumulate(table_grad[c], direction.mT, xt_grad[t])
 
     def update(

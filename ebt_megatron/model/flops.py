@@ -44,21 +44,16 @@ class Cost:
         """One training step of Transformer++: the output projection forward and backward is 3 U."""
         return 3 * self.layers + 3 * self.vocabulary
 
-    def dual_stream(self, steps: int, learned_steps: int, reuse: bool = False, regenerate: bool = False) -> float:
+    def dual_stream(self, steps: int, learned_steps: int, products: int, reuse: bool = False) -> float:
         """One training step of an EBT whose predictions are detached between steps.
 
-        In units of U: embed the prediction 1, its gradient 1, and learned: the tangent's embedding 1, the
-        embedding's gradients 2; with `reuse`, y' is kept. Otherwise a step takes its gradient once more to move
-        on, 1; with `regenerate`, only if it is learned, but each of its passes over the vocabulary (embed,
-        refine and, if it is one of the last `learned_steps`, learn) takes the steps before it again, 1 each.
+        Args:
+            steps, learned_steps: of thinking, and those of them that are learned from.
+            products: over the vocabulary, in units of U (`ebt_megatron.objectives.flops.vocabulary_products`).
+            reuse: as `thinking.reuse`.
         """
         layers = 2 * steps + (4 if reuse else 6) * learned_steps
-        vocabulary = 2 * steps + 3 * learned_steps
-        if regenerate:
-            vocabulary += learned_steps + 2 * sum(range(steps)) + sum(range(steps - learned_steps, steps))
-        elif not reuse:
-            vocabulary += steps
-        return self._context + layers * self.layers + vocabulary * self.vocabulary
+        return self._context + layers * self.layers + products * self.vocabulary
 
     def inference(self, steps: int = 0) -> float:
         """One pass over a sample without learning: Transformer++ with 0 steps, an EBT with n.
@@ -66,11 +61,6 @@ class Cost:
         In units of U: Transformer++'s output 1; each step embeds the prediction 1 and takes its gradient 1.
         """
         return (1 + 2 * steps) * self.layers + (2 * steps or 1) * self.vocabulary
-
-    def minimum(self, steps: int, learned_steps: int) -> float:
-        """The least a first-order method needs: reuse, and no vocabulary product computed twice."""
-        layers, vocabulary = 2 * steps + 4 * learned_steps, 2 * steps + 3 * learned_steps
-        return self._context + layers * self.layers + vocabulary * self.vocabulary
 
     def double_backward(self, steps: int) -> float:
         """The public code's way; through the vocabulary forward 1, to y 1, and back through both 4."""

@@ -93,7 +93,7 @@ class TextPrediction:
         seed: int,
         start: Tensor | None,
     ):
-        self.kernels, self.table, self.group = kernels, table, group
+        self.kernels, self.table, self.group, self.vocab_size = kernels, table, group, vocab_size
         batch, length = targets.shape
         local = table.shape[0]
         offset = local * group.rank
@@ -107,6 +107,10 @@ class TextPrediction:
         self.rule, self.thinking = self.stored.rule, thinking
         self.history: list[tuple[Step, Tensor]] = []  # of each step: itself, and the log-sum-exp it ended with
         self.end: Tensor | None = None  # the last prediction, where going back overwrites it
+        # What `refine` found of the next prediction on its way: p' W of this rank's columns, and its log-sum-exp; and
+        # the same of the current one, where no noise has come between.
+        self._embedded_next: tuple[Tensor, Tensor] | None = None
+        self.embedded: tuple[Tensor, Tensor] | None = None
 
     # --- the logits ---------------------------------------------------------------------
 
@@ -117,7 +121,7 @@ class TextPrediction:
 
     @y.setter
     def y(self, y: Tensor) -> None:
-        self.stored.y = y
+        self.stored.y, self.stored.uniform, self.embedded = y, False, None
 
     def perturb(self, step: int) -> None:
         """Langevin noise before step `step`."""
@@ -136,11 +140,23 @@ class TextPrediction:
     # --- one step -----------------------------------------------------------------------
 
     def embed(self) -> Tensor:
-        """Embed the current prediction: x = softmax(y) W, [S(/TP), B, D]."""
-        parts = [self.kernels.vocab_embed(y, self.table.detach(), self.valid) for _, y in self.stored.parts()]
-        x, lse = (joined(t) for t in zip(*parts, strict=True))
-        self.lse = self.group.log_sum_exp(lse)
-        x = x * (lse - self.lse).exp()[:, None]
+        """Embed the current prediction: x = softmax(y) W, [S(/TP), B, D].
+
+        There is no product where all logits are 0 (x is W's mean row), nor after a step along dE/dp without noise,
+        whose `refine` had it.
+        """
+        if self.stored.uniform:
+            rows = self.stored.rows.stop
+            mean = self.table.detach()[: self.valid].sum(0, dtype=self.rows.dtype) / self.vocab_size
+            x, self.lse = mean.expand(rows, -1), mean.new_full((rows,), math.log(self.vocab_size))
+        elif self.embedded is not None:
+            x, self.lse = self.embedded
+        else:
+            parts = [self.kernels.vocab_embed(y, self.table.detach(), self.valid) for _, y in self.stored.parts()]
+            x, lse = (joined(t) for t in zip(*parts, strict=True))
+            self.lse = self.group.log_sum_exp(lse)
+            x = x * (lse - self.lse).exp()[:, None]
+        self.embedded = None
         self.x = self.rows.hidden(x)
         return self.x.to(self.table.dtype)
 
@@ -163,12 +179,12 @@ class TextPrediction:
         ])  # fmt: skip
         self.lse_next = self.group.log_sum_exp(stats.lse_next)
         part = (stats.lse_next - self.lse_next).exp()
+        embedded = stats.embedded * part[:, None]
+        self._embedded_next = None if self.rule.by_logits else (embedded, self.lse_next)
         present = self.target >= 0
         at_target = torch.where(present, stats.p_target if self.rule.by_logits else 1.0, 0.0)
         # sum_v r_v lambda_v W_v, of this rank's columns, as `along` is before it is summed over ranks
-        self._lambda_embedded = (
-            stats.embedded * part[:, None] - at_target[:, None] * self.table.detach()[self.target.clamp_min(0)]
-        )
+        self._lambda_embedded = embedded - at_target[:, None] * self.table.detach()[self.target.clamp_min(0)]
         along = torch.linalg.vecdot(self._lambda_embedded, self.step.energy_grad)
         sums = torch.stack([stats.target_logit, stats.p_target, stats.mean * part, along])
         target_logit, p_target, mean, along = self.group.sum(sums)
@@ -205,12 +221,15 @@ class TextPrediction:
 
     def backward(self, x_grad: Tensor, xt_grad: Tensor) -> None:
         """Take gradients at the embedded value and tangent [S(/TP), B, D] to the embedding."""
-        x_grad, xt_grad = self.rows.flat(x_grad), self.rows.flat(xt_grad)
+        x_grad, xt_grad, table_grad = self.rows.flat(x_grad), self.rows.flat(xt_grad), gradient_buffer(self.table)
+        uniform = self.stored.uniform
+        if uniform:  # p^T x_grad has the same row for every token
+            table_grad[: self.valid] += x_grad.sum(0) / self.vocab_size
         for t, y, s in self.stored.parts_of(self.step):
             self.kernels.vocab_backward(
                 y, s.lse, self.table.detach(), self.valid, s.energy_grad, s.centre, s.alpha, self.target[t],
-                self.rule, self.lse_next[t], self._scale[t], self._scaled_mean[t], x_grad[t], xt_grad[t],
-                gradient_buffer(self.table), self.stored.next,
+                self.rule, self.lse_next[t], self._scale[t], self._scaled_mean[t], None if uniform else x_grad[t],
+                xt_grad[t], table_grad, self.stored.next,
             )  # fmt: skip
         # saves a pass over the vocabulary
         self.stored.moved = self.stored.next is None and not self.stored.regenerated
@@ -219,6 +238,7 @@ class TextPrediction:
         """Replace the prediction by the next one; with `keep`, `begin_adjoint` can go back before this step."""
         if keep:
             self.history.append((self.step, self.lse_next))
+        self.embedded = self._embedded_next if self.thinking.langevin_noise == 0 else None
         self.stored.advance(self.step)
 
     def begin_adjoint(self) -> LogitsAdjoint:
@@ -284,7 +304,7 @@ class LogitsAdjoint:
         """Return to the prediction as it was before step `step`, with that step's noise."""
         history = self.prediction.history
         self.stored.rewind([s for s, _ in history[:step]])
-        self.prediction.step = history[step][0]
+        self.prediction.step, self.prediction.embedded = history[step][0], None
 
     def slope(self) -> Tensor:
         """<adjoint, g> of the rewound step, [S, B]."""

@@ -45,8 +45,10 @@ class StoredLogits:
         start: [S, B, V / TP] initial logits instead of noise where not NaN.
 
     Attributes:
-        y: the logits [S * B, V / TP], None where they are made anew.
-        next: where y' is kept until it becomes y (`thinking.reuse`), else None.
+        uniform: whether every prediction is the uniform distribution, all of its logits 0.
+        y: the logits [S * B, V / TP], None where they are made anew; while `uniform` one row for all, not to be
+            written.
+        next: where y' is kept until it becomes y (`thinking.reuse`, and while `uniform`), else None.
         moved: whether y' has been written over y.
     """
 
@@ -73,12 +75,27 @@ class StoredLogits:
         self.steps: list[Step] = []
         self.perturbed = 0
         self.regenerated = thinking.regenerate > 0
-        self.y = None if self.regenerated else self._make(self.rows)
-        self.next: Tensor | None = None
-        if thinking.reuse and self.y is not None:
-            self.next = torch.empty_like(self.y)
-            self.next[:, valid:] = 0
+        self._starts_uniform = start is None and not thinking.noisy
+        self.uniform = self._starts_uniform
+        self.y = self._first()
+        self.next = self._place() if self.y is not None and (thinking.reuse or self.uniform) else None
         self.moved = False
+
+    def _first(self) -> Tensor | None:
+        """The logits before any step, as they are stored."""
+        if self.regenerated:
+            return None
+        if self.uniform:
+            row = torch.zeros(1, self.table.shape[0], dtype=self.stored, device=self.table.device)
+            return row.expand(self.rows.stop, -1)
+        return self._make(self.rows)
+
+    def _place(self) -> Tensor:
+        """Memory for logits."""
+        shape = self.rows.stop, self.table.shape[0]
+        place = torch.empty(shape, dtype=self.stored, device=self.table.device)
+        place[:, self.valid :] = 0
+        return place
 
     def _make(self, rows: slice, buffer: Tensor | None = None) -> Tensor:
         """The logits from the seed and the steps taken, [rows, V / TP]; into a buffer if given."""
@@ -87,7 +104,7 @@ class StoredLogits:
             y = torch.zeros(shape, dtype=self.stored, device=self.table.device)
         else:
             y = buffer[: shape[0]].zero_()
-        if self.thinking.initial == "noise":
+        if self.thinking.initial == "noise" and self.thinking.initial_std:
             self._add_noise(y, stream=0, std=self.thinking.initial_std, rows=rows)
         if self.start is not None:
             start = self.start.flatten(0, 1)[rows].to(y)
@@ -152,16 +169,18 @@ class StoredLogits:
         if self.y is None:
             self.steps.append(step)
         elif self.next is not None:
-            self.y, self.next = self.next, self.y
+            kept, self.y = self.y, self.next
+            self.next = (self._place() if self.uniform else kept) if self.thinking.reuse else None
         elif not self.moved:
             self._update(self.y, step)
-        self.moved = False
+        self.moved = self.uniform = False
 
     def rewind(self, steps: list[Step]) -> None:
         """Make the logits those after `steps`, with the noise before the step that follows."""
         self.steps, self.perturbed = steps, len(steps) + 1
+        self.uniform = self._starts_uniform and not steps
         if self.y is not None:
-            self.y = self._make(self.rows)
+            self.y = self._first() if self.uniform else self._make(self.rows)
 
     def _update(self, y: Tensor, s: Step) -> None:
         self.kernels.vocab_update(

@@ -39,6 +39,11 @@ def encoder_of(source: Description) -> dict[str, Any]:
     if missing:
         raise DataError(f"{source.folder}/manifest.json does not say {', '.join(missing)} of its encoder: prepare the "
                         "data again")  # fmt: skip
+    wrong = [key for key in ("height", "width", "patch") if not (isinstance(encoder[key], int) and encoder[key] > 0)]
+    if wrong:
+        said = ", ".join(f"{key} {encoder[key]!r}" for key in wrong)
+        raise DataError(f"{source.folder}/manifest.json says {said} of its encoder, which is no size: prepare the data "
+                        "again")  # fmt: skip
     rows, columns = (encoder[side] // encoder["patch"] for side in ("height", "width"))
     if rows * columns != shape[-2]:
         raise DataError(f"{source.folder} has samples of {shape[-2]} patches, and its encoder makes {rows} x {columns} "

@@ -183,6 +183,8 @@ def bad_array(folder, kind):
     elif kind == "some labels":
         np.savez(folder / "a.npz", images=array, labels=np.arange(10))
         np.save(folder / "b.npy", pictures(10, seed=1))
+    elif kind == "a million":
+        np.savez(folder / "a.npz", images=array, labels=np.full(10, 1_000_000))
     elif kind == "small":
         np.save(folder / "a.npy", array[:, :8])
 
@@ -196,6 +198,7 @@ def bad_array(folder, kind):
         ("idx", "truncated, or no idx file"),
         ("gz", "images-idx3-ubyte.gz cannot be read"),
         ("some labels", "some pictures of the input have labels and some have none"),
+        ("a million", "the input has label 1000000 and 10 samples"),
         ("small", "smaller than a tile of 16 x 16"),
     ],
 )

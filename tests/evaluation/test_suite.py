@@ -107,7 +107,7 @@ def test_corrupted_text_says_what_is_wrong_in_it(kind):
     "overrides", [(), ("model.conditioning=time_embed_sequence",), ("model.architecture=transformer",)]
 )
 def test_scores_are_those_of_validation(overrides):
-    recipe = builders.small_recipe(*overrides)
+    recipe = builders.small_recipe("thinking.initial_std=1", *overrides)
     objective, sample = builders.objective(builders.build(recipe), recipe), builders.sample(recipe)
     thought, ours = objective.evaluate(sample, 4), score(objective, [sample, sample], 3)
     assert ours.loss.shape == (3 if objective.thinks else 1, 40)

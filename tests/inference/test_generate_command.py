@@ -37,7 +37,7 @@ def call(*arguments, stdin=None):
 def test_json_lines_of_prompts_from_a_file(architecture, runs, tmp_path):
     prompts = tmp_path / "prompts"
     prompts.write_text('Document 3\n{"prompt": "says word5"}\n"word"\n')
-    thinking = ("--steps", 4, "--candidates", 2) if architecture == "ebt" else ()
+    thinking = ("--steps", 4, "--candidates", 2, "--langevin-noise", 0.3) if architecture == "ebt" else ()
     done = call(runs / architecture, "--prompts", prompts, "--max-tokens", 5, "--output", "-", *thinking)
     assert done.exit_code == 0, done.output
     rows = [json.loads(line) for line in done.stdout.splitlines()]
@@ -86,6 +86,7 @@ def test_a_run_directory_is_all_it_takes(runs, tmp_path):
     (["--prompts", "{folder}/none"], "none"), (["--prompt", "a", "--output", "{folder}/no/x"], "no is not a folder"),
     (["--prompt", "a", "--top-p", 0], "error: top_p=0.0: must be greater"),
     (["--prompt", "a", "--flops", 10, "--max-tokens", 2], "flops=10 does not pay for one step of a batch"),
+    (["--prompt", "a", "--candidates", 2], "error: candidates=2: without noise every start of"),
     (["--prompt", "a", "parallel.tensor=2"], "number of ranks=1 is not divisible"),
 ])  # fmt: skip
 def test_bad_input_is_one_line(arguments, line, runs, tmp_path):

@@ -187,6 +187,7 @@ def test_what_does_not_do_is_refused(override, why):
 
 @pytest.mark.parametrize(("changed", "why"), [
     ({"mean": None, "std": None}, "manifest.json does not say mean, std of its encoder: prepare the data again"),
+    ({"patch": 0}, "says patch 0 of its encoder, which is no size"),
     ({"height": 32}, "has samples of 4 patches, and its encoder makes 4 x 2 of a frame"),
 ])  # fmt: skip
 def test_a_manifest_that_does_not_say_what_its_latents_are_is_refused(changed, why):

@@ -185,9 +185,10 @@ class Diffuser(nn.Module):
         keep_positions(self)
 
     def forward(self, pictures, level, captions=None):
-        """The noise of each patch, by place and then channel, [B, GRID^2, 12]."""
+        """The noise of each patch, by place and then channel, [B, GRID^2, 12]; or [2, ...], noise and variances."""
         dit = self.model.diffusion_transformer
         angles = level[:, None] * torch.exp(-math.log(10000) * torch.arange(128, dtype=torch.float64) / 128)
         c = dit.t_embedder.mlp(torch.cat([angles.cos(), angles.sin()], -1).to(pictures))
         c = c if captions is None else c + self.model.text_embeddings_projector(captions)
-        return dit(pictures, c).unflatten(-1, (PATCH**2, self.parts, 3))[..., 0, :].flatten(-2)
+        out = dit(pictures, c).unflatten(-1, (PATCH**2, self.parts, 3)).movedim(-2, 0).flatten(-2)
+        return out if self.parts == 2 else out[0]

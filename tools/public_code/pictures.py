@@ -47,6 +47,8 @@ def describe(hyper: Hyper, source: Source) -> Described:
             t.initial = _INITIAL[hyper.get("denoising_initial_condition") or "random_noise"]
             t.initial_std = number(hyper, "gaussian_random_noise_scaling", 1)
         t.langevin_in_evaluation = not hyper.get("no_langevin_during_eval")
+    else:
+        recipe.images.learn_sigma = _outputs(source, trunk, channels, patch) == 2
     _describe_levels(recipe, hyper, denoises)
     describe_training(recipe, hyper)
     patches = source.shape(f"{trunk}.pos_embed")[1]
@@ -55,7 +57,8 @@ def describe(hyper: Hyper, source: Source) -> Described:
     scale, side = (1, patch) if denoises else (0.18215, patch * _VAE)
     size = side * math.isqrt(patches)
     encoder = "pixels" if denoises else "vae --model sd-vae-ft-ema --captions ... --caption-encoder clip:..."
-    identity = {"picture": [patches, channels * patch**2], "classes": 0, "latent_scale": scale}
+    identity = {"picture": [patches, channels * patch**2], "classes": 0, "latent_scale": scale,
+                "images.learn_sigma": recipe.images.learn_sigma}  # fmt: skip
     return Described(recipe, identity, f"images --height {size} --width {size} --patch {side} --scale {scale} "
                                        f"--encoder {encoder}")  # fmt: skip
 
@@ -132,20 +135,25 @@ def _condition(source: Source, recipe: Recipe, ours: str, width: int) -> dict[st
     return {f"{ours}.vector": zeros}
 
 
+def _outputs(source: Source, trunk: str, channels: int, patch: int) -> int:
+    """1: noise; 2: where between its bounds the variance of a random step is, too."""
+    return 1 + (source.shape(f"{trunk}.final_layer.linear.weight")[0] > channels * patch**2)
+
+
 def _noise(source: Source, trunk: str, channels: int, patch: int, order: Tensor) -> dict[str, Tensor]:
-    """A DiT's level and output. Where it learned variances, their rows are left out: the noise needs none."""
-    width, head = len(order), f"{trunk}.final_layer.linear"
-    parts = 1 + (source.shape(f"{head}.weight")[0] > channels * patch**2)
+    """A DiT's level and output: noise and, where it learned variances, v, from -1 to 1 there and from 0 to 1 here."""
+    width, head, parts = len(order), f"{trunk}.final_layer.linear", _outputs(source, trunk, channels, patch)
     linear = source.linear(head, "head", parts * channels * patch**2, width)
     theirs = f"{trunk}.t_embedder.mlp"
     level = source.linear(f"{theirs}.0", "in", width, _WAVES) | source.linear(f"{theirs}.2", "out", width, width)
 
-    def noise(rows: Tensor) -> Tensor:
-        """Of the rows of each place in a patch, the first `channels`."""
-        return rows.unflatten(0, (patch**2, parts, channels))[:, 0].flatten(0, 1)
+    def outputs(rows: Tensor, middle: float) -> Tensor:
+        """Rows by place in a patch, output and channel, as rows by output, place and channel."""
+        noise, *v = rows.unflatten(0, (patch**2, parts, channels)).unbind(1)
+        return torch.cat([noise.flatten(0, 1), *(part.flatten(0, 1) / 2 + middle for part in v)])
 
     return {
-        "head": noise(linear["head.weight"])[:, order], "head_bias": noise(linear["head.bias"]),
+        "head": outputs(linear["head.weight"], 0)[:, order], "head_bias": outputs(linear["head.bias"], 0.5),
         "condition.level_in": level["in.weight"], "condition.level_in_bias": level["in.bias"],
         "condition.level_out": level["out.weight"], "condition.level_out_bias": level["out.bias"],
     }  # fmt: skip
