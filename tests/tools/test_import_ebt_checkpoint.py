@@ -183,6 +183,7 @@ def test_settings_become_a_recipe(tmp_path):
     assert (m.conditioning, m.norm_epsilon, recipe.data.sequence_length) == ("time_embed_sequence", 1e-3, 10)
     assert (t.max_steps, t.loss, t.gradient, t.step_size, t.step_size_scale) == (3, "last", "detached", 5.0, 2.0)
     assert (t.langevin_noise, t.replay.enabled, recipe.training.steps, recipe.optimizer.lr) == (2.5, True, 77, 0.0012)
+    assert (t.initial, t.initial_std) == ("noise", 1)  # the public code's default
     assert to_yaml(load_recipe(tmp_path / "w.yaml")) == to_yaml(recipe)
 
 

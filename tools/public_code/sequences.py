@@ -46,7 +46,7 @@ def describe_text(hyper: Hyper, source: Source) -> Described:
         t = recipe.thinking
         t.step_rule = "probability_descent"  # what normalize_initial_condition does
         t.initial = _INITIAL[hyper.get("denoising_initial_condition") or "random_noise"]
-        take(t, hyper, initial_std="gaussian_random_noise_scaling")
+        t.initial_std = number(hyper, "gaussian_random_noise_scaling", 1)
         t.replay.enabled = bool(hyper.get("mcmc_replay_buffer"))
     take(recipe.data, hyper, sequence_length="context_length")
     resolve(recipe)
