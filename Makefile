@@ -6,7 +6,7 @@ BIN     = $(VENV)/bin
 TORCH  ?= torch==2.13.0
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart video images test test-slow test-gpu lint format bench bench-learning ablation bench-thinking bench-images bench-video bench-inference bench-data validate-gpu clean
+.PHONY: help install quickstart video images test test-slow test-gpu lint format bench bench-learning ablation bench-thinking bench-images bench-captions bench-video bench-inference bench-data validate-gpu clean
 
 help:            ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 16
@@ -62,6 +62,9 @@ bench-thinking: install  ## the evaluation suite of S1 and S2, three seeds, besi
 
 bench-images: install  ## denoising EBTs and DiTs on Fashion-MNIST, three seeds each: passes, probes, other pictures
 	$(BIN)/python -m tools.bench_images
+
+bench-captions: install  ## pictures made from captions by an EBT and a DiT, three seeds: do they show what is said
+	$(BIN)/python -m tools.bench_captions
 
 bench-video: install  ## next-frame EBTs and Transformer++ on the films of `make video`, three seeds each
 	$(BIN)/python -m tools.bench_video

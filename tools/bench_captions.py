@@ -81,7 +81,6 @@ class Judge:
         rows = pictures[chosen].reshape(len(chosen), -1) / 255
         self._classifier = LogisticRegression(max_iter=300).fit(rows[:FITTED], labels[chosen[:FITTED]])
         self.real = float(self._classifier.score(rows[FITTED:], labels[chosen[FITTED:]]))
-
         real = [rows[labels[chosen] == label] for label in range(len(NAMES))]
         self._spread = float(np.mean([of.std(0).mean() for of in real]))
 
@@ -111,8 +110,8 @@ def markdown(results: dict[str, Any]) -> str:
     begin = (
         f"Pictures from captions on {where['machine']}, torch {where['torch']}, {where['date']}; mean ± half-width of "
         "the 95 % interval over seeds. Shown: the share of made pictures that a classifier of real ones takes for what "
-        f"their caption says, in % (of held-out real pictures it gets {100 * results['real']:.1f} % right). Variety: the "
-        "deviation of pixels between pictures of one caption, in % of that between real ones of its class.\n"
+        f"their caption says, in % (of held-out real pictures it gets {100 * results['real']:.1f} % right). Variety: "
+        "the deviation of pixels between pictures of one caption, in % of that between real ones of its class.\n"
     )
     header = ["model", "steps of 32 pictures", "passes", "guidance", "shown", "variety"]
     rows = [
