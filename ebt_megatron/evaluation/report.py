@@ -38,9 +38,9 @@ def _draw(page: Page, ebts: Sequence[RunFiles], rivals: Sequence[RunFiles]) -> N
     if judged:
         page.figure("compute", "Every point is a mean over validation; FLOPs are counted, not timed.",
                     lambda: figures.compute(judged))  # fmt: skip
-        if any(len(run.suite["starts"]) > 1 for run in judged):  # where thinking starts the same, there is one
-            page.figure("starts", "What an energy that knew best would reach is the oracle; what chance gives is the "
-                        "even mixture.", lambda: figures.several_starts(judged))  # fmt: skip
+        page.figure("starts", "What an energy that knew best would reach is the oracle; what chance gives is the even "
+                    "mixture. Where a recipe has no noise every start is the same.",
+                    lambda: figures.several_starts(judged))  # fmt: skip
         page.figure("risk", "A doubt that knows errors falls far to the left.", lambda: figures.risk(judged))
         if any(run.suite.get("shifts") for run in judged):
             page.figure("shifts", "Far to the right is text unlike that trained on.", lambda: figures.shifts(judged))

@@ -261,8 +261,7 @@ def _collect(run: TrainedRun, options: SuiteOptions, doing: Callable[[str], None
     doing(f"{run.recipe.name}: thinking")
     plain = scores(validation)
     more = []
-    several = run.recipe.thinking.noisy or not run.objective.thinks  # else every start is the same
-    for start in range(1, options.starts if several else 1):
+    for start in range(1, options.starts):  # without noise they think alike, but draw other tokens
         doing(f"{run.recipe.name}: start {start + 1} of {options.starts}")
         more.append(scores(validation, trained, start))
     wrong = {}
