@@ -161,7 +161,8 @@ def plot(results: dict[str, Any], path: Path) -> None:
         thinking.axhline(1, color="grey", lw=1)
         thinking.set(title=held, xlabel="thinking steps", ylabel="loss / loss of the last frame again")
         observed.set(xlabel="observed frames", ylabel="loss (smooth L1)")
-    axes[1, 0].legend(frameon=False, fontsize=8)
+    observed.set_ylim(top=1.25 * observed.get_ylim()[1])  # room for the legend
+    observed.legend(fontsize=7, ncols=2, frameon=False)
     for each in axes.flat:
         each.spines[["top", "right"]].set_visible(False)
         each.grid(alpha=0.25)
