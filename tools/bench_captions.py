@@ -20,8 +20,6 @@ from rich.console import Console
 from rich.progress import track
 from sklearn.linear_model import LogisticRegression
 
-from data_prep.captions import TEMPLATES
-from data_prep.images import read_array
 from ebt_megatron.config import Recipe, load_recipe
 from ebt_megatron.core.cli import guarded
 from ebt_megatron.core.files import write_whole
@@ -75,6 +73,8 @@ class Judge:
     """
 
     def __init__(self, path: Path):
+        from data_prep.images import read_array
+
         pictures, labels = read_array(str(path))
         assert labels is not None
         chosen = np.random.default_rng(0).permutation(len(pictures))[: FITTED + HELD_OUT]
@@ -94,6 +94,8 @@ class Judge:
 
 def run(recipe: Recipe, judge: Judge, passes: int) -> tuple[dict[str, Any], Any]:
     """Train, unless that is done; what the judge says by guidance, and the pictures of the first guidance."""
+    from data_prep.captions import TEMPLATES
+
     train(recipe)
     captions = [TEMPLATES[1].format(name) for name in NAMES]
     said, first = {}, None
