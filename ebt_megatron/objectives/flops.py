@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from ebt_megatron.config import Recipe, ThinkingConfig
+from ebt_megatron.config import Recipe
 from ebt_megatron.kernels import StepRule
 from ebt_megatron.model.flops import Cost
 from ebt_megatron.objectives.replaying import Replaying
 from ebt_megatron.thinking.plan import Plan
 
 
-def vocabulary_products(options: ThinkingConfig, plan: Plan) -> int:
-    """Products over the vocabulary of a micro-batch, in units of U, predictions detached between steps.
+def vocabulary_products(recipe: Recipe, plan: Plan) -> int:
+    """Products over the vocabulary of a micro-batch, in units of U (`Cost.vocabulary`), detached between steps.
 
     A step embeds the prediction, 1, takes its gradient, 1, and embeds where that leads, 1, which is the next step's
     embedding where the step is along dE/dp and no noise follows; what is learned from takes the embedding's two
@@ -20,7 +20,11 @@ def vocabulary_products(options: ThinkingConfig, plan: Plan) -> int:
     Without `thinking.reuse` a step takes its gradient once more to move on, 1, except from a start at 0.
     With `thinking.regenerate` only a step that is learned from does, but each of its passes takes the steps before it
     again, 1 each.
+    Latents are embedded by one linear map, and hold their step: 2 a step, 3 more if it is learned from.
     """
+    if recipe.data.modality != "text":
+        return 2 * plan.steps + 3 * len(plan.learned)
+    options = recipe.thinking
     uniform = int(not options.noisy)
     handed_on = options.langevin_noise == 0 and not StepRule(options.step_rule).by_logits
     products = 2 * plan.steps + 2 * len(plan.learned) - uniform * (0 in plan.learned)
@@ -35,18 +39,21 @@ def vocabulary_products(options: ThinkingConfig, plan: Plan) -> int:
     return products
 
 
-def sample_flops(options: ThinkingConfig, per_sample: Cost) -> float:
-    """FLOPs of an EBT's training step for one sample, in the mean over the steps drawn.
+def sample_flops(recipe: Recipe, per_sample: Cost) -> float:
+    """FLOPs of a training step for one sample, in the mean over the steps drawn.
 
     Args:
-        options: the recipe's.
+        recipe: the run.
         per_sample: its task's `cost`.
     """
+    options = recipe.thinking
+    if recipe.model.architecture != "ebt":
+        return per_sample.transformer()
 
     def of(plan: Plan) -> float:
         if options.engine == "double_backward":
             return per_sample.double_backward(plan.steps)
-        products = vocabulary_products(options, plan)
+        products = vocabulary_products(recipe, plan)
         return per_sample.dual_stream(plan.steps, len(plan.learned), products, options.reuse)
 
     return sum(probability * of(plan) for probability, plan in Plan.distribution(options))
@@ -54,9 +61,8 @@ def sample_flops(options: ThinkingConfig, per_sample: Cost) -> float:
 
 def minimum_flops(recipe: Recipe, per_sample: Cost) -> float:
     """The least that a first-order method needs for one sample: nothing computed twice."""
-    if recipe.model.architecture != "ebt":
-        return per_sample.transformer()
-    return sample_flops(replace(recipe.thinking, engine="dual_stream", reuse=True, regenerate=0), per_sample)
+    thinking = replace(recipe.thinking, engine="dual_stream", reuse=True, regenerate=0)
+    return sample_flops(replace(recipe, thinking=thinking), per_sample)
 
 
 def training_flops(recipe: Recipe, per_sample: Cost) -> float:
@@ -67,8 +73,6 @@ def training_flops(recipe: Recipe, per_sample: Cost) -> float:
         per_sample: its task's `cost`.
     """
     samples = recipe.training.global_batch_size
-    if recipe.model.architecture != "ebt":
-        return samples * per_sample.transformer()
-    if recipe.thinking.replay.enabled:
+    if recipe.model.architecture == "ebt" and recipe.thinking.replay.enabled:
         samples += Replaying.share_of(samples)
-    return samples * sample_flops(recipe.thinking, per_sample)
+    return samples * sample_flops(recipe, per_sample)

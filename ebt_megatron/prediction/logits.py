@@ -109,7 +109,7 @@ class TextPrediction:
         self.end: Tensor | None = None  # the last prediction, where going back overwrites it
         # What `refine` found of the next prediction on its way: p' W of this rank's columns, and its log-sum-exp; and
         # the same of the current one, where no noise has come between.
-        self._embedded_next: tuple[Tensor, Tensor] | None = None
+        self._embedded_next: tuple[Tensor, Tensor]
         self.embedded: tuple[Tensor, Tensor] | None = None
 
     # --- the logits ---------------------------------------------------------------------
@@ -180,7 +180,7 @@ class TextPrediction:
         self.lse_next = self.group.log_sum_exp(stats.lse_next)
         part = (stats.lse_next - self.lse_next).exp()
         embedded = stats.embedded * part[:, None]
-        self._embedded_next = None if self.rule.by_logits else (embedded, self.lse_next)
+        self._embedded_next = embedded, self.lse_next
         present = self.target >= 0
         at_target = torch.where(present, stats.p_target if self.rule.by_logits else 1.0, 0.0)
         # sum_v r_v lambda_v W_v, of this rank's columns, as `along` is before it is summed over ranks
@@ -238,7 +238,8 @@ class TextPrediction:
         """Replace the prediction by the next one; with `keep`, `begin_adjoint` can go back before this step."""
         if keep:
             self.history.append((self.step, self.lse_next))
-        self.embedded = self._embedded_next if self.thinking.langevin_noise == 0 else None
+        hands_on = self.thinking.langevin_noise == 0 and not self.rule.by_logits
+        self.embedded = self._embedded_next if hands_on else None
         self.stored.advance(self.step)
 
     def begin_adjoint(self) -> LogitsAdjoint:

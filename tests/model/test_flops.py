@@ -5,6 +5,7 @@ import pytest
 from ebt_megatron.config import load_recipe
 from ebt_megatron.model.flops import cost
 from ebt_megatron.objectives.flops import training_flops
+from ebt_megatron.tasks.images import Images
 from ebt_megatron.thinking.plan import Plan
 from tools.bench import counted_flops, least_flops, training_step
 
@@ -48,6 +49,14 @@ def test_products_over_the_vocabulary_are_counted_exactly(loss, storage, other):
     )
     per_sample = cost(recipe, VOCAB)
     assert others - flops == pytest.approx(training_flops(recipe, per_sample) - training_flops(base, per_sample))
+
+
+def test_products_with_the_numbers_of_a_patch_are_counted_exactly():
+    recipe = load_recipe(None, [*SIZE, "data.modality=images", "data.sequence_length=16", "model.conditioning=none",
+                                "thinking.initial=observed", "thinking.reuse=true"])  # fmt: skip
+    narrow, wide = (counted_flops(training_step(recipe, width)) for width in (16, 48))
+    said = [training_flops(recipe, Images(recipe, [16, width]).cost()) for width in (16, 48)]
+    assert wide - narrow == pytest.approx(said[1] - said[0])
 
 
 def test_learning_drawn_steps_costs_what_is_said():
