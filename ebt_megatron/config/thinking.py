@@ -49,14 +49,14 @@ class ThinkingConfig:
     replay: ReplayConfig = field(default_factory=ReplayConfig)
 
     @property
-    def starting_noise(self) -> float:
-        """The standard deviation of what predictions start at."""
-        return self.initial_std if self.initial == "noise" else 0.0
+    def starts_at_noise(self) -> bool:
+        """Whether predictions start at noise, of deviation `initial_std`."""
+        return self.initial == "noise" and self.initial_std > 0
 
     @property
     def noisy(self) -> bool:
         """Whether noise decides where thinking starts or goes, so that several starts differ."""
-        return self.langevin_noise > 0 or self.starting_noise > 0
+        return self.langevin_noise > 0 or self.starts_at_noise
 
     def check(self) -> None:
         """Raise RecipeError unless there is a number of steps to draw."""

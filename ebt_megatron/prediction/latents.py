@@ -112,8 +112,8 @@ class LatentPrediction:
         dtype = torch.promote_types(embed.weight.dtype, torch.float32)
         self.target = targets.transpose(0, 1).to(dtype)
         self.y = torch.zeros_like(self.target) if start is None else start.to(dtype)
-        if start is None and thinking.starting_noise > 0:
-            self.y = self.y + self._noise(0, thinking.starting_noise)
+        if start is None and thinking.starts_at_noise:
+            self.y = self.y + self._noise(0, thinking.initial_std)
         self.history: list[_Step] = []
         self.now = 0  # the step that is taken
 

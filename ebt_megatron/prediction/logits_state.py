@@ -53,8 +53,8 @@ class LogitsState:
             wide = torch.promote_types(table.dtype, torch.float32)
             stored = torch.bfloat16 if thinking.logits_dtype == "bfloat16" else wide
             y = torch.zeros(len(sample_ids), columns, dtype=stored, device=table.device)
-            if thinking.starting_noise > 0:
-                self._add_noise(y, 0, thinking.starting_noise)
+            if thinking.starts_at_noise:
+                self._add_noise(y, 0, thinking.initial_std)
         self.y = y
         self._p = self._x = torch.empty(0)  # of what `embed` returned last
 

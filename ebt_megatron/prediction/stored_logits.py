@@ -104,8 +104,8 @@ class StoredLogits:
             y = torch.zeros(shape, dtype=self.stored, device=self.table.device)
         else:
             y = buffer[: shape[0]].zero_()
-        if self.thinking.starting_noise > 0:
-            self._add_noise(y, stream=0, std=self.thinking.starting_noise, rows=rows)
+        if self.thinking.starts_at_noise:
+            self._add_noise(y, stream=0, std=self.thinking.initial_std, rows=rows)
         if self.start is not None:
             start = self.start.flatten(0, 1)[rows].to(y)
             y = torch.where(start.isnan(), y, start)
