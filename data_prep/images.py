@@ -161,6 +161,10 @@ class PictureSource:
     piece: ClassVar[str] = "picture"
     frames: ClassVar[None] = None
 
+    def keeps(self, sample: np.ndarray) -> bool:
+        """See `Source`: every picture."""
+        return True
+
     def read(self, files: list[InputFile]) -> Iterator[Piece]:
         """A piece for each picture."""
         for path in (file.path for file in files):

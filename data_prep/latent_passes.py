@@ -143,7 +143,7 @@ class Fitting:
             if self.pieces.place(piece) >= self.held_out:
                 try:
                     for sample, _ in piece.samples:
-                        for frame in sample:
+                        for frame in sample if self.pieces.source.keeps(sample) else ():
                             thinned.add(frame)
                         if thinned.seen >= 64 * self.frames:  # enough of a long video
                             break
@@ -162,8 +162,9 @@ class Fitting:
             if not encoder.fitted:
                 frames = np.concatenate([np.load(path) for path in samples])
                 if not len(frames):
-                    raise DataError("nothing to fit the encoder on: no file of the input is for train; give more files "
-                                    "or a smaller --validation-fraction")  # fmt: skip
+                    raise DataError("nothing to fit the encoder on: no file of the input is for train, or nothing in "
+                                    "it moves; give more files, or a smaller --validation-fraction or "
+                                    "--least-motion")  # fmt: skip
                 encoder.fit(frames)
             encoder.save(path)
         return key
@@ -175,7 +176,7 @@ class Latents:
 
     Per unit: latents-KEY.npy, float32 of every sample, one after the other; hashes-KEY.npy, the place of the piece of
     each sample (NaN: broken); labels-KEY.npy and captions-KEY.npy, of each sample; pieces-KEY.npy, float64 [pieces, 2],
-    place and seconds of those that are whole; skipped-KEY.json.
+    place and seconds of those that are whole; leftout-KEY.npy, how many samples were not wanted; skipped-KEY.json.
 
     Attributes:
         fitted: the key of the encoder.
@@ -208,6 +209,7 @@ class Latents:
         batch: list[np.ndarray] = []
         whole: list[tuple[float, float]] = []
         skipped: list[str] = []
+        left_out = 0
         # It shows that the unit is done, so it comes last.
         with replacing(self.file(unit)) as partial, partial.open("wb") as stream:
 
@@ -220,6 +222,9 @@ class Latents:
                 begin, place, duration = len(hashes), self.pieces.place(piece), 0.0
                 try:
                     for sample, seconds in piece.samples:
+                        if not self.pieces.source.keeps(sample):
+                            left_out += 1
+                            continue
                         batch.append(sample)
                         hashes.append(place)
                         labels.append(piece.label)
@@ -239,6 +244,7 @@ class Latents:
             if self.captions is not None:
                 save(self.work.file("captions", key), self.captions.open().encode(texts))
             save(self.work.file("pieces", key), np.array(whole).reshape(-1, 2))
+            save(self.work.file("leftout", key), np.array(left_out))
             self.work.file("skipped", key, "json").write_text(json.dumps(skipped))
 
     def held_out(self, units: list[Unit]) -> float:
@@ -251,6 +257,11 @@ class Latents:
         shape = (count, *self.shape(encoder))
         path = self.work.file("latents", key)
         return np.memmap(path, np.float32, "r", shape=shape) if count else np.zeros(shape, np.float32)
+
+    def left_out(self, key: str) -> int:
+        """How many samples of what was read under a key were not wanted."""
+        path = self.work.file("leftout", key)
+        return int(np.load(path)) if path.exists() else 0  # versions before did not write it
 
     def shape(self, encoder: Encoder) -> list[int]:
         """Of a sample."""
@@ -318,6 +329,10 @@ class LatentShards:
         if not names and highest >= counts.sum():
             raise DataError(f"the input has label {highest} and {counts.sum():,} samples, so that most classes have "
                             "none: number labels from 0 on, or name them all with --class-names")  # fmt: skip
+        if not counts[:, 0].sum():
+            still = sum(self.latents.left_out(key) for key in keys)
+            raise DataError(f"nothing of the input is for train, and {still:,} samples move less than --least-motion: "
+                            "give more files, or a smaller --validation-fraction or --least-motion")  # fmt: skip
         encoder = self.latents.encoder()
         if self.settings.scale is not None:
             encoder.normalise_by(np.zeros(encoder.channels), np.full(encoder.channels, 1 / self.settings.scale))
@@ -382,6 +397,8 @@ class LatentShards:
             else:
                 made |= {"pictures": len(seconds)}
             made["skipped"] = len(skipped)
+            if left_out := sum(self.latents.left_out(key) for key in keys):
+                made["still"] = left_out
             manifests[name] = Manifest(
                 kind=input.kind, shape=self.latents.shape(encoder), dtype="float16", samples=samples, shards=infos,
                 encoder={"file": "encoder.npz", "sha256": sha256_of(folder / "encoder.npz"), **encoder.describe()},

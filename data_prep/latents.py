@@ -22,6 +22,8 @@ from .latent_passes import FIT_FRAMES, Fitting, Latents, LatentSettings, LatentS
 from .passes import WorkFolder, finish, units_of
 from .pieces import Source
 
+LATER = ("hop", "mirror", "least_motion")  # of a source: preparations of before had none
+
 
 def prepare_latents(
     output: Path, units: list[list[InputFile]], source: Source, settings: LatentSettings, described: str,
@@ -51,7 +53,7 @@ def prepare_latents(
         del options["scale"]  # preparations of before had none
     elif encoder.mean is not None:
         raise DataError(f"--scale {settings.scale:g}: {settings.encoder} has a normalisation of its own: leave it out")
-    about = {k: v for k, v in vars(source).items() if k != "captions"}
+    about = {k: v for k, v in vars(source).items() if k != "captions" and (v or k not in LATER)}
     record: dict[str, Any] = {"settings": options, "source": about, "encoder": [encoder.settings(), given]}
     if captions is not None:
         record["captions"] = captions.record()

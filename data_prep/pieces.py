@@ -63,6 +63,10 @@ class Source(Protocol):
         """The pieces of some files, in order."""
         ...
 
+    def keeps(self, sample: np.ndarray) -> bool:
+        """Whether a sample uint8 [frames, height, width, 3] of a piece is wanted."""
+        ...
+
 
 def fingerprint(file: InputFile) -> bytes:
     """What tells a file from others: its size, and its first and last megabyte (all of it, up to two).

@@ -4,13 +4,16 @@
     mpirun -n 64 python -m data_prep.video --input s3://bucket/movies/ --output data/video --encoder vae --model sd-vae
 
 Each file is decoded frame by frame, made smaller, cropped to its centre and cut into clips that do not
-overlap; what is left at its end is dropped. All clips of a file are in the same split, whatever its path.
+overlap (or, with --hop, do); what is left at its end is dropped. All clips of a file are in the same split,
+whatever its path.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+import math
+from collections import deque
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
@@ -67,7 +70,11 @@ class VideoSource:
         height, width: of a frame.
         stride: take every so-many-th frame.
         frame_rate: take so many frames a second instead, if not 0.
+        hop: frames of the film (at `frame_rate`: of those taken) from the begin of a clip to the next one's; 0: as
+            many as a clip covers.
+        mirror: each clip also as in a mirror.
         tiles: cut frames into samples, so many along the shorter side; 1: one of the centre.
+        least_motion: leave out samples whose pixels change by less from frame to frame, the mean of levels of 255.
     """
 
     frames: int = option(16, min=2, help="Frames of a clip.")
@@ -75,7 +82,14 @@ class VideoSource:
     width: int = option(128, min=1, help="Of a frame.")
     stride: int = option(1, min=1, help="Take every so-many-th frame.")
     frame_rate: float = option(0.0, min=0.0, help="Take so many frames a second instead (0: by --stride).")
+    hop: int = option(
+        0, min=0, help="Frames of the film (with --frame-rate: taken) from a clip's begin to the next's; 0: no overlap."
+    )
+    mirror: bool = option(False, help="Each clip also as in a mirror.")
     tiles: int = option(1, min=1, help="Cut frames into samples, so many along the shorter side.")
+    least_motion: float = option(
+        0.0, min=0.0, help="Leave out samples that change less from frame to frame: mean of levels (0 to 255)."
+    )
     classes: list[str] = field(default_factory=list)
     kind: ClassVar[str] = "video"
     piece: ClassVar[str] = "video"
@@ -85,6 +99,12 @@ class VideoSource:
         for file in files:
             yield Piece(fingerprint(file), self._clips(file))
 
+    def keeps(self, sample: np.ndarray) -> bool:
+        """See `Source`: what moves."""
+        if not self.least_motion:
+            return True
+        return float(np.abs(np.diff(sample.astype(np.int16), axis=0)).mean()) >= self.least_motion
+
     def _clips(self, file: InputFile) -> Iterator[tuple[np.ndarray, float]]:
         """uint8 [frames, height, width, 3] and its seconds, again and again; of a clip's tiles one after another.
 
@@ -92,7 +112,7 @@ class VideoSource:
             DataError: if the file cannot be decoded to its end, or has no clip.
         """
         av = _av()
-        found, clip = False, []
+        found = False
         try:
             with av.open(open_file(file.path) if "://" in file.path else file.path) as container:
                 if not container.streams.video:
@@ -102,18 +122,39 @@ class VideoSource:
                 frames = _checked(container, stream, file.path)
                 own = Fraction(stream.average_rate or 0)
                 rate = Fraction(self.frame_rate).limit_denominator(1001) or own / self.stride
-                taken = at_rate(frames, rate) if self.frame_rate else itertools.islice(frames, 0, None, self.stride)
+                taken = at_rate(frames, rate) if self.frame_rate else frames
+                seconds = float(self.frames / rate) if rate else 0.0
                 scaler = av.video.reformatter.VideoReformatter()
-                for frame in taken:
-                    clip.append(self._picture(frame, scaler))
-                    if len(clip) == self.frames:
-                        seconds = float(self.frames / rate) if rate else 0.0
-                        yield from ((tile, seconds) for tile in self._cut(np.stack(clip)))
-                        found, clip = True, []
+                for clip in self._overlapping(taken, lambda frame: self._picture(frame, scaler)):
+                    found = True
+                    for view in (clip, clip[:, :, ::-1]) if self.mirror else (clip,):
+                        yield from ((tile, seconds) for tile in self._cut(view))
         except (av.error.FFmpegError, OSError) as error:
             raise DataError(f"{file.path} cannot be decoded ({error})") from None
         if not found:
-            raise DataError(f"{file.path} has {len(clip)} frames, fewer than a clip of {self.frames}")
+            need = f"{(self.frames - 1) * (1 if self.frame_rate else self.stride) + 1} frames"
+            at = f" at {self.frame_rate:g} a second" if self.frame_rate else ""
+            raise DataError(f"{file.path} has no clip: one of {self.frames} frames needs {need}{at}")
+
+    def _overlapping(self, frames: Iterator[Any], picture: Callable[[Any], np.ndarray]) -> Iterator[np.ndarray]:
+        """The clips uint8 [frames, height, width, 3] of a film; `picture` is called for what a clip needs alone."""
+        stride = 1 if self.frame_rate else self.stride
+        hop = self.hop or self.frames * stride
+        needed = math.gcd(hop, stride)  # of so many frames one
+        kept: deque[np.ndarray] = deque()  # needed frames since the begin of the next clip
+        ahead = 0  # needed frames that come before it
+        for frame in itertools.islice(frames, 0, None, needed):
+            if ahead:
+                ahead -= 1
+                continue
+            kept.append(picture(frame))
+            if len(kept) == (self.frames - 1) * stride // needed + 1:
+                yield np.stack(list(itertools.islice(kept, 0, None, stride // needed)))
+                for _ in range(hop // needed):
+                    if kept:
+                        kept.popleft()
+                    else:
+                        ahead += 1
 
     def _cut(self, clip: np.ndarray) -> Iterator[np.ndarray]:
         """The samples in a clip, row by row."""

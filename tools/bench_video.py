@@ -36,7 +36,6 @@ MODELS = {
     "EBT S2": Model("s2"),
     "Transformer++": Model("transformer"),
     "Transformer++, FLOPs of S1": Model("transformer", flops_of="EBT S1"),
-    "Transformer++ without the last frame": Model("transformer", ("video.predicts=frame",)),
 }
 
 

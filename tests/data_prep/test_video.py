@@ -1,5 +1,6 @@
 """Video preparation: every frame in its place, splits by file, and clear about files that cannot be used."""
 
+import json
 from fractions import Fraction
 from types import SimpleNamespace
 
@@ -107,6 +108,50 @@ def test_frames_are_taken_by_stride_or_by_time(tmp_path, option, taken):
     assert manifest.provenance["seconds"] == pytest.approx(manifest.samples * 6 * taken / 25)
 
 
+@pytest.mark.parametrize("hop", [1, 3, 4, 6, 12, 13, 40])
+def test_clips_may_overlap_and_be_mirrored(tmp_path, hop):
+    """A clip begins at every hop-th frame of the film; what is in it does not depend on the others."""
+    write_video(tmp_path / "a.mp4", moving_square(40))
+    output, exact = tmp_path / "out", ("--encoder", "pixels", "--validation-fraction", 0)
+    result = prepare(tmp_path, output, *exact, "--stride", 2, "--hop", hop, "--mirror")
+    assert result.exit_code == 0, result.output
+    pictures = cropped(moving_square(40))
+    starts = range(0, 40 - 10, hop)  # a clip covers 11 frames
+    clips = decoded(output / "train")
+    assert len(clips) == 2 * len(starts)
+    for start, clip, mirrored in zip(starts, clips[::2], clips[1::2], strict=True):
+        assert psnr(clip, pictures[start : start + 12 : 2]) > 28
+        assert np.array_equal(mirrored, clip[:, :, ::-1])
+        assert start == 0 or psnr(clip, pictures[start - 1 : start + 11 : 2]) < 27
+
+
+def test_what_does_not_move_may_be_left_out(tmp_path):
+    """Of three tiles side by side one moves; a film in which nothing does is no fault."""
+    film = np.full((24, 96, 288, 3), 100, np.uint8)
+    (tmp_path / "raw").mkdir()
+    film[:, :, 96:192] = np.random.default_rng(0).integers(0, 255, (24, 1, 1, 1))
+    write_video(tmp_path / "raw/a.mp4", film)
+    write_video(tmp_path / "raw/b.mp4", np.full((24, 96, 96, 3), 7, np.uint8))
+    options = ("--encoder", "pixels", "--validation-fraction", 0, "--height", 96, "--width", 96, "--tiles", 1)
+    result = prepare(tmp_path / "raw", tmp_path / "out", *options, "--tiles", 3, "--height", 32, "--width", 32,
+                     "--least-motion", 5)  # fmt: skip
+    assert result.exit_code == 0, result.output
+    manifest, clips = read_manifest(str(tmp_path / "out/train")), decoded(tmp_path / "out/train")
+    every, moving = 4 * (27 + 9), 4 * 9
+    assert len(clips) == manifest.samples == moving and manifest.provenance["still"] == every - moving
+    assert (np.abs(np.diff(clips.astype(int), axis=1)).mean((1, 2, 3, 4)) >= 4).all() and "still" in said(result)
+    for encoder, message in (("pixels", "8 samples move less than --least-motion"), ("pca", "nothing in it moves")):
+        result = prepare(tmp_path / "raw", tmp_path / "none", *options, "--encoder", encoder, "--overwrite",
+                         "--least-motion", 255)  # fmt: skip
+        assert result.exit_code == 2 and message in said(result)
+
+
+def test_a_preparation_of_before_there_were_views_goes_on(videos, shards):
+    """Its record names none of them."""
+    record = json.loads((shards / "job.json").read_text())
+    assert not {"hop", "mirror", "least_motion"} & set(str(record).replace("'", " ").split())
+
+
 def test_frames_at_a_rate_are_those_shown_at_its_times():
     frames = [SimpleNamespace(pts=p, time_base=Fraction(1, 10)) for p in (5, 6, 8, 11, 12)]
     times = lambda rate: [f.pts for f in video.at_rate(iter(frames), Fraction(rate))]  # noqa: E731
@@ -195,7 +240,7 @@ def test_a_broken_file_is_named_or_left_out(kind, videos, shards, tmp_path):
     [
         (("--stride", 2, "--frame-rate", 5), "give either --stride or --frame-rate"),
         (("--patch", 7), "cannot be cut into patches of 7 x 7"),
-        (("--frames", 41), "has 40 frames, fewer than a clip of 41"),
+        (("--frames", 41), "has no clip: one of 41 frames needs 41 frames"),
     ],
 )
 def test_bad_options_give_one_line(videos, tmp_path, more, line):

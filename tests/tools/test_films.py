@@ -30,7 +30,7 @@ class Recorder:
 @pytest.fixture
 def step(tmp_path, monkeypatch):
     monkeypatch.setattr(films, "DATA", tmp_path)
-    there = [films.Path(name) for name in ("vtest.avi", *films.HELD_OUT_FILMS)]
+    there = [films.Path(name) for package in films.media.FILMS for name in package.files]
     monkeypatch.setattr(films.media, "found", lambda *_: there)
     return Recorder()
 
@@ -40,14 +40,18 @@ def test_nothing_that_is_held_out_is_trained_on(step, monkeypatch):
     monkeypatch.setattr(films.atari, "write_films", write)
     films.prepare(step, [])
     trained = set(step.asked["train"][0])
-    for name in ("films", "episodes", "games"):
+    for name in ("films", "cartoons", "episodes", "games"):
         inputs, words = step.asked[name]
         assert inputs and not trained & set(inputs)
+        assert "--mirror" not in words and "--mirror" in step.asked["train"][1]
+        assert all(word in words and word in step.asked["train"][1] for word in films.CUT)
         assert words[words.index("--encoder") + 1] == str(films.DATA / "train" / "encoder.npz")
-    games = {name.rsplit("-", 1)[0] for name in trained if name.endswith(".mkv")}
+    assert set(step.asked["films"][0]) == set(films.HELD_OUT_FILMS)
+    assert set(step.asked["cartoons"][0]) == set(films.HELD_OUT_CARTOONS)
+    games = {name.rsplit("-", 1)[0] for name in trained if name.endswith("-0.mkv")}
     assert {name.rsplit("-", 1)[0] for name in step.asked["episodes"][0]} == games == set(films.GAMES)
     assert not games & {name.rsplit("-", 1)[0] for name in step.asked["games"][0]}
-    assert list(films.held_out()) == ["films", "episodes of the same games", "other games"]
+    assert list(films.held_out()) == ["films", "cartoons", "episodes of the same games", "other games"]
     before = dict(step.asked)
     films.prepare(step, [])
     assert step.asked == before
@@ -59,5 +63,7 @@ def test_without_games_there_are_films(step, monkeypatch):
 
     monkeypatch.setattr(films.atari, "write_films", none)
     films.prepare(step, [])
-    assert step.asked["train"][0] == ["vtest.avi"] and list(films.held_out()) == ["films"]
+    every = {name for package in films.media.FILMS for name in package.files}
+    assert set(step.asked["train"][0]) == every - {*films.HELD_OUT_FILMS, *films.HELD_OUT_CARTOONS}
+    assert list(films.held_out()) == ["films", "cartoons"]
     assert step.said == ["films alone, and no games: no ale-py here"]
