@@ -22,12 +22,12 @@ GAMES = (
     "freeway", "frogger", "phoenix", "pong", "riverraid", "seaquest", "space_invaders",
 )  # fmt: skip
 OTHER_GAMES = ("air_raid", "galaxian", "ice_hockey", "kaboom", "time_pilot")
-EPISODES = 4  # of a game that is trained on
+EPISODES = 1  # of a game that is trained on, so that most of what is trained on is film
 TRAINED_FRAMES, HELD_OUT_FRAMES = 480, 240  # of an episode, 12 a second
 # Tiles of 32 x 32 pixels of films whose shorter side is made 192, frames 0.25 s apart, as in the paper; what does not
 # move is left out, as there is nothing to predict in it.
 CUT = ("--frames", "16", "--height", "32", "--width", "32", "--tiles", "6", "--frame-rate", "4", "--least-motion", "4")
-MORE = ("--hop", "5", "--mirror")  # views of what is trained on: clips that overlap, and each as in a mirror
+MORE = ("--hop", "3", "--mirror")  # views of what is trained on: clips that overlap, and each as in a mirror
 
 
 def held_out() -> dict[str, str]:
