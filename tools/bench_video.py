@@ -76,6 +76,7 @@ def run(recipe: Recipe, sets: dict[str, str]) -> dict[str, Any]:
 def summary(name: str, results: Sequence[dict[str, Any]], recipe: Recipe) -> dict[str, Any]:
     """One model's numbers over its seeds: on every set losses, PSNR, and how much below the last frame's loss it is."""
     sets: dict[str, Any] = {}
+    of_frame = recipe.video.tokens_per_side**2  # tokens, which evaluations count
     for held, first in results[0]["sets"].items():
         of_seeds = [result["sets"][held] for result in results]
         repeat, trained = first["repeat_last_loss"], first["trained_steps"]
@@ -89,11 +90,12 @@ def summary(name: str, results: Sequence[dict[str, Any]], recipe: Recipe) -> dic
         sets[held] = {
             "thinking": thinking, "trained": thinking[trained - 1], "gain": vars(Interval.of(gains)),
             "by_observed": [vars(Interval.of(values)) for values in horizons],
+            "frames": first["positions"] // of_frame,
         } | {key: first[key] for key in ("repeat_last_loss", "repeat_last_psnr", "extrapolation_loss",
-                                        "extrapolation_psnr", "positions")}  # fmt: skip
+                                        "extrapolation_psnr")}  # fmt: skip
     first = next(iter(results[0]["sets"].values()))
     return {
-        "name": name, "seeds": len(results), "steps": recipe.training.steps, "frames": first["tokens"],
+        "name": name, "seeds": len(results), "steps": recipe.training.steps, "frames": first["tokens"] // of_frame,
         "flops": _flops_of(recipe),
         "seconds_a_step": Interval.of([result["seconds"] for result in results]).mean, "sets": sets,
     }  # fmt: skip
@@ -109,7 +111,7 @@ def markdown(results: dict[str, Any]) -> str:
         "than that of the last frame again; PSNR of decoded frames in dB.", "",
     ]  # fmt: skip
     for held, first in sets.items():
-        lines += [f"Held out: {held} ({first['positions']:,} frames predicted).", "",
+        lines += [f"Held out: {held} ({first['frames']:,} frames predicted).", "",
                   "| model | frames trained on (M) | TFLOPs | loss | below the last frame again | PSNR |",
                   "| --- | --- | --- | --- | --- | --- |"]  # fmt: skip
         for model in models:

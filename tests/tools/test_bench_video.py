@@ -37,6 +37,7 @@ def test_gains_are_over_the_last_frame_of_the_same_set():
     assert row["sets"]["films"]["gain"]["mean"] == pytest.approx(0.2)
     assert row["sets"]["games"]["gain"] == {"mean": pytest.approx(0.75), "half": pytest.approx(0)}
     assert row["sets"]["films"]["gain"]["half"] == pytest.approx(4.303 * 0.1 / 3**0.5, rel=1e-3)
+    assert row["frames"] == 250 and row["sets"]["films"]["frames"] == 7  # of 1,000 and 30 tokens, four a frame
     where = {"machine": "a machine", "torch": "2", "date": "today"}
     text = markdown({"machine": where, "models": [row]})
     assert "20.0 ± 24.8 %" in text and "| extrapolation | | | 0.2000 | -100.0 %" in text
