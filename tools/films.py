@@ -7,9 +7,11 @@ are cut into tiles, of which those stay that move, and encoded by the encoder th
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 from ebt_megatron.core.errors import DataError
+from ebt_megatron.core.files import write_whole
 
 from . import atari, media
 from .steps import Steps
@@ -56,8 +58,24 @@ def _whole(step: Steps, films: list[Path], folder: Path, *more: str) -> None:
     (work / "train").rename(folder)
 
 
+def _check_what_is_there(given: list[str]) -> None:
+    """Write down what DATA is made of; raises DataError where there are shards of something else."""
+    record, wanted = DATA / "made_of.json", json.dumps([*CUT, *MORE, *given])
+    if (DATA / "train" / "manifest.json").exists():
+        if not record.exists() or record.read_text() != wanted:
+            raise DataError(f"{DATA} has shards of other films, or of films that were cut otherwise: move it away")
+    else:
+        DATA.mkdir(parents=True, exist_ok=True)
+        write_whole(record, wanted)
+
+
 def prepare(step: Steps, given: list[str]) -> None:
-    """All sets as shards, unless they are there; of given films (globs, folders, URLs) some are held out by content."""
+    """All sets as shards, unless they are there; of given films (globs, folders, URLs) some are held out by content.
+
+    Raises:
+        DataError: for shards of something else in their place.
+    """
+    _check_what_is_there(given)
     if given:
         if not (DATA / "train" / "manifest.json").exists():
             _shards(step, given, DATA, "--validation-fraction", "0.3")

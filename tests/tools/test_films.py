@@ -29,7 +29,7 @@ class Recorder:
 
 @pytest.fixture
 def step(tmp_path, monkeypatch):
-    monkeypatch.setattr(films, "DATA", tmp_path)
+    monkeypatch.setattr(films, "DATA", tmp_path / "data/video")
     there = [films.Path(name) for package in films.media.FILMS for name in package.files]
     monkeypatch.setattr(films.media, "found", lambda *_: there)
     return Recorder()
@@ -55,6 +55,11 @@ def test_nothing_that_is_held_out_is_trained_on(step, monkeypatch):
     before = dict(step.asked)
     films.prepare(step, [])
     assert step.asked == before
+    with pytest.raises(DataError, match="has shards of other films"):
+        films.prepare(step, ["holiday/*.mp4"])
+    (films.DATA / "made_of.json").unlink()  # as versions before left it
+    with pytest.raises(DataError, match="cut otherwise"):
+        films.prepare(step, [])
 
 
 def test_without_games_there_are_films(step, monkeypatch):
