@@ -160,10 +160,7 @@ class PictureSource:
     kind: ClassVar[str] = "images"
     piece: ClassVar[str] = "picture"
     frames: ClassVar[None] = None
-
-    def keeps(self, sample: np.ndarray) -> bool:
-        """See `Source`: every picture."""
-        return True
+    least_motion: ClassVar[float] = 0.0
 
     def read(self, files: list[InputFile]) -> Iterator[Piece]:
         """A piece for each picture."""

@@ -87,6 +87,16 @@ class Pieces:
         """In [0, 1); pieces of the lowest are held out."""
         return place_of(self.settings.seed, piece.content)
 
+    def wants(self, sample: np.ndarray) -> bool:
+        """Whether a sample uint8 [frames, height, width, 3] moves enough to be kept."""
+        least = self.source.least_motion
+        return not least or float(np.abs(np.diff(sample.astype(np.int16), axis=0)).mean()) >= least
+
+    def nothing_left(self, why: str) -> DataError:
+        """There is nothing for train: why, and what to do about it."""
+        smaller = "--validation-fraction" + (" or --least-motion" if self.source.least_motion else "")
+        return DataError(f"{why}: give more files, or a smaller {smaller}")
+
     def held_out(self, units: list[Unit]) -> float:
         """Below which place pieces are held out, from as many as it takes to see that both splits get some."""
         places: list[float] = []
@@ -143,7 +153,7 @@ class Fitting:
             if self.pieces.place(piece) >= self.held_out:
                 try:
                     for sample, _ in piece.samples:
-                        for frame in sample if self.pieces.source.keeps(sample) else ():
+                        for frame in sample if self.pieces.wants(sample) else ():
                             thinned.add(frame)
                         if thinned.seen >= 64 * self.frames:  # enough of a long video
                             break
@@ -162,9 +172,8 @@ class Fitting:
             if not encoder.fitted:
                 frames = np.concatenate([np.load(path) for path in samples])
                 if not len(frames):
-                    raise DataError("nothing to fit the encoder on: no file of the input is for train, or nothing in "
-                                    "it moves; give more files, or a smaller --validation-fraction or "
-                                    "--least-motion")  # fmt: skip
+                    still = ", or nothing in it moves" if self.pieces.source.least_motion else ""
+                    raise self.pieces.nothing_left(f"nothing to fit the encoder on, no file is for train{still}")
                 encoder.fit(frames)
             encoder.save(path)
         return key
@@ -222,7 +231,7 @@ class Latents:
                 begin, place, duration = len(hashes), self.pieces.place(piece), 0.0
                 try:
                     for sample, seconds in piece.samples:
-                        if not self.pieces.source.keeps(sample):
+                        if not self.pieces.wants(sample):
                             left_out += 1
                             continue
                         batch.append(sample)
@@ -331,8 +340,8 @@ class LatentShards:
                             "none: number labels from 0 on, or name them all with --class-names")  # fmt: skip
         if not counts[:, 0].sum():
             still = sum(self.latents.left_out(key) for key in keys)
-            raise DataError(f"nothing of the input is for train, and {still:,} samples move less than --least-motion: "
-                            "give more files, or a smaller --validation-fraction or --least-motion")  # fmt: skip
+            why = f", and {still:,} samples move less than --least-motion" if still else ""
+            raise self.latents.pieces.nothing_left(f"nothing of the input is for train{why}")
         encoder = self.latents.encoder()
         if self.settings.scale is not None:
             encoder.normalise_by(np.zeros(encoder.channels), np.full(encoder.channels, 1 / self.settings.scale))

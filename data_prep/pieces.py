@@ -48,6 +48,10 @@ class Source(Protocol):
         """Of a sample of video, none of a picture."""
 
     @property
+    def least_motion(self) -> float:
+        """Samples that change by less from frame to frame (mean of levels of 255) are not wanted."""
+
+    @property
     def height(self) -> int:
         """Of a frame."""
 
@@ -61,10 +65,6 @@ class Source(Protocol):
 
     def read(self, files: list[InputFile]) -> Iterator[Piece]:
         """The pieces of some files, in order."""
-        ...
-
-    def keeps(self, sample: np.ndarray) -> bool:
-        """Whether a sample uint8 [frames, height, width, 3] of a piece is wanted."""
         ...
 
 

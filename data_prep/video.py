@@ -99,12 +99,6 @@ class VideoSource:
         for file in files:
             yield Piece(fingerprint(file), self._clips(file))
 
-    def keeps(self, sample: np.ndarray) -> bool:
-        """See `Source`: what moves."""
-        if not self.least_motion:
-            return True
-        return float(np.abs(np.diff(sample.astype(np.int16), axis=0)).mean()) >= self.least_motion
-
     def _clips(self, file: InputFile) -> Iterator[tuple[np.ndarray, float]]:
         """uint8 [frames, height, width, 3] and its seconds, again and again; of a clip's tiles one after another.
 
@@ -132,29 +126,35 @@ class VideoSource:
         except (av.error.FFmpegError, OSError) as error:
             raise DataError(f"{file.path} cannot be decoded ({error})") from None
         if not found:
-            need = f"{(self.frames - 1) * (1 if self.frame_rate else self.stride) + 1} frames"
             at = f" at {self.frame_rate:g} a second" if self.frame_rate else ""
-            raise DataError(f"{file.path} has no clip: one of {self.frames} frames needs {need}{at}")
+            raise DataError(f"{file.path} has no clip: one of {self.frames} frames needs {self._covered} frames{at}")
+
+    @property
+    def _stride(self) -> int:
+        """From one frame of a clip to the next, in frames read: at a rate, in those that are shown at its times."""
+        return 1 if self.frame_rate else self.stride
+
+    @property
+    def _covered(self) -> int:
+        """Frames from a clip's first to its last, likewise."""
+        return (self.frames - 1) * self._stride + 1
 
     def _overlapping(self, frames: Iterator[Any], picture: Callable[[Any], np.ndarray]) -> Iterator[np.ndarray]:
         """The clips uint8 [frames, height, width, 3] of a film; `picture` is called for what a clip needs alone."""
-        stride = 1 if self.frame_rate else self.stride
-        hop = self.hop or self.frames * stride
-        needed = math.gcd(hop, stride)  # of so many frames one
+        hop = self.hop or self.frames * self._stride
+        needed = math.gcd(hop, self._stride)  # of so many frames one
+        every, apart, covered = hop // needed, self._stride // needed, (self._covered - 1) // needed + 1
         kept: deque[np.ndarray] = deque()  # needed frames since the begin of the next clip
-        ahead = 0  # needed frames that come before it
-        for frame in itertools.islice(frames, 0, None, needed):
-            if ahead:
-                ahead -= 1
+        begin = 0  # of the next clip
+        for number, frame in enumerate(itertools.islice(frames, 0, None, needed)):
+            if number < begin:
                 continue
             kept.append(picture(frame))
-            if len(kept) == (self.frames - 1) * stride // needed + 1:
-                yield np.stack(list(itertools.islice(kept, 0, None, stride // needed)))
-                for _ in range(hop // needed):
-                    if kept:
-                        kept.popleft()
-                    else:
-                        ahead += 1
+            if len(kept) == covered:
+                yield np.stack(list(itertools.islice(kept, 0, None, apart)))
+                begin += every
+                for _ in range(min(every, covered)):
+                    kept.popleft()
 
     def _cut(self, clip: np.ndarray) -> Iterator[np.ndarray]:
         """The samples in a clip, row by row."""

@@ -26,7 +26,7 @@ from ebt_megatron.core.errors import DataError
 from ebt_megatron.core.files import replacing
 
 PACKAGE = "ale-py==0.12.1"
-SKIP = 5  # frames of the emulator, at 60 a second, for each one of the film
+SKIP = 5  # frames of the emulator, at 60 a second, for each one of the film: every third is 0.25 s on
 WARM_UP = 60  # frames of the film that are left out: title pictures
 LONGEST = 12  # frames of the film that an action is kept for, at most
 
