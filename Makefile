@@ -21,13 +21,13 @@ $(VENV)/.installed: setup.py
 	touch $@
 
 quickstart: install  ## prepare real text, pretrain an EBT and a Transformer++, evaluate, write a report
-	$(BIN)/python -m tools.quickstart
+	$(BIN)/python -m examples.quickstart
 
 video: install   ## films and games: next-frame EBTs and a Transformer++, trained, evaluated, a report (INPUT="*.mp4" for your own)
-	$(BIN)/python -m tools.video $(if $(INPUT),--input '$(INPUT)')
+	$(BIN)/python -m examples.video $(if $(INPUT),--input '$(INPUT)')
 
 images: install  ## pictures: EBTs and DiTs that denoise and make them, a report (INPUT=... for your own)
-	$(BIN)/python -m tools.images $(if $(INPUT),--input '$(INPUT)')
+	$(BIN)/python -m examples.images $(if $(INPUT),--input '$(INPUT)')
 
 test: install    ## the test suite (CPU, under 11 minutes on 2 cores)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -n 2 --dist loadfile --no-loadscope-reorder
@@ -49,34 +49,34 @@ format: install  ## reformat
 	$(BIN)/ruff format .
 
 bench: install   ## training-step time and memory: dual stream, double backward, Transformer++
-	$(BIN)/python -m tools.bench
+	$(BIN)/python -m benchmarks.step
 
 bench-learning: install  ## what S1, S2 and Transformer++ learn from the quickstart's shards, three seeds each (about 50 minutes)
-	$(BIN)/python -m tools.bench_learning
+	$(BIN)/python -m benchmarks.learning
 
 ablation: install  ## S2 without each of its parts, three seeds each: the paper's ablation at the quickstart's size
-	$(BIN)/python -m tools.bench_learning --ablation
+	$(BIN)/python -m benchmarks.learning --ablation
 
 bench-thinking: install  ## the evaluation suite of S1 and S2, three seeds, beside three Transformer++, on other text near to far
-	$(BIN)/python -m tools.bench_thinking
+	$(BIN)/python -m benchmarks.thinking
 
 bench-images: install  ## denoising EBTs and DiTs on Fashion-MNIST, three seeds each: passes, probes, other pictures
-	$(BIN)/python -m tools.bench_images
+	$(BIN)/python -m benchmarks.images
 
 bench-captions: install  ## pictures made from captions by an EBT and a DiT, three seeds: do they show what is said
-	$(BIN)/python -m tools.bench_captions
+	$(BIN)/python -m benchmarks.captions
 
 bench-video: install  ## next-frame EBTs and Transformer++ on the films of `make video`, three seeds each
-	$(BIN)/python -m tools.bench_video
+	$(BIN)/python -m benchmarks.video
 
 bench-inference: install  ## the time of a new token: against the prefix, the candidates and Transformer++
-	$(BIN)/python -m tools.bench_inference
+	$(BIN)/python -m benchmarks.inference
 
 bench-data: install  ## the loader against plain webdataset (and energon, if installed), and preparation
-	$(BIN)/python -m tools.bench_data
+	$(BIN)/python -m benchmarks.data
 
 validate-gpu: install  ## kernel correctness against float64, then benchmarks, on one GPU
-	$(BIN)/python -m tools.gpu_validate
+	$(BIN)/python -m benchmarks.gpu_validate
 
 clean:           ## remove what the commands above made (not the shards and runs)
 	rm -rf build *.egg-info .pytest_cache .mypy_cache .import_linter_cache .grimp_cache .ruff_cache .hypothesis $(VENV)

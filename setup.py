@@ -2,27 +2,21 @@
 
 from setuptools import find_packages, setup
 
-# Folders beside the package that are installed into it, so that site-packages gets one name of ours.
-INSIDE = ("data_prep", "tools", "recipes")
+# data_prep, tools and recipes stand beside the package; links in it give their modules one name, here and installed.
 
 setup(
     name="ebt-megatron",
-    version="0.1.0",
+    version="0.2.0",
     description="Pretraining of Energy-Based Transformers at scale, on megatron-core",
     python_requires=">=3.11",
-    packages=[
-        *find_packages(include=["ebt_megatron*"]),
-        *(f"ebt_megatron.{name}" for name in find_packages(include=["data_prep*", "tools*"])),
-        "ebt_megatron.recipes",
-    ],
-    package_dir={f"ebt_megatron.{name}": name for name in INSIDE},
+    packages=[*find_packages(include=["ebt_megatron*"]), "ebt_megatron.recipes"],
     package_data={"ebt_megatron.recipes": ["**/*"]},
     entry_points={
         "console_scripts": [
             "ebt-train = ebt_megatron.train:app",
             "ebt-evaluate = ebt_megatron.evaluate:app",
             "ebt-generate = ebt_megatron.generate:app",
-            "ebt-lm-eval = ebt_megatron.harness:app",
+            "ebt-lm-eval = ebt_megatron.lm_eval:app",
             "ebt-prepare = ebt_megatron.data_prep.__main__:app",
             "ebt-shards = ebt_megatron.tools.shards:app",
             "ebt-plan = ebt_megatron.tools.plan:app",

@@ -2,7 +2,7 @@
 
 import typer
 
-from . import images, local_text, text, video
+from ebt_megatron.data_prep import images, local_text, text, video
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help="Turn text, video and images into shards.")
 for name, module in (("text", text), ("video", video), ("images", images), ("local-text", local_text)):

@@ -18,10 +18,9 @@ from tokenizers import Tokenizer
 from ebt_megatron.core.errors import DataError
 from ebt_megatron.core.files import write_whole
 from ebt_megatron.data.captions import LONGEST, CaptionEncoder, CaptionTokens, ClipCaptions
-
-from .files import content_of
-from .pieces import place_of
-from .tokens import load_tokenizer, train_bpe
+from ebt_megatron.data_prep.files import content_of
+from ebt_megatron.data_prep.pieces import place_of
+from ebt_megatron.data_prep.tokens import load_tokenizer, train_bpe
 
 TEMPLATES = ("{}", "a picture of {}", "here one sees {}", "this is {}")
 _ENTRIES = 1024  # of the tokenizer that is trained on the captions, at most
@@ -58,8 +57,10 @@ class CaptionTexts:
             return self.given[name]
         if not 0 <= label < len(self.names):
             has = "no label" if label < 0 else f"label {label}"
-            raise DataError(f"picture {name} has {has}, and captions are generated from the names of "
-                            f"{len(self.names)} labels: give labels, and --class-names for all")  # fmt: skip
+            raise DataError(
+                f"picture {name} has {has}, and captions are generated from the names of "
+                f"{len(self.names)} labels: give labels, and --class-names for all"
+            )
         return TEMPLATES[int(place_of(1, content) * len(TEMPLATES))].format(self.names[label])
 
     def all(self) -> list[str]:
@@ -94,8 +95,9 @@ def read_captions(path: str, pictures: Sequence[str]) -> CaptionTexts:
         given.setdefault(name, text.strip())  # of several captions the first
     known = set(pictures)
     if pictures and (more := [name for name in given if name not in known]):
-        raise DataError(f"{path} has {len(more)} captions of files that are not among the pictures, {more[0]} first: "
-                        "leave them out")  # fmt: skip
+        raise DataError(
+            f"{path} has {len(more)} captions of files that are not among the pictures, {more[0]} first: leave them out"
+        )
     if missing := [name for name in pictures if name not in given]:
         raise DataError(f"{path} has no caption for {len(missing)} of the pictures, {missing[0]} first: add them")
     if not given:

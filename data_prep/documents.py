@@ -14,8 +14,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
 
 from ebt_megatron.core.errors import DataError
-
-from .files import DAMAGED, InputFile, content_of, open_content, open_file, plain_name
+from ebt_megatron.data_prep.files import DAMAGED, InputFile, content_of, open_content, open_file, plain_name
 
 _PAGES, _LINES = (".html", ".htm"), (".jsonl", ".ndjson", ".json")
 _TEXT = (".txt", ".md", ".rst", *_PAGES)
@@ -113,8 +112,10 @@ class Tally:
             self.replaced += count
             yield text
         else:
-            self.broken(f"{where()}: the text is of type {type(value).__name__}, no string; name the right key with "
-                        "--text-key, or pass --skip-broken")  # fmt: skip
+            self.broken(
+                f"{where()}: the text is of type {type(value).__name__}, no string; name the right key with "
+                "--text-key, or pass --skip-broken"
+            )
 
     def counts(self) -> dict[str, Any]:
         """As JSON."""
@@ -234,8 +235,10 @@ def _json_lines(stream: io.BufferedIOBase, part: Part, text_key: str, tally: Tal
         try:
             value = json.loads(tally.decode(text))[text_key]
         except (ValueError, KeyError, TypeError, RecursionError) as error:
-            tally.broken(f"{where()}: no JSON object with a '{text_key}' ({error}); fix the line, or name the key with "
-                         "--text-key, or pass --skip-broken")  # fmt: skip
+            tally.broken(
+                f"{where()}: no JSON object with a '{text_key}' ({error}); fix the line, or name the key with "
+                "--text-key, or pass --skip-broken"
+            )
         else:
             yield from tally.text_of(value, where)
 
@@ -268,8 +271,10 @@ def _parquet_rows(stream: io.BufferedIOBase, part: Part, text_key: str, tally: T
                 number += 1
                 yield from tally.text_of(value, where)
     except (pyarrow.ArrowException, IndexError) as error:
-        tally.broken(f"{part.path}: no Parquet file with a column '{text_key}' ({' '.join(str(error).split())}); name "
-                     "the column with --text-key")  # fmt: skip
+        tally.broken(
+            f"{part.path}: no Parquet file with a column '{text_key}' ({' '.join(str(error).split())}); name "
+            "the column with --text-key"
+        )
 
 
 def read_part(part: Part, text_key: str = "text", tally: Tally | None = None) -> Iterator[str]:

@@ -75,8 +75,10 @@ class Encoder(ABC):
         self.mean: np.ndarray | None = None
         self.std: np.ndarray | None = None
         if height % patch or width % patch:
-            raise DataError(f"frames of {height} x {width} cannot be cut into patches of {patch} x {patch}: change "
-                            "--height, --width or --patch")  # fmt: skip
+            raise DataError(
+                f"frames of {height} x {width} cannot be cut into patches of {patch} x {patch}: change "
+                "--height, --width or --patch"
+            )
 
     @property
     def shape(self) -> list[int]:
@@ -153,8 +155,10 @@ class PixelEncoder(Encoder):
     def __init__(self, height: int, width: int, patch: int | None = None, channels: int | None = None):
         patch = patch or 8
         if channels not in (None, 3 * patch**2):
-            raise DataError(f"a pixels encoder with patches of {patch} x {patch} has {3 * patch**2} channels, not "
-                            f"{channels}: leave --channels out")  # fmt: skip
+            raise DataError(
+                f"a pixels encoder with patches of {patch} x {patch} has {3 * patch**2} channels, not "
+                f"{channels}: leave --channels out"
+            )
         super().__init__(height, width, patch, 3 * patch**2)
 
     def _encode(self, frames: np.ndarray) -> np.ndarray:
@@ -174,14 +178,20 @@ class PcaEncoder(Encoder):
     kind = "pca"
 
     def __init__(
-        self, height: int, width: int, patch: int | None = None, channels: int | None = None,
-        components: np.ndarray | None = None, center: np.ndarray | None = None,
-    ):  # fmt: skip
+        self,
+        height: int,
+        width: int,
+        patch: int | None = None,
+        channels: int | None = None,
+        components: np.ndarray | None = None,
+        center: np.ndarray | None = None,
+    ):
         patch = patch or 8
         super().__init__(height, width, patch, channels or min(16, 3 * patch**2))
         if self.channels > 3 * patch**2:
-            raise DataError(f"patches of {patch} x {patch} have only {3 * patch**2} principal components: "
-                            "lower --channels")  # fmt: skip
+            raise DataError(
+                f"patches of {patch} x {patch} have only {3 * patch**2} principal components: lower --channels"
+            )
         self.components, self.center = components, center
 
     @property
@@ -226,8 +236,9 @@ class _ModelEncoder(Encoder):
         self.network = _load(self.kind, model)
         super().__init__(height, width, *self._geometry(patch))
         if channels not in (None, self.channels):
-            raise DataError(f"the {self.kind} model at {model} has {self.channels} channels, not {channels}: leave "
-                            "--channels out")  # fmt: skip
+            raise DataError(
+                f"the {self.kind} model at {model} has {self.channels} channels, not {channels}: leave --channels out"
+            )
 
     def settings(self) -> dict[str, Any]:
         """With the folder and the checksum of its files."""
@@ -289,8 +300,10 @@ class VaeEncoder(_ModelEncoder):
     def _geometry(self, patch: int | None) -> tuple[int, int]:
         patch = patch or self._factor
         if patch % self._factor:
-            raise DataError(f"--patch {patch}: the vae at {self.model} has one latent for {self._factor} x "
-                            f"{self._factor} pixels; give a multiple of {self._factor}")  # fmt: skip
+            raise DataError(
+                f"--patch {patch}: the vae at {self.model} has one latent for {self._factor} x "
+                f"{self._factor} pixels; give a multiple of {self._factor}"
+            )
         return patch, self.network.config.latent_channels * (patch // self._factor) ** 2
 
     def _encode(self, frames: np.ndarray) -> np.ndarray:

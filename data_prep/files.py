@@ -85,8 +85,10 @@ def _remote(pattern: str, suffixes: tuple[str, ...]) -> tuple[list[InputFile], d
             paths = [root]
         return [InputFile(system.unstrip_protocol(p), system.size(p) or 0, 0) for p in paths], besides
     except ImportError as error:
-        raise DataError(f"--input {pattern} cannot be read ({error}): the extra 'remote' (pip install '.[remote]') has "
-                        "what s3:// and hf:// need") from None  # fmt: skip
+        raise DataError(
+            f"--input {pattern} cannot be read ({error}): the extra 'remote' (pip install '.[remote]') has "
+            "what s3:// and hf:// need"
+        ) from None
     except (OSError, ValueError) as error:
         raise DataError(f"--input {pattern} cannot be read ({' '.join(str(error).split())})") from None
 
@@ -126,8 +128,9 @@ def find_files(patterns: list[str], suffixes: tuple[str, ...]) -> Input:
         files, besides = _remote(pattern, suffixes) if "://" in pattern else _local(pattern, suffixes)
         if not files:
             there = f" (there are {counted(Counter(besides.values()))})" if besides else ""
-            raise DataError(f"--input {pattern} matches no file{there}: give globs, folders or URLs of "
-                            f"{', '.join(suffixes)}")  # fmt: skip
+            raise DataError(
+                f"--input {pattern} matches no file{there}: give globs, folders or URLs of {', '.join(suffixes)}"
+            )
         found.update(files)
         left_out |= besides
     for file in found:

@@ -1,8 +1,8 @@
 """Pictures to shards of latents.
 
-    python -m data_prep.images --input photos/ --output data/photos --classes folders
-    python -m data_prep.images --input 'landscapes/*.jpg' --output data/tiles --tile --encoder vae --model sd-vae
-    python -m data_prep.images --input train-images-idx3-ubyte.gz --output data/mnist --height 28 --width 28 --patch 4
+    ebt-prepare images --input photos/ --output data/photos --classes folders
+    ebt-prepare images --input 'landscapes/*.jpg' --output data/tiles --tile --encoder vae --model sd-vae
+    ebt-prepare images --input train-images-idx3-ubyte.gz --output data/mnist --height 28 --width 28 --patch 4
 
 Reads picture files; arrays uint8 [N, H, W] or [N, H, W, 3] of .npy and .npz (labels under a key of the
 .npz); and idx files, with their labels file beside them. A picture's split is a hash of its content, so all
@@ -28,14 +28,13 @@ import typer
 
 from ebt_megatron.core.errors import DataError
 from ebt_megatron.core.options import dataclass_options, option
-
-from . import options
-from .captions import Captions, CaptionTexts, read_captions
-from .files import InputFile, content_of, find_files, plain_name
-from .job import Execution
-from .latent_passes import PictureSettings
-from .latents import prepare_latents
-from .pieces import NO_LABEL, Piece
+from ebt_megatron.data_prep import options
+from ebt_megatron.data_prep.captions import Captions, CaptionTexts, read_captions
+from ebt_megatron.data_prep.files import InputFile, content_of, find_files, plain_name
+from ebt_megatron.data_prep.job import Execution
+from ebt_megatron.data_prep.latent_passes import PictureSettings
+from ebt_megatron.data_prep.latents import prepare_latents
+from ebt_megatron.data_prep.pieces import NO_LABEL, Piece
 
 _PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
 _ARRAYS = (".npy", ".npz", "idx3-ubyte")
@@ -106,12 +105,15 @@ def read_array(
     except (OSError, ValueError, EOFError, zlib.error, zipfile.BadZipFile) as error:
         raise DataError(f"{path} cannot be read ({' '.join(str(error).split())})") from None
     if pictures.dtype != np.uint8 or pictures.ndim not in (3, 4) or pictures.shape[3:] not in ((), (3,)):
-        raise DataError(f"{path} holds {pictures.dtype} {list(pictures.shape)}; pictures are uint8 [N, H, W] or "
-                        "[N, H, W, 3]")  # fmt: skip
-    if labels is not None and (labels.dtype.kind not in "iu" or labels.shape != pictures.shape[:1] or
-                               labels.min(initial=0) < 0):  # fmt: skip
-        raise DataError(f"the labels of {path} are {labels.dtype} {list(labels.shape)}, not {len(pictures)} integers "
-                        "from 0 on")  # fmt: skip
+        raise DataError(
+            f"{path} holds {pictures.dtype} {list(pictures.shape)}; pictures are uint8 [N, H, W] or [N, H, W, 3]"
+        )
+    if labels is not None and (
+        labels.dtype.kind not in "iu" or labels.shape != pictures.shape[:1] or labels.min(initial=0) < 0
+    ):
+        raise DataError(
+            f"the labels of {path} are {labels.dtype} {list(labels.shape)}, not {len(pictures)} integers from 0 on"
+        )
     return pictures, labels
 
 
@@ -169,12 +171,17 @@ class PictureSource:
                 pictures, labels = read_array(path, self.array_key, self.labels_key)
                 told = self.captions.given if self.captions else {}
                 if told and len(told) != len(pictures):
-                    raise DataError(f"{path} has {len(pictures)} pictures, and the captions are {len(told)}: give one "
-                                    "line for each")  # fmt: skip
+                    raise DataError(
+                        f"{path} has {len(pictures)} pictures, and the captions are {len(told)}: give one line for each"
+                    )
                 for i, picture in enumerate(pictures):
                     content, label = picture.tobytes(), NO_LABEL if labels is None else int(labels[i])
-                    yield Piece(content, self._of_array(picture, f"picture {i} of {path}"), label,
-                                self._caption(str(i), label, content))  # fmt: skip
+                    yield Piece(
+                        content,
+                        self._of_array(picture, f"picture {i} of {path}"),
+                        label,
+                        self._caption(str(i), label, content),
+                    )
             else:
                 data = content_of(path)
                 label = self.classes.index(_class_of(path)) if self.classes else NO_LABEL
@@ -210,8 +217,9 @@ class PictureSource:
         array = np.asarray(picture)
         rows, columns = array.shape[0] // self.height, array.shape[1] // self.width
         if not rows or not columns:
-            raise DataError(f"{where} is {array.shape[0]} x {array.shape[1]}, smaller than a tile of {self.height} x "
-                            f"{self.width}")  # fmt: skip
+            raise DataError(
+                f"{where} is {array.shape[0]} x {array.shape[1]}, smaller than a tile of {self.height} x {self.width}"
+            )
         if not self.tile:
             rows, columns = 1, 1
         top, left = (array.shape[0] - rows * self.height) // 2, (array.shape[1] - columns * self.width) // 2
@@ -262,8 +270,10 @@ class CaptionOptions:
             return None
         arrays = [f.path for f in files if _is_array(f.path)]
         if arrays and len(files) > 1:
-            raise DataError(f"--captions {path} is for picture files or for one array; the input has {len(files)} "
-                            f"files with {arrays[0]} among them")  # fmt: skip
+            raise DataError(
+                f"--captions {path} is for picture files or for one array; the input has {len(files)} "
+                f"files with {arrays[0]} among them"
+            )
         pictures = [] if arrays else [_name_of(f.path) for f in files]
         if twice := [name for name, count in Counter(pictures).items() if count > 1]:
             raise DataError(f"{twice[0]} is the name of several pictures, and captions go by name: rename them")

@@ -145,8 +145,10 @@ class Job:
         elif record.exists():
             self._compare(_content(record), now, execution.resume)
         elif found := [p for folder in self._splits for p in made_in(folder)] or [*self.work.glob("*")]:
-            raise DataError(f"{self.output} holds {found[0].relative_to(self.output)}, of a preparation that is not "
-                            "known: choose another --output, or pass --overwrite to replace it")  # fmt: skip
+            raise DataError(
+                f"{self.output} holds {found[0].relative_to(self.output)}, of a preparation that is not "
+                "known: choose another --output, or pass --overwrite to replace it"
+            )
         if not record.exists() or not self.complete:
             self.work.mkdir(exist_ok=True)
             write_whole(record, json.dumps(now, indent=1) + "\n")
@@ -155,13 +157,17 @@ class Job:
         """Whether the job that OUTPUT holds is this one."""
         what = "prepared data" if self.complete else "an interrupted preparation"
         if not resume:
-            raise DataError(f"{self.output} already holds {what}: choose another --output, or pass --resume to "
-                            "complete it or --overwrite to start again")  # fmt: skip
+            raise DataError(
+                f"{self.output} already holds {what}: choose another --output, or pass --resume to "
+                "complete it or --overwrite to start again"
+            )
         other = before.get("settings") != now["settings"]
         old, new = before.get("input", []), now["input"]
         if other or [f[0] for f in old] != [f[0] for f in new] or (self.complete and old != new):
-            raise DataError(f"{self.output} holds {what} of other input or made with other options: repeat those "
-                            "to resume it, or pass --overwrite to start again")  # fmt: skip
+            raise DataError(
+                f"{self.output} holds {what} of other input or made with other options: repeat those "
+                "to resume it, or pass --overwrite to start again"
+            )
         changed = [f[0] for f in new if f not in old]
         if changed:
             self.console.print(f"{len(changed)} input files have changed ({changed[0]}): they are read again")
@@ -180,8 +186,10 @@ class Job:
     def _agree(self, error: Exception | None) -> None:
         """Raise on every rank what went wrong on any; a file that cannot be written is a DataError."""
         if isinstance(error, OSError):  # one of the input would be a DataError
-            error = DataError(f"{error.filename or self.output} cannot be written ({error.strerror or error}); what is "
-                              "finished is kept for --resume")  # fmt: skip
+            error = DataError(
+                f"{error.filename or self.output} cannot be written ({error.strerror or error}); what is "
+                "finished is kept for --resume"
+            )
         errors = self.world.allgather(error) if self.world else [error]
         for found in errors:
             if found is not None:
@@ -208,8 +216,13 @@ class Job:
             target: the file that shows an item is done; other files it makes come before.
         """
         mine = [item for item in items[self.rank :: self.ranks] if not target(item).exists()]
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
-                   TimeRemainingColumn())  # fmt: skip
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+        )
         error: Exception | None = None
         with Progress(*columns, console=self.console) as bar:
             total = len(items[self.rank :: self.ranks])

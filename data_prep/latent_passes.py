@@ -17,12 +17,11 @@ from ebt_megatron.core.errors import DataError
 from ebt_megatron.core.files import replacing
 from ebt_megatron.core.options import option
 from ebt_megatron.data.shards import Manifest, sha256_of, shard_infos, write_shard
-
-from .captions import Captions
-from .encoders import Encoder, load_encoder
-from .options import path_or_name
-from .passes import Settings, Shard, Unit, WorkFolder, key_of, save, threshold, write_skipped
-from .pieces import NO_LABEL, Piece, Source, place_of
+from ebt_megatron.data_prep.captions import Captions
+from ebt_megatron.data_prep.encoders import Encoder, load_encoder
+from ebt_megatron.data_prep.options import path_or_name
+from ebt_megatron.data_prep.passes import Settings, Shard, Unit, WorkFolder, key_of, save, threshold, write_skipped
+from ebt_megatron.data_prep.pieces import NO_LABEL, Piece, Source, place_of
 
 FIT_UNITS, FIT_FRAMES = 64, 1024  # an encoder is fitted on so many frames of so many units
 _BATCH = 64  # frames encoded at once
@@ -336,8 +335,10 @@ class LatentShards:
         if names and highest >= names:
             raise DataError(f"the input has label {highest}, and --class-names has {names}: name all labels")
         if not names and highest >= counts.sum():
-            raise DataError(f"the input has label {highest} and {counts.sum():,} samples, so that most classes have "
-                            "none: number labels from 0 on, or name them all with --class-names")  # fmt: skip
+            raise DataError(
+                f"the input has label {highest} and {counts.sum():,} samples, so that most classes have "
+                "none: number labels from 0 on, or name them all with --class-names"
+            )
         if not counts[:, 0].sum():
             still = sum(self.latents.left_out(key) for key in keys)
             why = f", and {still:,} samples move less than --least-motion" if still else ""
@@ -381,9 +382,14 @@ class LatentShards:
             if self.latents.captions is not None:
                 captions.append(np.load(self.work.file("captions", keys[unit]))[rows])
         numbers = np.concatenate(labels)
-        write_shard(self.work.output / name, number, self.latents.pieces.source.kind, np.stack(samples),
-                    None if numbers[0] == NO_LABEL else numbers,
-                    np.concatenate(captions) if captions else None)  # fmt: skip
+        write_shard(
+            self.work.output / name,
+            number,
+            self.latents.pieces.source.kind,
+            np.stack(samples),
+            None if numbers[0] == NO_LABEL else numbers,
+            np.concatenate(captions) if captions else None,
+        )
 
     def publish(self, units: list[Unit], shards: list[Shard], source: str) -> dict[str, Manifest]:
         """Write encoders and manifests."""
@@ -401,19 +407,28 @@ class LatentShards:
             made: dict[str, Any] = {"source": source, "seed": self.settings.seed}
             seconds = pieces[(pieces[:, 0] < self.held_out) == split, 1]
             if input.frames:
-                made |= {"files": len(seconds), "frames": samples * input.frames, "clips": samples,
-                         "seconds": round(float(seconds.sum()), 3)}  # fmt: skip
+                made |= {
+                    "files": len(seconds),
+                    "frames": samples * input.frames,
+                    "clips": samples,
+                    "seconds": round(float(seconds.sum()), 3),
+                }
             else:
                 made |= {"pictures": len(seconds)}
             made["skipped"] = len(skipped)
             if left_out := sum(self.latents.left_out(key) for key in keys):
                 made["still"] = left_out
             manifests[name] = Manifest(
-                kind=input.kind, shape=self.latents.shape(encoder), dtype="float16", samples=samples, shards=infos,
+                kind=input.kind,
+                shape=self.latents.shape(encoder),
+                dtype="float16",
+                samples=samples,
+                shards=infos,
                 encoder={"file": "encoder.npz", "sha256": sha256_of(folder / "encoder.npz"), **encoder.describe()},
-                classes=(input.classes or [str(i) for i in range(highest + 1)]), provenance=made,
+                classes=(input.classes or [str(i) for i in range(highest + 1)]),
+                provenance=made,
                 captions={} if captions is None else captions.save(folder),
-            )  # fmt: skip
+            )
         write_skipped(self.work.output, skipped)
         for name, manifest in manifests.items():
             manifest.write(self.work.output / name)

@@ -13,22 +13,34 @@ from typing import Any
 
 from ebt_megatron.core.errors import DataError
 from ebt_megatron.data.shards import Manifest, read_manifest, sha256_of
-
-from .captions import Captions
-from .encoders import KINDS, new_encoder
-from .files import InputFile
-from .job import Execution, Job
-from .latent_passes import FIT_FRAMES, Fitting, Latents, LatentSettings, LatentShards, Pieces, fitted_on
-from .passes import WorkFolder, finish, units_of
-from .pieces import Source
+from ebt_megatron.data_prep.captions import Captions
+from ebt_megatron.data_prep.encoders import KINDS, new_encoder
+from ebt_megatron.data_prep.files import InputFile
+from ebt_megatron.data_prep.job import Execution, Job
+from ebt_megatron.data_prep.latent_passes import (
+    FIT_FRAMES,
+    Fitting,
+    Latents,
+    LatentSettings,
+    LatentShards,
+    Pieces,
+    fitted_on,
+)
+from ebt_megatron.data_prep.passes import WorkFolder, finish, units_of
+from ebt_megatron.data_prep.pieces import Source
 
 LATER = ("hop", "mirror", "least_motion")  # of a source: preparations of before had none
 
 
 def prepare_latents(
-    output: Path, units: list[list[InputFile]], source: Source, settings: LatentSettings, described: str,
-    execution: Execution = Execution(), captions: Captions | None = None,
-) -> dict[str, Manifest]:  # fmt: skip
+    output: Path,
+    units: list[list[InputFile]],
+    source: Source,
+    settings: LatentSettings,
+    described: str,
+    execution: Execution = Execution(),
+    captions: Captions | None = None,
+) -> dict[str, Manifest]:
     """Encode, normalise and write every split.
 
     Args:
@@ -45,8 +57,9 @@ def prepare_latents(
             input that cannot be split.
     """
     parts = units_of(units)
-    encoder = new_encoder(settings.encoder, source.height, source.width, settings.patch, settings.channels,
-                          settings.model)  # fmt: skip
+    encoder = new_encoder(
+        settings.encoder, source.height, source.width, settings.patch, settings.channels, settings.model
+    )
     given = None if settings.encoder in KINDS else sha256_of(Path(settings.encoder))
     options = {k: v for k, v in asdict(settings).items() if k != "skip_broken"}  # it changes nothing of what was made
     if settings.scale is None:

@@ -1,6 +1,6 @@
 """English text that this machine already has, for a start without a download.
 
-    python -m data_prep.local_text --output data/quickstart/raw.jsonl --max-bytes 16000000
+    python -m ebt_megatron.data_prep.local_text --output data/quickstart/raw.jsonl --max-bytes 16000000
 
 Debian's prose packages where installed; else docstrings of the Python standard library and of the
 installed packages, then the standard library's source.
@@ -23,9 +23,8 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from ebt_megatron.core.errors import DataError
 from ebt_megatron.core.files import replacing
-
-from . import options
-from .documents import Part, read_part
+from ebt_megatron.data_prep import options
+from ebt_megatron.data_prep.documents import Part, read_part
 
 # (name, files)
 _DEBIAN = (

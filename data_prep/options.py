@@ -12,8 +12,7 @@ from rich.console import Console
 
 from ebt_megatron.core import cli
 from ebt_megatron.core.cli import user_path as path
-
-from .files import Input, counted
+from ebt_megatron.data_prep.files import Input, counted
 
 
 def path_or_name(value: str) -> str:
@@ -37,8 +36,9 @@ def announce(
     console = Console(stderr=True, quiet=not first_rank(), soft_wrap=True, highlight=False, markup=False)
     console.print(f"reading {found}")
     if found.left_out:
-        console.print(f"not read are {counted(found.left_out)}: folders are searched for {', '.join(suffixes)}",
-                      style="yellow")  # fmt: skip
+        console.print(
+            f"not read are {counted(found.left_out)}: folders are searched for {', '.join(suffixes)}", style="yellow"
+        )
     if dry_run:
         console.print(f"would write {' and '.join(str(output / s) for s in splits)}, {what}")
     return not dry_run

@@ -19,8 +19,7 @@ from ebt_megatron.core.errors import DataError
 from ebt_megatron.core.files import replacing, write_whole
 from ebt_megatron.core.options import option
 from ebt_megatron.data.shards import Manifest, clear_shards, index_name, shard_name
-
-from .job import Job
+from ebt_megatron.data_prep.job import Job
 
 Shard = tuple[str, int]  # split, number
 
@@ -160,8 +159,10 @@ def threshold(hashes: np.ndarray, fraction: float, what: str) -> float:
         return fraction
     found = np.unique(hashes)
     if len(found) < 2:
-        raise DataError(f"the input is one {what}, which cannot be split: give more, or pass --validation-fraction 0 "
-                        "for no validation folder")  # fmt: skip
+        raise DataError(
+            f"the input is one {what}, which cannot be split: give more, or pass --validation-fraction 0 "
+            "for no validation folder"
+        )
     return float(found[1] if found[0] >= fraction else found[-1])
 
 

@@ -9,8 +9,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 
 from ebt_megatron.core.errors import DataError
-
-from .files import InputFile, open_file
+from ebt_megatron.data_prep.files import InputFile, open_file
 
 NO_LABEL = -1
 

@@ -1,8 +1,8 @@
 """Text to token shards.
 
-    python -m data_prep.text --input 'corpus/**/*.jsonl.zst' --tokenizer tokenizer.json --output data/text
-    python -m data_prep.text --input books/ --train-bpe 8192 --sequence-length 256 --output data/books
-    mpirun -n 64 python -m data_prep.text --input s3://bucket/corpus/ --tokenizer tokenizer.json --output data/text
+    ebt-prepare text --input 'corpus/**/*.jsonl.zst' --tokenizer tokenizer.json --output data/text
+    ebt-prepare text --input books/ --train-bpe 8192 --sequence-length 256 --output data/books
+    mpirun -n 64 ebt-prepare text --input s3://bucket/corpus/ --tokenizer tokenizer.json --output data/text
 
 Writes OUTPUT/train and OUTPUT/validation, each with WebDataset tars, an index beside each tar, a
 manifest and the tokenizer. The same input, tokenizer and seed give the same bytes, however many
@@ -23,21 +23,20 @@ import typer
 from ebt_megatron.core.errors import DataError
 from ebt_megatron.core.options import dataclass_options
 from ebt_megatron.data.shards import Manifest, read_manifest
-
-from . import options
-from .documents import SUFFIXES, Part, check_kinds, holds_one_document, split_files
-from .files import find_files
-from .job import Execution, Job
-from .passes import WorkFolder, finish, threshold, units_of
-from .text_passes import Documents, TextSettings, TokenShards
-from .tokens import load_tokenizer
+from ebt_megatron.data_prep import options
+from ebt_megatron.data_prep.documents import SUFFIXES, Part, check_kinds, holds_one_document, split_files
+from ebt_megatron.data_prep.files import find_files
+from ebt_megatron.data_prep.job import Execution, Job
+from ebt_megatron.data_prep.passes import WorkFolder, finish, threshold, units_of
+from ebt_megatron.data_prep.text_passes import Documents, TextSettings, TokenShards
+from ebt_megatron.data_prep.tokens import load_tokenizer
 
 _WAVE = 16  # units hashed between looks at --max-bytes
 
 
 def prepare_text(
     output: Path, units: list[list[Part]], settings: TextSettings, source: str, execution: Execution = Execution()
-) -> dict[str, Manifest]:  # fmt: skip
+) -> dict[str, Manifest]:
     """Tokenize, pack and write every split.
 
     Args:

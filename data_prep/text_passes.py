@@ -18,11 +18,10 @@ from ebt_megatron.core.errors import DataError
 from ebt_megatron.core.files import replacing
 from ebt_megatron.core.options import option
 from ebt_megatron.data.shards import Manifest, sha256_of, shard_infos, write_shard
-
-from .documents import Tally, read_part
-from .options import path_or_name
-from .passes import Settings, Shard, Unit, WorkFolder, save, threshold, write_skipped
-from .tokens import END_OF_TEXT, dtype_of, encode, entries, load_tokenizer, train_bpe
+from ebt_megatron.data_prep.documents import Tally, read_part
+from ebt_megatron.data_prep.options import path_or_name
+from ebt_megatron.data_prep.passes import Settings, Shard, Unit, WorkFolder, save, threshold, write_skipped
+from ebt_megatron.data_prep.tokens import END_OF_TEXT, dtype_of, encode, entries, load_tokenizer, train_bpe
 
 _BPE_CHARACTERS = 1 << 30  # a tokenizer is trained on no more than this
 
@@ -237,17 +236,27 @@ class TokenShards:
             tokens, bytes_ = int(stream[-1, 2]), int(size[kept == split].sum())
             infos = shard_infos(folder, sum(s == name for s, _ in shards))
             manifests[name] = Manifest(
-                kind="text", shape=[self.settings.sequence_length + 1],
+                kind="text",
+                shape=[self.settings.sequence_length + 1],
                 dtype=dtype_of(vocab_size),
-                samples=sum(i.samples for i in infos), shards=infos,
+                samples=sum(i.samples for i in infos),
+                shards=infos,
                 tokenizer={
-                    "file": "tokenizer.json", "sha256": sha256_of(folder / "tokenizer.json"),
-                    "end_of_text": tokenizer.token_to_id(END_OF_TEXT), "vocab_size": vocab_size,
+                    "file": "tokenizer.json",
+                    "sha256": sha256_of(folder / "tokenizer.json"),
+                    "end_of_text": tokenizer.token_to_id(END_OF_TEXT),
+                    "vocab_size": vocab_size,
                     "bytes_per_token": bytes_ / tokens,
                 },
-                provenance={"source": source, "documents": int((kept == split).sum()), "tokens": tokens,
-                            "bytes": bytes_, "seed": self.settings.seed, **self.documents.left_out(units)},
-            )  # fmt: skip
+                provenance={
+                    "source": source,
+                    "documents": int((kept == split).sum()),
+                    "tokens": tokens,
+                    "bytes": bytes_,
+                    "seed": self.settings.seed,
+                    **self.documents.left_out(units),
+                },
+            )
         for name, manifest in manifests.items():
             manifest.write(self.work.output / name)
         return manifests

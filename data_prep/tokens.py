@@ -28,9 +28,11 @@ def train_bpe(documents: Iterable[str], vocab_size: int) -> Tokenizer:
     tokenizer.pre_tokenizer = splitter
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size, special_tokens=[END_OF_TEXT], show_progress=False,
+        vocab_size=vocab_size,
+        special_tokens=[END_OF_TEXT],
+        show_progress=False,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-    )  # fmt: skip
+    )
 
     def words(text: str) -> list[str]:
         return [word for word, _ in splitter.pre_tokenize_str(text)]
@@ -58,8 +60,10 @@ def load_tokenizer(given: str | Path) -> Tokenizer:
         reason = " ".join(str(error).split())
         if is_file:
             raise DataError(f"--tokenizer {name}: not a tokenizer.json ({reason})") from None
-        raise DataError(f"--tokenizer {name} is no file here, and not to be had from the Hugging Face hub ({reason}): "
-                        "give a tokenizer.json") from None  # fmt: skip
+        raise DataError(
+            f"--tokenizer {name} is no file here, and not to be had from the Hugging Face hub ({reason}): "
+            "give a tokenizer.json"
+        ) from None
     end = tokenizer.token_to_id(END_OF_TEXT)
     if end is None:
         raise DataError(f"--tokenizer {name}: has no {END_OF_TEXT} entry to separate documents")
@@ -127,8 +131,10 @@ def encode(tokenizer: Tokenizer, documents: Iterable[str]) -> Iterator[np.ndarra
             if last:
                 document = np.concatenate([*tokens, np.array([end], dtype)])
                 if (document[:-1] == end).any():
-                    raise DataError(f"the text holds {END_OF_TEXT}, which this tokenizer cannot tell from the end of a "
-                                    "document: choose another --tokenizer")  # fmt: skip
+                    raise DataError(
+                        f"the text holds {END_OF_TEXT}, which this tokenizer cannot tell from the end of a "
+                        "document: choose another --tokenizer"
+                    )
                 tokens = []
                 yield document
         batch.clear()

@@ -1,7 +1,7 @@
 """Video to shards of latents, a clip a sample.
 
-    python -m data_prep.video --input 'movies/**/*.mp4' --output data/video --frames 16 --frame-rate 8
-    mpirun -n 64 python -m data_prep.video --input s3://bucket/movies/ --output data/video --encoder vae --model sd-vae
+    ebt-prepare video --input 'movies/**/*.mp4' --output data/video --frames 16 --frame-rate 8
+    mpirun -n 64 ebt-prepare video --input s3://bucket/movies/ --output data/video --encoder vae --model sd-vae
 
 Each file is decoded frame by frame, made smaller, cropped to its centre and cut into clips that do not
 overlap (or, with --hop, do); what is left at its end is dropped. All clips of a file are in the same split,
@@ -24,13 +24,12 @@ import typer
 
 from ebt_megatron.core.errors import DataError
 from ebt_megatron.core.options import dataclass_options, option
-
-from . import options
-from .files import InputFile, find_files, open_file
-from .job import Execution
-from .latent_passes import ClipSettings
-from .latents import prepare_latents
-from .pieces import Piece, fingerprint
+from ebt_megatron.data_prep import options
+from ebt_megatron.data_prep.files import InputFile, find_files, open_file
+from ebt_megatron.data_prep.job import Execution
+from ebt_megatron.data_prep.latent_passes import ClipSettings
+from ebt_megatron.data_prep.latents import prepare_latents
+from ebt_megatron.data_prep.pieces import Piece, fingerprint
 
 SUFFIXES = (".mp4", ".mkv", ".webm", ".avi", ".mov", ".m4v", ".mpg", ".mpeg", ".ts", ".ogv", ".gif")
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from ebt_megatron.core.cli import guarded, quiet_libraries
+from ebt_megatron.core.cli import guarded, quiet_libraries, say
 from ebt_megatron.core.errors import RecipeError
 from ebt_megatron.core.files import write_whole
 
@@ -47,9 +47,14 @@ def evaluate(run: TrainedRun, steps: int | None = None, example: bool = True) ->
         for i, loss in enumerate(result.losses.tolist())
     ]
     out: dict[str, Any] = {
-        "name": run.recipe.name, "architecture": run.recipe.model.architecture, "step": run.step,
-        "tokens": run.tokens, "positions": result.positions, "trained_steps": trained, "thinking": rows,
-    }  # fmt: skip
+        "name": run.recipe.name,
+        "architecture": run.recipe.model.architecture,
+        "step": run.step,
+        "tokens": run.tokens,
+        "positions": result.positions,
+        "trained_steps": trained,
+        "thinking": rows,
+    }
     out |= {name: value for name, value in result.measures.items() if name not in per_step}
     if isinstance(objective, EnergyObjective) and example and run.state.world_size == 1:
         sample = task.sample(next(iter(run.data["validation"])), run.state.device)
@@ -109,7 +114,8 @@ def main(
     suite: bool = typer.Option(
         False, "--suite", help="Text: thinking, starts, energies, uncertainty, shifts. Images: passes, a probe, shifts."
     ),
-    rival: list[Path] = typer.Option([], help="Of text's suite: runs of Transformer++; the first measures shifts."),
+    baseline: list[Path] = typer.Option([], help="Of text's suite: runs of Transformer++; the first measures shifts."),
+    rival: list[Path] = typer.Option([], hidden=True, help="The name of --baseline before 0.2."),
     shift: list[str] = typer.Option(
         [], help="Of the suite: NAME=FOLDER of other text or pictures, of the run's tokenizer or encoder."
     ),
@@ -126,8 +132,11 @@ def main(
         target = output or run_dir / ("suite.json" if suite else "evaluation.json")
         if not target.absolute().parent.is_dir():
             raise RecipeError(f"--output {target}: {target.parent} is not a folder")
-        if (rival or shift) and not suite:
-            raise RecipeError("--rival and --shift are of the suite: add --suite")
+        if rival:
+            say("warning: --rival is --baseline since version 0.2; the old name goes with 0.3")
+        baselines = [*baseline, *rival]
+        if (baselines or shift) and not suite:
+            raise RecipeError("--baseline and --shift are of the suite: add --suite")
         if wrong := [item for item in shift if "=" not in item]:
             raise RecipeError(f"--shift {wrong[0]}: give NAME=FOLDER")
         quiet_libraries()
@@ -135,7 +144,7 @@ def main(
             from ebt_megatron.evaluation.suite import SuiteOptions
 
             shifts = dict(item.split("=", 1) for item in shift)
-            _suite(run_dir, overrides or [], SuiteOptions(steps, starts, rival, shifts), target)
+            _suite(run_dir, overrides or [], SuiteOptions(steps, starts, baselines, shifts), target)
             return
         from ebt_megatron.session import open_run
 

@@ -59,9 +59,15 @@ def as_json(prompt: str, continuation: Continuation, energies: bool) -> dict[str
     """A line of the output."""
     finite = [e if energies and math.isfinite(e) else None for e in continuation.energies]
     return {
-        "prompt": prompt, "text": continuation.text, "finish": continuation.finish, "tokens": continuation.tokens,
-        "log_p": continuation.log_p, "energies": finite, "steps": continuation.steps, "flops": continuation.flops,
-    }  # fmt: skip
+        "prompt": prompt,
+        "text": continuation.text,
+        "finish": continuation.finish,
+        "tokens": continuation.tokens,
+        "log_p": continuation.log_p,
+        "energies": finite,
+        "steps": continuation.steps,
+        "flops": continuation.flops,
+    }
 
 
 @app.command()
@@ -127,8 +133,15 @@ def main(
         from ebt_megatron.inference.generation import GenerationOptions
         from ebt_megatron.inference.sampling import Sampling
 
-        how = GenerationOptions(max_tokens, tuple(stop), Sampling(temperature, top_k, top_p, seed), continuations,
-                                keep or "energy", batch, chunk)  # fmt: skip
+        how = GenerationOptions(
+            max_tokens,
+            tuple(stop),
+            Sampling(temperature, top_k, top_p, seed),
+            continuations,
+            keep or "energy",
+            batch,
+            chunk,
+        )
         how.check()
         given = read_prompts(prompt, prompts)
         if output is not None and str(output) != "-" and not output.absolute().parent.is_dir():
@@ -139,9 +152,16 @@ def main(
 
 
 def _generate(
-    run_dir: Path, overrides: list[str], given: list[str], options: ThinkingOptions, how: GenerationOptions,
-    keep: str | None, output: Path | None, stream: bool, energies: bool,
-) -> None:  # fmt: skip
+    run_dir: Path,
+    overrides: list[str],
+    given: list[str],
+    options: ThinkingOptions,
+    how: GenerationOptions,
+    keep: str | None,
+    output: Path | None,
+    stream: bool,
+    energies: bool,
+) -> None:
     from dataclasses import replace
 
     from ebt_megatron.inference.generation import generate
@@ -158,8 +178,12 @@ def _generate(
         speaks = run.state.rank == 0
         longest = max(map(len, tokens)) + how.max_tokens
         if speaks and longest > predictor.window:
-            say(f"texts get as long as {longest} tokens, the run was trained with {predictor.window}: a token is "
-                f"predicted from the last {predictor.window} alone", "yellow", "note:")  # fmt: skip
+            say(
+                f"texts get as long as {longest} tokens, the run was trained with {predictor.window}: a token is "
+                f"predicted from the last {predictor.window} alone",
+                "yellow",
+                "note:",
+            )
 
         def watch(draft: Continuation, text: str) -> None:
             energy = f"  energy {draft.energies[-1]:.4f}" if thinks and energies else ""

@@ -21,8 +21,13 @@ from ebt_megatron.tasks.build import build_model
 
 DATA = "data_description"  # in a run directory: manifest without shards, and the tokenizer or encoder
 # A run is opened on a layout of its own: one process, unless started by torchrun with overrides.
-_ONE_PROCESS = ("parallel.tensor=1", "parallel.pipeline=1", "parallel.sequence_parallel=false",
-                "parallel.distributed_optimizer=false", "training.cuda_graphs=false")  # fmt: skip
+_ONE_PROCESS = (
+    "parallel.tensor=1",
+    "parallel.pipeline=1",
+    "parallel.sequence_parallel=false",
+    "parallel.distributed_optimizer=false",
+    "training.cuda_graphs=false",
+)
 
 
 @dataclass
@@ -63,8 +68,10 @@ class Session:
         for split, loader in data.items():
             identity = task.identity if loader.sources[0] is source else open_task(recipe, loader.sources[0]).identity
             if differs := [key for key, value in task.identity.items() if identity[key] != value]:
-                raise RecipeError(f"data.{split} was not prepared like {source.folder} (another {', '.join(differs)}): "
-                                  "prepare one again")  # fmt: skip
+                raise RecipeError(
+                    f"data.{split} was not prepared like {source.folder} (another {', '.join(differs)}): "
+                    "prepare one again"
+                )
         return cls(recipe, state, data, source, task)
 
     @property

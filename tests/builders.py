@@ -9,19 +9,19 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from data_prep.documents import Part
-from data_prep.text import prepare_text
-from data_prep.text_passes import TextSettings
 from ebt_megatron.config import Recipe, load_recipe
 from ebt_megatron.core.timing import Timers
 from ebt_megatron.data.loader import MicroBatch
+from ebt_megatron.data_prep.documents import Part
+from ebt_megatron.data_prep.text import prepare_text
+from ebt_megatron.data_prep.text_passes import TextSettings
 from ebt_megatron.objectives import build_objective
 from ebt_megatron.objectives.interface import Objective
 from ebt_megatron.parallel.setup import ParallelState, initialize
 from ebt_megatron.tasks.build import build_model
 from ebt_megatron.tasks.interface import Sample, Task
 from ebt_megatron.tasks.text import Text
-from ebt_megatron.thinking.dual_stream import Descent, Thinker, Thought, step_sizes
+from ebt_megatron.thinking.dual_stream import Descent, Thinker, ThinkingOutput, step_sizes
 from ebt_megatron.thinking.plan import Plan
 
 VOCAB = 61
@@ -29,12 +29,24 @@ VOCAB = 61
 
 def small_recipe(*overrides: str) -> Recipe:
     """Two layers, four heads of eight, grouped queries, a vocabulary that needs padding."""
-    return load_recipe(None, [
-        "model.num_layers=2", "model.hidden_size=32", "model.num_attention_heads=4", "model.num_query_groups=2",
-        "model.vocab_multiple=16", "optimizer.lr=1e-3", "thinking.step_size=5", "thinking.max_steps=3",
-        "data.sequence_length=10", "training.global_batch_size=2", "training.micro_batch_size=2",
-        "model.kernels=reference", *overrides,
-    ])  # fmt: skip
+    return load_recipe(
+        None,
+        [
+            "model.num_layers=2",
+            "model.hidden_size=32",
+            "model.num_attention_heads=4",
+            "model.num_query_groups=2",
+            "model.vocab_multiple=16",
+            "optimizer.lr=1e-3",
+            "thinking.step_size=5",
+            "thinking.max_steps=3",
+            "data.sequence_length=10",
+            "training.global_batch_size=2",
+            "training.micro_batch_size=2",
+            "model.kernels=reference",
+            *overrides,
+        ],
+    )
 
 
 @dataclass
@@ -66,14 +78,22 @@ def sample(recipe: Recipe) -> Sample:
 
 
 def text_shards(
-    folder: Path, documents: list[str], sequence_length: int, samples_per_shard: int, vocab: int = 400,
+    folder: Path,
+    documents: list[str],
+    sequence_length: int,
+    samples_per_shard: int,
+    vocab: int = 400,
     validation_fraction: float = 0.1,
-) -> Path:  # fmt: skip
+) -> Path:
     """Documents as FOLDER/shards/train and FOLDER/shards/validation; returns FOLDER/shards."""
     raw = folder / "raw.jsonl"
     raw.write_text("".join(json.dumps({"text": d}) + "\n" for d in documents))
-    settings = TextSettings(train_bpe=vocab, sequence_length=sequence_length, samples_per_shard=samples_per_shard,
-                            validation_fraction=validation_fraction)  # fmt: skip
+    settings = TextSettings(
+        train_bpe=vocab,
+        sequence_length=sequence_length,
+        samples_per_shard=samples_per_shard,
+        validation_fraction=validation_fraction,
+    )
     prepare_text(folder / "shards", [[Part(str(raw))]], settings, "a test")
     return folder / "shards"
 
@@ -124,11 +144,11 @@ def position_weight(batch: Batch | Sample, dtype: torch.dtype = torch.float64) -
     return weight / weight.sum()
 
 
-def dual_stream(model, recipe: Recipe, batch: Batch | Sample, plan: Plan) -> Thought:
+def dual_stream(model, recipe: Recipe, batch: Batch | Sample, plan: Plan) -> ThinkingOutput:
     return new_thinker(model, recipe, batch, plan).train()
 
 
-def double_backward(model, recipe: Recipe, batch: Batch | Sample, plan: Plan) -> Thought:
+def double_backward(model, recipe: Recipe, batch: Batch | Sample, plan: Plan) -> ThinkingOutput:
     from ebt_megatron.thinking import double_backward as engine
 
     context = model.modality.context(batch.observed)

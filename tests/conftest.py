@@ -5,8 +5,19 @@ import pytest
 from tests import distributed_utils
 
 # Files and folders that take long. `make test` deals files to two processes: the last ones must be short.
-LONG = ("tests/training/", "tests/launch/", "tests/checkpoint/", "tests/kernels/test_triton", "tests/core/",
-        "tests/tools/", "tests/data_prep/test_restart", "tests/evaluation/", "tests/model/test_fp8")  # fmt: skip
+LONG = (
+    "tests/training/",
+    "tests/launch/",
+    "tests/checkpoint/",
+    "tests/kernels/test_triton",
+    "tests/core/",
+    "tests/tools/",
+    "tests/benchmarks/",
+    "tests/examples/",
+    "tests/data_prep/test_restart",
+    "tests/evaluation/",
+    "tests/model/test_fp8",
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

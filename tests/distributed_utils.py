@@ -80,9 +80,11 @@ class Ranks:
         for rank in range(world_size):
             receiver, sender = _context.Pipe(duplex=False)
             process = _context.Process(
-                target=_rank_main, args=(sender, fn, rank, world_size, self.store.port, env or {}, args),
-                name=f"rank {rank}", daemon=True,
-            )  # fmt: skip
+                target=_rank_main,
+                args=(sender, fn, rank, world_size, self.store.port, env or {}, args),
+                name=f"rank {rank}",
+                daemon=True,
+            )
             process.start()
             sender.close()
             self.pipes.append(receiver)

@@ -19,10 +19,11 @@ sys.exit() if sys.argv[1:] else input()
 def test_no_process_of_a_test_outlives_it():
     with no_survivors():
         started = [
-            subprocess.Popen([sys.executable, "-c", STARTS_ANOTHER, *ends], stdin=subprocess.PIPE,
-                             stdout=subprocess.PIPE, text=True)
+            subprocess.Popen(
+                [sys.executable, "-c", STARTS_ANOTHER, *ends], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            )
             for ends in ([], ["ends"])
-        ]  # fmt: skip
+        ]
         family = [psutil.Process(pid) for p in started for pid in (p.pid, int(p.stdout.readline()))]
         started[1].wait()
         deadline = time.monotonic() + 10

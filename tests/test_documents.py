@@ -58,7 +58,7 @@ def script_of(command: str) -> str:
     """MODULE:ATTRIBUTE of a command that setup.py installs."""
     found = re.search(rf'"{command} = ([\w.]+:\w+)"', (ROOT / "setup.py").read_text())
     assert found, f"setup.py installs no {command}"
-    return re.sub(r"^ebt_megatron\.(data_prep|tools)\b", r"\1", found[1])
+    return found[1]
 
 
 def invoke(module: str, attribute: str, arguments: list[str], patch: pytest.MonkeyPatch, run: bool) -> str:
@@ -70,7 +70,7 @@ def invoke(module: str, attribute: str, arguments: list[str], patch: pytest.Monk
         app.command()(loaded.main)
     if not run:
         for name, other in list(sys.modules.items()):
-            if name.startswith(("ebt_megatron", "data_prep", "tools")) and hasattr(other, "guarded"):
+            if name.startswith(("ebt_megatron", "benchmarks", "examples")) and hasattr(other, "guarded"):
                 patch.setattr(other, "guarded", lambda work, quiet=False: None)
     done = CliRunner().invoke(app, arguments)
     assert done.exit_code == 0, done.output
@@ -104,11 +104,15 @@ def try_command(words: list[str], patch: pytest.MonkeyPatch) -> None:
             return
         trains(parsed.training_script_args, int(parsed.nnodes.split(":")[-1]) * int(parsed.nproc_per_node))
     elif program in ("bash", "sbatch") or "/launch/" in program:
-        subprocess.run(["bash", *(words[1:] if program in ("bash", "sbatch") else words), "--dry-run"], check=True,
-                       capture_output=True)  # fmt: skip
+        subprocess.run(
+            ["bash", *(words[1:] if program in ("bash", "sbatch") else words), "--dry-run"],
+            check=True,
+            capture_output=True,
+        )
     else:
-        module, attribute, rest = (rest[1], "app", rest[2:]) if program == "python" else (
-            *script_of(program).split(":"), rest)  # fmt: skip
+        module, attribute, rest = (
+            (rest[1], "app", rest[2:]) if program == "python" else (*script_of(program).split(":"), rest)
+        )
         if module == "ebt_megatron.train" and rest and not rest[0].startswith("-") and "--help" not in rest:
             trains(rest, 1)
         run = "plan" in module or "--list" in rest

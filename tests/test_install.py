@@ -12,15 +12,26 @@ from ebt_megatron.config import RecipeError, load_recipe
 from ebt_megatron.config.catalog import RECIPES, describe_recipes, find_recipe, recipe_names
 
 ROOT = Path(__file__).parents[1]
-COMMANDS = ("train", "evaluate", "prepare", "shards", "plan", "convert", "import", "pictures", "report", "generate",
-            "lm-eval")  # fmt: skip
+COMMANDS = (
+    "train",
+    "evaluate",
+    "prepare",
+    "shards",
+    "plan",
+    "convert",
+    "import",
+    "pictures",
+    "report",
+    "generate",
+    "lm-eval",
+)
 IMPORT_ALL = """
 import importlib, pkgutil, sys, ebt_megatron.data_prep, ebt_megatron.tools
 for package in (ebt_megatron.data_prep, ebt_megatron.tools):
     for module in pkgutil.iter_modules(package.__path__, package.__name__ + "."):
         importlib.import_module(module.name)
         print(module.name)
-assert not {"data_prep", "tools"} & set(sys.modules)
+assert not {"data_prep", "tools", "benchmarks", "examples"} & set(sys.modules)
 """
 
 
@@ -31,12 +42,26 @@ def installed(tmp_path_factory):
     for name in ("setup.py", "pyproject.toml"):
         shutil.copy(ROOT / name, source)
     for name in ("ebt_megatron", "data_prep", "tools", "recipes"):
-        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copytree(ROOT / name, source / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
     subprocess.run(
-        [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--no-build-isolation", "--no-compile",
-         "--disable-pip-version-check", "--target", target, source],
-        check=True, capture_output=True, text=True,
-    )  # fmt: skip
+        [
+            sys.executable,
+            "-m",
+            "pip",
+            "install",
+            "-q",
+            "--no-deps",
+            "--no-build-isolation",
+            "--no-compile",
+            "--disable-pip-version-check",
+            "--target",
+            target,
+            source,
+        ],
+        check=True,
+        capture_output=True,
+        text=True,
+    )
     return target
 
 
@@ -66,8 +91,22 @@ def test_commands_work_from_any_folder(installed, tmp_path):
     assert f"in {installed}" in command("train", "--list")
     assert "hidden_size: 384" in command("train", "text/s1_xxs", "--print-config")
     (tmp_path / "raw.txt").write_text("Some words to learn from. " * 50)
-    command("prepare", "text", "--input", "raw.txt", "--train-bpe", "300", "--sequence-length", "8", "--output", "data",
-            "--validation-fraction", "0", "--workers", "2")  # fmt: skip
+    command(
+        "prepare",
+        "text",
+        "--input",
+        "raw.txt",
+        "--train-bpe",
+        "300",
+        "--sequence-length",
+        "8",
+        "--output",
+        "data",
+        "--validation-fraction",
+        "0",
+        "--workers",
+        "2",
+    )
     assert "all good" in command("shards", "verify", "data/train")
 
 

@@ -1,4 +1,1 @@
-"""Command-line tools: `python -m tools.NAME --help` in a checkout; setup.py installs them as ebt_megatron.tools.
-
-So that they work under both names, modules here import each other relatively.
-"""
+"""Command-line tools for prepared data, plans and weights; setup.py installs their commands."""

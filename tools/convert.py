@@ -17,8 +17,12 @@ from ebt_megatron.core.files import write_whole
 
 app = typer.Typer(add_completion=False, help=__doc__, no_args_is_help=True)
 
-_ONE_PROCESS = ["parallel.tensor=1", "parallel.pipeline=1", "parallel.sequence_parallel=false",
-                "parallel.distributed_optimizer=false"]  # fmt: skip
+_ONE_PROCESS = [
+    "parallel.tensor=1",
+    "parallel.pipeline=1",
+    "parallel.sequence_parallel=false",
+    "parallel.distributed_optimizer=false",
+]
 
 
 def export_weights(source: Path, output: Path) -> tuple[Path, int]:
@@ -76,7 +80,7 @@ def import_weights(source: Path, recipe: Path, output: Path, overrides: list[str
     """Make a run that starts, at step 0 with a fresh optimizer, from a file's weights.
 
     Args:
-        source: a file from `export_weights` or `tools.import_ebt_checkpoint`.
+        source: a file from `export_weights` or `ebt_megatron.tools.import_ebt_checkpoint`.
         recipe: of the new run; its data says which tokenizer is used.
         output: the new run's folder, whatever the recipe says.
         overrides: key=value pairs.

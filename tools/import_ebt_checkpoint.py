@@ -18,10 +18,9 @@ from torch import Tensor
 from ebt_megatron.config import Recipe, RecipeError, to_yaml
 from ebt_megatron.core.cli import guarded, quiet_libraries
 from ebt_megatron.core.files import write_whole
-
-from .public_code import pictures, sequences
-from .public_code.settings import Described, Hyper
-from .public_code.source import Source, read_checkpoint
+from ebt_megatron.tools.public_code import pictures, sequences
+from ebt_megatron.tools.public_code.settings import Described, Hyper
+from ebt_megatron.tools.public_code.source import Source, read_checkpoint
 
 app = typer.Typer(add_completion=False)
 
@@ -119,15 +118,19 @@ def main(
         console, recipe = Console(soft_wrap=True, highlight=False), described.recipe
         m = recipe.model
         thinking = f", conditioning {m.conditioning}, thinking steps {recipe.thinking.max_steps}"
-        console.print(f"{output}: {recipe.data.modality}, {m.architecture}, {m.num_layers} layers, "
-                      f"{m.num_attention_heads} heads, width {m.hidden_size}"
-                      f"{thinking if m.architecture == 'ebt' else ''}")  # fmt: skip
+        console.print(
+            f"{output}: {recipe.data.modality}, {m.architecture}, {m.num_layers} layers, "
+            f"{m.num_attention_heads} heads, width {m.hidden_size}"
+            f"{thinking if m.architecture == 'ebt' else ''}"
+        )
         for what, names in left_out.items():
             console.print(f"left out, {what}: {', '.join(names) if len(names) < 10 else f'{len(names)} tensors'}")
         if described.prepare:
             console.print(f"Its data: ebt-prepare {described.prepare} --input ... --output ...")
-        console.print(f"Next: ebt-convert import {output} --recipe {output.with_suffix('.yaml')} "
-                      "--output RUN_DIR 'data.train=[...]' 'data.validation=[...]'")  # fmt: skip
+        console.print(
+            f"Next: ebt-convert import {output} --recipe {output.with_suffix('.yaml')} "
+            "--output RUN_DIR 'data.train=[...]' 'data.validation=[...]'"
+        )
 
     guarded(work)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +10,7 @@ import typer
 from ebt_megatron.core.cli import guarded, quiet_libraries, say, user_path
 from ebt_megatron.core.errors import DataError, RecipeError
 from ebt_megatron.core.files import write_whole
-
-from .images import sheet
+from ebt_megatron.evaluation.sheet import sheet
 
 app = typer.Typer(add_completion=False)
 
@@ -33,11 +31,11 @@ def make(run_dir: Path, captions: list[str], labels: list[int], each: int, passe
     """
     import torch
 
+    from ebt_megatron.data_prep.encoders import load_encoder
     from ebt_megatron.evaluation.pictures import made
     from ebt_megatron.session import open_run
     from ebt_megatron.tasks.images import Images
 
-    encoders = import_module(f"{(__package__ or '').removesuffix('tools')}data_prep.encoders")
     with open_run(run_dir, splits=()) as run:
         task = run.task
         if not isinstance(task, Images) or (run.objective.thinks and task.denoises):
@@ -45,12 +43,14 @@ def make(run_dir: Path, captions: list[str], labels: list[int], each: int, passe
         if labels and not all(0 <= label < task.classes for label in labels):
             raise RecipeError(f"--label {labels}: {run.recipe.name} is told {task.classes} classes, from 0 on")
         if not captions and not labels and (task.captions or task.classes):
-            raise RecipeError(f"{run.recipe.name} is told {'captions' if task.captions else 'classes'}: give "
-                              f"--{'caption' if task.captions else 'label'}")  # fmt: skip
+            raise RecipeError(
+                f"{run.recipe.name} is told {'captions' if task.captions else 'classes'}: give "
+                f"--{'caption' if task.captions else 'label'}"
+            )
         told = [text for text in captions for _ in range(each)] or torch.tensor(labels or [0]).repeat_interleave(each)
         passes = passes or (run.recipe.thinking.max_steps if run.objective.thinks else 50)
         latents = made(run, told, passes, guidance).cpu().numpy()
-        frames = encoders.load_encoder(run.source.sidecar()).to_frames(latents)
+        frames = load_encoder(run.source.sidecar()).to_frames(latents)
     return torch.from_numpy(frames).unflatten(0, (-1, each))
 
 

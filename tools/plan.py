@@ -112,8 +112,12 @@ def estimate(recipe: Recipe, vocab_size: int, gpus: int, hardware: Hardware, cha
     unit = t.micro_batch_size * parts.layers / (p.tensor * p.pipeline) / (hardware.tflops * 1e12)  # C on one stage
     product = t.micro_batch_size * parts.vocabulary / p.tensor / (hardware.tflops * 1e12)  # U
     reuse, through = options.reuse, options.gradient != "detached"
-    extra = {"propose_forward": 1.0, "propose_backward": 2.0, "learn_forward": 0.0,
-             "learn_backward": 2.0 if reuse else 3.0}  # fmt: skip
+    extra = {
+        "propose_forward": 1.0,
+        "propose_backward": 2.0,
+        "learn_forward": 0.0,
+        "learn_backward": 2.0 if reuse else 3.0,
+    }
     if options.regenerate:  # on average half of the other steps are taken again in every pass over the vocabulary
         extra = {kind: u + (options.max_steps - 1) / 2 * (u > 0) for kind, u in extra.items()}
     units = FLOP_DURATIONS | ({"learn_forward": 1.0, "learn_backward": 3.0} if reuse else {})
@@ -163,10 +167,19 @@ def estimate(recipe: Recipe, vocab_size: int, gpus: int, hardware: Hardware, cha
         + data_traffic / (hardware.network * 1e9)
     )
     return Estimate(
-        data, micro_batches, mean(s.bubble for s in schedules), gpt_bubble(p.pipeline, micro_batches), parameters,
-        (width_bytes + 4) * local + optimizer_bytes + master, activations, tensor_traffic, pipeline_traffic,
-        data_traffic, seconds, t.global_batch_size * recipe.data.sequence_length / seconds,
-    )  # fmt: skip
+        data,
+        micro_batches,
+        mean(s.bubble for s in schedules),
+        gpt_bubble(p.pipeline, micro_batches),
+        parameters,
+        (width_bytes + 4) * local + optimizer_bytes + master,
+        activations,
+        tensor_traffic,
+        pipeline_traffic,
+        data_traffic,
+        seconds,
+        t.global_batch_size * recipe.data.sequence_length / seconds,
+    )
 
 
 def rows(e: Estimate) -> list[tuple[str, str]]:

@@ -1,4 +1,4 @@
-"""Prepared folders into one of another shard size: what `tools.shards reshard` and `merge` do."""
+"""Prepared folders into one of another shard size: what `ebt_megatron.tools.shards reshard` and `merge` do."""
 
 from __future__ import annotations
 
@@ -38,10 +38,14 @@ def _common(sources: list[ShardFolder]) -> Manifest:
     first = sources[0].manifest
     for source in sources[1:]:
         m = source.manifest
-        for what, ours, theirs in (("kind", m.kind, first.kind), ("sample shape", m.shape, first.shape),
-                                   ("dtype", m.dtype, first.dtype), ("classes", m.classes, first.classes),
-                                   ("captions' encoder or length", caption_key(m), caption_key(first)),
-                                   ("tokenizer or encoder", m.sidecar["sha256"], first.sidecar["sha256"])):  # fmt: skip
+        for what, ours, theirs in (
+            ("kind", m.kind, first.kind),
+            ("sample shape", m.shape, first.shape),
+            ("dtype", m.dtype, first.dtype),
+            ("classes", m.classes, first.classes),
+            ("captions' encoder or length", caption_key(m), caption_key(first)),
+            ("tokenizer or encoder", m.sidecar["sha256"], first.sidecar["sha256"]),
+        ):
             if ours != theirs:
                 raise DataError(f"{source.folder} has another {what} than {sources[0].folder}: they cannot be one")
     return first
@@ -125,10 +129,17 @@ def _write(
         shares = [s.manifest.tokenizer["bytes_per_token"] * len(s) / total for s in sources]
         tokenizer["bytes_per_token"] = sum(shares)
     manifest = Manifest(
-        kind=first.kind, shape=first.shape, dtype=first.dtype, samples=total, shards=shard_infos(output, count),
-        provenance=_provenance(sources), tokenizer=tokenizer, encoder=first.encoder, classes=first.classes,
+        kind=first.kind,
+        shape=first.shape,
+        dtype=first.dtype,
+        samples=total,
+        shards=shard_infos(output, count),
+        provenance=_provenance(sources),
+        tokenizer=tokenizer,
+        encoder=first.encoder,
+        classes=first.classes,
         captions=first.captions,
-    )  # fmt: skip
+    )
     clear_partial(output)
     manifest.write(output)
     record.unlink()

@@ -11,7 +11,6 @@ import io
 import json
 import sys
 import tarfile
-from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -36,11 +35,10 @@ from ebt_megatron.data.shards import (
     sample_shape,
     sha256_of,
 )
-
-from .rewrite import rewrite
+from ebt_megatron.tools.rewrite import rewrite
 
 if TYPE_CHECKING:
-    from data_prep.encoders import Encoder
+    from ebt_megatron.data_prep.encoders import Encoder
 
 
 def _console(stderr: bool = False) -> Console:
@@ -52,10 +50,10 @@ FOLDER = typer.Argument(..., parser=user_path, help="A folder with manifest.json
 
 
 def _encoder_of(data: ShardFolder) -> Encoder:
-    """What latents were made with; data_prep is beside this package, in a checkout as where it is installed."""
-    module = import_module(f"{__package__.removesuffix('tools')}data_prep.encoders")
-    encoder: Encoder = module.load_encoder(data.sidecar())
-    return encoder
+    """What latents were made with."""
+    from ebt_megatron.data_prep.encoders import load_encoder
+
+    return load_encoder(data.sidecar())
 
 
 def _member_problem(data: bytes, member: Member, manifest: Manifest) -> str:
@@ -83,8 +81,11 @@ def _vocabulary_problems(sidecar: Path, manifest: Manifest) -> list[str]:
         ids = max(Tokenizer.from_file(str(sidecar)).get_vocab().values()) + 1
     except Exception as error:  # the library raises bare exceptions
         return [f"{sidecar}: not a tokenizer.json ({error})"]
-    return [f"{sidecar}: has ids up to {ids - 1}, the manifest a vocabulary of {manifest.vocab_size}"
-            ] if ids > manifest.vocab_size else []  # fmt: skip
+    return (
+        [f"{sidecar}: has ids up to {ids - 1}, the manifest a vocabulary of {manifest.vocab_size}"]
+        if ids > manifest.vocab_size
+        else []
+    )
 
 
 def shard_problems(folder: Path, shard: ShardInfo, manifest: Manifest) -> list[str]:
@@ -128,12 +129,18 @@ def inspect(folder: Path = FOLDER) -> None:
     def work() -> None:
         m = read_manifest(str(folder))
         table = Table(show_header=False)
-        for key, value in (("kind", m.kind), ("samples", f"{m.samples:,}"), ("shape of a sample", m.shape),
-                           ("stored as", m.dtype), ("shards", len(m.shards)),
-                           ("bytes", f"{sum(s.bytes for s in m.shards):,}"), *m.sidecar.items(),
-                           *([("classes", ", ".join(m.classes))] if m.classes else []),
-                           *((f"captions: {key}", value) for key, value in m.captions.items()),
-                           *m.provenance.items()):  # fmt: skip
+        for key, value in (
+            ("kind", m.kind),
+            ("samples", f"{m.samples:,}"),
+            ("shape of a sample", m.shape),
+            ("stored as", m.dtype),
+            ("shards", len(m.shards)),
+            ("bytes", f"{sum(s.bytes for s in m.shards):,}"),
+            *m.sidecar.items(),
+            *([("classes", ", ".join(m.classes))] if m.classes else []),
+            *((f"captions: {key}", value) for key, value in m.captions.items()),
+            *m.provenance.items(),
+        ):
             table.add_row(str(key), str(value))
         _console().print(table)
 
@@ -156,8 +163,9 @@ def verify(folder: Path = FOLDER) -> None:
             elif recorded is m.sidecar:
                 problems += _vocabulary_problems(beside, m)
         if sum(s.samples for s in m.shards) != m.samples:
-            problems.append(f"{folder}/manifest.json: {m.samples} samples, its shards have "
-                            f"{sum(s.samples for s in m.shards)}")  # fmt: skip
+            problems.append(
+                f"{folder}/manifest.json: {m.samples} samples, its shards have {sum(s.samples for s in m.shards)}"
+            )
         for problem in problems:
             console.print(problem)
         if problems:
@@ -176,8 +184,10 @@ def _token_stats(data: ShardFolder, top: int, console: Console) -> None:
         counts += found
     p = counts[counts > 0] / counts.sum()
     tokenizer = Tokenizer.from_file(str(data.sidecar()))
-    console.print(f"tokens {counts.sum():,}; unigram entropy {-(p * np.log(p)).sum():.4f} nats; "
-                  f"{len(p):,} of {len(counts):,} entries used")  # fmt: skip
+    console.print(
+        f"tokens {counts.sum():,}; unigram entropy {-(p * np.log(p)).sum():.4f} nats; "
+        f"{len(p):,} of {len(counts):,} entries used"
+    )
     for token in np.argsort(-counts)[:top]:
         console.print(f"{counts[token]:>12,}  {tokenizer.decode([int(token)], skip_special_tokens=False)!r}")
 
@@ -193,8 +203,10 @@ def _latent_stats(data: ShardFolder, top: int, console: Console) -> None:
             labels[data.label(i)] += 1
     mean = total / len(data)
     std = np.sqrt(np.maximum(square / len(data) - mean**2, 0))
-    console.print(f"{len(data):,} samples of {data.manifest.shape}; over channels: means {mean.min():.3f} to "
-                  f"{mean.max():.3f}, standard deviations {std.min():.3f} to {std.max():.3f}")  # fmt: skip
+    console.print(
+        f"{len(data):,} samples of {data.manifest.shape}; over channels: means {mean.min():.3f} to "
+        f"{mean.max():.3f}, standard deviations {std.min():.3f} to {std.max():.3f}"
+    )
     for c in range(min(top, channels)):
         console.print(f"channel {c:>4}: mean {mean[c]:>8.4f}, standard deviation {std[c]:.4f}")
     for name, count in zip(classes, labels, strict=True):

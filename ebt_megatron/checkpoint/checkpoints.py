@@ -130,8 +130,14 @@ class Checkpoints:
         report: told, on rank 0, of checkpoints that are damaged or set aside.
     """
 
-    def __init__(self, folder: Path, keep: int, fingerprint: dict[str, Any], asynchronous: bool = False,
-                 report: Callable[[str], None] = logger.warning):  # fmt: skip
+    def __init__(
+        self,
+        folder: Path,
+        keep: int,
+        fingerprint: dict[str, Any],
+        asynchronous: bool = False,
+        report: Callable[[str], None] = logger.warning,
+    ):
         self.folder, self.fingerprint, self.asynchronous, self.report = folder, fingerprint, asynchronous, report
         self.history = History(folder, keep)
         self._thread = ThreadPoolExecutor(1, "checkpoint")
@@ -142,9 +148,15 @@ class Checkpoints:
         return self.history.published()
 
     def save(
-        self, step: int, model: Any, optimizer: Any, scheduler: Any, extra: dict[str, Any],
-        rank_state: dict[str, Any] | None = None, prune: bool = True,
-    ) -> str | None:  # fmt: skip
+        self,
+        step: int,
+        model: Any,
+        optimizer: Any,
+        scheduler: Any,
+        extra: dict[str, Any],
+        rank_state: dict[str, Any] | None = None,
+        prune: bool = True,
+    ) -> str | None:
         """Write and publish a checkpoint.
 
         Args:
@@ -177,17 +189,23 @@ class Checkpoints:
         if function is not None:
             buckets = to_cpu()
             if self.asynchronous:  # training goes on changing what is being written
-                buckets = [(*where, (objects, [(i, t.clone()) for i, t in tensors]))
-                           for *where, (objects, tensors) in buckets]  # fmt: skip
+                buckets = [
+                    (*where, (objects, [(i, t.clone()) for i, t in tensors])) for *where, (objects, tensors) in buckets
+                ]
             arguments[1] = buckets
         own_files = {}
         if rank_state:
             own_files[f"rank-{dist.get_rank():05d}.pt"] = _serialized(rank_state)
         if dist.get_rank() == 0:
-            own_files["common.pt"] = _serialized({
-                "step": step, "extra": extra, "fingerprint": self.fingerprint,
-                "schedule_steps": scheduler.num_steps, "optimizer_steps": optimizer_state.step,
-            })  # fmt: skip
+            own_files["common.pt"] = _serialized(
+                {
+                    "step": step,
+                    "extra": extra,
+                    "fingerprint": self.fingerprint,
+                    "schedule_steps": scheduler.num_steps,
+                    "optimizer_steps": optimizer_state.step,
+                }
+            )
 
         def write() -> dict[str, str]:
             if function is not None:
@@ -254,8 +272,10 @@ class Checkpoints:
         none: list[bool] = [not self.published()]
         dist.broadcast_object_list(none, src=0)
         if newest is None and not none[0]:
-            raise RecipeError(f"every checkpoint in {self.folder} is damaged: put a good one there, or set "
-                              "training.resume=false to begin anew (they are moved, not deleted)")  # fmt: skip
+            raise RecipeError(
+                f"every checkpoint in {self.folder} is damaged: put a good one there, or set "
+                "training.resume=false to begin anew (they are moved, not deleted)"
+            )
         return newest
 
     def go_on_from(self, step: int) -> None:

@@ -21,8 +21,17 @@ from pathlib import Path
 from ebt_megatron.core.files import write_whole
 
 _NAME = re.compile(r"step-(\d{8,})")
-_RUN_FILES = ("checkpoints", "metrics.jsonl", "metrics-replaced.jsonl", "tensorboard", "recipe.yaml", "evaluation.json",
-              "trace", "wandb", "wandb-id")  # fmt: skip
+_RUN_FILES = (
+    "checkpoints",
+    "metrics.jsonl",
+    "metrics-replaced.jsonl",
+    "tensorboard",
+    "recipe.yaml",
+    "evaluation.json",
+    "trace",
+    "wandb",
+    "wandb-id",
+)
 
 
 class CheckpointError(RuntimeError):

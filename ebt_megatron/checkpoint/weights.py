@@ -43,8 +43,9 @@ def checkpoint_weights(folder: Path) -> dict[str, Tensor]:
     return {name: loaded[name] for name in wanted}
 
 
-def write_weights(path: Path, weights: dict[str, Tensor], recipe: str, fingerprint: dict[str, Any],
-                  step: int | None = None) -> None:  # fmt: skip
+def write_weights(
+    path: Path, weights: dict[str, Tensor], recipe: str, fingerprint: dict[str, Any], step: int | None = None
+) -> None:
     """Write a file of weights.
 
     Args:
@@ -88,8 +89,10 @@ def check_fingerprint(path: Path, metadata: dict[str, str], fingerprint: dict[st
     """
     for key, saved in json.loads(metadata.get("fingerprint", "{}")).items():
         if key in fingerprint and fingerprint[key] != saved:
-            raise RecipeError(f"{path} was written for {key}={saved}, this run has {key}={fingerprint[key]}: use the "
-                              "recipe in the file's metadata, and data prepared as its were")  # fmt: skip
+            raise RecipeError(
+                f"{path} was written for {key}={saved}, this run has {key}={fingerprint[key]}: use the "
+                "recipe in the file's metadata, and data prepared as its were"
+            )
 
 
 @torch.no_grad()
@@ -104,8 +107,9 @@ def set_weights(path: Path, model: nn.Module, weights: dict[str, Tensor]) -> Non
         if name not in weights:
             raise RecipeError(f"{path}: {name} is missing, which the recipe's model has")
         if weights[name].shape != parameter.shape:
-            raise RecipeError(f"{path}: {name} is {list(weights[name].shape)}, the recipe's model has "
-                              f"{list(parameter.shape)}")  # fmt: skip
+            raise RecipeError(
+                f"{path}: {name} is {list(weights[name].shape)}, the recipe's model has {list(parameter.shape)}"
+            )
     for name in weights:
         if name not in parameters:
             raise RecipeError(f"{path}: {name} is not in the recipe's model")

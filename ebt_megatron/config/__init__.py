@@ -11,7 +11,21 @@ from ebt_megatron.config.video import VideoConfig
 from ebt_megatron.core.errors import RecipeError
 
 __all__ = [
-    "MODEL_SIZES", "DataConfig", "ImagesConfig", "ModelConfig", "OptimizerConfig", "ParallelConfig", "Recipe",
-    "RecipeError", "ReplayConfig", "ThinkingConfig", "TrainingConfig", "VideoConfig", "all_keys", "check",
-    "load_recipe", "resolve", "to_yaml",
-]  # fmt: skip
+    "MODEL_SIZES",
+    "DataConfig",
+    "ImagesConfig",
+    "ModelConfig",
+    "OptimizerConfig",
+    "ParallelConfig",
+    "Recipe",
+    "RecipeError",
+    "ReplayConfig",
+    "ThinkingConfig",
+    "TrainingConfig",
+    "VideoConfig",
+    "all_keys",
+    "check",
+    "load_recipe",
+    "resolve",
+    "to_yaml",
+]

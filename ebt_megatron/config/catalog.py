@@ -7,9 +7,7 @@ from pathlib import Path
 
 from ebt_megatron.core.errors import RecipeError
 
-_PACKAGE = Path(__file__).parents[1]
-# setup.py installs recipes/ into the package; in a checkout it stands beside it
-RECIPES = next((p for p in (_PACKAGE / "recipes", _PACKAGE.parent / "recipes") if p.is_dir()), _PACKAGE / "recipes")
+RECIPES = Path(__file__).parents[1] / "recipes"  # in a checkout a link to the folder beside the package
 
 
 def recipe_names() -> dict[str, Path]:
@@ -31,9 +29,10 @@ def find_recipe(given: str | Path) -> Path:
         return names[name]
     last = name.rpartition("/")[2]
     shorts = difflib.get_close_matches(last, sorted({full.rpartition("/")[2] for full in names}), n=3)
-    near = difflib.get_close_matches(name, names, n=3) or [
-        full for short in shorts for full in names if full.rpartition("/")[2] == short
-    ][:3]  # fmt: skip
+    near = (
+        difflib.get_close_matches(name, names, n=3)
+        or [full for short in shorts for full in names if full.rpartition("/")[2] == short][:3]
+    )
     hint = f"; did you mean {' or '.join(near)}?" if near else "; ebt-train --list shows those that come with it"
     raise RecipeError(f"no recipe at {given}{hint}")
 

@@ -29,8 +29,9 @@ class DataConfig:
     def check(self) -> None:
         """Raise RecipeError unless the blend and the cache make sense."""
         if self.cache_gb is not None and (self.cache_gb <= 0 or self.cache_dir is None):
-            raise RecipeError(f"data.cache_gb={self.cache_gb:g} bounds data.cache_dir={self.cache_dir}: give a folder "
-                              "and more than 0")  # fmt: skip
+            raise RecipeError(
+                f"data.cache_gb={self.cache_gb:g} bounds data.cache_dir={self.cache_dir}: give a folder and more than 0"
+            )
         weights = self.train_weights
         if weights and len(weights) != len(self.train):
             raise RecipeError(

@@ -35,8 +35,10 @@ class ImagesConfig:
                 f"images.schedule_steps={self.schedule_steps}"
             )
         if self.classes and self.captions:
-            raise RecipeError("images.classes=true and images.captions=true: a picture is told one of them, set the "
-                              "other to false")  # fmt: skip
+            raise RecipeError(
+                "images.classes=true and images.captions=true: a picture is told one of them, set the other to false"
+            )
         if not self.beta_first <= self.beta_last < 1:
-            raise RecipeError(f"images.beta_first={self.beta_first:g}, beta_last={self.beta_last:g}: must rise and be "
-                              "below 1")  # fmt: skip
+            raise RecipeError(
+                f"images.beta_first={self.beta_first:g}, beta_last={self.beta_last:g}: must rise and be below 1"
+            )

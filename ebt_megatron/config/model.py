@@ -74,10 +74,22 @@ class ModelConfig:
         assert self.hidden_size and self.num_attention_heads and self.num_query_groups and self.ffn_hidden_size
         heads = self.num_attention_heads
         require_divides("model.hidden_size", self.hidden_size, "model.num_attention_heads", heads, "change either")
-        require_divides("model.num_attention_heads", heads, "model.num_query_groups", self.num_query_groups,
-                        "every query group needs as many heads")  # fmt: skip
-        require_divides("model.ffn_hidden_size", self.ffn_hidden_size, "model.num_attention_heads", heads,
-                        "gate and up weights are interleaved in one block per head")  # fmt: skip
+        require_divides(
+            "model.num_attention_heads",
+            heads,
+            "model.num_query_groups",
+            self.num_query_groups,
+            "every query group needs as many heads",
+        )
+        require_divides(
+            "model.ffn_hidden_size",
+            self.ffn_hidden_size,
+            "model.num_attention_heads",
+            heads,
+            "gate and up weights are interleaved in one block per head",
+        )
         if (self.hidden_size // heads) % 2:
-            raise RecipeError(f"model.hidden_size/num_attention_heads={self.hidden_size // heads}: "
-                              "rotary positions need an even head size")  # fmt: skip
+            raise RecipeError(
+                f"model.hidden_size/num_attention_heads={self.hidden_size // heads}: "
+                "rotary positions need an even head size"
+            )

@@ -59,12 +59,21 @@ def check(recipe: Recipe, world_size: int | None = None) -> None:
     _check_precision(recipe)
     if world_size is not None:
         ranks = recipe.parallel.tensor * recipe.parallel.pipeline
-        require_divides("number of ranks", world_size, "parallel.tensor x parallel.pipeline", ranks,
-                        "start a multiple of that many ranks")  # fmt: skip
+        require_divides(
+            "number of ranks",
+            world_size,
+            "parallel.tensor x parallel.pipeline",
+            ranks,
+            "start a multiple of that many ranks",
+        )
         training = recipe.training
-        require_divides("training.global_batch_size", training.global_batch_size,
-                        "training.micro_batch_size x data-parallel size",
-                        training.micro_batch_size * (world_size // ranks), "change either")  # fmt: skip
+        require_divides(
+            "training.global_batch_size",
+            training.global_batch_size,
+            "training.micro_batch_size x data-parallel size",
+            training.micro_batch_size * (world_size // ranks),
+            "change either",
+        )
 
 
 def _check_layout(recipe: Recipe) -> None:
@@ -80,19 +89,31 @@ def _check_layout(recipe: Recipe) -> None:
     require_divides("model.num_layers", m.num_layers, "parallel.pipeline", p.pipeline, "stages hold equal layers")
     step_token = m.conditioning == "time_embed_sequence"
     if p.sequence_parallel:
-        require_divides("data.sequence_length", recipe.data.sequence_length, "parallel.tensor", p.tensor,
-                        "sequence parallelism splits the sequence")  # fmt: skip
+        require_divides(
+            "data.sequence_length",
+            recipe.data.sequence_length,
+            "parallel.tensor",
+            p.tensor,
+            "sequence parallelism splits the sequence",
+        )
         if step_token:
-            raise RecipeError("model.conditioning=time_embed_sequence puts a token before the sequence "
-                              "and cannot be split: set parallel.sequence_parallel=false")  # fmt: skip
+            raise RecipeError(
+                "model.conditioning=time_embed_sequence puts a token before the sequence "
+                "and cannot be split: set parallel.sequence_parallel=false"
+            )
     if step_token and recipe.data.document_mask:
         raise RecipeError("model.conditioning=time_embed_sequence has no document masks: set data.document_mask=false")
     if t.engine == "double_backward" and p.tensor * p.pipeline > 1:
-        raise RecipeError("thinking.engine=double_backward is a single-process reference: "
-                          "set parallel.tensor=1 and parallel.pipeline=1")  # fmt: skip
+        raise RecipeError(
+            "thinking.engine=double_backward is a single-process reference: "
+            "set parallel.tensor=1 and parallel.pipeline=1"
+        )
     if recipe.training.cuda_graphs:
-        for what, given in (("parallel.tensor > 1", p.tensor > 1), ("parallel.pipeline > 1", p.pipeline > 1),
-                            ("thinking.replay.enabled", t.replay.enabled)):  # fmt: skip
+        for what, given in (
+            ("parallel.tensor > 1", p.tensor > 1),
+            ("parallel.pipeline > 1", p.pipeline > 1),
+            ("thinking.replay.enabled", t.replay.enabled),
+        ):
             if given:
                 raise RecipeError(f"training.cuda_graphs=true records no {what}: set training.cuda_graphs=false")
 
@@ -104,6 +125,9 @@ def _check_precision(recipe: Recipe) -> None:
     if recipe.thinking.engine == "double_backward":
         raise RecipeError("training.precision=fp8 cannot be differentiated twice: set thinking.engine=dual_stream")
     assert m.hidden_size and m.ffn_hidden_size and m.num_attention_heads and m.num_query_groups
-    for what, total in (("model.hidden_size", m.hidden_size), ("model.ffn_hidden_size", m.ffn_hidden_size),
-                        ("the keys' width", m.hidden_size // m.num_attention_heads * m.num_query_groups)):  # fmt: skip
+    for what, total in (
+        ("model.hidden_size", m.hidden_size),
+        ("model.ffn_hidden_size", m.ffn_hidden_size),
+        ("the keys' width", m.hidden_size // m.num_attention_heads * m.num_query_groups),
+    ):
         require_divides(what, total, "16 x parallel.tensor", 16 * tensor, "training.precision=fp8 needs it")

@@ -39,8 +39,10 @@ class Description:
         if not path.exists():
             raise DataError(f"{path} is missing: copy it beside the manifest again")
         if sha256_of(path) != expected:
-            raise DataError(f"{self.folder}/{name} does not match the manifest beside it: put back the one the shards "
-                            "were made with, or prepare the data again")  # fmt: skip
+            raise DataError(
+                f"{self.folder}/{name} does not match the manifest beside it: put back the one the shards "
+                "were made with, or prepare the data again"
+            )
         return path
 
     def _local(self, name: str, sha256: str) -> Path:

@@ -83,18 +83,25 @@ def open_sources(recipe: Recipe, split: str) -> list[ShardFolder]:
             raise DataError(f"{source.folder} holds {m.kind}, {sources[0].folder} {first.kind}: give one kind")
         if m.kind != "images" and m.sequence_length != recipe.data.sequence_length:
             unit = "tokens" if m.kind == "text" else "frames"
-            raise DataError(f"{source.folder} has sequences of {m.sequence_length} {unit}, data.sequence_length is "
-                            f"{recipe.data.sequence_length}: change the recipe, or prepare the data again")  # fmt: skip
+            raise DataError(
+                f"{source.folder} has sequences of {m.sequence_length} {unit}, data.sequence_length is "
+                f"{recipe.data.sequence_length}: change the recipe, or prepare the data again"
+            )
         if m.sidecar["sha256"] != first.sidecar["sha256"]:
-            raise DataError(f"{source.folder} was made with another {sidecar} than {sources[0].folder}: "
-                            "prepare one again")  # fmt: skip
+            raise DataError(
+                f"{source.folder} was made with another {sidecar} than {sources[0].folder}: prepare one again"
+            )
         if (m.shape, m.classes) != (first.shape, first.classes):
-            raise DataError(f"{source.folder} has samples of {m.shape} and {len(m.classes)} classes, "
-                            f"{sources[0].folder} of {first.shape} and {len(first.classes)}, or others: prepare one "
-                            "again")  # fmt: skip
+            raise DataError(
+                f"{source.folder} has samples of {m.shape} and {len(m.classes)} classes, "
+                f"{sources[0].folder} of {first.shape} and {len(first.classes)}, or others: prepare one "
+                "again"
+            )
         if caption_key(m) != caption_key(first):
-            raise DataError(f"{source.folder} has captions of another encoder or length than {sources[0].folder}, or "
-                            "one has none: prepare one again")  # fmt: skip
+            raise DataError(
+                f"{source.folder} has captions of another encoder or length than {sources[0].folder}, or "
+                "one has none: prepare one again"
+            )
         source.sidecar()
     return sources
 
@@ -105,8 +112,10 @@ def _check_room(recipe: Recipe, remote: list[ShardFolder]) -> None:
     if not remote:
         return
     if data.cache_dir is None and not data.shuffle_shards:
-        raise DataError(f"{remote[0].folder} is remote: set data.shuffle_shards, to stream it that many shards at a "
-                        "time, or data.cache_dir, to keep its shards there")  # fmt: skip
+        raise DataError(
+            f"{remote[0].folder} is remote: set data.shuffle_shards, to stream it that many shards at a "
+            "time, or data.cache_dir, to keep its shards there"
+        )
     sizes = [sorted((s.bytes for s in source.manifest.shards), reverse=True) for source in remote]
     most = sum(sum(s[: 2 * data.shuffle_shards] if data.shuffle_shards else s) for s in sizes) / 1e9
     if data.cache_gb is not None and most > data.cache_gb:
@@ -121,8 +130,13 @@ def _check_room(recipe: Recipe, remote: list[ShardFolder]) -> None:
 
 def identity(manifest: Manifest) -> str:
     """What stays the same when a folder is moved or copied, and changes with any sample: a SHA-256."""
-    content = [manifest.kind, manifest.shape, manifest.dtype, manifest.sidecar.get("sha256"),
-               [s.sha256 for s in manifest.shards]]  # fmt: skip
+    content = [
+        manifest.kind,
+        manifest.shape,
+        manifest.dtype,
+        manifest.sidecar.get("sha256"),
+        [s.sha256 for s in manifest.shards],
+    ]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
@@ -155,11 +169,15 @@ class Loader:
         self.wait_seconds = 0.0
         for source, weight, share in zip(self.sources, weights, self.blend.share.tolist(), strict=False):
             if weight and not share:
-                raise DataError(f"data.train_weights gives {source.folder} {weight:g}, which is not one sample in an "
-                                "epoch: raise it, or set it to 0")  # fmt: skip
+                raise DataError(
+                    f"data.train_weights gives {source.folder} {weight:g}, which is not one sample in an "
+                    "epoch: raise it, or set it to 0"
+                )
         if not train and recipe.training.validation_samples < 1:
-            raise DataError(f"training.validation_samples={recipe.training.validation_samples}: must be at least 1, or "
-                            "set training.validation_interval=0")  # fmt: skip
+            raise DataError(
+                f"training.validation_samples={recipe.training.validation_samples}: must be at least 1, or "
+                "set training.validation_interval=0"
+            )
 
     @property
     def validation_samples(self) -> int:
@@ -180,10 +198,13 @@ class Loader:
     def state_dict(self) -> dict[str, Any]:
         """The position in the run, and what its order depends on: the same for every rank and layout."""
         return {
-            "consumed": self.consumed, "seed": self.recipe.training.seed, "shuffle": self.blend.shuffle,
-            "shuffle_shards": self.recipe.data.shuffle_shards, "samples_per_epoch": self.blend.share.tolist(),
+            "consumed": self.consumed,
+            "seed": self.recipe.training.seed,
+            "shuffle": self.blend.shuffle,
+            "shuffle_shards": self.recipe.data.shuffle_shards,
+            "samples_per_epoch": self.blend.share.tolist(),
             "sources": [identity(s.manifest) for s in self.sources],
-        }  # fmt: skip
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a position.
@@ -194,13 +215,17 @@ class Loader:
         own = self.state_dict()
         before = state.get("sources", own["sources"])  # older checkpoints do not know theirs
         if before != own["sources"]:
-            raise DataError(f"the checkpoint was made with {self._differing(before, own['sources'])}: resume with the "
-                            "same shards in the same order, or start a new output_dir")  # fmt: skip
+            raise DataError(
+                f"the checkpoint was made with {self._differing(before, own['sources'])}: resume with the "
+                "same shards in the same order, or start a new output_dir"
+            )
         for key, mine in own.items():
             if key not in ("consumed", "sources") and state.get(key) != mine:
-                raise DataError(f"the checkpoint's data position has {key}={state.get(key)}, this run has {mine}: "
-                                "resume with the same seed, shards and data.* keys, or start a new "
-                                "output_dir")  # fmt: skip
+                raise DataError(
+                    f"the checkpoint's data position has {key}={state.get(key)}, this run has {mine}: "
+                    "resume with the same seed, shards and data.* keys, or start a new "
+                    "output_dir"
+                )
         self.consumed = state["consumed"]
 
     def _differing(self, before: list[str], now: list[str]) -> str:

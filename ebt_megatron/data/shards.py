@@ -136,9 +136,10 @@ def out_of_range(block: np.ndarray, manifest: Manifest, kind: str) -> str:
     """What is wrong with the values of a member of a kind: ids that the manifest knows nothing of; or ""."""
     entries = "entries of the vocabulary"
     what, least, count, of = {
-        "samples": ("token", 0, manifest.vocab_size, entries), LABELS: ("label", 0, len(manifest.classes), "classes"),
+        "samples": ("token", 0, manifest.vocab_size, entries),
+        LABELS: ("label", 0, len(manifest.classes), "classes"),
         CAPTIONS: ("token", -1, manifest.captions.get("entries", 0), entries),
-    }[kind]  # fmt: skip
+    }[kind]
     if not block.size or (not count and kind != LABELS):
         return ""
     low, high = int(block.min()), int(block.max())
@@ -267,9 +268,13 @@ def read_manifest(folder: str) -> Manifest:
 
 
 def write_shard(
-    folder: Path, number: int, kind: str, samples: np.ndarray, labels: np.ndarray | None = None,
+    folder: Path,
+    number: int,
+    kind: str,
+    samples: np.ndarray,
+    labels: np.ndarray | None = None,
     captions: np.ndarray | None = None,
-) -> None:  # fmt: skip
+) -> None:
     """Write samples [N, *shape] as tar `number` and its index, byte-identical for identical samples.
 
     The tar is renamed into place when complete and its index after it: a shard that has an index is
@@ -299,8 +304,9 @@ def _write_tar(
         for first in range(0, len(samples), rows):
             key = f"{name}-{first // rows:06d}"
             blocks = [(f"{key}.{ARRAY_NAME[kind]}.npy", samples[first : first + rows])]
-            blocks += [(f"{key}.{what}.npy", more[first : first + rows])
-                       for what, more in beside.items() if more is not None]  # fmt: skip
+            blocks += [
+                (f"{key}.{what}.npy", more[first : first + rows]) for what, more in beside.items() if more is not None
+            ]
             for member, block in blocks:
                 buffer = io.BytesIO()
                 np.save(buffer, np.ascontiguousarray(block))

@@ -17,7 +17,7 @@ from matplotlib.ticker import NullFormatter
 
 from ebt_megatron.evaluation.run_files import RunFiles
 
-EBT_COLOURS, RIVAL_COLOURS, NEUTRAL = ("#c8442d", "#e0962e", "#8a3ea8", "#2f8f5b"), ("#2d6fd8", "#5aa9c9"), "#808080"
+EBT_COLOURS, BASELINE_COLOURS, NEUTRAL = ("#c8442d", "#e0962e", "#8a3ea8", "#2f8f5b"), ("#2d6fd8", "#5aa9c9"), "#808080"
 _DASHES = ("-", "--", ":", "-.")
 _NIGHT = dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), "#d8d8d8")
 
@@ -57,16 +57,16 @@ def _coloured(runs: Sequence[RunFiles], colours: Sequence[str] = EBT_COLOURS) ->
         yield run, colours[i % len(colours)]
 
 
-def losses(ebts: Sequence[RunFiles], rivals: Sequence[RunFiles]) -> Figure:
+def losses(ebts: Sequence[RunFiles], baselines: Sequence[RunFiles]) -> Figure:
     """Training and validation loss of all models against tokens, and against training FLOPs."""
     figure, (tokens, flops) = figure_of(9.2, 2)
-    for run, colour in (*_coloured(rivals, RIVAL_COLOURS), *_coloured(ebts)):
+    for run, colour in (*_coloured(baselines, BASELINE_COLOURS), *_coloured(ebts)):
         seen, loss = run.series("final_step_loss")
         tokens.plot(seen, loss, color=colour, alpha=0.35, lw=1)
         seen, loss = run.series("validation_loss")
         tokens.plot(seen, loss, "o-", color=colour, ms=3, label=run.label)
         flops.plot([t * run.flops_a_token for t in seen], loss, "o-", color=colour, ms=3, label=run.label)
-    entropies = [r.evaluation["unigram_entropy"] for r in (*rivals, *ebts) if "unigram_entropy" in r.evaluation]
+    entropies = [r.evaluation["unigram_entropy"] for r in (*baselines, *ebts) if "unigram_entropy" in r.evaluation]
     for axes in (tokens, flops):
         if entropies:
             axes.axhline(entropies[0], color=NEUTRAL, ls="--", lw=1)
@@ -77,19 +77,25 @@ def losses(ebts: Sequence[RunFiles], rivals: Sequence[RunFiles]) -> Figure:
     return figure
 
 
-def start(ebts: Sequence[RunFiles], rivals: Sequence[RunFiles]) -> Figure:
+def start(ebts: Sequence[RunFiles], baselines: Sequence[RunFiles]) -> Figure:
     """The start of training: the loss after each step, tokens on a logarithmic axis; and the step size."""
     figure, (loss, sizes) = figure_of(9.2, 2, (2, 1))
     for axes in (loss, sizes):
         axes.set(xlabel="training tokens", xscale="log")
-    for run, colour in _coloured(rivals, RIVAL_COLOURS):
+    for run, colour in _coloured(baselines, BASELINE_COLOURS):
         loss.plot(*run.series("loss"), color=colour, lw=1, label=run.label)
     for run, colour in _coloured(ebts):
         rows = [row for row in run.metrics if row.get("step_losses")]
         for step in range(max((len(row["step_losses"]) for row in rows), default=0)):
             seen = [row for row in rows if len(row["step_losses"]) > step]
-            loss.plot([row["tokens"] for row in seen], [row["step_losses"][step] for row in seen], color=colour, lw=1,
-                      ls=_DASHES[step % len(_DASHES)], label=f"{run.label}, after step {step + 1}")  # fmt: skip
+            loss.plot(
+                [row["tokens"] for row in seen],
+                [row["step_losses"][step] for row in seen],
+                color=colour,
+                lw=1,
+                ls=_DASHES[step % len(_DASHES)],
+                label=f"{run.label}, after step {step + 1}",
+            )
         sizes.plot(*run.series("alpha"), color=colour, label=run.label)
     loss.set(ylabel="training loss", title="Start of training: loss after each step")
     sizes.set(ylabel="step size alpha", title="Step size")
@@ -98,19 +104,24 @@ def start(ebts: Sequence[RunFiles], rivals: Sequence[RunFiles]) -> Figure:
     return figure
 
 
-def thinking(ebts: Sequence[RunFiles], rivals: Sequence[RunFiles]) -> Figure:
+def thinking(ebts: Sequence[RunFiles], baselines: Sequence[RunFiles]) -> Figure:
     """Validation perplexity (or loss) against the number of thinking steps; a ring marks the steps trained with."""
     figure, axes = figure_of()
-    what = "perplexity" if all("perplexity" in r.evaluation["thinking"][0] for r in (*ebts, *rivals)) else "loss"
+    what = "perplexity" if all("perplexity" in r.evaluation["thinking"][0] for r in (*ebts, *baselines)) else "loss"
     for run, colour in _coloured(ebts):
         rows = run.evaluation["thinking"]
         axes.plot([r["steps"] for r in rows], [r[what] for r in rows], "o-", color=colour, label=run.label)
         axes.plot(run.final["steps"], run.final[what], "o", ms=12, mfc="none", color=colour)
-    for run, colour in _coloured(rivals, RIVAL_COLOURS):
+    for run, colour in _coloured(baselines, BASELINE_COLOURS):
         axes.axhline(run.final[what], color=colour, ls="--", label=f"{run.label} (cannot think longer)")
     most = max(len(run.evaluation["thinking"]) for run in ebts)
-    axes.set(xlabel="thinking steps (ring: as trained)", ylabel=f"validation {what}", yscale="log",
-             title=f"{what.capitalize()} against thinking", xticks=range(1, most + 1))  # fmt: skip
+    axes.set(
+        xlabel="thinking steps (ring: as trained)",
+        ylabel=f"validation {what}",
+        yscale="log",
+        title=f"{what.capitalize()} against thinking",
+        xticks=range(1, most + 1),
+    )
     axes.legend(frameon=False, fontsize=8)
     return figure
 
@@ -157,19 +168,31 @@ def example(run: RunFiles) -> Figure:
 
 
 def compute(ebts: Sequence[RunFiles]) -> Figure:
-    """Perplexity against inference FLOPs: fixed steps, steps by how predictions move, and the rivals."""
+    """Perplexity against inference FLOPs: fixed steps, steps by how predictions move, and the baselines."""
     figure, axes = figure_of()
     for run, colour in _coloured(ebts):
         dynamic = run.suite["dynamic compute"]
         for name, style in (("fixed", "o-"), ("adaptive", "x--")):
-            axes.plot([r["flops"] for r in dynamic[name]], [r["perplexity"] for r in dynamic[name]], style,
-                      color=colour, ms=4, label=f"{run.label}, {name} steps")  # fmt: skip
-    rivals = [m for m in ebts[0].suite["models"] if m["rival"]]
-    for i, model in enumerate(rivals):
-        axes.plot(model["inference flops a token"], model["perplexity"], "s", color=RIVAL_COLOURS[i % 2],
-                  label=model["name"])  # fmt: skip
-    axes.set(xlabel="inference FLOPs a token", ylabel="validation perplexity", xscale="log",
-             title="What thinking costs")  # fmt: skip
+            axes.plot(
+                [r["flops"] for r in dynamic[name]],
+                [r["perplexity"] for r in dynamic[name]],
+                style,
+                color=colour,
+                ms=4,
+                label=f"{run.label}, {name} steps",
+            )
+    baselines = [m for m in ebts[0].suite["models"] if m["baseline"]]
+    for i, model in enumerate(baselines):
+        axes.plot(
+            model["inference flops a token"],
+            model["perplexity"],
+            "s",
+            color=BASELINE_COLOURS[i % 2],
+            label=model["name"],
+        )
+    axes.set(
+        xlabel="inference FLOPs a token", ylabel="validation perplexity", xscale="log", title="What thinking costs"
+    )
     axes.legend(frameon=False, fontsize=8)
     return figure
 
@@ -180,8 +203,15 @@ def several_starts(ebts: Sequence[RunFiles]) -> Figure:
     for run, colour in _coloured(ebts):
         rows = run.suite["starts"]
         for i, name in enumerate(n for n, by in rows[0]["by"].items() if "perplexity" in by):
-            axes.plot([r["starts"] for r in rows], [r["by"][name]["perplexity"] for r in rows], color=colour,
-                      ls=_DASHES[i % 4], marker=".ox+s"[i % 5], ms=4, label=f"{run.label}: {name}")  # fmt: skip
+            axes.plot(
+                [r["starts"] for r in rows],
+                [r["by"][name]["perplexity"] for r in rows],
+                color=colour,
+                ls=_DASHES[i % 4],
+                marker=".ox+s"[i % 5],
+                ms=4,
+                label=f"{run.label}: {name}",
+            )
     axes.set(xlabel="starts M", ylabel="validation perplexity", title="Best of M starts, by what chooses")
     axes.legend(frameon=False, fontsize=7)
     return figure
@@ -195,9 +225,14 @@ def risk(ebts: Sequence[RunFiles]) -> Figure:
             ours = name == run.suite["models"][0]["name"]
             for i, (doubt, numbers) in enumerate(of["by"].items()):
                 curve = numbers["curve"]
-                axes.plot(np.linspace(0, 1, len(curve)), curve, ls=_DASHES[i], lw=1.2,
-                          color=colour if ours else RIVAL_COLOURS[0],
-                          label=f"{run.label if ours else name}: {doubt}")  # fmt: skip
+                axes.plot(
+                    np.linspace(0, 1, len(curve)),
+                    curve,
+                    ls=_DASHES[i],
+                    lw=1.2,
+                    color=colour if ours else BASELINE_COLOURS[0],
+                    label=f"{run.label if ours else name}: {doubt}",
+                )
     axes.set(xlabel="share of positions answered, surest first", ylabel="error rate", title="Risk against coverage")
     axes.legend(frameon=False, fontsize=7)
     return figure
@@ -208,20 +243,33 @@ def shifts(ebts: Sequence[RunFiles]) -> Figure:
     figure, axes = figure_of()
     for run, colour in _coloured([r for r in ebts if r.suite.get("shifts")]):
         rows = sorted(run.suite["shifts"].items(), key=lambda item: item[1]["shift"])
-        axes.plot([r["shift"] for _, r in rows], [100 * r["gain over the first step"] for _, r in rows], "o-",
-                  color=colour, label=run.label)  # fmt: skip
+        axes.plot(
+            [r["shift"] for _, r in rows],
+            [100 * r["gain over the first step"] for _, r in rows],
+            "o-",
+            color=colour,
+            label=run.label,
+        )
         for name, r in rows:
-            axes.annotate(name, (r["shift"], 100 * r["gain over the first step"]), fontsize=7,
-                          xytext=(3, 3), textcoords="offset points")  # fmt: skip
-    axes.set(xlabel="shift: rival's perplexity there over that at home",
-             ylabel="perplexity gained over the first step (%)", title="Thinking on other text")  # fmt: skip
+            axes.annotate(
+                name,
+                (r["shift"], 100 * r["gain over the first step"]),
+                fontsize=7,
+                xytext=(3, 3),
+                textcoords="offset points",
+            )
+    axes.set(
+        xlabel="shift: baseline's perplexity there over that at home",
+        ylabel="perplexity gained over the first step (%)",
+        title="Thinking on other text",
+    )
     axes.legend(frameon=False, fontsize=8)
     return figure
 
 
 def landscapes(run: RunFiles) -> Figure:
     """Energies over the plane through start, end and the token that comes, with the descent drawn."""
-    shown = run.suite["portrait"]["landscapes"]
+    shown = run.suite["token_trace"]["landscapes"]
     figure, all_axes = figure_of(4.6 * len(shown), len(shown))
     for axes, one in zip([all_axes] if len(shown) == 1 else all_axes, shown, strict=True):
         filled = axes.contourf(one["x"], one["y"], np.array(one["energy"]), 24, cmap="viridis")

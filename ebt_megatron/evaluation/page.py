@@ -54,9 +54,9 @@ class Page:
         self.pictures[name] = content
         stem, _, kind = name.rpartition(".")
         self.markdown.append(f"![{stem}]({name})\n\n{caption}\n")
-        other = "" if night is None else (
-            f'<source media="(prefers-color-scheme: dark)" srcset="{_source(night, kind)}">'
-        )  # fmt: skip
+        other = (
+            "" if night is None else (f'<source media="(prefers-color-scheme: dark)" srcset="{_source(night, kind)}">')
+        )
         self.parts.append(
             f'<figure id="{stem}"><picture>{other}<img alt="{stem}" src="{_source(content, kind)}"></picture>'
             f"<figcaption>{html.escape(caption)}</figcaption></figure>"

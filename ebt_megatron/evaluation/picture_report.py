@@ -47,23 +47,38 @@ def tables(suites: Suites, reading: Reading = PLAIN, every: bool = False) -> lis
     probed = {name: of["probe"] for name, of in suites.items() if "probe" in of}
     if probed:
         rows = [
-            [name, *(reading.text(of[key], 1, 100) for key in _PROBED),
-             *(reading.text(of[key], 0 if float(reading.mean(of[key])).is_integer() else 1, 1)
-               for key in ("layer", "level"))]
+            [
+                name,
+                *(reading.text(of[key], 1, 100) for key in _PROBED),
+                *(
+                    reading.text(of[key], 0 if float(reading.mean(of[key])).is_integer() else 1, 1)
+                    for key in ("layer", "level")
+                ),
+            ]
             for name, of in probed.items()
-        ]  # fmt: skip
+        ]
         numbers = next(iter(probed.values()))["numbers"]
         rows.append(["the pictures' own numbers", reading.text(numbers, 1, 100), "-", "-", "-", "-"])
-        out.append(Table("Linear probe: held-out pictures told right, %",
-                         ["features of", *_PROBED.values(), "layer chosen", "level chosen"], rows))  # fmt: skip
+        out.append(
+            Table(
+                "Linear probe: held-out pictures told right, %",
+                ["features of", *_PROBED.values(), "layer chosen", "level chosen"],
+                rows,
+            )
+        )
     for other in first.get("other pictures", {}):
         found = {name: of["other pictures"][other] for name, of in suites.items()}
         scores = dict.fromkeys(score for of in found.values() for score in of)
-        out.append(Table(
-            f"Telling {other} from held-out pictures: AUROC of a higher score", ["score", *found],
-            [[score, *(reading.text(of[score], 3, 1) if score in of else "-" for of in found.values())]
-             for score in scores],
-        ))  # fmt: skip
+        out.append(
+            Table(
+                f"Telling {other} from held-out pictures: AUROC of a higher score",
+                ["score", *found],
+                [
+                    [score, *(reading.text(of[score], 3, 1) if score in of else "-" for of in found.values())]
+                    for score in scores
+                ],
+            )
+        )
     return out
 
 
@@ -79,17 +94,20 @@ def _denoising(suites: Suites, level: str, reading: Reading, every: bool) -> Tab
         shown = points if every else {min(points), trained, best, max(points)} & points.keys()
         rows += [[name, str(n), *cells(points[n])] for n in sorted(shown)]
     what = "" if every else ": the first, the trained, the best and the most passes"
-    return Table(f"Denoising held-out pictures from level {level}{what}",
-                 ["model", "passes", *(label for label, _ in _QUALITIES.values())], rows)  # fmt: skip
+    return Table(
+        f"Denoising held-out pictures from level {level}{what}",
+        ["model", "passes", *(label for label, _ in _QUALITIES.values())],
+        rows,
+    )
 
 
 def curves(suites: Suites, reading: Reading = PLAIN) -> Figure:
     """PSNR and SSIM against the number of passes, at every level; names begin with EBT or DiT."""
-    from ebt_megatron.evaluation.figures import EBT_COLOURS, NEUTRAL, RIVAL_COLOURS, figure_of
+    from ebt_megatron.evaluation.figures import BASELINE_COLOURS, EBT_COLOURS, NEUTRAL, figure_of
 
     levels = list(next(iter(suites.values()))["denoising"])
     figure, all_axes = figure_of(3.6 * 2 * len(levels), 2 * len(levels))
-    colours = {"EBT": iter(EBT_COLOURS), "DiT": iter((*RIVAL_COLOURS, "#1d3f7a"))}
+    colours = {"EBT": iter(EBT_COLOURS), "DiT": iter((*BASELINE_COLOURS, "#1d3f7a"))}
     shown = [(level, key) for level in levels for key in ("psnr", "ssim")]
     for name, of in suites.items():
         colour = next(colours[name[:3]])

@@ -12,14 +12,14 @@ from rich.progress import Progress
 from ebt_megatron.config import RecipeError
 from ebt_megatron.core.errors import DataError
 from ebt_megatron.data.loader import Loader, MicroBatch
+from ebt_megatron.evaluation.ood_detection import ood_detection
 from ebt_megatron.evaluation.pictures import denoising, first_pictures
 from ebt_megatron.evaluation.probe import probe
-from ebt_megatron.evaluation.strangers import strangers
 from ebt_megatron.evaluation.suite import SuiteOptions
 from ebt_megatron.session import TrainedRun, open_run
 
 PASSES = (1, 2, 3, 5, 10, 30, 100)  # of a DiT, which can take any number
-_STRANGERS = 512  # pictures of each kind that are looked at
+_OOD_PICTURES = 512  # pictures of each kind that are looked at
 
 
 def levels_of(run: TrainedRun) -> list[int]:
@@ -50,9 +50,11 @@ def _others(run: TrainedRun, folder: str) -> MicroBatch:
     loader = Loader(recipe, "validation", 0, 1)
     manifest, own = loader.sources[0].manifest, run.data["validation"].sources[0].manifest
     if manifest.kind != "images" or manifest.sidecar["sha256"] != own.sidecar["sha256"]:
-        raise DataError(f"{folder} was not made with the run's encoder: prepare it with --encoder "
-                        f"{run.data['validation'].sources[0].folder}/{own.sidecar['file']}")  # fmt: skip
-    return loader.read(list(range(min(_STRANGERS, len(loader.blend)))))
+        raise DataError(
+            f"{folder} was not made with the run's encoder: prepare it with --encoder "
+            f"{run.data['validation'].sources[0].folder}/{own.sidecar['file']}"
+        )
+    return loader.read(list(range(min(_OOD_PICTURES, len(loader.blend)))))
 
 
 def evaluate_pictures(run_dir: Path, overrides: Sequence[str], options: SuiteOptions) -> dict[str, Any]:
@@ -67,15 +69,16 @@ def evaluate_pictures(run_dir: Path, overrides: Sequence[str], options: SuiteOpt
         RecipeError, DataError: where run, data or options do not do.
     """
     options.check()
-    if options.rivals:
-        raise RecipeError("--rival is for text: pictures' models are evaluated one by one")
+    if options.baselines:
+        raise RecipeError("--baseline is for text: pictures' models are evaluated one by one")
     with open_run(run_dir, overrides, ("validation", "train")) as run, Progress(transient=True) as progress:
         task: Any = run.task
         doing = progress.add_task("", total=2 + len(options.shifts or {}))
         out: dict[str, Any] = {
-            "name": run.recipe.name, "trained steps": run.recipe.thinking.max_steps if run.objective.thinks else 1,
+            "name": run.recipe.name,
+            "trained steps": run.recipe.thinking.max_steps if run.objective.thinks else 1,
             "parameters": sum(p.numel() for p in run.model.parameters()),
-        }  # fmt: skip
+        }
         if task.denoises and task.decoder is not None:
             progress.update(doing, description=f"{run.recipe.name}: denoising", advance=1)
             levels = levels_of(run)
@@ -83,8 +86,8 @@ def evaluate_pictures(run_dir: Path, overrides: Sequence[str], options: SuiteOpt
             out["denoising"] = denoising(run, levels, passes_of(run, options.steps), count)
             for name, folder in (options.shifts or {}).items():
                 progress.update(doing, description=f"{run.recipe.name}: {name}", advance=1)
-                own = first_pictures(run, _STRANGERS, whole=True)
-                out.setdefault("other pictures", {})[name] = strangers(run, own, _others(run, folder), levels)
+                own = first_pictures(run, _OOD_PICTURES, whole=True)
+                out.setdefault("other pictures", {})[name] = ood_detection(run, own, _others(run, folder), levels)
         if run.data["validation"].sources[0].manifest.classes:
             progress.update(doing, description=f"{run.recipe.name}: probe", advance=1)
             out["probe"] = probe(run, [0, run.recipe.images.highest_level])

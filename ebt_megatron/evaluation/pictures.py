@@ -44,8 +44,17 @@ def quality(decoder: Decoder, predicted: Tensor, clean: Tensor) -> dict[str, flo
 
 
 @torch.no_grad()
-def sampled(run: TrainedRun, conditions: Tensor, noised: Tensor, sample_ids: Tensor, first: int, passes: int,
-            ancestral: bool = False, guidance: float = 0.0, untold: Tensor | None = None) -> Tensor:  # fmt: skip
+def sampled(
+    run: TrainedRun,
+    conditions: Tensor,
+    noised: Tensor,
+    sample_ids: Tensor,
+    first: int,
+    passes: int,
+    ancestral: bool = False,
+    guidance: float = 0.0,
+    untold: Tensor | None = None,
+) -> Tensor:
     """What a DiT makes of noised pictures.
 
     Args:
@@ -124,8 +133,9 @@ def thought_of(run: TrainedRun, sample: Any, steps: int, guidance: float = 0.0, 
     return torch.stack(out)
 
 
-def denoised(run: TrainedRun, batch: MicroBatch, level: int, passes: Sequence[int], ancestral: bool = False
-             ) -> list[Tensor]:  # fmt: skip
+def denoised(
+    run: TrainedRun, batch: MicroBatch, level: int, passes: Sequence[int], ancestral: bool = False
+) -> list[Tensor]:
     """Pictures [B, S, C] after each number of passes, from `level`."""
     task: Any = run.task
     sample = task.sample(batch, run.state.device, level)
@@ -153,8 +163,10 @@ def denoising(run: TrainedRun, levels: Sequence[int], passes: Sequence[int], pic
     for level in levels:
         sample = task.sample(batch, run.state.device, level)
         counts = [n for n in passes if run.objective.thinks or n <= level + 1]
-        rows = [{"passes": n} | quality(task.decoder, latents, clean)
-                for n, latents in zip(counts, denoised(run, batch, level, counts), strict=True)]  # fmt: skip
+        rows = [
+            {"passes": n} | quality(task.decoder, latents, clean)
+            for n, latents in zip(counts, denoised(run, batch, level, counts), strict=True)
+        ]
         noised = quality(task.decoder, sample.start.transpose(0, 1), clean)
         out[str(level)] = {"noised": noised, "passes": rows}
     return out

@@ -100,11 +100,15 @@ def probe(run: TrainedRun, levels: Sequence[int], training: int = 4000, test: in
     best, layer, level, last = chosen(run.model)
     flat = [batch.latents.flatten(1).numpy() for batch in pictures]  # type: ignore[union-attr]
     return {
-        "features": best, "layer": layer, "level": level, "last layer": last,
+        "features": best,
+        "layer": layer,
+        "level": level,
+        "last layer": last,
         "untrained": chosen(_untrained(run))[0],
         "numbers": accuracy((flat[0], labels[0]), (flat[1], labels[1])),
-        "training pictures": len(labels[0]), "test pictures": len(labels[1]),
-    }  # fmt: skip
+        "training pictures": len(labels[0]),
+        "test pictures": len(labels[1]),
+    }
 
 
 def _labels(batch: MicroBatch) -> np.ndarray:

@@ -31,8 +31,10 @@ class RunFiles:
         Raises:
             RecipeError: naming what is missing and the command that makes it.
         """
-        for name, how in (("metrics.jsonl", "train it first"),
-                          ("evaluation.json", f"python -m ebt_megatron.evaluate {path}")):  # fmt: skip
+        for name, how in (
+            ("metrics.jsonl", "train it first"),
+            ("evaluation.json", f"python -m ebt_megatron.evaluate {path}"),
+        ):
             if not (path / name).exists():
                 raise RecipeError(f"{path / name} is missing: {how}")
         lines = (path / "metrics.jsonl").read_text().splitlines()

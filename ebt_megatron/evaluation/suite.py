@@ -18,8 +18,8 @@ from ebt_megatron.config import RecipeError
 from ebt_megatron.core.errors import DataError
 from ebt_megatron.data.loader import Loader, MicroBatch
 from ebt_megatron.evaluation import statistics
-from ebt_megatron.evaluation.portrait import portrait
 from ebt_megatron.evaluation.token_scores import CORRUPTIONS, TokenScores, corrupted, score
+from ebt_megatron.evaluation.token_trace import token_trace
 from ebt_megatron.objectives.flops import training_flops
 from ebt_megatron.session import TrainedRun, open_run
 from ebt_megatron.tasks.text import perplexity
@@ -36,13 +36,13 @@ class SuiteOptions:
     Attributes:
         steps: the most thinking steps; None: three times those trained.
         starts: the most starts to choose among.
-        rivals: feed-forward runs to set beside the model; the first says how far a shift is.
+        baselines: feed-forward runs to set beside the model; the first says how far a shift is.
         shifts: other text by name: folders of shards made with the model's tokenizer.
     """
 
     steps: int | None = None
     starts: int = 8
-    rivals: Sequence[Path] = ()
+    baselines: Sequence[Path] = ()
     shifts: dict[str, str] | None = None
 
     def check(self) -> None:
@@ -66,12 +66,19 @@ def thinking(scores: TokenScores) -> list[Numbers]:
     rows = []
     for i, loss in enumerate(scores.loss):
         flips = float((scores.answer[i] != scores.answer[i - 1]).mean()) if i else None
-        rows.append({"steps": i + 1, "loss": float(loss.mean()), "perplexity": _perplexity(loss),
-                     "accuracy": float(scores.right[i].mean()), "changed": flips})  # fmt: skip
+        rows.append(
+            {
+                "steps": i + 1,
+                "loss": float(loss.mean()),
+                "perplexity": _perplexity(loss),
+                "accuracy": float(scores.right[i].mean()),
+                "changed": flips,
+            }
+        )
     return rows
 
 
-def starts(each: Sequence[TokenScores], step: int, rivals: Mapping[str, Sequence[TokenScores]]) -> list[Numbers]:
+def starts(each: Sequence[TokenScores], step: int, baselines: Mapping[str, Sequence[TokenScores]]) -> list[Numbers]:
     """Perplexity and accuracy of M starts by what chooses among them, for M = 1, 2, 4 ... all.
 
     A feed-forward model starts nowhere: its M candidates are tokens drawn, and the likeliest by itself is kept.
@@ -79,7 +86,7 @@ def starts(each: Sequence[TokenScores], step: int, rivals: Mapping[str, Sequence
     Args:
         each: scores from different starts.
         step: thinking steps that all take.
-        rivals: by name, theirs with different draws.
+        baselines: by name, theirs with different draws.
     """
     loss = np.stack([s.loss[step - 1] for s in each])
     right = np.stack([s.right[step - 1] for s in each])
@@ -91,13 +98,18 @@ def starts(each: Sequence[TokenScores], step: int, rivals: Mapping[str, Sequence
         of, at = slice(0, m), np.arange(loss.shape[1])
         temperature = max(float(final[of].std(0).mean()), 1e-12)
         weight = np.exp(-(final[of] - final[of].min(0)) / temperature)
-        chosen = {"lowest energy": final[of].argmin(0), "largest drop": drop[of].argmax(0),
-                  "best loss (an oracle)": loss[of].argmin(0)}  # fmt: skip
-        by = {name: {"perplexity": _perplexity(loss[k, at]), "accuracy": float(right[k, at].mean())}
-              for name, k in chosen.items()}  # fmt: skip
+        chosen = {
+            "lowest energy": final[of].argmin(0),
+            "largest drop": drop[of].argmax(0),
+            "best loss (an oracle)": loss[of].argmin(0),
+        }
+        by = {
+            name: {"perplexity": _perplexity(loss[k, at]), "accuracy": float(right[k, at].mean())}
+            for name, k in chosen.items()
+        }
         for name, w in (("mixture by exp(-E / tau)", weight), ("even mixture", np.ones_like(weight))):
             by[name] = {"perplexity": _perplexity(-np.log((w / w.sum(0) * np.exp(-loss[of])).sum(0)))}
-        for name, draws in {"": each, **rivals}.items():
+        for name, draws in {"": each, **baselines}.items():
             log_p, token = (np.stack([getattr(d, key) for d in draws[:m]]) for key in ("drawn_log_p", "drawn"))
             likeliest = token[log_p.argmax(0), at]
             by[f"likeliest of the tokens drawn{name and ', ' + name}"] = {
@@ -108,21 +120,25 @@ def starts(each: Sequence[TokenScores], step: int, rivals: Mapping[str, Sequence
 
 
 def corruption(
-    scores: Callable[[str], tuple[TokenScores, np.ndarray]], rivals: Mapping[str, Callable[[str], TokenScores]]
+    scores: Callable[[str], tuple[TokenScores, np.ndarray]], baselines: Mapping[str, Callable[[str], TokenScores]]
 ) -> list[Numbers]:
-    """AUROC of "was this token corrupted" by the token's energy, by its improbability, and by rivals' improbability.
+    """AUROC of "was this token corrupted" by the token's energy, by its improbability, and by baselines' improbability.
 
     Args:
         scores: of a kind of corruption, and which positions it made wrong.
-        rivals: by name, theirs on the same text.
+        baselines: by name, theirs on the same text.
     """
     rows = []
     for kind in CORRUPTIONS:
         ours, wrong = scores(kind)
-        row = {"kind": kind, "token energy": statistics.auroc(ours.token_energy, wrong),
-               "-log p": statistics.auroc(ours.loss[-1], wrong)}  # fmt: skip
-        rows.append(row | {f"-log p, {name}": statistics.auroc(of(kind).loss[-1], wrong)
-                           for name, of in rivals.items()})  # fmt: skip
+        row = {
+            "kind": kind,
+            "token energy": statistics.auroc(ours.token_energy, wrong),
+            "-log p": statistics.auroc(ours.loss[-1], wrong),
+        }
+        rows.append(
+            row | {f"-log p, {name}": statistics.auroc(of(kind).loss[-1], wrong) for name, of in baselines.items()}
+        )
     return rows
 
 
@@ -144,7 +160,7 @@ def uncertainty(scores: TokenScores, step: int) -> Numbers:
             }
             for name, doubt in doubts.items()
         },
-    }  # fmt: skip
+    }
 
 
 def dynamic_compute(scores: TokenScores, trained: int, flops: Callable[[float], float]) -> Numbers:
@@ -156,8 +172,9 @@ def dynamic_compute(scores: TokenScores, trained: int, flops: Callable[[float], 
         flops: of a position that thinks so many steps.
     """
     most = len(scores.loss)
-    fixed = [{"steps": i + 1, "perplexity": _perplexity(loss), "flops": flops(i + 1)}
-             for i, loss in enumerate(scores.loss)]  # fmt: skip
+    fixed = [
+        {"steps": i + 1, "perplexity": _perplexity(loss), "flops": flops(i + 1)} for i, loss in enumerate(scores.loss)
+    ]
     adaptive = []
     for tolerance in TOLERANCES:
         still = scores.moved <= tolerance
@@ -177,7 +194,7 @@ def shift(inside: dict[str, TokenScores], outside: dict[str, TokenScores], refer
 
     Args:
         inside, outside: of every model, on validation and on the other text; the model that thinks is "".
-        reference: the rival by whose perplexities the shift is measured.
+        reference: the baseline by whose perplexities the shift is measured.
         step: thinking steps.
     """
     ours = outside[""]
@@ -197,10 +214,10 @@ def shift(inside: dict[str, TokenScores], outside: dict[str, TokenScores], refer
 
 
 def evaluate_suite(run_dir: Path, overrides: Sequence[str], options: SuiteOptions) -> Numbers:
-    """Every part, for a run and its rivals; one process.
+    """Every part, for a run and its baselines; one process.
 
     Raises:
-        RecipeError: for options that mean nothing, a run that is no text model, or a rival that thinks.
+        RecipeError: for options that mean nothing, a run that is no text model, or a baseline that thinks.
         DataError: for other text that was made with another tokenizer.
     """
     options.check()
@@ -215,18 +232,18 @@ def evaluate_suite(run_dir: Path, overrides: Sequence[str], options: SuiteOption
             if run.recipe.data.modality != "text" or run.state.world_size > 1:
                 raise RecipeError(f"{run_dir}: the suite is for text, on one process")
             ours = _collect(run, options, doing)
-        rivals: dict[str, _Collected] = {}
-        for folder in options.rivals:
+        baselines: dict[str, _Collected] = {}
+        for folder in options.baselines:
             doing(f"{folder}")
-            with open_run(folder, overrides) as rival:
-                if rival.objective.thinks or rival.task.identity != ours.identity:
-                    raise RecipeError(f"{folder}: a rival is a feed-forward model with the tokenizer of {run_dir}")
-                rivals[_name(folder, {ours.about["name"], *rivals})] = _collect(rival, options, doing)
-    return _results(ours, rivals)
+            with open_run(folder, overrides) as baseline:
+                if baseline.objective.thinks or baseline.task.identity != ours.identity:
+                    raise RecipeError(f"{folder}: a baseline is a feed-forward model with the tokenizer of {run_dir}")
+                baselines[_name(folder, {ours.about["name"], *baselines})] = _collect(baseline, options, doing)
+    return _results(ours, baselines)
 
 
 def _name(folder: Path, taken: Collection[str]) -> str:
-    """What a rival is called: by its folder, and by all of its path where that is taken."""
+    """What a baseline is called: by its folder, and by all of its path where that is taken."""
     return folder.name if folder.name not in taken else str(folder)
 
 
@@ -246,7 +263,7 @@ class _Collected:
     corrupted: dict[str, tuple[TokenScores, np.ndarray]]
     shifts: dict[str, TokenScores]
     flops_of: Callable[[float], float]
-    portrait: Numbers | None
+    token_trace: Numbers | None
 
 
 def _collect(run: TrainedRun, options: SuiteOptions, doing: Callable[[str], None]) -> _Collected:
@@ -267,8 +284,9 @@ def _collect(run: TrainedRun, options: SuiteOptions, doing: Callable[[str], None
     wrong = {}
     for kind in CORRUPTIONS:
         doing(f"{run.recipe.name}: {kind} tokens")
-        changed = [corrupted(b.tokens, kind, _CORRUPTED_SHARE, task.vocab_size, _SEED + i)
-                   for i, b in enumerate(validation)]  # fmt: skip
+        changed = [
+            corrupted(b.tokens, kind, _CORRUPTED_SHARE, task.vocab_size, _SEED + i) for i, b in enumerate(validation)
+        ]
         batches = [replace(b, tokens=tokens) for b, (tokens, _) in zip(validation, changed, strict=True)]
         masks = np.concatenate([mask[:, 1:].t().reshape(-1).numpy() for _, mask in changed])
         wrong[kind] = scores(batches, trained), masks
@@ -278,8 +296,10 @@ def _collect(run: TrainedRun, options: SuiteOptions, doing: Callable[[str], None
         recipe = replace(run.recipe, data=replace(run.recipe.data, validation=[folder]))
         loader = Loader(recipe, "validation", 0, 1)
         if loader.sources[0].manifest.tokenizer["sha256"] != task.identity["tokenizer"]:
-            raise DataError(f"{folder} was made with another tokenizer than the run: prepare it with --tokenizer "
-                            "TRAIN_FOLDER/tokenizer.json")  # fmt: skip
+            raise DataError(
+                f"{folder} was made with another tokenizer than the run: prepare it with --tokenizer "
+                "TRAIN_FOLDER/tokenizer.json"
+            )
         other[name] = scores(_whole(loader), trained)
     cost, length = task.cost(), task.length
 
@@ -290,14 +310,17 @@ def _collect(run: TrainedRun, options: SuiteOptions, doing: Callable[[str], None
         return (one + (taken - 1) * more) / length
 
     about = {
-        "name": run.recipe.name, "parameters": sum(p.numel() for p in run.model.parameters()), "steps": run.step,
-        "tokens": run.tokens, "training flops": run.step * training_flops(run.recipe, cost),
+        "name": run.recipe.name,
+        "parameters": sum(p.numel() for p in run.model.parameters()),
+        "steps": run.step,
+        "tokens": run.tokens,
+        "training flops": run.step * training_flops(run.recipe, cost),
         "inference flops a token": flops_of(trained),
-    }  # fmt: skip
+    }
     shown = None
     if run.objective.thinks:
-        doing(f"{run.recipe.name}: portrait")
-        shown = portrait(run, task.sample(validation[0], run.state.device))
+        doing(f"{run.recipe.name}: token_trace")
+        shown = token_trace(run, task.sample(validation[0], run.state.device))
     return _Collected(trained, run.task.identity, about, plain, [plain, *more], wrong, other, flops_of, shown)
 
 
@@ -315,14 +338,22 @@ def _whole(loader: Loader) -> list[MicroBatch]:
     return out
 
 
-def _results(ours: _Collected, rivals: dict[str, _Collected]) -> Numbers:
-    models = {ours.about["name"]: ours, **rivals}
-    kinds = {name: partial(_of_kind, of) for name, of in rivals.items()}
+def _results(ours: _Collected, baselines: dict[str, _Collected]) -> Numbers:
+    models = {ours.about["name"]: ours, **baselines}
+    kinds = {name: partial(_of_kind, of) for name, of in baselines.items()}
     about = []
     for name, of in models.items():
         loss, right = of.plain.loss[of.trained - 1], of.plain.right[of.trained - 1]
-        about.append({**of.about, "name": name, "rival": of is not ours, "loss": float(loss.mean()),
-                      "perplexity": _perplexity(loss), "accuracy": float(right.mean())})  # fmt: skip
+        about.append(
+            {
+                **of.about,
+                "name": name,
+                "baseline": of is not ours,
+                "loss": float(loss.mean()),
+                "perplexity": _perplexity(loss),
+                "accuracy": float(right.mean()),
+            }
+        )
     out: Numbers = {
         "positions": len(ours.plain.target),
         "trained steps": ours.trained,
@@ -331,15 +362,19 @@ def _results(ours: _Collected, rivals: dict[str, _Collected]) -> Numbers:
         "uncertainty": {name: uncertainty(of.plain, of.trained) for name, of in models.items()},
     }
     if len(ours.plain.energy):
-        out["portrait"] = ours.portrait
-        out["starts"] = starts(ours.starts, ours.trained, {name: of.starts for name, of in rivals.items()})
+        out["token_trace"] = ours.token_trace
+        out["starts"] = starts(ours.starts, ours.trained, {name: of.starts for name, of in baselines.items()})
         out["dynamic compute"] = dynamic_compute(ours.plain, ours.trained, ours.flops_of)
         out["corruption"] = corruption(lambda kind: ours.corrupted[kind], kinds)
-        if reference := next(iter(rivals), None):
-            inside = {"": ours.plain} | {name: of.plain for name, of in rivals.items()}
+        if reference := next(iter(baselines), None):
+            inside = {"": ours.plain} | {name: of.plain for name, of in baselines.items()}
             out["shifts"] = {
-                text: shift(inside, {"": there} | {name: of.shifts[text] for name, of in rivals.items()}, reference,
-                            ours.trained)
+                text: shift(
+                    inside,
+                    {"": there} | {name: of.shifts[text] for name, of in baselines.items()},
+                    reference,
+                    ours.trained,
+                )
                 for text, there in ours.shifts.items()
-            }  # fmt: skip
+            }
     return out

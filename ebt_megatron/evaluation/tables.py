@@ -55,59 +55,128 @@ def suite_tables(numbers: dict[str, Any]) -> list[Table]:
     tables = [
         Table(
             "Models: the same tokens unless said",
-            ["model", "parameters (M)", "tokens (M)", "training TFLOPs", "inference MFLOPs a token", "loss",
-             "perplexity", "right"],
-            [[m["name"], number(m["parameters"] / 1e6, 2), number(m["tokens"] / 1e6, 2),
-              number(m["training flops"] / 1e12, 2), number(m["inference flops a token"] / 1e6, 2), number(m["loss"]),
-              number(m["perplexity"], 2), percent(m["accuracy"])] for m in numbers["models"]],
+            [
+                "model",
+                "parameters (M)",
+                "tokens (M)",
+                "training TFLOPs",
+                "inference MFLOPs a token",
+                "loss",
+                "perplexity",
+                "right",
+            ],
+            [
+                [
+                    m["name"],
+                    number(m["parameters"] / 1e6, 2),
+                    number(m["tokens"] / 1e6, 2),
+                    number(m["training flops"] / 1e12, 2),
+                    number(m["inference flops a token"] / 1e6, 2),
+                    number(m["loss"]),
+                    number(m["perplexity"], 2),
+                    percent(m["accuracy"]),
+                ]
+                for m in numbers["models"]
+            ],
         ),
         Table(
             f"Thinking steps (trained with {trained})",
             ["steps", "loss", "perplexity", "right", "answer changed by the step"],
-            [[str(r["steps"]), number(r["loss"]), number(r["perplexity"], 2), percent(r["accuracy"]),
-              percent(r["changed"])] for r in numbers["thinking"]],
+            [
+                [
+                    str(r["steps"]),
+                    number(r["loss"]),
+                    number(r["perplexity"], 2),
+                    percent(r["accuracy"]),
+                    percent(r["changed"]),
+                ]
+                for r in numbers["thinking"]
+            ],
         ),
-    ]  # fmt: skip
+    ]
     if "starts" in numbers:
         names = list(numbers["starts"][0]["by"])
-        tables.append(Table(
-            "Several starts: perplexity (share of right answers) by what chooses",
-            ["chosen by", *(f"M = {row['starts']}" for row in numbers["starts"])],
-            [[name, *(_chosen(row["by"][name]) for row in numbers["starts"])] for name in names],
-        ))  # fmt: skip
+        tables.append(
+            Table(
+                "Several starts: perplexity (share of right answers) by what chooses",
+                ["chosen by", *(f"M = {row['starts']}" for row in numbers["starts"])],
+                [[name, *(_chosen(row["by"][name]) for row in numbers["starts"])] for name in names],
+            )
+        )
     if "dynamic compute" in numbers:
         dynamic = numbers["dynamic compute"]
-        rows = [[f"{r['steps']} for all", number(r["steps"], 2), number(r["flops"] / 1e6, 2),
-                 number(r["perplexity"], 2)] for r in dynamic["fixed"]]  # fmt: skip
-        rows += [[f"until it moves less than {r['tolerance']:g}", number(r["steps"], 2), number(r["flops"] / 1e6, 2),
-                  number(r["perplexity"], 2)] for r in dynamic["adaptive"]]  # fmt: skip
+        rows = [
+            [f"{r['steps']} for all", number(r["steps"], 2), number(r["flops"] / 1e6, 2), number(r["perplexity"], 2)]
+            for r in dynamic["fixed"]
+        ]
+        rows += [
+            [
+                f"until it moves less than {r['tolerance']:g}",
+                number(r["steps"], 2),
+                number(r["flops"] / 1e6, 2),
+                number(r["perplexity"], 2),
+            ]
+            for r in dynamic["adaptive"]
+        ]
         share = dynamic["flops to reach the trained steps' perplexity"]
         reached = "not reached" if share is None else f"reached with {percent(share)} of its FLOPs"
-        tables.append(Table(f"Dynamic compute: perplexity of {trained} fixed steps (within 0.5 %) {reached}",
-                            ["steps", "mean steps", "MFLOPs a token", "perplexity"], rows))  # fmt: skip
+        tables.append(
+            Table(
+                f"Dynamic compute: perplexity of {trained} fixed steps (within 0.5 %) {reached}",
+                ["steps", "mean steps", "MFLOPs a token", "perplexity"],
+                rows,
+            )
+        )
     if "corruption" in numbers:
         head = [key for key in numbers["corruption"][0] if key != "kind"]
-        tables.append(Table(
-            "Which token is wrong: AUROC", ["tokens", *head],
-            [[r["kind"], *(number(r[key]) for key in head)] for r in numbers["corruption"]],
-        ))  # fmt: skip
-    tables.append(Table(
-        "Uncertainty of predictions",
-        ["model, doubt", "rank correlation with loss", "AUROC of an error", "area under risk-coverage",
-         "calibration error"],
-        [[f"{model}, {name}", number(d["rank correlation with loss"]), number(d["AUROC of an error"]),
-          number(d["area under risk-coverage"]), number(of["calibration error"])]
-         for model, of in numbers["uncertainty"].items() for name, d in of["by"].items()],
-    ))  # fmt: skip
+        tables.append(
+            Table(
+                "Which token is wrong: AUROC",
+                ["tokens", *head],
+                [[r["kind"], *(number(r[key]) for key in head)] for r in numbers["corruption"]],
+            )
+        )
+    tables.append(
+        Table(
+            "Uncertainty of predictions",
+            [
+                "model, doubt",
+                "rank correlation with loss",
+                "AUROC of an error",
+                "area under risk-coverage",
+                "calibration error",
+            ],
+            [
+                [
+                    f"{model}, {name}",
+                    number(d["rank correlation with loss"]),
+                    number(d["AUROC of an error"]),
+                    number(d["area under risk-coverage"]),
+                    number(of["calibration error"]),
+                ]
+                for model, of in numbers["uncertainty"].items()
+                for name, d in of["by"].items()
+            ],
+        )
+    )
     if numbers.get("shifts"):
-        tables.append(Table(
-            "Other text, near to far",
-            ["text", "shift", "gain over the first step", "perplexity", "rival's", "AUROC by energy"],
-            [[name, number(r["shift"], 2), percent(r["gain over the first step"]), number(r["perplexity"][""], 1),
-              number(next(v for k, v in r["perplexity"].items() if k), 1),
-              number(r["AUROC of being other text, by energy"])]
-             for name, r in sorted(numbers["shifts"].items(), key=lambda item: item[1]["shift"])],
-        ))  # fmt: skip
+        tables.append(
+            Table(
+                "Other text, near to far",
+                ["text", "shift", "gain over the first step", "perplexity", "baseline's", "AUROC by energy"],
+                [
+                    [
+                        name,
+                        number(r["shift"], 2),
+                        percent(r["gain over the first step"]),
+                        number(r["perplexity"][""], 1),
+                        number(next(v for k, v in r["perplexity"].items() if k), 1),
+                        number(r["AUROC of being other text, by energy"]),
+                    ]
+                    for name, r in sorted(numbers["shifts"].items(), key=lambda item: item[1]["shift"])
+                ],
+            )
+        )
     return tables
 
 

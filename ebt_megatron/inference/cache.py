@@ -72,9 +72,17 @@ class ContextCache:
     """
 
     def __init__(
-        self, kernels: Kernels, layers: int, rows: int, slots: int, window: int, groups: int, size: int, sinks: int,
+        self,
+        kernels: Kernels,
+        layers: int,
+        rows: int,
+        slots: int,
+        window: int,
+        groups: int,
+        size: int,
+        sinks: int,
         like: Tensor,
-    ):  # fmt: skip
+    ):
         self.kernels, self.window, self.sinks = kernels, window, sinks
         self.kept = torch.zeros(layers, 2, rows, groups, slots, size, dtype=like.dtype, device=like.device)
         self.positions = torch.full((rows, slots), _NEVER, device=like.device)

@@ -122,9 +122,10 @@ class Engine(Reader):
         """The prediction stream through this stage: its input, and its output, on the last stage energies [R, 1]."""
         attend = context.of(landscape).predict(queries)
         return self.stages.down(
-            state.embed, len(queries.rows),
+            state.embed,
+            len(queries.rows),
             lambda h: self.model.weigh(h, self.rotations(queries.positions + 1, h), attend, landscape),
-        )  # fmt: skip
+        )
 
     @torch.no_grad()
     def energies(self, context: Context, queries: Queries, state: State, landscape: int) -> Tensor:
@@ -145,8 +146,15 @@ class Engine(Reader):
     # --- thinking -------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def think(self, context: Context, rows: Tensor, positions: Tensor, options: ThinkingOptions,
-              sample_ids: Tensor | None = None, seed: int | None = None) -> Conclusion:  # fmt: skip
+    def think(
+        self,
+        context: Context,
+        rows: Tensor,
+        positions: Tensor,
+        options: ThinkingOptions,
+        sample_ids: Tensor | None = None,
+        seed: int | None = None,
+    ) -> Conclusion:
         """Predict what follows positions of a context, R of them.
 
         Args:
@@ -259,8 +267,10 @@ class Engine(Reader):
         last = torch.full((count,), length - 1 + self.sinks, device=self.device)
         needed = float(self._step_flops(Queries(last, last), 0, options).sum())
         if options.flops is not None and needed > options.flops:
-            raise RecipeError(f"flops={options.flops:g} does not pay for one step of a batch of {count} tokens: "
-                              f"give at least {needed:.3g}")  # fmt: skip
+            raise RecipeError(
+                f"flops={options.flops:g} does not pay for one step of a batch of {count} tokens: "
+                f"give at least {needed:.3g}"
+            )
 
     def _afford(self, tokens: Tokens, left: float, step: int, options: ThinkingOptions) -> None:
         """Stop the tokens that the budget does not pay another step for: those whose energy fell least."""
@@ -268,6 +278,8 @@ class Engine(Reader):
         order = torch.argsort(tokens.fell[tokens.alive], descending=True, stable=True)
         paid = each[order].cumsum(0) <= left
         if step == 0 and not paid.all():
-            raise RecipeError(f"flops={options.flops:g} does not pay for one step of a batch of {len(each)} tokens: "
-                              f"give at least {float(each.sum()):.3g}")  # fmt: skip
+            raise RecipeError(
+                f"flops={options.flops:g} does not pay for one step of a batch of {len(each)} tokens: "
+                f"give at least {float(each.sum()):.3g}"
+            )
         tokens.stop(torch.zeros_like(paid).scatter(0, order, ~paid))

@@ -79,9 +79,12 @@ Watch = Callable[[Continuation, str], None]  # told of every token: the continua
 
 
 def generate(
-    predictor: Predictor, texts: Texts, prompts: Sequence[Sequence[int]], options: GenerationOptions,
+    predictor: Predictor,
+    texts: Texts,
+    prompts: Sequence[Sequence[int]],
+    options: GenerationOptions,
     watch: Watch | None = None,
-) -> Iterator[Continuation]:  # fmt: skip
+) -> Iterator[Continuation]:
     """Continue prompts; yields a continuation for each, in their order.
 
     Args:
@@ -116,9 +119,13 @@ class _Batch:
     """Prompts that are continued together."""
 
     def __init__(
-        self, predictor: Predictor, texts: Texts, prompts: Sequence[Sequence[int]], options: GenerationOptions,
+        self,
+        predictor: Predictor,
+        texts: Texts,
+        prompts: Sequence[Sequence[int]],
+        options: GenerationOptions,
         first: int,
-    ):  # fmt: skip
+    ):
         self.predictor, self.texts, self.prompts, self.options = predictor, texts, prompts, options
         self.numbers, self.device = range(first, first + len(prompts)), predictor.device
         self.drafts = [Continuation(n) for n in self.numbers for _ in range(options.continuations)]

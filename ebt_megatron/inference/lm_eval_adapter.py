@@ -119,8 +119,10 @@ class RunLM(TemplateLM):
         temperature = float(asked.get("temperature") or 0.0) if asked.get("do_sample", True) else 0.0
         sampling = Sampling(temperature, asked.get("top_k"), float(asked.get("top_p") or 1.0))
         options = GenerationOptions(
-            max_tokens=int(asked.get("max_gen_toks", 256)), stop=(until,) if isinstance(until, str) else tuple(until),
-            sampling=sampling, batch=self.batch,
-        )  # fmt: skip
+            max_tokens=int(asked.get("max_gen_toks", 256)),
+            stop=(until,) if isinstance(until, str) else tuple(until),
+            sampling=sampling,
+            batch=self.batch,
+        )
         options.check()
         return options

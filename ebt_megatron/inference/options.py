@@ -52,9 +52,10 @@ class ThinkingOptions:
     langevin_first_only: bool = _option(False, "Noise before the first step alone.")
     candidates: int = _option(1, "M, how many starts each token thinks from.")
     choose: str = _option(
-        "energy", "Of candidates, keep that of lowest final 'energy', or of the largest 'drop' from its first energy, "
-        "or a 'mixture' of all, weighted by exp(-energy / tau)."
-    )  # fmt: skip
+        "energy",
+        "Of candidates, keep that of lowest final 'energy', or of the largest 'drop' from its first energy, "
+        "or a 'mixture' of all, weighted by exp(-energy / tau).",
+    )
     tau: float = _option(1.0, "Temperature of the mixture's weights.")
     final_energy: bool = False
 
@@ -69,8 +70,11 @@ class ThinkingOptions:
             value = getattr(self, name)
             if value is not None and value < least:
                 raise RecipeError(f"{name}={value}: must be at least {least}")
-        for name, choices in (("more_steps", ("last", "every")), ("step_size_on", ("all", "last")),
-                              ("choose", CHOICES)):  # fmt: skip
+        for name, choices in (
+            ("more_steps", ("last", "every")),
+            ("step_size_on", ("all", "last")),
+            ("choose", CHOICES),
+        ):
             if getattr(self, name) not in choices:
                 raise RecipeError(f"{name}={getattr(self, name)}: choose one of {', '.join(choices)}")
         for name in ("flops", "step_size", "step_size_scale", "tau"):
@@ -118,8 +122,12 @@ class ThinkingOptions:
             if value is None:
                 continue
             number = isinstance(value, int | float) and not isinstance(value, bool)
-            fits = {"int": number and float(value).is_integer(), "float": number, "bool": isinstance(value, bool),
-                    "str": isinstance(value, str)}[types[name]]  # fmt: skip
+            fits = {
+                "int": number and float(value).is_integer(),
+                "float": number,
+                "bool": isinstance(value, bool),
+                "str": isinstance(value, str),
+            }[types[name]]
             if not fits:
                 raise RecipeError(
                     f"{name}={value}: must be {'a whole number' if types[name] == 'int' else types[name]}"

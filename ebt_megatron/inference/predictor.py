@@ -65,9 +65,15 @@ class Predictor(Protocol):
         ...
 
     def __call__(
-        self, context: Context, rows: Tensor, positions: Tensor, tokens: Tensor, wanted: Tensor, sample_ids: Tensor,
+        self,
+        context: Context,
+        rows: Tensor,
+        positions: Tensor,
+        tokens: Tensor,
+        wanted: Tensor,
+        sample_ids: Tensor,
         seed: int | None = None,
-    ) -> Forecast:  # fmt: skip
+    ) -> Forecast:
         """Add tokens [R] to a context, and predict what follows some of them.
 
         Args:
@@ -99,9 +105,15 @@ class _Reading(ABC):
 
     @torch.no_grad()
     def __call__(
-        self, context: Context, rows: Tensor, positions: Tensor, tokens: Tensor, wanted: Tensor, sample_ids: Tensor,
+        self,
+        context: Context,
+        rows: Tensor,
+        positions: Tensor,
+        tokens: Tensor,
+        wanted: Tensor,
+        sample_ids: Tensor,
         seed: int | None = None,
-    ) -> Forecast:  # fmt: skip
+    ) -> Forecast:
         """See `Predictor`."""
         h = self.reader.read(context, rows, positions, tokens)
         flops = self.reader.reading_flops(positions)
@@ -113,8 +125,9 @@ class _Reading(ABC):
         return replace(found, flops=flops + found.flops)
 
     @abstractmethod
-    def _forecast(self, h: Tensor, context: Context, rows: Tensor, positions: Tensor, sample_ids: Tensor,
-                  seed: int | None) -> Forecast:  # fmt: skip
+    def _forecast(
+        self, h: Tensor, context: Context, rows: Tensor, positions: Tensor, sample_ids: Tensor, seed: int | None
+    ) -> Forecast:
         """What follows positions that have been read, h [R, 1, D] of their context stream; without the reading."""
 
 
@@ -138,8 +151,9 @@ class EnergyPredictor(_Reading):
         super().check_batch(rows, length, chunk)
         self.engine.require_budget(rows, length, self.options)
 
-    def _forecast(self, h: Tensor, context: Context, rows: Tensor, positions: Tensor, sample_ids: Tensor,
-                  seed: int | None) -> Forecast:  # fmt: skip
+    def _forecast(
+        self, h: Tensor, context: Context, rows: Tensor, positions: Tensor, sample_ids: Tensor, seed: int | None
+    ) -> Forecast:
         engine = self.engine
         thought = engine.think(context, rows, positions, self.options, sample_ids, seed)
         if engine.stages.first:
@@ -166,8 +180,9 @@ class FeedForwardPredictor(_Reading):
         super().__init__(reader, vocab_size)
         self.vocabulary = vocabulary
 
-    def _forecast(self, h: Tensor, context: Context, rows: Tensor, positions: Tensor, sample_ids: Tensor,
-                  seed: int | None) -> Forecast:  # fmt: skip
+    def _forecast(
+        self, h: Tensor, context: Context, rows: Tensor, positions: Tensor, sample_ids: Tensor, seed: int | None
+    ) -> Forecast:
         count = len(rows)
         if self.reader.stages.last:
             logits = self.reader.model.output.logits(h)[:, 0]
@@ -204,18 +219,23 @@ def build_predictor(
     if not isinstance(task, Text):
         raise RecipeError(f"{where} is a run of {recipe.data.modality}: only text can be generated and scored")
     if state.data_size > 1:
-        raise RecipeError(f"{state.world_size} ranks hold {state.data_size} copies of the model: start as many as "
-                          f"parallel.tensor x parallel.pipeline={state.tensor_size * state.pipeline_size}")  # fmt: skip
+        raise RecipeError(
+            f"{state.world_size} ranks hold {state.data_size} copies of the model: start as many as "
+            f"parallel.tensor x parallel.pipeline={state.tensor_size * state.pipeline_size}"
+        )
     stages, vocabulary = Stages(state, model.config), task.cost().vocabulary / task.length
     if recipe.model.architecture == "ebt":
         options.check()
         noisy = replace(recipe.thinking, langevin_noise=options.noise(recipe.thinking)).noisy
         if options.candidates > 1 and not noisy:
-            raise RecipeError(f"candidates={options.candidates}: without noise every start of {where} is the same: "
-                              "give a langevin_noise, 0.3 say, or leave candidates out")  # fmt: skip
+            raise RecipeError(
+                f"candidates={options.candidates}: without noise every start of {where} is the same: "
+                "give a langevin_noise, 0.3 say, or leave candidates out"
+            )
         return EnergyPredictor(Engine(model, recipe, stages, task.length, vocabulary), options, task.vocab_size)
     if options != ThinkingOptions(final_energy=options.final_energy):
-        raise RecipeError(f"{where} is a {recipe.model.architecture}, which does not think: leave out steps, "
-                          "candidates and the like")  # fmt: skip
+        raise RecipeError(
+            f"{where} is a {recipe.model.architecture}, which does not think: leave out steps, candidates and the like"
+        )
     embed = model.embedding if stages.first else None
     return FeedForwardPredictor(Reader(model, recipe, stages, task.length, embed), task.vocab_size, vocabulary)

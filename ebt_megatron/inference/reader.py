@@ -90,8 +90,10 @@ class Reader:
             free = psutil.virtual_memory().available
         if needed > free:
             what = f"the cache of {rows} contexts of {slots} positions"
-            raise RecipeError(f"{what} takes {needed / 1e9:.3g} GB, {self.device} has {free / 1e9:.3g} left: "
-                              "take fewer or shorter ones at a time")  # fmt: skip
+            raise RecipeError(
+                f"{what} takes {needed / 1e9:.3g} GB, {self.device} has {free / 1e9:.3g} left: "
+                "take fewer or shorter ones at a time"
+            )
         return slots
 
     @property
@@ -105,9 +107,10 @@ class Reader:
     def _pass(self, context: Context, landscape: int, queries: Queries, begin: Callable[[], Tensor]) -> Tensor:
         attend = context.caches[landscape].append(queries)
         _, out = self.stages.down(
-            begin, len(queries.rows),
+            begin,
+            len(queries.rows),
             lambda h: self.model.read(h, self.rotations(queries.positions, h), attend, landscape),
-        )  # fmt: skip
+        )
         return out
 
     def read(self, context: Context, rows: Tensor, positions: Tensor, observed: Tensor) -> Tensor:
@@ -144,7 +147,10 @@ def chunks(
     """(rows, positions, tokens) of sequences, so many positions of each row at a time."""
     longest = max(map(len, sequences))
     for begin in range(0, longest, size):
-        part = [(row, begin + i, token) for row, tokens in enumerate(sequences)
-                for i, token in enumerate(tokens[begin : begin + size])]  # fmt: skip
+        part = [
+            (row, begin + i, token)
+            for row, tokens in enumerate(sequences)
+            for i, token in enumerate(tokens[begin : begin + size])
+        ]
         rows, positions, values = torch.tensor(part, device=device).unbind(1)
         yield rows, positions, values

@@ -47,9 +47,17 @@ def _randn(seed: int) -> Callable[..., Tensor]:
 
 
 def attention_case(
-    op: str, length: int, batch: int, heads: int, groups: int, size: int, tangent: bool, documents: bool = False,
-    seed: int = 0, block: int = 1,
-) -> Case:  # fmt: skip
+    op: str,
+    length: int,
+    batch: int,
+    heads: int,
+    groups: int,
+    size: int,
+    tangent: bool,
+    documents: bool = False,
+    seed: int = 0,
+    block: int = 1,
+) -> Case:
     """Random heads for `prediction_attention`, `context_attention` or `full_attention`; `block` of the first two."""
     randn, streams = _randn(seed), batch * (2 if tangent else 1)
     segments = None
@@ -169,13 +177,26 @@ def vocab_case(op: str, tokens: int, columns: int, valid: int, width: int, seed:
     return Case(op, args, {}, (2,), stored=stored(0))
 
 
-_RULED = ("vocab_update", "vocab_refine", "vocab_refine, keeping", "vocab_backward", "vocab_backward, kept",
-          "vocab_dot_step", "vocab_tangent", "vocab_dense_backward")  # fmt: skip
+_RULED = (
+    "vocab_update",
+    "vocab_refine",
+    "vocab_refine, keeping",
+    "vocab_backward",
+    "vocab_backward, kept",
+    "vocab_dot_step",
+    "vocab_tangent",
+    "vocab_dense_backward",
+)
 VOCAB_OPERATIONS = (
-    "vocab_embed", "vocab_adjoint", "vocab_to_logits", *(f"{op}, {rule}" for op in _RULED for rule in StepRule),
-    "vocab_embed, narrow", "vocab_adjoint, narrow", "vocab_to_logits, narrow",
+    "vocab_embed",
+    "vocab_adjoint",
+    "vocab_to_logits",
+    *(f"{op}, {rule}" for op in _RULED for rule in StepRule),
+    "vocab_embed, narrow",
+    "vocab_adjoint, narrow",
+    "vocab_to_logits, narrow",
     *(f"{op}, narrow, {StepRule.PROBABILITY}" for op in _RULED),
-)  # fmt: skip
+)
 
 
 def _tensors(result: Any) -> list[Tensor]:
@@ -200,9 +221,10 @@ def _call(operation: Callable[..., Any], case: Case, args: list[Any]) -> dict[st
         grads = torch.autograd.grad(outputs, [args[i] for i in case.learned], weights)
         left |= {f"gradient of argument {i}": g for i, g in zip(case.learned, grads, strict=True)}
     left |= {
-        f"argument {i}": a for i, a in enumerate(args)
+        f"argument {i}": a
+        for i, a in enumerate(args)
         if isinstance(a, Tensor) and a.is_floating_point() and i not in case.learned
-    }  # fmt: skip
+    }
     return left
 
 

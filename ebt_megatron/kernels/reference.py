@@ -105,9 +105,16 @@ def context_attention(q: Tensor, k: Tensor, v: Tensor, *, segments: Tensor | Non
 
 
 def prediction_attention(
-    q: Tensor, k_self: Tensor, v_self: Tensor, k: Tensor, v: Tensor, *, tangent: bool,
-    segments: Tensor | None = None, block: int = 1,
-) -> Tensor:  # fmt: skip
+    q: Tensor,
+    k_self: Tensor,
+    v_self: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    tangent: bool,
+    segments: Tensor | None = None,
+    block: int = 1,
+) -> Tensor:
     """Row t attends to the context keys of its block and of those before it (of its document), and to its own key."""
     heads = q.shape[2]
     keys, values = _heads_first(k, heads), _heads_first(v, heads)
@@ -171,9 +178,15 @@ def _one_hot(target: Tensor, like: Tensor) -> Tensor:
 
 
 def _step(
-    y: Tensor, lse: Tensor, table: Tensor, valid: int, energy_grad: Tensor, centre: Tensor, alpha: Tensor,
+    y: Tensor,
+    lse: Tensor,
+    table: Tensor,
+    valid: int,
+    energy_grad: Tensor,
+    centre: Tensor,
+    alpha: Tensor,
     rule: StepRule,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor]:
     """p, g and y'."""
     p = _probabilities(y, lse, valid)
     g = energy_grad @ table.to(p.dtype).mT
@@ -197,9 +210,17 @@ def vocab_embed(y: Tensor, table: Tensor, valid: int) -> tuple[Tensor, Tensor]:
 
 
 def vocab_refine(
-    y: Tensor, lse: Tensor, table: Tensor, valid: int, energy_grad: Tensor, centre: Tensor, alpha: Tensor,
-    target: Tensor, rule: StepRule, y_next: Tensor | None = None,
-) -> RefineStats:  # fmt: skip
+    y: Tensor,
+    lse: Tensor,
+    table: Tensor,
+    valid: int,
+    energy_grad: Tensor,
+    centre: Tensor,
+    alpha: Tensor,
+    target: Tensor,
+    rule: StepRule,
+    y_next: Tensor | None = None,
+) -> RefineStats:
     """See `Kernels.vocab_refine`."""
     p, _, moved = _step(y, lse, table, valid, energy_grad, centre, alpha, rule)
     lse_next = _log_sum_exp(moved.to(lse.dtype), valid)
@@ -217,10 +238,23 @@ def vocab_refine(
 
 
 def vocab_backward(
-    y: Tensor, lse: Tensor, table: Tensor, valid: int, energy_grad: Tensor, centre: Tensor, alpha: Tensor,
-    target: Tensor, rule: StepRule, lse_next: Tensor, scale: Tensor, mean: Tensor, x_grad: Tensor | None,
-    xt_grad: Tensor, table_grad: Tensor, y_next: Tensor | None = None,
-) -> None:  # fmt: skip
+    y: Tensor,
+    lse: Tensor,
+    table: Tensor,
+    valid: int,
+    energy_grad: Tensor,
+    centre: Tensor,
+    alpha: Tensor,
+    target: Tensor,
+    rule: StepRule,
+    lse_next: Tensor,
+    scale: Tensor,
+    mean: Tensor,
+    x_grad: Tensor | None,
+    xt_grad: Tensor,
+    table_grad: Tensor,
+    y_next: Tensor | None = None,
+) -> None:
     """See `Kernels.vocab_backward`."""
     p, _, moved = _step(y, lse, table, valid, energy_grad, centre, alpha, rule)
     direction = scale[:, None] * (_probabilities(moved, lse_next, valid) - _one_hot(target, p))
@@ -234,9 +268,15 @@ def vocab_backward(
 
 
 def vocab_update(
-    y: Tensor, lse: Tensor, table: Tensor, valid: int, energy_grad: Tensor, centre: Tensor, alpha: Tensor,
+    y: Tensor,
+    lse: Tensor,
+    table: Tensor,
+    valid: int,
+    energy_grad: Tensor,
+    centre: Tensor,
+    alpha: Tensor,
     rule: StepRule,
-) -> None:  # fmt: skip
+) -> None:
     """See `Kernels.vocab_update`."""
     y.copy_(_step(y, lse, table, valid, energy_grad, centre, alpha, rule)[2])
 
@@ -249,9 +289,15 @@ def vocab_adjoint(
 
 
 def vocab_dot_step(
-    y: Tensor, lse: Tensor, table: Tensor, valid: int, energy_grad: Tensor, centre: Tensor, rule: StepRule,
+    y: Tensor,
+    lse: Tensor,
+    table: Tensor,
+    valid: int,
+    energy_grad: Tensor,
+    centre: Tensor,
+    rule: StepRule,
     adjoint: Tensor,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor]:
     """See `Kernels.vocab_dot_step`."""
     p, g, _ = _step(y, lse, table, valid, energy_grad, centre, centre, rule)
     return (adjoint * g)[:, :valid].sum(-1), (p * adjoint).sum(-1)
@@ -271,9 +317,20 @@ def vocab_to_logits(y: Tensor, lse: Tensor, valid: int, mean: Tensor, adjoint: T
 
 
 def vocab_dense_backward(
-    y: Tensor, lse: Tensor, table: Tensor, valid: int, rule: StepRule, adjoint: Tensor, scale: Tensor, mean: Tensor,
-    x: Tensor, xt: Tensor, x_grad: Tensor, xt_grad: Tensor, table_grad: Tensor,
-) -> None:  # fmt: skip
+    y: Tensor,
+    lse: Tensor,
+    table: Tensor,
+    valid: int,
+    rule: StepRule,
+    adjoint: Tensor,
+    scale: Tensor,
+    mean: Tensor,
+    x: Tensor,
+    xt: Tensor,
+    x_grad: Tensor,
+    xt_grad: Tensor,
+    table_grad: Tensor,
+) -> None:
     """See `Kernels.vocab_dense_backward`.
 
     With u = x_grad W^T, w = xt_grad W^T and d = scale lambda - mean, the derivative of

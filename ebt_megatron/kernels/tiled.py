@@ -262,9 +262,16 @@ def context_attention(q: Tensor, k: Tensor, v: Tensor, *, segments: Tensor | Non
 
 
 def prediction_attention(
-    q: Tensor, k_self: Tensor, v_self: Tensor, k: Tensor, v: Tensor, *, tangent: bool,
-    segments: Tensor | None = None, block: int = 1,
-) -> Tensor:  # fmt: skip
+    q: Tensor,
+    k_self: Tensor,
+    v_self: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    tangent: bool,
+    segments: Tensor | None = None,
+    block: int = 1,
+) -> Tensor:
     """See `Kernels.prediction_attention`."""
     heads, dtype, batch = q.shape[2], q.dtype, q.shape[1]
     segments = _repeat_segments(segments, heads)

@@ -87,7 +87,7 @@ def _attend(
     q, qt, acc, acc_t, top, total, mean, K, V, ks, vs, KT_AT, VT_AT, SEG, rows, start, S, H, scale,
     MASK: tl.constexpr, TANGENT: tl.constexpr, KT: tl.constexpr, CAUSAL: tl.constexpr, SEGMENTS: tl.constexpr,
     BN: tl.constexpr, BH: tl.constexpr,
-):  # fmt: skip
+):
     """Take BN keys in; `top` is the largest score so far, the sums are relative to it."""
     columns = start + tl.arange(0, BN)
     k, v = _load_both(K, V, columns, ks, vs, S, H, BH)
@@ -120,7 +120,7 @@ def _forward(
     B, N, G, S, H, scale,
     TANGENT: tl.constexpr, OWN: tl.constexpr, CAUSAL: tl.constexpr, SEGMENTS: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BH: tl.constexpr,
-):  # fmt: skip
+):
     """Output, log-sum-exp and mean tangent score of BM queries of one head."""
     block = tl.num_programs(0) - 1 - tl.program_id(0)  # those that see most go first
     b, n = (tl.program_id(1) // N).to(tl.int64), tl.program_id(1) % N
@@ -157,12 +157,12 @@ def _forward(
         acc, acc_t, top, total, mean = _attend(
             q, qt, acc, acc_t, top, total, mean, K, V, ks, vs, K + B * kb, V + B * vb, SEG, rows, start, S, H, scale,
             False, TANGENT, KT, CAUSAL, SEGMENTS, BN, BH,
-        )  # fmt: skip
+        )
     for start in range(whole, end, BN):
         acc, acc_t, top, total, mean = _attend(
             q, qt, acc, acc_t, top, total, mean, K, V, ks, vs, K + B * kb, V + B * vb, SEG, rows, start, S, H, scale,
             True, TANGENT, KT, CAUSAL, SEGMENTS, BN, BH,
-        )  # fmt: skip
+        )
     out = acc / total[:, None]
     os, ob = streams * B * N * H, N * H
     _store(OUT + b * ob + n * H, rows, os, S, H, out, BH)
@@ -188,7 +188,7 @@ def _product(of_rows, of_columns, KEYS_FIRST: tl.constexpr):
 def _slopes(
     q, qt, a, bt, k, v, kt, vt, lse, mu, delta, beta, rows, columns, SEG, S, scale, MASK: tl.constexpr,
     TANGENT: tl.constexpr, KT: tl.constexpr, CAUSAL: tl.constexpr, SEGMENTS: tl.constexpr, KEYS_FIRST: tl.constexpr,
-):  # fmt: skip
+):
     """p, dL/ds, dL/ds' and p (s' - mu) on a tile of scores (the last two only with TANGENT)."""
     s = _product(q, k, KEYS_FIRST)
     p = tl.exp2(s * (scale * _LOG2E) - _of_rows(lse * _LOG2E, KEYS_FIRST))
@@ -218,7 +218,7 @@ def _to_queries(
     dq, dqt, q, qt, a, bt, lse, mu, delta, beta, K, V, KT_AT, VT_AT, ks, vs, SEG, rows, start, S, H, scale,
     MASK: tl.constexpr, TANGENT: tl.constexpr, KT: tl.constexpr, CAUSAL: tl.constexpr, SEGMENTS: tl.constexpr,
     BN: tl.constexpr, BH: tl.constexpr,
-):  # fmt: skip
+):
     """Add what comes to the queries from BN keys."""
     columns = start + tl.arange(0, BN)
     k, v = _load_both(K, V, columns, ks, vs, S, H, BH)
@@ -226,7 +226,7 @@ def _to_queries(
     if KT:
         kt, vt = _load_both(KT_AT, VT_AT, columns, ks, vs, S, H, BH)
     _, ds, dst, _ = _slopes(q, qt, a, bt, k, v, kt, vt, lse, mu, delta, beta, rows, columns, SEG, S, scale,
-                            MASK, TANGENT, KT, CAUSAL, SEGMENTS, False)  # fmt: skip
+                            MASK, TANGENT, KT, CAUSAL, SEGMENTS, False)
     dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
     if TANGENT:
         dqt = tl.dot(dst.to(k.dtype), k, dqt, input_precision="ieee")
@@ -242,7 +242,7 @@ def _queries_backward(
     B, N, G, S, H, scale,
     TANGENT: tl.constexpr, OWN: tl.constexpr, CAUSAL: tl.constexpr, SEGMENTS: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BH: tl.constexpr,
-):  # fmt: skip
+):
     """Gradients of BM queries and of their own keys and values; DELTA and BETA for `_keys_backward`.
 
     OUT, A (gradients of the output), DQ, DKS and DVS are contiguous [S, B*, N, H].
@@ -307,12 +307,12 @@ def _queries_backward(
         dq, dqt = _to_queries(
             dq, dqt, q, qt, a, bt, lse, mu, delta, beta, K, V, K + B * kb, V + B * vb, ks, vs, SEG, rows, start, S, H,
             scale, False, TANGENT, KT, CAUSAL, SEGMENTS, BN, BH,
-        )  # fmt: skip
+        )
     for start in range(whole, end, BN):
         dq, dqt = _to_queries(
             dq, dqt, q, qt, a, bt, lse, mu, delta, beta, K, V, K + B * kb, V + B * vb, ks, vs, SEG, rows, start, S, H,
             scale, True, TANGENT, KT, CAUSAL, SEGMENTS, BN, BH,
-        )  # fmt: skip
+        )
     _store(DQ + first, rows, stride, S, H, dq * scale, BH)
     if TANGENT:
         _store(DQ + second, rows, stride, S, H, dqt * scale, BH)
@@ -323,7 +323,7 @@ def _to_keys(
     dk, dv, dkt, dvt, k, v, kt, vt, Q, QT, A, BT, LSE, MU, DELTA, BETA, qs, stride, SEG, columns, start, S, H, scale,
     MASK: tl.constexpr, TANGENT: tl.constexpr, KT: tl.constexpr, CAUSAL: tl.constexpr, SEGMENTS: tl.constexpr,
     BM: tl.constexpr, BH: tl.constexpr,
-):  # fmt: skip
+):
     """Add what comes to keys and values from BM queries."""
     rows = start + tl.arange(0, BM)
     q = _load(Q, rows, qs, S, H, BH)
@@ -337,7 +337,7 @@ def _to_keys(
         mu = tl.load(MU + rows, mask=rows < S, other=0.0)
         beta = tl.load(BETA + rows, mask=rows < S, other=0.0)
     p, ds, dst, pt = _slopes(q, qt, a, bt, k, v, kt, vt, lse, mu, delta, beta, rows, columns, SEG, S, scale,
-                             MASK, TANGENT, KT, CAUSAL, SEGMENTS, True)  # fmt: skip
+                             MASK, TANGENT, KT, CAUSAL, SEGMENTS, True)
     dv = tl.dot(p.to(q.dtype), a, dv, input_precision="ieee")
     dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee")
     if TANGENT:
@@ -356,7 +356,7 @@ def _keys_backward(
     B, N, G, S, H, scale,
     TANGENT: tl.constexpr, KT: tl.constexpr, CAUSAL: tl.constexpr, SEGMENTS: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BH: tl.constexpr,
-):  # fmt: skip
+):
     """Gradients of BN keys and values of one group; DK and DV are contiguous, [S, B or 2B, G, H]."""
     block, b, g = tl.program_id(0), (tl.program_id(1) // G).to(tl.int64), tl.program_id(1) % G
     streams = 2 if TANGENT else 1
@@ -389,12 +389,12 @@ def _keys_backward(
             dk, dv, dkt, dvt = _to_keys(
                 dk, dv, dkt, dvt, k, v, kt, vt, Q_AT, QT_AT, A_AT, BT_AT, LSE + at, MU + at, DELTA + at, BETA + at,
                 qs, stride, SEG, columns, start, S, H, scale, True, TANGENT, KT, CAUSAL, SEGMENTS, BM, BH,
-            )  # fmt: skip
+            )
         for start in range(whole, S, BM):
             dk, dv, dkt, dvt = _to_keys(
                 dk, dv, dkt, dvt, k, v, kt, vt, Q_AT, QT_AT, A_AT, BT_AT, LSE + at, MU + at, DELTA + at, BETA + at,
                 qs, stride, SEG, columns, start, S, H, scale, False, TANGENT, KT, CAUSAL, SEGMENTS, BM, BH,
-            )  # fmt: skip
+            )
     stride = key_streams * B * G * H
     first = (b * G + g) * H
     _store(DK + first, columns, stride, S, H, dk * scale, BH)
@@ -496,7 +496,7 @@ class _Attention(torch.autograd.Function):
         _queries_backward[grid](
             q, k_self, v_self, k, v, o, grad, lse, mu, delta, beta, dq, dk_self, dv_self, seg,
             *ctx.strides, *ctx.sizes, OWN=ctx.own, **ctx.flags, **options,
-        )  # fmt: skip
+        )
         dk = dv = None
         if ctx.needs_input_grad[3] or ctx.needs_input_grad[4]:  # not while proposing
             dk = torch.empty(k.shape, dtype=k.dtype, device=k.device)
@@ -506,7 +506,7 @@ class _Attention(torch.autograd.Function):
             _keys_backward[grid](
                 q, k, v, grad, lse, mu, delta, beta, dk, dv, seg, *ctx.strides[:3], *ctx.strides[9:], *ctx.sizes,
                 KT=ctx.kind == "tangents of keys", **ctx.flags, **options,
-            )  # fmt: skip
+            )
         own = (_sum_groups(dk_self, groups), _sum_groups(dv_self, groups)) if ctx.own else (None, None)
         return dq, *own, dk, dv, None, None, None
 
@@ -514,7 +514,7 @@ class _Attention(torch.autograd.Function):
 def prediction_attention(
     q: Tensor, k_self: Tensor, v_self: Tensor, k: Tensor, v: Tensor, *, tangent: bool,
     segments: Tensor | None = None, block: int = 1,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """See `Kernels.prediction_attention`."""
     return _Attention.apply(q, k_self, v_self, k, v, segments, tangent, block).flatten(2)
 

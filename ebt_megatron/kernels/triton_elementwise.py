@@ -96,7 +96,7 @@ class _RMSNorm(torch.autograd.Function):
         _rms_backward[(programs,)](
             x, weight, grad.contiguous(), x_grad, partial, rows, batch, width, ctx.epsilon,
             WEIGHT=ctx.needs_input_grad[1], **ctx.options,
-        )  # fmt: skip
+        )
         return x_grad, partial.sum(0).to(weight.dtype) if ctx.needs_input_grad[1] else None, None, None
 
 

@@ -56,7 +56,7 @@ def _moved(Y, Q, c, C, lse, centre, alpha, BY_LOGITS: tl.constexpr, FROM_P: tl.c
 def _refine(
     Y, Q, NEXT, WEIGHT, LSE, CENTRE, ALPHA, TOP, TOTAL, MEAN, FACTOR, y_stride, next_stride, C,
     KEEP: tl.constexpr, BY_LOGITS: tl.constexpr, FROM_P: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+):
     row = tl.program_id(0).to(tl.int64)
     Y += row * y_stride
     Q += row * C
@@ -91,7 +91,7 @@ def _refine(
 def _update(
     Y, Q, P, LSE, CENTRE, ALPHA, y_stride, C,
     STEP: tl.constexpr, BY_LOGITS: tl.constexpr, FROM_P: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+):
     """P = p; with STEP, Y becomes y'."""
     row = tl.program_id(0).to(tl.int64)
     c = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -155,14 +155,14 @@ class TritonTiles(Tiles):
     def refine(
         self, y: Tensor, q: Tensor, lse: Tensor, centre: Tensor, alpha: Tensor, stats: RowStats, weight: Tensor,
         spare: Tensor, y_next: Tensor | None, rule: StepRule,
-    ) -> Tensor:  # fmt: skip
+    ) -> Tensor:
         """See `Tiles.refine`."""
         factor, kept = torch.empty_like(stats.top), y if y_next is None else y_next
         _refine[(len(y),)](
             y, q, kept, weight, lse, centre, alpha, stats.top, stats.total, stats.mean, factor,
             y.stride(0), kept.stride(0), y.shape[1], KEEP=y_next is not None, BY_LOGITS=rule.by_logits,
             FROM_P=rule.from_probabilities, BLOCK=_BLOCK,
-        )  # fmt: skip
+        )
         return factor
 
     def update(
@@ -171,22 +171,22 @@ class TritonTiles(Tiles):
         """See `Tiles.update`."""
         grid = (len(y), triton.cdiv(y.shape[1], _BLOCK))
         _update[grid](y, q, p, lse, centre, alpha, y.stride(0), y.shape[1], STEP=True, BY_LOGITS=rule.by_logits,
-                      FROM_P=rule.from_probabilities, BLOCK=_BLOCK)  # fmt: skip
+                      FROM_P=rule.from_probabilities, BLOCK=_BLOCK)
 
     def probability(self, y: Tensor, lse: Tensor, p: Tensor) -> None:
         """See `Tiles.probability`."""
         grid = (len(y), triton.cdiv(y.shape[1], _BLOCK))
         _update[grid](y, y, p, lse, lse, lse, y.stride(0), y.shape[1], STEP=False, BY_LOGITS=False,
-                      FROM_P=False, BLOCK=_BLOCK)  # fmt: skip
+                      FROM_P=False, BLOCK=_BLOCK)
 
     def direction(
         self, y_next: Tensor, lse_next: Tensor, column: Tensor, scale: Tensor, mean: Tensor, p: Tensor, out: Tensor,
         rule: StepRule,
-    ) -> None:  # fmt: skip
+    ) -> None:
         """See `Tiles.direction`."""
         grid = (len(out), triton.cdiv(out.shape[1], _BLOCK))
         _direction[grid](y_next, p, out, lse_next, column, scale, mean, y_next.stride(0), out.shape[1],
-                         BY_LOGITS=rule.by_logits, BLOCK=_BLOCK)  # fmt: skip
+                         BY_LOGITS=rule.by_logits, BLOCK=_BLOCK)
 
 
 vocabulary = Vocabulary(TritonTiles())

@@ -69,9 +69,18 @@ class Tiles:
         return factor
 
     def refine(
-        self, y: Tensor, q: Tensor, lse: Tensor, centre: Tensor, alpha: Tensor, stats: RowStats, weight: Tensor,
-        spare: Tensor, y_next: Tensor | None, rule: StepRule,
-    ) -> Tensor:  # fmt: skip
+        self,
+        y: Tensor,
+        q: Tensor,
+        lse: Tensor,
+        centre: Tensor,
+        alpha: Tensor,
+        stats: RowStats,
+        weight: Tensor,
+        spare: Tensor,
+        y_next: Tensor | None,
+        rule: StepRule,
+    ) -> Tensor:
         """weight = r exp(y' - top), and its sums.
 
         y' goes to y_next if given. Overwrites q.
@@ -113,9 +122,16 @@ class Tiles:
         exp_minus(y, lse[:, None], p)
 
     def direction(
-        self, y_next: Tensor, lse_next: Tensor, column: Tensor, scale: Tensor, mean: Tensor, p: Tensor, out: Tensor,
+        self,
+        y_next: Tensor,
+        lse_next: Tensor,
+        column: Tensor,
+        scale: Tensor,
+        mean: Tensor,
+        p: Tensor,
+        out: Tensor,
         rule: StepRule,
-    ) -> None:  # fmt: skip
+    ) -> None:
         """out = r (scale (p' - 1[target]) - mean); mean is for logit_descent alone, as p is.
 
         column [t]: the target's, if it is in this tile. scale is positive.
@@ -183,9 +199,18 @@ class Vocabulary:
         return x, lse
 
     def refine(
-        self, y: Tensor, lse: Tensor, table: Tensor, valid: int, energy_grad: Tensor, centre: Tensor, alpha: Tensor,
-        target: Tensor, rule: StepRule, y_next: Tensor | None = None,
-    ) -> RefineStats:  # fmt: skip
+        self,
+        y: Tensor,
+        lse: Tensor,
+        table: Tensor,
+        valid: int,
+        energy_grad: Tensor,
+        centre: Tensor,
+        alpha: Tensor,
+        target: Tensor,
+        rule: StepRule,
+        y_next: Tensor | None = None,
+    ) -> RefineStats:
         """See `Kernels.vocab_refine`."""
         dtype, width = self.tiles.operand_dtype(y, table), table.shape[1]
         slope, weights, spares = self._buffers(y, valid, lse.dtype, dtype, lse.dtype)
@@ -216,10 +241,24 @@ class Vocabulary:
         return RefineStats(lse_next, moved.to(lse.dtype) * here, p_target * here, mean, embedded)
 
     def backward(
-        self, y: Tensor, lse: Tensor, table: Tensor, valid: int, energy_grad: Tensor, centre: Tensor, alpha: Tensor,
-        target: Tensor, rule: StepRule, lse_next: Tensor, scale: Tensor, mean: Tensor, x_grad: Tensor | None,
-        xt_grad: Tensor, table_grad: Tensor, y_next: Tensor | None = None,
-    ) -> None:  # fmt: skip
+        self,
+        y: Tensor,
+        lse: Tensor,
+        table: Tensor,
+        valid: int,
+        energy_grad: Tensor,
+        centre: Tensor,
+        alpha: Tensor,
+        target: Tensor,
+        rule: StepRule,
+        lse_next: Tensor,
+        scale: Tensor,
+        mean: Tensor,
+        x_grad: Tensor | None,
+        xt_grad: Tensor,
+        table_grad: Tensor,
+        y_next: Tensor | None = None,
+    ) -> None:
         """See `Kernels.vocab_backward`."""
         dtype = self.tiles.operand_dtype(y, table)
         slope, values, tangents = self._buffers(y, valid, lse.dtype, dtype, dtype)
@@ -243,9 +282,16 @@ class Vocabulary:
                 _accumulate(table_grad[c], direction.mT, xt_grad[t])
 
     def update(
-        self, y: Tensor, lse: Tensor, table: Tensor, valid: int, energy_grad: Tensor, centre: Tensor, alpha: Tensor,
+        self,
+        y: Tensor,
+        lse: Tensor,
+        table: Tensor,
+        valid: int,
+        energy_grad: Tensor,
+        centre: Tensor,
+        alpha: Tensor,
         rule: StepRule,
-    ) -> None:  # fmt: skip
+    ) -> None:
         """See `Kernels.vocab_update`."""
         dtype = self.tiles.operand_dtype(y, table)
         slope, values = self._buffers(y, valid, lse.dtype, dtype)
@@ -273,9 +319,16 @@ class Vocabulary:
         adjoint.scatter_add_(1, target.clamp_min(0)[:, None], -at_target)  # one entry a row: no order to it
 
     def dot_step(
-        self, y: Tensor, lse: Tensor, table: Tensor, valid: int, energy_grad: Tensor, centre: Tensor, rule: StepRule,
+        self,
+        y: Tensor,
+        lse: Tensor,
+        table: Tensor,
+        valid: int,
+        energy_grad: Tensor,
+        centre: Tensor,
+        rule: StepRule,
         adjoint: Tensor,
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+    ) -> tuple[Tensor, Tensor]:
         """See `Kernels.vocab_dot_step`."""
         dtype, slope, mean = self.tiles.operand_dtype(y, table), torch.zeros_like(lse), torch.zeros_like(lse)
         products, values = self._buffers(y, valid, lse.dtype, lse.dtype)
@@ -319,9 +372,21 @@ class Vocabulary:
                 adjoint[t, c].sub_(mean[t, None]).mul_(p)
 
     def dense_backward(
-        self, y: Tensor, lse: Tensor, table: Tensor, valid: int, rule: StepRule, adjoint: Tensor, scale: Tensor,
-        mean: Tensor, x: Tensor, xt: Tensor, x_grad: Tensor, xt_grad: Tensor, table_grad: Tensor,
-    ) -> None:  # fmt: skip
+        self,
+        y: Tensor,
+        lse: Tensor,
+        table: Tensor,
+        valid: int,
+        rule: StepRule,
+        adjoint: Tensor,
+        scale: Tensor,
+        mean: Tensor,
+        x: Tensor,
+        xt: Tensor,
+        x_grad: Tensor,
+        xt_grad: Tensor,
+        table_grad: Tensor,
+    ) -> None:
         """See `Kernels.vocab_dense_backward`; the derivation is beside `reference.vocab_dense_backward`."""
         dtype = self.tiles.operand_dtype(y, table)
         values, tangents, firsts, seconds = self._buffers(y, valid, *[lse.dtype] * 4)

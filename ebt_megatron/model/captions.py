@@ -50,8 +50,12 @@ class CaptionEmbedding(MegatronModule):
         if shape.entries:
             self.table, self.positions = parameter(shape.entries, width), parameter(shape.size, width)
             self.draws |= {"table": _SMALL, "positions": _SMALL}
-            sizes |= {"qkv": (3 * width, width), "proj": (width, width), "fc1": (2 * width, width),
-                      "fc2": (width, 2 * width)}  # fmt: skip
+            sizes |= {
+                "qkv": (3 * width, width),
+                "proj": (width, width),
+                "fc1": (2 * width, width),
+                "fc2": (width, 2 * width),
+            }
         for name, (rows, columns) in sizes.items():
             setattr(self, name, parameter(rows, columns))
             setattr(self, f"{name}_bias", parameter(rows))

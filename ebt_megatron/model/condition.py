@@ -44,8 +44,14 @@ class ConditionEmbedding(MegatronModule):
         shared: every pipeline stage holds the same weights; Megatron sums their gradients.
     """
 
-    def __init__(self, config: TransformerConfig, levels: bool, classes: int, captions: CaptionShape | None = None,
-                 shared: bool = False):  # fmt: skip
+    def __init__(
+        self,
+        config: TransformerConfig,
+        levels: bool,
+        classes: int,
+        captions: CaptionShape | None = None,
+        shared: bool = False,
+    ):
         super().__init__(config)
         width = config.hidden_size
 

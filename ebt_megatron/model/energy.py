@@ -155,8 +155,17 @@ class EnergyTransformer(Landscapes, Backbone):
         rotations = self.rotary.table(length, self.block, h)
         for layer, key_value in zip(self.layers, key_values, strict=True):
             assert isinstance(layer, TransformerLayer)
-            h = self.maybe_recomputed(layer.predict, h, key_value, rotations, tangent=tangent, condition=condition,
-                                      segments=segments, tape=tape, kept=tape is not None)  # fmt: skip
+            h = self.maybe_recomputed(
+                layer.predict,
+                h,
+                key_value,
+                rotations,
+                tangent=tangent,
+                condition=condition,
+                segments=segments,
+                tape=tape,
+                kept=tape is not None,
+            )
         return self._energy(h, condition, tangent)[self.step_tokens :] if self.post_process else h
 
     def _mark(self, h: Tensor, step: int) -> Tensor | None:

@@ -50,8 +50,10 @@ def require_products(kernels: Kernels, device: torch.device) -> None:
         product(square, square, kernels)
     except (RuntimeError, ValueError) as error:
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else "this CPU"
-        raise RecipeError(f"training.precision=fp8: torch {torch.__version__} has no 8-bit products on {name} "
-                          f"({str(error).splitlines()[0][:80]}...): set bf16") from None  # fmt: skip
+        raise RecipeError(
+            f"training.precision=fp8: torch {torch.__version__} has no 8-bit products on {name} "
+            f"({str(error).splitlines()[0][:80]}...): set bf16"
+        ) from None
 
 
 class _Linear(torch.autograd.Function):

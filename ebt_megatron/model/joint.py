@@ -36,8 +36,12 @@ class JointLayer(MegatronModule):
         assert config.ffn_hidden_size and config.kv_channels
         width, ffn = config.hidden_size, config.ffn_hidden_size
         self.kernels, self.head_size, self.epsilon = kernels, config.kv_channels, config.layernorm_epsilon
-        options: dict[str, Any] = {"config": config, "init_method": config.init_method, "bias": True,
-                                   "skip_bias_add": True}  # fmt: skip
+        options: dict[str, Any] = {
+            "config": config,
+            "init_method": config.init_method,
+            "bias": True,
+            "skip_bias_add": True,
+        }
         self.qkv = ColumnParallelLinear(width, 3 * width, gather_output=False, **options)  # rows by head
         self.proj = RowParallelLinear(width, width, input_is_parallel=True, **options)
         self.fc1 = ColumnParallelLinear(width, ffn, gather_output=False, **options)
@@ -86,8 +90,9 @@ class JointStage(LayerStage):
         pre_process, post_process: this is the first stage, the last stage.
     """
 
-    def __init__(self, config: TransformerConfig, recipe: Recipe, kernels: Kernels, pre_process: bool,
-                 post_process: bool):  # fmt: skip
+    def __init__(
+        self, config: TransformerConfig, recipe: Recipe, kernels: Kernels, pre_process: bool, post_process: bool
+    ):
         super().__init__(config, recipe, pre_process, post_process)
         self.kernels = kernels
         self.layers = layers_of_stage(config, lambda: JointLayer(config, kernels))
@@ -123,8 +128,15 @@ class JointEnergy(Landscapes, JointStage):
     step_tokens = 0
     context_rows = 1
 
-    def __init__(self, config: TransformerConfig, recipe: Recipe, kernels: Kernels, modality: nn.Module | None,
-                 pre_process: bool = True, post_process: bool = True):  # fmt: skip
+    def __init__(
+        self,
+        config: TransformerConfig,
+        recipe: Recipe,
+        kernels: Kernels,
+        modality: nn.Module | None,
+        pre_process: bool = True,
+        post_process: bool = True,
+    ):
         super().__init__(config, recipe, kernels, pre_process, post_process)
         thinking, width, dtype = recipe.thinking, config.hidden_size, config.params_dtype
         self.modality, self.num_landscapes = modality, thinking.max_steps
@@ -145,8 +157,16 @@ class JointEnergy(Landscapes, JointStage):
             h = h + self.step_embedding[self.landscape(step)]
         return h, self.modulations(h[0])
 
-    def predict(self, h: Tensor, key_values: Modulations, length: int, segments: Tensor | None, step: int,
-                tangent: bool, tape: Tape | None = None) -> Tensor:  # fmt: skip
+    def predict(
+        self,
+        h: Tensor,
+        key_values: Modulations,
+        length: int,
+        segments: Tensor | None,
+        step: int,
+        tangent: bool,
+        tape: Tape | None = None,
+    ) -> Tensor:
         """See `EnergyModel`: on the last stage each patch's share of the picture's energy, the mean over patches."""
         n = self.run(h, key_values, tangent, tape)
         if not self.post_process:
@@ -172,9 +192,18 @@ class DiffusionTransformer(Scheduled, JointStage):
             not predicted.
     """
 
-    def __init__(self, config: TransformerConfig, recipe: Recipe, kernels: Kernels, condition: nn.Module,
-                 embedding: nn.Module | None, channels: int, pre_process: bool = True, post_process: bool = True,
-                 bound: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor] | None = None):  # fmt: skip
+    def __init__(
+        self,
+        config: TransformerConfig,
+        recipe: Recipe,
+        kernels: Kernels,
+        condition: nn.Module,
+        embedding: nn.Module | None,
+        channels: int,
+        pre_process: bool = True,
+        post_process: bool = True,
+        bound: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor] | None = None,
+    ):
         super().__init__(config, recipe, kernels, pre_process, post_process)
         self.condition, self.embedding = condition, embedding
         if not pre_process:

@@ -151,12 +151,27 @@ class TransformerLayer(MegatronModule):
         self.ffn_block = ffn // heads  # gate and up rows alternate in blocks: whole blocks on each rank
 
         def column(rows: int) -> nn.Module:
-            return build_module(submodules.column_linear, width, rows, config=config, init_method=config.init_method,
-                                bias=False, gather_output=False)  # fmt: skip
+            return build_module(
+                submodules.column_linear,
+                width,
+                rows,
+                config=config,
+                init_method=config.init_method,
+                bias=False,
+                gather_output=False,
+            )
 
         def row(columns: int) -> nn.Module:
-            return build_module(submodules.row_linear, columns, width, config=config, init_method=config.init_method,
-                                bias=False, input_is_parallel=True, skip_bias_add=True)  # fmt: skip
+            return build_module(
+                submodules.row_linear,
+                columns,
+                width,
+                config=config,
+                init_method=config.init_method,
+                bias=False,
+                input_is_parallel=True,
+                skip_bias_add=True,
+            )
 
         self.norm1, self.norm2 = RMSNorm(config, kernels), RMSNorm(config, kernels)
         # Rows by query group: its queries, its key, its value (Megatron's order).
@@ -260,7 +275,8 @@ class TransformerLayer(MegatronModule):
         """
 
         def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            return self.kernels.prediction_attention(q, k, v, *key_value, tangent=tangent, segments=segments,
-                                                     block=self.block)  # fmt: skip
+            return self.kernels.prediction_attention(
+                q, k, v, *key_value, tangent=tangent, segments=segments, block=self.block
+            )
 
         return self.stream(h, rotations, attend, tangent=tangent, condition=condition, tape=tape)

@@ -14,13 +14,13 @@ from torch import Tensor
 from ebt_megatron.config import Recipe
 from ebt_megatron.data.loader import MicroBatch
 from ebt_megatron.objectives.graphs import Graphs, graphs_of
-from ebt_megatron.objectives.interface import Phase, RankState, Timing, Totals
+from ebt_megatron.objectives.interface import BatchMetrics, Phase, RankState, Timing
 from ebt_megatron.objectives.replaying import Replaying
 from ebt_megatron.parallel.setup import ParallelState
 from ebt_megatron.prediction.interface import Prediction
 from ebt_megatron.tasks.interface import Sample, Task
 from ebt_megatron.thinking import double_backward
-from ebt_megatron.thinking.dual_stream import Descent, Thinker, Thought, step_sizes
+from ebt_megatron.thinking.dual_stream import Descent, Thinker, ThinkingOutput, step_sizes
 from ebt_megatron.thinking.pipeline import Pipeline
 from ebt_megatron.thinking.plan import Plan
 
@@ -54,7 +54,7 @@ class EnergyObjective:
 
     # --- training -------------------------------------------------------------------------------
 
-    def train_batch(self, micro_batches: list[MicroBatch], iteration: int) -> Totals:
+    def train_batch(self, micro_batches: list[MicroBatch], iteration: int) -> BatchMetrics:
         """Add the gradients of this rank's micro-batches of one optimizer step."""
         plan = Plan.draw(self.recipe.thinking, self.recipe.training.seed, iteration)
         samples = [self.task.sample(micro_batch, self.state.device) for micro_batch in micro_batches]
@@ -76,9 +76,9 @@ class EnergyObjective:
         losses = torch.stack([t.losses.double().sum((1, 2)) for t in thoughts]).sum(0) / positions
         energies = torch.stack([t.energies.double().sum((1, 2)) for t in thoughts]).sum(0) / positions
         loss = (losses * losses.new_tensor(plan.step_weights)).sum()
-        return Totals(losses, energies, loss, positions)
+        return BatchMetrics(losses, energies, loss, positions)
 
-    def _train_one(self, sample: Sample, index: int, plan: Plan, positions: int, phase: Phase) -> Thought:
+    def _train_one(self, sample: Sample, index: int, plan: Plan, positions: int, phase: Phase) -> ThinkingOutput:
         thinker = self._thinker(sample, plan, positions, random=True, phase=phase)
         if self.recipe.thinking.engine == "double_backward":
             context = self.model.modality.context(sample.observed)
@@ -89,7 +89,7 @@ class EnergyObjective:
         self._keep(sample, index, thinker.descent)
         return thought
 
-    def _train_recorded(self, graphs: Graphs, sample: Sample, plan: Plan, positions: int) -> Thought:
+    def _train_recorded(self, graphs: Graphs, sample: Sample, plan: Plan, positions: int) -> ThinkingOutput:
         def work(
             observed: Tensor, targets: Tensor, sample_ids: Tensor, segments: Tensor | None, start: Tensor | None
         ) -> tuple[Tensor, Tensor]:
@@ -99,9 +99,9 @@ class EnergyObjective:
 
         inputs = sample.observed, sample.targets, sample.sample_ids, sample.segments, sample.start
         with self.timers.phase("graph"):
-            return Thought(*graphs.run((plan, positions), work, *inputs))
+            return ThinkingOutput(*graphs.run((plan, positions), work, *inputs))
 
-    def _train_pipeline(self, samples: list[Sample], plan: Plan, positions: int) -> list[Thought]:
+    def _train_pipeline(self, samples: list[Sample], plan: Plan, positions: int) -> list[ThinkingOutput]:
         thinkers = [self._thinker(sample, plan, positions, random=True) for sample in samples]
         self.pipeline = self._pipeline(thinkers, plan)
         thoughts = self.pipeline.run()
@@ -116,7 +116,9 @@ class EnergyObjective:
     # --- evaluation -----------------------------------------------------------------------------
 
     @torch.no_grad()
-    def evaluate(self, sample: Sample, steps: int, observe: Callable[[Prediction], None] | None = None) -> Thought:
+    def evaluate(
+        self, sample: Sample, steps: int, observe: Callable[[Prediction], None] | None = None
+    ) -> ThinkingOutput:
         """Per-position losses and energies [steps, S, B] of a micro-batch; nothing is learned.
 
         With pipeline stages, losses are on the first and energies on the last, zeros elsewhere.
@@ -162,9 +164,16 @@ class EnergyObjective:
             context = partial(model.modality.context, sample.observed)
         learned = plan.learned if plan is not None else ()
         return Thinker(
-            model, len(sample.sample_ids), self.task.length, sample.segments, learned, context, descent,
-            options.reuse, phase,
-        )  # fmt: skip
+            model,
+            len(sample.sample_ids),
+            self.task.length,
+            sample.segments,
+            learned,
+            context,
+            descent,
+            options.reuse,
+            phase,
+        )
 
     def _pipeline(self, thinkers: list[Thinker], plan: Plan) -> Pipeline:
         in_flight = self.recipe.parallel.micro_batches_in_flight

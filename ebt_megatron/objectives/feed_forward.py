@@ -12,10 +12,10 @@ from torch import Tensor
 from ebt_megatron.config import Recipe
 from ebt_megatron.data.loader import MicroBatch
 from ebt_megatron.objectives.graphs import Graphs, graphs_of
-from ebt_megatron.objectives.interface import RankState, Timing, Totals
+from ebt_megatron.objectives.interface import BatchMetrics, RankState, Timing
 from ebt_megatron.parallel.setup import ParallelState
 from ebt_megatron.tasks.interface import Sample, Task
-from ebt_megatron.thinking.dual_stream import Thought
+from ebt_megatron.thinking.dual_stream import ThinkingOutput
 
 
 def _given(sample: Sample) -> tuple[Tensor | None, ...]:
@@ -57,10 +57,14 @@ class FeedForwardObjective:
 
         run = get_forward_backward_func()
         return run(
-            forward_step_func=forward_step, data_iterator=iter(samples), model=self.model,
-            num_microbatches=len(samples), seq_length=self.task.length,
-            micro_batch_size=len(samples[0].sample_ids), forward_only=positions is None,
-        )  # fmt: skip
+            forward_step_func=forward_step,
+            data_iterator=iter(samples),
+            model=self.model,
+            num_microbatches=len(samples),
+            seq_length=self.task.length,
+            micro_batch_size=len(samples[0].sample_ids),
+            forward_only=positions is None,
+        )
 
     def _train_recorded(self, graphs: Graphs, samples: list[Sample], positions: int) -> list[Tensor]:
         def work(*given: Tensor | None) -> tuple[Tensor]:
@@ -70,7 +74,7 @@ class FeedForwardObjective:
 
         return [graphs.run(positions, work, *_given(s))[0] for s in samples]
 
-    def train_batch(self, micro_batches: list[MicroBatch], iteration: int) -> Totals:
+    def train_batch(self, micro_batches: list[MicroBatch], iteration: int) -> BatchMetrics:
         """As EnergyObjective.train_batch."""
         positions = self.recipe.training.global_batch_size * self.task.length
         samples = [self.task.sample(micro_batch, self.state.device) for micro_batch in micro_batches]
@@ -83,10 +87,10 @@ class FeedForwardObjective:
         total = torch.zeros((), dtype=torch.float64, device=self.state.device)
         for loss in losses:
             total += loss.double().sum() / positions
-        return Totals(total.view(1), total.new_zeros(0), total, positions)
+        return BatchMetrics(total.view(1), total.new_zeros(0), total, positions)
 
     @torch.no_grad()
-    def evaluate(self, sample: Sample, steps: int, observe: Callable[[Any], None] | None = None) -> Thought:
+    def evaluate(self, sample: Sample, steps: int, observe: Callable[[Any], None] | None = None) -> ThinkingOutput:
         """Per-position losses [1, S, B]; a feed-forward model has one step and no energy.
 
         `observe` is called with the model's output, where that keeps what it predicted as `y` (on the last stage).
@@ -97,4 +101,4 @@ class FeedForwardObjective:
             observe(output)
         shape = 1, self.task.length, len(sample.sample_ids)
         loss = losses[0][None] if losses else torch.zeros(shape, device=self.state.device)
-        return Thought(loss, loss.new_zeros(0, *shape[1:]))
+        return ThinkingOutput(loss, loss.new_zeros(0, *shape[1:]))

@@ -17,7 +17,7 @@ from torch import Tensor
 from ebt_megatron.data.loader import MicroBatch
 from ebt_megatron.parallel.setup import ParallelState
 from ebt_megatron.tasks.interface import Sample, Task
-from ebt_megatron.thinking.dual_stream import Thought
+from ebt_megatron.thinking.dual_stream import ThinkingOutput
 
 RankState = dict[str, Any]
 Phase = Callable[[str], AbstractContextManager]
@@ -32,7 +32,7 @@ class Timing(Protocol):
 
 
 @dataclass
-class Totals:
+class BatchMetrics:
     """Per-step means over the global batch, as this rank's share of them.
 
     Attributes:
@@ -61,11 +61,11 @@ class Objective(Protocol):
     task: Task
     state: ParallelState
 
-    def train_batch(self, micro_batches: list[MicroBatch], iteration: int) -> Totals:
+    def train_batch(self, micro_batches: list[MicroBatch], iteration: int) -> BatchMetrics:
         """Add the gradients of this rank's micro-batches of one optimizer step."""
         ...
 
-    def evaluate(self, sample: Sample, steps: int, observe: Callable[[Any], None] | None = None) -> Thought:
+    def evaluate(self, sample: Sample, steps: int, observe: Callable[[Any], None] | None = None) -> ThinkingOutput:
         """Per-position losses and energies [steps, S, B] of a micro-batch; nothing is learned."""
         ...
 

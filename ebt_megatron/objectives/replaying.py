@@ -82,8 +82,11 @@ class Replaying:
 
     def state(self) -> RankState:
         """What a checkpoint must keep of this rank."""
-        return {"tensor_rank": self.rank.tensor_rank, "pipeline_rank": self.rank.pipeline_rank,
-                "replay": self.buffer.state_dict()}  # fmt: skip
+        return {
+            "tensor_rank": self.rank.tensor_rank,
+            "pipeline_rank": self.rank.pipeline_rank,
+            "replay": self.buffer.state_dict(),
+        }
 
     def load(self, states: list[RankState]) -> None:
         """Take this rank's part of what all ranks of the saving run kept, whatever their layout."""

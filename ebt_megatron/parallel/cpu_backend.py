@@ -23,19 +23,47 @@ import torch
 
 _CPU = torch.device("cpu")
 _FACTORIES = (
-    "arange", "as_tensor", "empty", "empty_like", "full", "full_like", "linspace", "ones", "ones_like",
-    "rand", "randint", "randn", "tensor", "zeros", "zeros_like",
-)  # fmt: skip
+    "arange",
+    "as_tensor",
+    "empty",
+    "empty_like",
+    "full",
+    "full_like",
+    "linspace",
+    "ones",
+    "ones_like",
+    "rand",
+    "randint",
+    "randn",
+    "tensor",
+    "zeros",
+    "zeros_like",
+)
 # Modules whose functions must see the adapted torch even if nothing has imported them yet.
 _MODULES = (
-    "parallel_state", "timers", "utils", "distributed", "optimizer", "optimizer.clip_grads",
-    "optimizer.distrib_optimizer", "optimizer.grad_scaler", "pipeline_parallel",
-    "pipeline_parallel.p2p_communication", "pipeline_parallel.schedules",
-    "tensor_parallel", "tensor_parallel.random", "dist_checkpointing",
-    "dist_checkpointing.strategies.torch", "dist_checkpointing.strategies.fully_parallel",
-    "models.common.embeddings.rotary_pos_embedding", "transformer", "transformer.attention",
-    "transformer.dot_product_attention", "transformer.transformer_block", "transformer.transformer_layer",
-)  # fmt: skip
+    "parallel_state",
+    "timers",
+    "utils",
+    "distributed",
+    "optimizer",
+    "optimizer.clip_grads",
+    "optimizer.distrib_optimizer",
+    "optimizer.grad_scaler",
+    "pipeline_parallel",
+    "pipeline_parallel.p2p_communication",
+    "pipeline_parallel.schedules",
+    "tensor_parallel",
+    "tensor_parallel.random",
+    "dist_checkpointing",
+    "dist_checkpointing.strategies.torch",
+    "dist_checkpointing.strategies.fully_parallel",
+    "models.common.embeddings.rotary_pos_embedding",
+    "transformer",
+    "transformer.attention",
+    "transformer.dot_product_attention",
+    "transformer.transformer_block",
+    "transformer.transformer_layer",
+)
 _CUDA_TYPE_NAMES = {f"torch.{name}": f"torch.cuda.{name}" for name in ("FloatTensor", "HalfTensor", "BFloat16Tensor")}
 
 

@@ -151,9 +151,11 @@ def _join(launch: Launch, backend: str, timeout: timedelta) -> None:
         reason = str(error).splitlines()[0]
         if "EADDRINUSE" in reason or "address already in use" in reason:
             raise RecipeError(f"{where} is in use by another program: export another MASTER_PORT") from None
-        raise RecipeError(f"rank {launch.rank} could not meet the other {launch.world_size - 1} at {where} ({reason}): "
-                          "see that all are started and reach it; unset RANK and WORLD_SIZE if they are left over "
-                          "from another program") from None  # fmt: skip
+        raise RecipeError(
+            f"rank {launch.rank} could not meet the other {launch.world_size - 1} at {where} ({reason}): "
+            "see that all are started and reach it; unset RANK and WORLD_SIZE if they are left over "
+            "from another program"
+        ) from None
 
 
 def initialize(parallel: ParallelConfig, seed: int) -> ParallelState:

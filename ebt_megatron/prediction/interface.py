@@ -50,9 +50,15 @@ class EnergyModel(Protocol):
         ...
 
     def predict(
-        self, h: Tensor, key_values: KeyValues, length: int, segments: Tensor | None, step: int, tangent: bool,
+        self,
+        h: Tensor,
+        key_values: KeyValues,
+        length: int,
+        segments: Tensor | None,
+        step: int,
+        tangent: bool,
         tape: Tape | None = None,
-    ) -> Tensor:  # fmt: skip
+    ) -> Tensor:
         """Run the prediction stream, with `tangent` stacked behind it ([S(/TP), 2B, D]).
 
         On the last stage: energies [S(/TP), B] whose sum over positions is the sample's, with `tangent` their

@@ -172,11 +172,23 @@ class TextPrediction:
         """
         centre = self.group.from_hidden((self.x * energy_grad).sum(-1)).flatten()
         self.step = Step(self.lse, self.rows.flat(energy_grad), centre, alpha.flatten().to(self.rows.dtype))
-        stats = RefineStats.join([
-            self.kernels.vocab_refine(y, s.lse, self.table.detach(), self.valid, s.energy_grad, s.centre, s.alpha,
-                                      self.target[t], self.rule, self.stored.next)
-            for t, y, s in self.stored.parts_of(self.step)
-        ])  # fmt: skip
+        stats = RefineStats.join(
+            [
+                self.kernels.vocab_refine(
+                    y,
+                    s.lse,
+                    self.table.detach(),
+                    self.valid,
+                    s.energy_grad,
+                    s.centre,
+                    s.alpha,
+                    self.target[t],
+                    self.rule,
+                    self.stored.next,
+                )
+                for t, y, s in self.stored.parts_of(self.step)
+            ]
+        )
         self.lse_next = self.group.log_sum_exp(stats.lse_next)
         part = (stats.lse_next - self.lse_next).exp()
         embedded = stats.embedded * part[:, None]
@@ -227,10 +239,23 @@ class TextPrediction:
             table_grad[: self.valid] += x_grad.sum(0) / self.vocab_size
         for t, y, s in self.stored.parts_of(self.step):
             self.kernels.vocab_backward(
-                y, s.lse, self.table.detach(), self.valid, s.energy_grad, s.centre, s.alpha, self.target[t],
-                self.rule, self.lse_next[t], self._scale[t], self._scaled_mean[t], None if uniform else x_grad[t],
-                xt_grad[t], table_grad, self.stored.next,
-            )  # fmt: skip
+                y,
+                s.lse,
+                self.table.detach(),
+                self.valid,
+                s.energy_grad,
+                s.centre,
+                s.alpha,
+                self.target[t],
+                self.rule,
+                self.lse_next[t],
+                self._scale[t],
+                self._scaled_mean[t],
+                None if uniform else x_grad[t],
+                xt_grad[t],
+                table_grad,
+                self.stored.next,
+            )
         # saves a pass over the vocabulary
         self.stored.moved = self.stored.next is None and not self.stored.regenerated
 
@@ -252,9 +277,14 @@ class TextPrediction:
         """See `Prediction.plain`; call it before the first step."""
         noise = self.thinking.langevin_noise > 0
         return PlainText(
-            self.logits.flatten(0, 1), self.table, self.target, self.valid, self.rule, self.stored.stored,
+            self.logits.flatten(0, 1),
+            self.table,
+            self.target,
+            self.valid,
+            self.rule,
+            self.stored.stored,
             self.stored.add_langevin if noise else None,
-        )  # fmt: skip
+        )
 
 
 def most_likely(prediction: TextPrediction) -> Tensor:
@@ -310,10 +340,11 @@ class LogitsAdjoint:
     def slope(self) -> Tensor:
         """<adjoint, g> of the rewound step, [S, B]."""
         parts = [
-            self.kernels.vocab_dot_step(y, s.lse, self.table.detach(), self.valid, s.energy_grad, s.centre, self.rule,
-                                        self.value[t])
+            self.kernels.vocab_dot_step(
+                y, s.lse, self.table.detach(), self.valid, s.energy_grad, s.centre, self.rule, self.value[t]
+            )
             for t, y, s in self.stored.parts_of(self.prediction.step)
-        ]  # fmt: skip
+        ]
         sums = torch.stack([joined(part) for part in zip(*parts, strict=True)])
         slope, self._mean = self.prediction.group.sum(sums)
         return self.prediction.rows.positions(slope)
@@ -340,9 +371,20 @@ class LogitsAdjoint:
         x, xt, x_grad, xt_grad = (prediction.rows.flat(h) for h in (prediction.x, self.xt, x_grad, xt_grad))
         for t, y in self.stored.parts():
             self.kernels.vocab_dense_backward(
-                y, prediction.lse[t], self.table.detach(), self.valid, self.rule, self.value[t], self._scale[t],
-                self._scaled_mean[t], x[t], xt[t], x_grad[t], xt_grad[t], gradient_buffer(self.table),
-            )  # fmt: skip
+                y,
+                prediction.lse[t],
+                self.table.detach(),
+                self.valid,
+                self.rule,
+                self.value[t],
+                self._scale[t],
+                self._scaled_mean[t],
+                x[t],
+                xt[t],
+                x_grad[t],
+                xt_grad[t],
+                gradient_buffer(self.table),
+            )
 
     def past(self) -> None:
         """As `backward`, of a step whose energy gradient is a constant."""

@@ -40,9 +40,17 @@ class LogitsState:
     """
 
     def __init__(
-        self, kernels: Kernels, table: Tensor, vocab_size: int, group: TensorGroup, sample_ids: Tensor,
-        positions: Tensor, thinking: ThinkingConfig, seed: int, y: Tensor | None = None,
-    ):  # fmt: skip
+        self,
+        kernels: Kernels,
+        table: Tensor,
+        vocab_size: int,
+        group: TensorGroup,
+        sample_ids: Tensor,
+        positions: Tensor,
+        thinking: ThinkingConfig,
+        seed: int,
+        y: Tensor | None = None,
+    ):
         self.kernels, self.table, self.vocab_size, self.group = kernels, table.detach(), vocab_size, group
         self.sample_ids, self.positions = sample_ids.to(table.device), positions.to(table.device)
         self.thinking, self.seed, self.rule = thinking, seed, StepRule(thinking.step_rule)

@@ -46,6 +46,8 @@ def open_task(recipe: Recipe, source: Description) -> Task:
     """
     task = task_class(recipe.data.modality)
     if source.manifest.kind != task.kind:
-        raise DataError(f"{source.folder} holds {source.manifest.kind}, data.modality={recipe.data.modality} reads "
-                        f"{task.kind}: change one")  # fmt: skip
+        raise DataError(
+            f"{source.folder} holds {source.manifest.kind}, data.modality={recipe.data.modality} reads "
+            f"{task.kind}: change one"
+        )
     return task.from_data(recipe, source)

@@ -77,9 +77,14 @@ class NoiseSchedule:
         return len(self.betas) / 2 * torch.where((level == 0)[:, None, None], likelihood, divergence)
 
     def step(
-        self, noised: Tensor, noise: Tensor, level: Tensor, to: Tensor | None, fresh: Tensor | None = None,
+        self,
+        noised: Tensor,
+        noise: Tensor,
+        level: Tensor,
+        to: Tensor | None,
+        fresh: Tensor | None = None,
         v: Tensor | None = None,
-    ) -> Tensor:  # fmt: skip
+    ) -> Tensor:
         """From a level to a lower one (arXiv 2010.02502, eq. 12).
 
         Args:

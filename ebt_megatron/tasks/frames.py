@@ -29,8 +29,10 @@ class FrameTokens:
 
     def __post_init__(self) -> None:
         if self.rows % self.side or self.columns % self.side:
-            raise RecipeError(f"video.tokens_per_side={self.side} does not divide frames of {self.rows} x "
-                              f"{self.columns} patches: choose one that divides both")  # fmt: skip
+            raise RecipeError(
+                f"video.tokens_per_side={self.side} does not divide frames of {self.rows} x "
+                f"{self.columns} patches: choose one that divides both"
+            )
 
     @property
     def count(self) -> int:

@@ -40,8 +40,9 @@ class PictureEmbeddings(LatentEmbeddings):
         condition: (level, class, caption) -> [B, D].
     """
 
-    def __init__(self, config: TransformerConfig, channels: int, kernels: Kernels, places: Tensor,
-                 condition: ConditionEmbedding):  # fmt: skip
+    def __init__(
+        self, config: TransformerConfig, channels: int, kernels: Kernels, places: Tensor, condition: ConditionEmbedding
+    ):
         super().__init__(config, channels, kernels, places)
         self.condition = condition
 
@@ -71,9 +72,16 @@ class Images:
 
     kind = "images"
 
-    def __init__(self, recipe: Recipe, shape: list[int], encoder: str = "", decoder: Decoder | None = None,
-                 classes: int = 0, grid: tuple[int, int] | None = None,
-                 captions: dict[str, Any] | None = None):  # fmt: skip
+    def __init__(
+        self,
+        recipe: Recipe,
+        shape: list[int],
+        encoder: str = "",
+        decoder: Decoder | None = None,
+        classes: int = 0,
+        grid: tuple[int, int] | None = None,
+        captions: dict[str, Any] | None = None,
+    ):
         check_latents(recipe)
         self.recipe, self.options, self.decoder = recipe, recipe.images, decoder
         self.length, self.channels = shape
@@ -87,37 +95,58 @@ class Images:
             self.captions = CaptionShape(captions["shape"][0], captions.get("entries", 0))
         self.denoises = recipe.model.architecture != "ebt" or recipe.thinking.initial == "observed"
         self.told_level = self.denoises and (recipe.model.architecture != "ebt" or self.options.see_level)
-        self.identity = {"encoder": encoder, "picture": list(shape), "classes": self.classes,
-                         "told the level": self.told_level, "images.learn_sigma": self.options.learn_sigma}  # fmt: skip
+        self.identity = {
+            "encoder": encoder,
+            "picture": list(shape),
+            "classes": self.classes,
+            "told the level": self.told_level,
+            "images.learn_sigma": self.options.learn_sigma,
+        }
         if self.captions and captions:
             self.identity["captions"] = [captions["sha256"], *captions["shape"]]
 
     def _check(self, classes: int, captions: dict[str, Any]) -> None:
         model, data = self.recipe.model, self.recipe.data
         if self.grid[0] * self.grid[1] != self.length:
-            raise DataError(f"pictures of {self.length} patches are no {self.grid[0]} x {self.grid[1]}: prepare the "
-                            "data again")  # fmt: skip
+            raise DataError(
+                f"pictures of {self.length} patches are no {self.grid[0]} x {self.grid[1]}: prepare the data again"
+            )
         if data.sequence_length != self.length:
-            raise RecipeError(f"data.sequence_length={data.sequence_length}, and pictures have {self.length} patches: "
-                              f"set data.sequence_length={self.length}")  # fmt: skip
+            raise RecipeError(
+                f"data.sequence_length={data.sequence_length}, and pictures have {self.length} patches: "
+                f"set data.sequence_length={self.length}"
+            )
         if self.options.classes and not classes:
-            raise DataError("images.classes=true needs labels, and the shards have none: prepare them with labels, or "
-                            "set images.classes=false")  # fmt: skip
+            raise DataError(
+                "images.classes=true needs labels, and the shards have none: prepare them with labels, or "
+                "set images.classes=false"
+            )
         if self.options.captions and not captions:
-            raise DataError("images.captions=true needs captions, and the shards have none: prepare them with "
-                            "--captions, or set images.captions=false")  # fmt: skip
+            raise DataError(
+                "images.captions=true needs captions, and the shards have none: prepare them with "
+                "--captions, or set images.captions=false"
+            )
         for wrong, why in (
-            (model.conditioning not in ("none", "adaln_zero"),
-             f"model.conditioning={model.conditioning}: pictures have none (one landscape) or adaln_zero (one for each "
-             "step)"),
-            (model.num_query_groups != model.num_attention_heads,
-             f"model.num_query_groups={model.num_query_groups}: pictures have one group for each head"),
-            (model.energy_head != "linear",
-             f"model.energy_head={model.energy_head}: the energy of a picture has linear alone"),
-            (self.options.learn_sigma and model.architecture == "ebt",
-             "images.learn_sigma is about a DiT's random steps: set it to false, or model.architecture=transformer"),
+            (
+                model.conditioning not in ("none", "adaln_zero"),
+                f"model.conditioning={model.conditioning}: pictures have none (one landscape) or "
+                "adaln_zero (one for each "
+                "step)",
+            ),
+            (
+                model.num_query_groups != model.num_attention_heads,
+                f"model.num_query_groups={model.num_query_groups}: pictures have one group for each head",
+            ),
+            (
+                model.energy_head != "linear",
+                f"model.energy_head={model.energy_head}: the energy of a picture has linear alone",
+            ),
+            (
+                self.options.learn_sigma and model.architecture == "ebt",
+                "images.learn_sigma is about a DiT's random steps: set it to false, or model.architecture=transformer",
+            ),
             (self.recipe.training.precision == "fp8", "training.precision=fp8 has no layers for pictures: set bf16"),
-        ):  # fmt: skip
+        ):
             if wrong:
                 raise RecipeError(why)
 
@@ -216,8 +245,9 @@ class Images:
         condition = ConditionEmbedding(config, True, self.classes, self.captions, shared=True)
         embedding = LatentEmbedding(config, self.channels, self._places(config)) if first else None
         bound = self.schedule.variational_bound if self.options.learn_sigma else None
-        return DiffusionTransformer(config, self.recipe, kernels, condition, embedding, self.channels, first, last,
-                                    bound)  # fmt: skip
+        return DiffusionTransformer(
+            config, self.recipe, kernels, condition, embedding, self.channels, first, last, bound
+        )
 
     def _places(self, config: TransformerConfig) -> Tensor:
         rows, columns = self.grid
@@ -240,7 +270,7 @@ class Images:
         return {}
 
     def example(self, sample: Sample, thinker: Thinker, steps: int) -> None:
-        """Pictures are shown by `tools.images`."""
+        """Pictures are shown by `examples.images`."""
 
 
 class PictureMeter:
@@ -254,9 +284,7 @@ class PictureMeter:
 
     def __init__(self, steps: int, decoder: Decoder, device: torch.device):
         self.decoder = decoder
-        self.model, self.noised, self.seen = (
-            torch.zeros(n, dtype=torch.float64, device=device) for n in (steps, 1, 1)
-        )  # fmt: skip
+        self.model, self.noised, self.seen = (torch.zeros(n, dtype=torch.float64, device=device) for n in (steps, 1, 1))
 
     def watch(self, sample: Sample, valid: Tensor) -> Callable[[Any], None]:
         """See `Meter`."""

@@ -37,17 +37,21 @@ def encoder_of(source: Description) -> dict[str, Any]:
     encoder, shape = source.manifest.encoder, source.manifest.shape
     missing = [key for key in ("sha256", "height", "width", "patch", "mean", "std") if key not in encoder]
     if missing:
-        raise DataError(f"{source.folder}/manifest.json does not say {', '.join(missing)} of its encoder: prepare the "
-                        "data again")  # fmt: skip
+        raise DataError(
+            f"{source.folder}/manifest.json does not say {', '.join(missing)} of its encoder: prepare the data again"
+        )
     wrong = [key for key in ("height", "width", "patch") if not (isinstance(encoder[key], int) and encoder[key] > 0)]
     if wrong:
         said = ", ".join(f"{key} {encoder[key]!r}" for key in wrong)
-        raise DataError(f"{source.folder}/manifest.json says {said} of its encoder, which is no size: prepare the data "
-                        "again")  # fmt: skip
+        raise DataError(
+            f"{source.folder}/manifest.json says {said} of its encoder, which is no size: prepare the data again"
+        )
     rows, columns = (encoder[side] // encoder["patch"] for side in ("height", "width"))
     if rows * columns != shape[-2]:
-        raise DataError(f"{source.folder} has samples of {shape[-2]} patches, and its encoder makes {rows} x {columns} "
-                        "of a frame: prepare the data again")  # fmt: skip
+        raise DataError(
+            f"{source.folder} has samples of {shape[-2]} patches, and its encoder makes {rows} x {columns} "
+            "of a frame: prepare the data again"
+        )
     return encoder
 
 

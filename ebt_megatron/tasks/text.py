@@ -56,11 +56,13 @@ class Text:
     def from_data(cls, recipe: Recipe, source: Description) -> Text:
         """See `Task`."""
         if recipe.thinking.langevin_on == "embedding":
-            raise RecipeError("thinking.langevin_on=embedding is for video and images, data.modality is text: set "
-                              "prediction")  # fmt: skip
+            raise RecipeError(
+                "thinking.langevin_on=embedding is for video and images, data.modality is text: set prediction"
+            )
         if recipe.thinking.initial == "observed":
-            raise RecipeError("thinking.initial=observed is for video and images, data.modality is text: set noise or "
-                              "zeros")  # fmt: skip
+            raise RecipeError(
+                "thinking.initial=observed is for video and images, data.modality is text: set noise or zeros"
+            )
         manifest = source.manifest
         return cls(recipe, manifest.vocab_size, (source.sidecar(), manifest.tokenizer["sha256"]))
 

@@ -21,9 +21,12 @@ from ebt_megatron.prediction.logits_state import LogitsState
 
 def _embedding_table(config: TransformerConfig, padded_vocab_size: int, scatter: bool) -> VocabParallelEmbedding:
     return VocabParallelEmbedding(
-        padded_vocab_size, config.hidden_size, init_method=config.init_method,
-        reduce_scatter_embeddings=scatter, config=config,
-    )  # fmt: skip
+        padded_vocab_size,
+        config.hidden_size,
+        init_method=config.init_method,
+        reduce_scatter_embeddings=scatter,
+        config=config,
+    )
 
 
 class TokenEmbedding(MegatronModule):
@@ -47,9 +50,13 @@ class TextOutput(MegatronModule):
         super().__init__(config)
         self.vocab_size = vocab_size
         self.projection = ColumnParallelLinear(
-            config.hidden_size, padded_vocab_size, config=config, init_method=config.init_method,
-            bias=False, gather_output=False,
-        )  # fmt: skip
+            config.hidden_size,
+            padded_vocab_size,
+            config=config,
+            init_method=config.init_method,
+            bias=False,
+            gather_output=False,
+        )
         self.draws = {"projection.weight": Draw.xavier(config.hidden_size, vocab_size)}
 
     def logits(self, h: Tensor) -> Tensor:

@@ -47,8 +47,10 @@ class Video:
     def __init__(self, recipe: Recipe, tokens: FrameTokens, encoder: str = "", decoder: Decoder | None = None):
         check_latents(recipe)
         if tokens.count > 1 and recipe.model.conditioning == "time_embed_sequence":
-            raise RecipeError("model.conditioning=time_embed_sequence puts a token before the frames, and is for one "
-                              "token a frame: set video.tokens_per_side=1, or another conditioning")  # fmt: skip
+            raise RecipeError(
+                "model.conditioning=time_embed_sequence puts a token before the frames, and is for one "
+                "token a frame: set video.tokens_per_side=1, or another conditioning"
+            )
         self.recipe, self.tokens, self.decoder = recipe, tokens, decoder
         self.length = recipe.data.sequence_length * tokens.count
         self.identity: dict[str, Any] = {"encoder": encoder, "frame": [tokens.rows * tokens.columns, tokens.channels]}
@@ -107,7 +109,7 @@ class Video:
         return {}
 
     def example(self, sample: Sample, thinker: Thinker, steps: int) -> None:
-        """Clips are shown by `tools.video`."""
+        """Clips are shown by `examples.video`."""
 
 
 def extrapolated(observed: Tensor) -> Tensor:

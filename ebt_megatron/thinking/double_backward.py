@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ebt_megatron.thinking.dual_stream import Descent, Thought
+from ebt_megatron.thinking.dual_stream import Descent, ThinkingOutput
 
 
 def _rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
@@ -102,10 +102,12 @@ def text_energies(model: Any, context: Tensor, segments: Tensor | None, step: in
         mixed = F.linear(n, layer.qkv.weight).unflatten(-1, (layer.local_groups, -1, layer.head_size))
         q, k, v = mixed[..., :-2, :].flatten(2, 3), mixed[..., -2, :], mixed[..., -1, :]
         q, k = _rotate(q, rotations), _rotate(k, rotations)
-        o = torch.cat([
-            _attention(q[:length], k[:length], v[:length], causal),
-            _attention(q[length:], k, v, mask),
-        ])  # fmt: skip
+        o = torch.cat(
+            [
+                _attention(q[:length], k[:length], v[:length], causal),
+                _attention(q[length:], k, v, mask),
+            ]
+        )
         return F.linear(o, layer.proj.weight)
 
     def mlp(layer: Any, n: Tensor) -> Tensor:
@@ -166,7 +168,7 @@ def energies_of(model: Any, context: Tensor, segments: Tensor | None) -> Callabl
     return partial(text_energies if model.separable else joint_energies, model, context, segments)
 
 
-def train(energies: Callable[[int, Tensor], Tensor], descent: Descent) -> Thought:
+def train(energies: Callable[[int, Tensor], Tensor], descent: Descent) -> ThinkingOutput:
     """Same meaning as Thinker.train: adds gradients to the parameters, returns losses and energies.
 
     Args:
@@ -192,4 +194,4 @@ def train(energies: Callable[[int, Tensor], Tensor], descent: Descent) -> Though
         all_energies.append(energy.detach())
     total.backward()
     descent.prediction.y = y.detach()
-    return Thought(torch.stack(losses), torch.stack(all_energies))
+    return ThinkingOutput(torch.stack(losses), torch.stack(all_energies))

@@ -45,7 +45,7 @@ from ebt_megatron.thinking.plan import Plan
 
 
 @dataclass
-class Thought:
+class ThinkingOutput:
     """What came of a micro-batch: losses [n, S, B] after each step, energies [n, S, B] before it."""
 
     losses: Tensor
@@ -362,23 +362,23 @@ class Thinker:
             with self.phase(kind.partition("_")[0]):
                 getattr(self, kind)(step)
 
-    def think(self, steps: int) -> Thought:
+    def think(self, steps: int) -> ThinkingOutput:
         """Think without learning."""
         self.run(Plan.thinking(steps).sweeps(self.model.context_sees_step))
         return self.finish(steps)
 
-    def train(self) -> Thought:
+    def train(self) -> ThinkingOutput:
         """Think and learn: add the gradient of sum_i step_weights[i] <weight, loss_i> to the parameters."""
         plan = self.descent.plan
         assert plan is not None
         self.run(plan.sweeps(self.model.context_sees_step))
         return self.finish(plan.steps)
 
-    def finish(self, steps: int) -> Thought:
+    def finish(self, steps: int) -> ThinkingOutput:
         """What came of it, after the last pass: losses on the first stage and energies on the last, else zeros."""
         if self._descent is not None:
             with self.phase("learn"):
                 self._descent.finish()
         zeros = torch.zeros(steps, self.length, self.size, device=self.device)
         losses = torch.stack(self._descent.losses) if self._descent is not None else zeros
-        return Thought(losses, torch.stack(self.energies) if self.energies else zeros)
+        return ThinkingOutput(losses, torch.stack(self.energies) if self.energies else zeros)

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ebt_megatron.parallel.collectives import TensorGroup
 from ebt_megatron.prediction.interface import EnergyModel
-from ebt_megatron.thinking.dual_stream import Thinker, Thought
+from ebt_megatron.thinking.dual_stream import Thinker, ThinkingOutput
 from ebt_megatron.thinking.plan import Plan
 from ebt_megatron.thinking.schedule import FORWARD, Schedule, StagePass, simulate
 
@@ -70,8 +70,9 @@ class Mail:
         self.ranks = dist.get_process_group_ranks(parallel_state.get_pipeline_model_parallel_group())
         self.inbound = {
             source: [message for work in order for message in sent_by(work) if message.destination == stage]
-            for source, order in enumerate(schedule.order) if source != stage
-        }  # fmt: skip
+            for source, order in enumerate(schedule.order)
+            if source != stage
+        }
         self.received: dict[Message, Tensor] = {}
         self.sending: list[tuple[Any, Tensor]] = []
 
@@ -156,7 +157,7 @@ class Pipeline:
             out.append(Message(work, "hidden", neighbour))
         return out
 
-    def run(self) -> list[Thought]:
+    def run(self) -> list[ThinkingOutput]:
         """Execute the schedule; thoughts are complete on the first stage (losses) and last (energies)."""
         direction_groups()
         for work in self.schedule.order[self.stage]:

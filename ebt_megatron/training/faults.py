@@ -156,9 +156,13 @@ class Watchdog:
         behind = min(r["entered"] for r in reports.values())
         culprits = [
             f"rank {rank} in phase '{r['phase']}' of step {r['step']}"
-            for rank, r in reports.items() if r["entered"] == behind
-        ]  # fmt: skip
+            for rank, r in reports.items()
+            if r["entered"] == behind
+        ]
         if self.store.add("watchdog/said", 1) == 1:
-            print(f"[rank {self.rank}] no progress for {self.timeout:.0f} s: held up by {', '.join(culprits)}; exiting",
-                  file=sys.stderr, flush=True)  # fmt: skip
+            print(
+                f"[rank {self.rank}] no progress for {self.timeout:.0f} s: held up by {', '.join(culprits)}; exiting",
+                file=sys.stderr,
+                flush=True,
+            )
         os._exit(75)

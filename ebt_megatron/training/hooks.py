@@ -105,8 +105,10 @@ class BadLosses(Hook):
         run, bad = self.run, self.run.bad
         if bad.record(moment.result.applied):
             run.report_unsaved(run.checkpoints.wait())
-            raise StoppedRun(f"{bad.in_a_row} steps in a row were not finite (the last is step {run.step}); the last "
-                             f"good checkpoint is {run.checkpoints.newest_good()}")  # fmt: skip
+            raise StoppedRun(
+                f"{bad.in_a_row} steps in a row were not finite (the last is step {run.step}); the last "
+                f"good checkpoint is {run.checkpoints.newest_good()}"
+            )
         if not moment.result.applied:
             run.warn(f"step {run.step} skipped: not finite ({bad.total} so far)")
         if self.spikes.is_spike(moment.result.loss):
@@ -227,8 +229,10 @@ class Saving(Hook):
         run = self.run
         run.report_unsaved(run.checkpoints.wait())
         if run.bad.in_a_row:
-            run.warn(f"the last {run.bad.in_a_row} steps were not finite: step {run.step} is saved with the weights "
-                     f"of step {run.step - run.bad.in_a_row}, and no older checkpoint goes")  # fmt: skip
+            run.warn(
+                f"the last {run.bad.in_a_row} steps were not finite: step {run.step} is saved with the weights "
+                f"of step {run.step - run.bad.in_a_row}, and no older checkpoint goes"
+            )
         error = run.write_checkpoint(self.row)
         return run.checkpoints.wait() or error
 
@@ -286,8 +290,10 @@ class Writing(Hook):
             self.writer.write(moment.row)
             run.say(console_line(moment.row, run.recipe.training.steps, run.clock.left(run.step)))
         if moment.unsaved:
-            raise StoppedRun(f"step {run.step} is not saved: {moment.unsaved}; the newest good checkpoint is "
-                             f"{run.checkpoints.newest_good()}")  # fmt: skip
+            raise StoppedRun(
+                f"step {run.step} is not saved: {moment.unsaved}; the newest good checkpoint is "
+                f"{run.checkpoints.newest_good()}"
+            )
         if moment.stops and not moment.ends:
             command = "the same command" if run.recipe.training.resume else "it with training.resume=true"
             run.say(f"told to stop: saved step {run.step}; run {command} to go on")

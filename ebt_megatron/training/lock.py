@@ -62,8 +62,14 @@ class RunLock:
             OSError: if the folder cannot be written.
         """
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        own = {"host": socket.gethostname(), "pid": os.getpid(), "since": datetime.now(UTC).isoformat(" ", "seconds"),
-               "id": uuid.uuid4().hex, "machine": _machine(), "started": _started(os.getpid())}  # fmt: skip
+        own = {
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            "since": datetime.now(UTC).isoformat(" ", "seconds"),
+            "id": uuid.uuid4().hex,
+            "machine": _machine(),
+            "started": _started(os.getpid()),
+        }
         self._content = json.dumps(own)
         while not self._create(self.path):
             content = self._read()
@@ -92,8 +98,9 @@ class RunLock:
             alive = self._beats(content)
         if alive:
             who = f"process {holder.get('pid')} on {holder.get('host')} since {holder.get('since')}"
-            raise RecipeError(f"{self.path.parent} is in use by {who}: wait for its end, or set another "
-                              "training.output_dir")  # fmt: skip
+            raise RecipeError(
+                f"{self.path.parent} is in use by {who}: wait for its end, or set another training.output_dir"
+            )
         # Of several that find it dead, one makes the successor of exactly this content, and the lock is never away.
         successor = self.path.with_name(f"run.lock.{hashlib.sha256(content.encode()).hexdigest()[:16]}")
         if not self._create(successor):

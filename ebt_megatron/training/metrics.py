@@ -153,8 +153,10 @@ class WandbWriter:
         try:
             self.run = wandb.init(dir=folder, config=recipe, **identity)
         except Exception as error:  # its own errors, and those of the network
-            raise RecipeError(f"training.metrics: wandb cannot start ({' '.join(str(error).split())}): set "
-                              "WANDB_MODE=offline, or leave it out") from None  # fmt: skip
+            raise RecipeError(
+                f"training.metrics: wandb cannot start ({' '.join(str(error).split())}): set "
+                "WANDB_MODE=offline, or leave it out"
+            ) from None
         self.run.define_metric("*", step_metric="step")  # a step that is repeated after a kill is logged again
 
     def write(self, row: dict[str, Any]) -> None:
@@ -280,12 +282,19 @@ def clock(seconds: float) -> str:
 
 def console_line(row: dict[str, Any], total_steps: int, seconds_left: float) -> str:
     """One line a person can read."""
-    parts = [f"step {row['step']:>{len(str(total_steps))}}/{total_steps}", f"epoch {row['epoch']:.2f}",
-             f"loss {row['loss']:.4f}"]  # fmt: skip
+    parts = [
+        f"step {row['step']:>{len(str(total_steps))}}/{total_steps}",
+        f"epoch {row['epoch']:.2f}",
+        f"loss {row['loss']:.4f}",
+    ]
     if row.get("energy_first") is not None:
         parts.append(f"final step {row['final_step_loss']:.4f}")
         parts.append(f"energy {row['energy_first']:.3f} -> {row['energy_last']:.3f}")
         parts.append(f"alpha {row['alpha']:.4g}")
-    parts += [f"grad {row['grad_norm']:.3g}", f"lr {row['lr']:.2e}", f"{row['tokens_per_second']:,.0f} tok/s",
-              f"{clock(seconds_left)} left"]  # fmt: skip
+    parts += [
+        f"grad {row['grad_norm']:.3g}",
+        f"lr {row['lr']:.2e}",
+        f"{row['tokens_per_second']:,.0f} tok/s",
+        f"{clock(seconds_left)} left",
+    ]
     return " | ".join(parts)

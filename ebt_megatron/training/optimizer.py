@@ -208,8 +208,10 @@ def schedule_change(recipe: Recipe, before: dict[str, Any], step: int) -> str | 
         rates.append(schedule.get_lr({}))
     what = ", ".join(f"optimizer.{key} {before[key]:g} -> {now[key]:g}" for key in changed)
     keep = " ".join(f"optimizer.{key}={before[key]:g}" for key in changed)
-    return (f"another learning-rate schedule than before ({what}): at step {step} it goes from {rates[0]:.3g} to "
-            f"{rates[1]:.3g}; {keep} keeps it as it was")  # fmt: skip
+    return (
+        f"another learning-rate schedule than before ({what}): at step {step} it goes from {rates[0]:.3g} to "
+        f"{rates[1]:.3g}; {keep} keeps it as it was"
+    )
 
 
 def schedule_of(recipe: Recipe) -> dict[str, Any]:

@@ -58,9 +58,12 @@ class Run:
         self.bad = BadSteps(recipe.training.max_bad_steps)
         self.unwritten: dict[str, Any] | None = None  # the row of the step that was resumed from
         self.checkpoints = Checkpoints(
-            self.folder / "checkpoints", recipe.training.keep_checkpoints, session.identity,
-            recipe.training.async_save, self.warn,
-        )  # fmt: skip
+            self.folder / "checkpoints",
+            recipe.training.keep_checkpoints,
+            session.identity,
+            recipe.training.async_save,
+            self.warn,
+        )
         self.clock = Clock(recipe.training.steps, 0)
         self._stream: Generator[MicroBatch, None, None] | None = None
 
@@ -92,11 +95,15 @@ class Run:
         options = self.recipe.training
         turns, source = self.train_data.most_repeated(options.steps * options.global_batch_size)
         if turns > _MANY_EPOCHS:
-            self.warn(f"training.steps={options.steps} goes {turns:.3g} times through {source}: past about "
-                      f"{_MANY_EPOCHS} epochs repeated data teaches little: prepare more, or train less")  # fmt: skip
+            self.warn(
+                f"training.steps={options.steps} goes {turns:.3g} times through {source}: past about "
+                f"{_MANY_EPOCHS} epochs repeated data teaches little: prepare more, or train less"
+            )
         if self.validation_data is not None and self.validation_data.validation_samples < options.validation_samples:
-            self.say(f"validation is on all {self.validation_data.validation_samples} samples of data.validation: "
-                     f"training.validation_samples={options.validation_samples} are not there")  # fmt: skip
+            self.say(
+                f"validation is on all {self.validation_data.validation_samples} samples of data.validation: "
+                f"training.validation_samples={options.validation_samples} are not there"
+            )
 
     # --- where it begins ------------------------------------------------------------------------
 
@@ -123,8 +130,10 @@ class Run:
         logged = self.on_main(partial(last_step, self.folder))
         if logged > self.step:
             why = "" if newest else f"no checkpoint in {self.checkpoints.folder}, starting at step 0: "
-            self.warn(f"{why}metrics.jsonl goes to step {logged}; its rows after step {self.step} are kept in "
-                      "metrics-replaced.jsonl")  # fmt: skip
+            self.warn(
+                f"{why}metrics.jsonl goes to step {logged}; its rows after step {self.step} are kept in "
+                "metrics-replaced.jsonl"
+            )
         if logged >= self.step:
             self.unwritten = None
         self.clock = Clock(self.recipe.training.steps, self.step)
@@ -142,8 +151,10 @@ class Run:
         if change := schedule_change(self.recipe, extra.get("schedule", {}), self.step):
             self.warn(change)
         if extra.get("validation", self._validation_identity()) != self._validation_identity():
-            self.warn("data.validation or training.validation_samples changed: validation losses before and after "
-                      f"step {self.step} are of other samples")  # fmt: skip
+            self.warn(
+                "data.validation or training.validation_samples changed: validation losses before and after "
+                f"step {self.step} are of other samples"
+            )
 
     def _validation_identity(self) -> list[Any] | None:
         data = self.validation_data
@@ -201,9 +212,13 @@ class Run:
     def write_checkpoint(self, row: dict[str, Any] | None) -> str | None:
         """Save the step with the row that will be recorded of it; returns why it is not there, if it failed."""
         extra = {
-            "tokens": self.tokens, "data": self.train_data.state_dict(), "schedule": schedule_of(self.recipe),
-            "validation": self._validation_identity(), "bad_in_a_row": self.bad.in_a_row, "row": row,
-        }  # fmt: skip
+            "tokens": self.tokens,
+            "data": self.train_data.state_dict(),
+            "schedule": schedule_of(self.recipe),
+            "validation": self._validation_identity(),
+            "bad_in_a_row": self.bad.in_a_row,
+            "row": row,
+        }
         t, good = self.trainer, not self.bad.in_a_row
         with self.timers.phase("save"):
             return self.checkpoints.save(

@@ -12,7 +12,7 @@ from ebt_megatron.config import Recipe, check
 from ebt_megatron.core.timing import Timers
 from ebt_megatron.data.loader import MicroBatch
 from ebt_megatron.objectives import build_objective
-from ebt_megatron.objectives.interface import Totals
+from ebt_megatron.objectives.interface import BatchMetrics
 from ebt_megatron.parallel.setup import initialize
 from ebt_megatron.tasks.build import build_model
 from ebt_megatron.tasks.interface import Task
@@ -72,11 +72,17 @@ class Trainer:
         with self.timers.phase("optimizer"):
             update = apply_gradients(self.chunks, self.optimizer, self.scheduler, skip=not finite)
         return StepResult(
-            loss.item(), step_losses.tolist(), energies.tolist(), alpha.item(), update.grad_norm, update.lr,
-            totals.positions, update.applied,
-        )  # fmt: skip
+            loss.item(),
+            step_losses.tolist(),
+            energies.tolist(),
+            alpha.item(),
+            update.grad_norm,
+            update.lr,
+            totals.positions,
+            update.applied,
+        )
 
-    def _reduce(self, totals: Totals) -> tuple[torch.Tensor, ...]:
+    def _reduce(self, totals: BatchMetrics) -> tuple[torch.Tensor, ...]:
         """Sum every rank's share: losses live on the first stage, energies on the last."""
         alpha = getattr(self.model, "step_size", torch.zeros(1)).detach().double().view(1)
         parts = [

@@ -7,8 +7,14 @@ from tests import builders
 from tests.distributed_utils import run_ranks
 from tests.training.test_layouts import micro_batches_of
 
-S2 = ("thinking.loss=last", "thinking.gradient=truncated", "thinking.step_size_scale=2", "thinking.langevin_noise=0.5",
-      "thinking.replay.enabled=true", "thinking.replay.capacity=2")  # fmt: skip
+S2 = (
+    "thinking.loss=last",
+    "thinking.gradient=truncated",
+    "thinking.step_size_scale=2",
+    "thinking.langevin_noise=0.5",
+    "thinking.replay.enabled=true",
+    "thinking.replay.capacity=2",
+)
 RECIPES = {"S2": S2, "Transformer++": ("model.architecture=transformer",)}
 SAVED = (4, ("parallel.tensor=2", "parallel.pipeline=2"))
 LAYOUTS = {  # (TP, PP, DP): (ranks, overrides)
@@ -27,9 +33,15 @@ def new_trainer(folder, name, layout):
 
     shutdown()
     recipe = builders.small_recipe(
-        "model.num_layers=4", "model.num_query_groups=4", "optimizer.warmup_steps=2", "training.global_batch_size=8",
-        "optimizer.epsilon=1e-4", "data.sequence_length=8", *RECIPES[name], *layout,
-    )  # fmt: skip
+        "model.num_layers=4",
+        "model.num_query_groups=4",
+        "optimizer.warmup_steps=2",
+        "training.global_batch_size=8",
+        "optimizer.epsilon=1e-4",
+        "data.sequence_length=8",
+        *RECIPES[name],
+        *layout,
+    )
     return Trainer(recipe, Text(recipe, builders.VOCAB)), Checkpoints(folder / name, 1, {})
 
 

@@ -45,8 +45,10 @@ def test_the_resolved_recipe_loads_again(tmp_path):
         (["model.num_query_groups=4"], "not divisible by model.num_query_groups=4"),
         (["model.vocab_multiple=3", "parallel.tensor=2"], "model.vocab_multiple"),
         (["parallel.sequence_parallel=true"], "needs parallel.tensor > 1"),
-        (["parallel.tensor=2", "parallel.sequence_parallel=true", "model.conditioning=time_embed_sequence"],
-         "set parallel.sequence_parallel=false"),
+        (
+            ["parallel.tensor=2", "parallel.sequence_parallel=true", "model.conditioning=time_embed_sequence"],
+            "set parallel.sequence_parallel=false",
+        ),
         (["thinking.min_steps=4"], "below thinking.min_steps=4"),
         (["thinking.engine=double_backward", "parallel.tensor=2"], "single-process"),
         (["thinking.regenerate=-1"], "a number of rows"),
@@ -73,7 +75,7 @@ def test_the_resolved_recipe_loads_again(tmp_path):
         (["optimizer.lr=.nan"], "optimizer.lr=nan: must be a finite number"),
         (["optimizer.beta2=1"], "optimizer.beta2=1.0: must be at least 0 and below 1"),
     ],
-)  # fmt: skip
+)
 def test_one_line_names_the_key_and_the_fix(overrides, said):
     with pytest.raises(RecipeError) as error:
         load_recipe(None, ["model.size=xxs", *overrides])
@@ -85,8 +87,10 @@ def test_numbers_and_paths_as_people_write_them(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", "/home/ann")
     monkeypatch.setenv("EBT_DATA", "/data")
     file = tmp_path / "r.yaml"
-    file.write_text("model: {size: xxs}\ntraining: {steps: 1e3, output_dir: ~/runs/a}\n"
-                    "data: {train: '~/one', validation: [$EBT_DATA/two, 's3://~/${oc.env:EBT_DATA}']}")  # fmt: skip
+    file.write_text(
+        "model: {size: xxs}\ntraining: {steps: 1e3, output_dir: ~/runs/a}\n"
+        "data: {train: '~/one', validation: [$EBT_DATA/two, 's3://~/${oc.env:EBT_DATA}']}"
+    )
     recipe = load_recipe(file, ["training.global_batch_size=6.4e1", "name=run [1]"])
     assert (recipe.training.steps, recipe.training.global_batch_size, recipe.name) == (1000, 64, "run [1]")
     assert recipe.training.output_dir == "/home/ann/runs/a"

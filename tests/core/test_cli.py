@@ -138,11 +138,22 @@ def test_the_first_error_of_several_ranks_is_printed_once_with_its_rank(where, s
     script.write_text(FAILING)
     restarts = ["--max-restarts=1"] if where == "every rank" else []  # a mistake that is made again is not said again
     done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", *restarts,
-         "--monitor-interval=0.1", str(script), where],
+        [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc-per-node=2",
+            *restarts,
+            "--monitor-interval=0.1",
+            str(script),
+            where,
+        ],
         env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"},
-        capture_output=True, text=True, timeout=250,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        timeout=250,
+    )
     assert done.returncode != 0
     assert done.stderr.count("error (rank") == 1 and said in done.stderr, done.stderr
     assert "exitcode  : 2" in done.stderr

@@ -6,14 +6,14 @@ import numpy as np
 import pytest
 import torch
 
-from data_prep.images import PictureSource
-from data_prep.latent_passes import LatentSettings
-from data_prep.latents import prepare_latents
-from data_prep.video import VideoSource
 from ebt_megatron.core.errors import DataError
 from ebt_megatron.data.folder import ShardFolder
 from ebt_megatron.data.loader import VALIDATION_IDS, Loader
 from ebt_megatron.data.order import Blend
+from ebt_megatron.data_prep.images import PictureSource
+from ebt_megatron.data_prep.latent_passes import LatentSettings
+from ebt_megatron.data_prep.latents import prepare_latents
+from ebt_megatron.data_prep.video import VideoSource
 from tests.data.test_loader import recipe_for
 from tests.data_prep.media import moving_square, write_videos
 
@@ -23,7 +23,7 @@ def recipe(folder, *overrides):
 
 
 def prepare(raw, output, source, **settings):
-    from data_prep.files import find_files
+    from ebt_megatron.data_prep.files import find_files
 
     files = [[file] for file in find_files([str(raw)], (".mp4", ".npz")).files]
     prepare_latents(output, files, source, LatentSettings(**{"validation_fraction": 0.4} | settings), "a test")

@@ -31,11 +31,19 @@ def copied(shards, tmp_path):
 
 
 def recipe_for(folder, *overrides):
-    return load_recipe(None, [
-        "model.size=tiny", f"data.train=[{folder}/train]", f"data.validation=[{folder}/validation]",
-        "data.sequence_length=16", "training.global_batch_size=8", "training.micro_batch_size=2",
-        "training.validation_samples=16", *overrides,
-    ])  # fmt: skip
+    return load_recipe(
+        None,
+        [
+            "model.size=tiny",
+            f"data.train=[{folder}/train]",
+            f"data.validation=[{folder}/validation]",
+            "data.sequence_length=16",
+            "training.global_batch_size=8",
+            "training.micro_batch_size=2",
+            "training.validation_samples=16",
+            *overrides,
+        ],
+    )
 
 
 def take(loader, micro_batches):
@@ -135,7 +143,7 @@ def test_stock_webdataset_reads_the_shards(shards):
 
 def test_stock_energon_reads_the_shards(shards):
     pytest.importorskip("megatron.energon", reason="pip install megatron-energon")
-    from tools.bench_data import energon_members
+    from benchmarks.data import energon_members
 
     folder = ShardFolder(f"{shards}/train")
     rows: dict[str, np.ndarray] = {}
@@ -261,8 +269,12 @@ def test_a_token_beyond_the_vocabulary_is_found_at_start(copied, monkeypatch):
 
 
 def test_a_weight_that_gives_no_sample_is_refused(shards):
-    refuse(shards, "gives .*/validation 1e-09, which is not one sample in an epoch",
-           f"data.train=[{shards}/train,{shards}/validation]", "data.train_weights=[1,1e-9]")  # fmt: skip
+    refuse(
+        shards,
+        "gives .*/validation 1e-09, which is not one sample in an epoch",
+        f"data.train=[{shards}/train,{shards}/validation]",
+        "data.train_weights=[1,1e-9]",
+    )
 
 
 def test_the_source_that_is_repeated_most_is_named(shards):
@@ -275,8 +287,10 @@ def test_the_source_that_is_repeated_most_is_named(shards):
 
 def test_validation_fills_the_last_micro_batches_with_samples_that_do_not_count(shards):
     for size in (1, 2, 4):
-        batches = [list(Loader(recipe_for(shards, "training.validation_samples=5"), "validation", r, size))
-                   for r in range(size)]  # fmt: skip
+        batches = [
+            list(Loader(recipe_for(shards, "training.validation_samples=5"), "validation", r, size))
+            for r in range(size)
+        ]
         assert len({len(b) for b in batches}) == 1 and all(len(b.tokens) == 2 for rank in batches for b in rank)
         counted = [i for rank in batches for b in rank for i in (b.sample_ids[b.counts] - (1 << 50)).tolist()]
         assert sorted(counted) == [0, 1, 2, 3, 4]

@@ -7,24 +7,40 @@ import numpy as np
 import pytest
 import torch
 
-from data_prep import images
 from ebt_megatron.core.errors import DataError
 from ebt_megatron.data.captions import open_captions
 from ebt_megatron.data.description import Description
 from ebt_megatron.data.folder import ShardFolder
 from ebt_megatron.data.loader import Loader
+from ebt_megatron.data_prep import images
+from ebt_megatron.tools.rewrite import rewrite
+from ebt_megatron.tools.shards import shard_problems
 from tests.data.test_loader import recipe_for
 from tests.data_prep.media import invoke, said
 from tests.data_prep.test_images import pictures, save
-from tools.rewrite import rewrite
-from tools.shards import shard_problems
 
 COLOURS = ("a red square", "a blue square on a blue ground", "nothing")
 
 
 def prepare(source, output, *more):
-    return invoke(images.main, "--input", source, "--output", output, "--height", 16, "--width", 16, "--encoder",
-                  "pixels", "--validation-fraction", 0.3, "--pictures-per-shard", 20, *more)  # fmt: skip
+    return invoke(
+        images.main,
+        "--input",
+        source,
+        "--output",
+        output,
+        "--height",
+        16,
+        "--width",
+        16,
+        "--encoder",
+        "pixels",
+        "--validation-fraction",
+        0.3,
+        "--pictures-per-shard",
+        20,
+        *more,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -103,17 +119,28 @@ def test_captions_of_picture_files_go_by_name(tmp_path):
     assert sorted(found) == sorted(f"picture number {i}" for i in range(30))
 
 
-@pytest.mark.parametrize(("lines", "more", "message"), [
-    (["one"] * 59, (), "has 60 pictures, and the captions are 59: give one line for each"),
-    (["one"] * 61, (), "has 60 pictures, and the captions are 61"),
-    (["one"] * 30 + [""] * 30, (), "line 31 of .* has no caption: every line is a caption"),
-    (["one"] * 60, ("--captions-from-labels",), "give either --captions or --captions-from-labels"),
-    (["one"] * 60, ("--caption-encoder", "bert"), "--caption-encoder bert: choose tokens, tokens:TOKENIZER or clip:"),
-    (["one"] * 60, ("--caption-encoder", "clip:nowhere"), "no CLIP model at 'nowhere'"),
-    (None, ("--captions-from-labels",), "--captions-from-labels needs names: give --class-names"),
-    (None, ("--captions-from-labels", "--class-names", "a,b"), "has label 2, and captions are generated from the na"),
-    (None, ("--class-names", "a,b"), "the input has label 2, and --class-names has 2: name all labels"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("lines", "more", "message"),
+    [
+        (["one"] * 59, (), "has 60 pictures, and the captions are 59: give one line for each"),
+        (["one"] * 61, (), "has 60 pictures, and the captions are 61"),
+        (["one"] * 30 + [""] * 30, (), "line 31 of .* has no caption: every line is a caption"),
+        (["one"] * 60, ("--captions-from-labels",), "give either --captions or --captions-from-labels"),
+        (
+            ["one"] * 60,
+            ("--caption-encoder", "bert"),
+            "--caption-encoder bert: choose tokens, tokens:TOKENIZER or clip:",
+        ),
+        (["one"] * 60, ("--caption-encoder", "clip:nowhere"), "no CLIP model at 'nowhere'"),
+        (None, ("--captions-from-labels",), "--captions-from-labels needs names: give --class-names"),
+        (
+            None,
+            ("--captions-from-labels", "--class-names", "a,b"),
+            "has label 2, and captions are generated from the na",
+        ),
+        (None, ("--class-names", "a,b"), "the input has label 2, and --class-names has 2: name all labels"),
+    ],
+)
 def test_what_does_not_fit_is_one_line(lines, more, message, folder, tmp_path):
     path = tmp_path / "captions.txt"
     given = ("--captions", path) if lines is not None else ()
@@ -151,13 +178,21 @@ def clip_model(folder):
     tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="[unk]"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer.post_processor = processors.TemplateProcessing("<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 1)])
-    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>",
-                                         pad_token="</s>", unk_token="[unk]").save_pretrained(folder)  # fmt: skip
+    transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="</s>", unk_token="[unk]"
+    ).save_pretrained(folder)
     torch.manual_seed(0)
     config = transformers.CLIPTextConfig(
-        vocab_size=len(words), hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
-        max_position_embeddings=12, bos_token_id=0, eos_token_id=1, pad_token_id=1,
-    )  # fmt: skip
+        vocab_size=len(words),
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=12,
+        bos_token_id=0,
+        eos_token_id=1,
+        pad_token_id=1,
+    )
     model = transformers.CLIPTextModel(config).eval()
     model.save_pretrained(folder)
     return model, transformers.AutoTokenizer.from_pretrained(folder)
@@ -165,8 +200,14 @@ def clip_model(folder):
 
 def test_captions_as_the_pooled_output_of_a_clip_on_disk(folder, tmp_path):
     model, tokenizer = clip_model(tmp_path / "clip")
-    done = prepare(folder / "a.npz", tmp_path / "out", "--captions", folder / "captions.txt", "--caption-encoder",
-                   f"clip:{tmp_path / 'clip'}")  # fmt: skip
+    done = prepare(
+        folder / "a.npz",
+        tmp_path / "out",
+        "--captions",
+        folder / "captions.txt",
+        "--caption-encoder",
+        f"clip:{tmp_path / 'clip'}",
+    )
     assert done.exit_code == 0, done.output
     shards, tokens = ShardFolder(str(tmp_path / "out/train")), ShardFolder(str(folder / "shards/train"))
     assert shards.manifest.captions["shape"] == [16] and shards.manifest.captions["kind"] == "clip"

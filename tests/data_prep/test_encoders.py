@@ -5,8 +5,8 @@ import sys
 import numpy as np
 import pytest
 
-from data_prep.encoders import frames_of, load_encoder, new_encoder, patches_of
 from ebt_megatron.core.errors import DataError
+from ebt_megatron.data_prep.encoders import frames_of, load_encoder, new_encoder, patches_of
 from tests.data_prep.media import moving_square, psnr
 
 FRAMES = moving_square(12, seed=3)
@@ -132,8 +132,9 @@ def test_a_vae_of_diffusers(tmp_path):
 
 def test_a_dinov2_of_transformers(tmp_path):
     transformers = pytest.importorskip("transformers")
-    config = transformers.Dinov2Config(hidden_size=24, num_hidden_layers=2, num_attention_heads=2, patch_size=8,
-                                       image_size=64)  # fmt: skip
+    config = transformers.Dinov2Config(
+        hidden_size=24, num_hidden_layers=2, num_attention_heads=2, patch_size=8, image_size=64
+    )
     transformers.Dinov2Model(config).save_pretrained(tmp_path / "dino")
     encoder = new_encoder("dinov2", 48, 64, model=str(tmp_path / "dino"))
     latents = encoder.encode(FRAMES)

@@ -6,10 +6,10 @@ import struct
 import numpy as np
 import pytest
 
-from data_prep import images
-from data_prep.encoders import load_encoder, patches_of
 from ebt_megatron.data.folder import ShardFolder
 from ebt_megatron.data.shards import read_manifest
+from ebt_megatron.data_prep import images
+from ebt_megatron.data_prep.encoders import load_encoder, patches_of
 from tests.data_prep.media import contents, invoke, psnr, said
 
 PIL = pytest.importorskip("PIL.Image")
@@ -35,8 +35,22 @@ def write_idx(path, array):
 
 
 def prepare(source, output, *more):
-    return invoke(images.main, "--input", source, "--output", output, "--height", 16, "--width", 16, "--encoder",
-                  "pixels", "--validation-fraction", 0.3, *more)  # fmt: skip
+    return invoke(
+        images.main,
+        "--input",
+        source,
+        "--output",
+        output,
+        "--height",
+        16,
+        "--width",
+        16,
+        "--encoder",
+        "pixels",
+        "--validation-fraction",
+        0.3,
+        *more,
+    )
 
 
 def decoded(output):
@@ -133,8 +147,21 @@ def test_the_number_of_workers_changes_no_byte(tmp_path, monkeypatch):
     for i, picture in enumerate(pictures(40, seed=1)):
         save(tmp_path / "files", f"{i}.jpg", picture)
     for workers in (1, 2):
-        result = invoke(images.main, "--input", tmp_path / "*.npy", "--input", tmp_path / "files", "--height", 16,
-                        "--width", 16, "--workers", workers, "--output", tmp_path / f"out{workers}")  # fmt: skip
+        result = invoke(
+            images.main,
+            "--input",
+            tmp_path / "*.npy",
+            "--input",
+            tmp_path / "files",
+            "--height",
+            16,
+            "--width",
+            16,
+            "--workers",
+            workers,
+            "--output",
+            tmp_path / f"out{workers}",
+        )
         assert result.exit_code == 0, result.output
     assert contents(tmp_path / "out1") == contents(tmp_path / "out2")
 

@@ -11,12 +11,12 @@ import zstandard
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from data_prep import text
-from data_prep.documents import SUFFIXES, Part, Tally, check_kinds, read_part, split_files, strip_html
-from data_prep.files import find_files
 from ebt_megatron.core.errors import DataError
 from ebt_megatron.data.folder import ShardFolder
 from ebt_megatron.data.shards import read_manifest
+from ebt_megatron.data_prep import text
+from ebt_megatron.data_prep.documents import SUFFIXES, Part, Tally, check_kinds, read_part, split_files, strip_html
+from ebt_megatron.data_prep.files import find_files
 from tests.data_prep.media import invoke, said
 
 pyarrow = pytest.importorskip("pyarrow")
@@ -77,8 +77,22 @@ def tokens(folder):
 
 
 def prepare(source, output, *more):
-    return invoke(text.main, "--input", source, "--output", output, "--train-bpe", 300, "--sequence-length", 8,
-                  "--validation-fraction", 0.2, "--unit-megabytes", 0.001, *more)  # fmt: skip
+    return invoke(
+        text.main,
+        "--input",
+        source,
+        "--output",
+        output,
+        "--train-bpe",
+        300,
+        "--sequence-length",
+        8,
+        "--validation-fraction",
+        0.2,
+        "--unit-megabytes",
+        0.001,
+        *more,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -95,8 +109,10 @@ def test_any_kinds_of_files_together_give_the_same_tokens(tmp_path_factory, plai
     check_tokens(tmp_path_factory.mktemp("kinds"), plain, kinds, 1)
 
 
-EVERY = [(suffix + packing, lambda d, s=suffix, p=packing: PACK[p](CONTENT[s](d)), True)
-         for suffix, packing in zip(sorted(CONTENT), [".gz", "", ".zst", ".gz", ".zst"], strict=True)]  # fmt: skip
+EVERY = [
+    (suffix + packing, lambda d, s=suffix, p=packing: PACK[p](CONTENT[s](d)), True)
+    for suffix, packing in zip(sorted(CONTENT), [".gz", "", ".zst", ".gz", ".zst"], strict=True)
+]
 CUT = (".jsonl.zst", lambda d: zstandard.compress(lines(d))[:-9], False)
 
 
@@ -133,9 +149,14 @@ def test_folders_are_searched_for_suffixes_in_any_letters(tmp_path, suffix):
 
 @pytest.mark.parametrize(
     "content",
-    [gzip.compress(b"text " * 99, mtime=0), b"PK\3\4\x14\0\0\0\x08\0", b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR",
-     b"\xff\xd8\xff\xe0\0\x10JFIF", "UTF-16".encode("utf-16")],
-)  # fmt: skip
+    [
+        gzip.compress(b"text " * 99, mtime=0),
+        b"PK\3\4\x14\0\0\0\x08\0",
+        b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR",
+        b"\xff\xd8\xff\xe0\0\x10JFIF",
+        "UTF-16".encode("utf-16"),
+    ],
+)
 def test_what_is_no_text_is_refused_before_work_starts(tmp_path, content):
     (tmp_path / "a.txt").write_text("some text " * 9)
     (tmp_path / "b.bin").write_bytes(content)

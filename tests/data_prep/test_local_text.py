@@ -5,7 +5,7 @@ import json
 import typer
 from typer.testing import CliRunner
 
-from data_prep import local_text
+from ebt_megatron.data_prep import local_text
 
 
 def run(*arguments):

@@ -35,10 +35,28 @@ def environment(folder):
 
 def launch(launcher, workers, source, output):
     command = [
-        *launcher, sys.executable, "-m", "data_prep.text", "--input", source, "--output", output, "--train-bpe", 400,
-        "--sequence-length", 32, "--samples-per-shard", 128, "--unit-megabytes", 0.02, "--validation-fraction", 0.1,
-        "--workers", workers, "--resume",
-    ]  # fmt: skip
+        *launcher,
+        sys.executable,
+        "-m",
+        "ebt_megatron.data_prep.text",
+        "--input",
+        source,
+        "--output",
+        output,
+        "--train-bpe",
+        400,
+        "--sequence-length",
+        32,
+        "--samples-per-shard",
+        128,
+        "--unit-megabytes",
+        0.02,
+        "--validation-fraction",
+        0.1,
+        "--workers",
+        workers,
+        "--resume",
+    ]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     return subprocess.Popen([str(c) for c in command], env=environment(output.parent), cwd=ROOT, **pipes)
 

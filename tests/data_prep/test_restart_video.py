@@ -18,10 +18,28 @@ KILLS = 3
 
 def launch(workers, source, output, launcher=()):
     command = [
-        *launcher, sys.executable, "-m", "data_prep.video", "--input", source, "--output", output, "--height", 48,
-        "--width", 64, "--frames", 4, "--clips-per-shard", 16, "--validation-fraction", 0.3, "--workers", workers,
+        *launcher,
+        sys.executable,
+        "-m",
+        "ebt_megatron.data_prep.video",
+        "--input",
+        source,
+        "--output",
+        output,
+        "--height",
+        48,
+        "--width",
+        64,
+        "--frames",
+        4,
+        "--clips-per-shard",
+        16,
+        "--validation-fraction",
+        0.3,
+        "--workers",
+        workers,
         "--resume",
-    ]  # fmt: skip
+    ]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     return subprocess.Popen([str(c) for c in command], env=environment(output.parent), cwd=ROOT, **pipes)
 

@@ -13,12 +13,12 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer
 from typer.testing import CliRunner
 
-from data_prep import text, tokens
-from data_prep.documents import SUFFIXES, Part, read_part, split_files, strip_html
-from data_prep.files import find_files
 from ebt_megatron.core.errors import DataError
 from ebt_megatron.data.folder import ShardFolder
 from ebt_megatron.data.shards import read_manifest
+from ebt_megatron.data_prep import text, tokens
+from ebt_megatron.data_prep.documents import SUFFIXES, Part, read_part, split_files, strip_html
+from ebt_megatron.data_prep.files import find_files
 from tests.builders import text_shards
 
 runner = CliRunner()
@@ -39,8 +39,19 @@ def corpus(folder, count=60):
 
 
 def prepare(folder, output, *more):
-    return command("--input", folder, "--output", output, "--train-bpe", 300, "--sequence-length", 8,
-                   "--validation-fraction", 0.2, *more)  # fmt: skip
+    return command(
+        "--input",
+        folder,
+        "--output",
+        output,
+        "--train-bpe",
+        300,
+        "--sequence-length",
+        8,
+        "--validation-fraction",
+        0.2,
+        *more,
+    )
 
 
 def test_the_same_input_and_seed_give_the_same_bytes(tmp_path):
@@ -58,9 +69,11 @@ def test_formats_and_compression(tmp_path):
     (tmp_path / "c.jsonl.zst").write_bytes(zstandard.compress(lines))
     (tmp_path / "d.html").write_text("<p>Hello <b>there</b><script>no</script></p><p>again</p>")
     assert [list(read_part(Part(f.path))) for f in find_files([str(tmp_path)], SUFFIXES).files] == [
-        ["line 0", "line 1", "line 2"], ["line 0", "line 1", "line 2"], ["line 0", "line 1", "line 2"],
+        ["line 0", "line 1", "line 2"],
+        ["line 0", "line 1", "line 2"],
+        ["line 0", "line 1", "line 2"],
         ["Hello there\nagain"],
-    ]  # fmt: skip
+    ]
 
 
 def test_parquet(tmp_path):
@@ -172,8 +185,18 @@ def test_a_tokenizer_by_its_hub_name_is_that_of_its_file(hub, tmp_path):
     corpus(tmp_path / "raw")
     shards = []
     for name, tokenizer in (("a", "some/model"), ("b", hub)):
-        done = command("--input", tmp_path / "raw", "--output", tmp_path / name, "--tokenizer", tokenizer,
-                       "--sequence-length", 8, "--validation-fraction", 0)  # fmt: skip
+        done = command(
+            "--input",
+            tmp_path / "raw",
+            "--output",
+            tmp_path / name,
+            "--tokenizer",
+            tokenizer,
+            "--sequence-length",
+            8,
+            "--validation-fraction",
+            0,
+        )
         assert done.exit_code == 0, done.output
         shards.append((tmp_path / name / "train/shard-000000.tar").read_bytes())
     assert shards[0] == shards[1]
@@ -198,8 +221,18 @@ def test_a_given_tokenizer_is_kept_beside_the_shards(tmp_path):
     corpus(tmp_path)
     tokenizer = tokens.train_bpe(["The number and its square 0123456789. "], 280)
     tokenizer.save(str(tmp_path / "given.json"))
-    result = command("--input", tmp_path / "*.txt", "--output", tmp_path / "out", "--tokenizer",
-                     tmp_path / "given.json", "--sequence-length", 8, "--validation-fraction", 0.2)  # fmt: skip
+    result = command(
+        "--input",
+        tmp_path / "*.txt",
+        "--output",
+        tmp_path / "out",
+        "--tokenizer",
+        tmp_path / "given.json",
+        "--sequence-length",
+        8,
+        "--validation-fraction",
+        0.2,
+    )
     assert result.exit_code == 0, result.output
     kept = Tokenizer.from_file(str(tmp_path / "out/train/tokenizer.json"))
     assert kept.get_vocab() == tokenizer.get_vocab()

@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers
 
-from data_prep import images, text, text_passes, tokens
-from data_prep.passes import threshold
 from ebt_megatron.core.errors import DataError
 from ebt_megatron.data.folder import ShardFolder
 from ebt_megatron.data.shards import read_manifest
+from ebt_megatron.data_prep import images, text, text_passes, tokens
+from ebt_megatron.data_prep.passes import threshold
 from tests.data_prep.media import contents, invoke, said
 from tests.data_prep.test_images import pictures, save
 from tests.data_prep.test_images import prepare as prepare_images
@@ -32,8 +32,22 @@ def corpus(folder, files=4, documents=8):
 
 
 def prepare(source, output, *more):
-    return invoke(text.main, "--input", source, "--output", output, "--train-bpe", 300, "--sequence-length", 8,
-                  "--validation-fraction", 0.2, "--unit-megabytes", 0.0001, *more)  # fmt: skip
+    return invoke(
+        text.main,
+        "--input",
+        source,
+        "--output",
+        output,
+        "--train-bpe",
+        300,
+        "--sequence-length",
+        8,
+        "--validation-fraction",
+        0.2,
+        "--unit-megabytes",
+        0.0001,
+        *more,
+    )
 
 
 def shards(output):
@@ -243,9 +257,17 @@ def encoded(path, *documents):
 
 def test_truncation_and_padding_of_a_file_are_switched_off(tmp_path):
     long, (plain,) = "some words and other words " * 9, encoded(tokenizer_file(tmp_path, lambda raw: None), "a text")[1]
-    limits = {"truncation": {"direction": "Right", "max_length": 4, "strategy": "LongestFirst", "stride": 0},
-              "padding": {"strategy": {"Fixed": 50}, "direction": "Right", "pad_to_multiple_of": None, "pad_id": 0,
-                          "pad_type_id": 0, "pad_token": "x"}}  # fmt: skip
+    limits = {
+        "truncation": {"direction": "Right", "max_length": 4, "strategy": "LongestFirst", "stride": 0},
+        "padding": {
+            "strategy": {"Fixed": 50},
+            "direction": "Right",
+            "pad_to_multiple_of": None,
+            "pad_id": 0,
+            "pad_type_id": 0,
+            "pad_token": "x",
+        },
+    }
     (tmp_path / "limits").mkdir()
     tokenizer, found = encoded(tokenizer_file(tmp_path / "limits", lambda raw: raw.update(limits)), "a text", long)
     assert found[0] == plain and tokenizer.decode(found[1][:-1]) == long
@@ -285,9 +307,15 @@ def test_a_tokenizer_that_cannot_encode_is_one_line(tmp_path):
 
 def splitters():
     byte, plain = pre_tokenizers.ByteLevel(add_prefix_space=False), pre_tokenizers.ByteLevel(add_prefix_space=True)
-    return {"byte level": (byte, None), "with a space": (plain, None), "fixed": (pre_tokenizers.FixedLength(5), None),
-            "metaspace": (pre_tokenizers.Metaspace(), None), "prepend": (byte, normalizers.Prepend("_")),
-            "strip": (byte, normalizers.Strip()), "none": (None, normalizers.NFC())}  # fmt: skip
+    return {
+        "byte level": (byte, None),
+        "with a space": (plain, None),
+        "fixed": (pre_tokenizers.FixedLength(5), None),
+        "metaspace": (pre_tokenizers.Metaspace(), None),
+        "prepend": (byte, normalizers.Prepend("_")),
+        "strip": (byte, normalizers.Strip()),
+        "none": (None, normalizers.NFC()),
+    }
 
 
 @pytest.mark.parametrize("kind", splitters())

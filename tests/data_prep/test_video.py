@@ -8,11 +8,11 @@ import fsspec
 import numpy as np
 import pytest
 
-from data_prep import video
-from data_prep.encoders import load_encoder
-from data_prep.files import InputFile
 from ebt_megatron.data.folder import ShardFolder
 from ebt_megatron.data.shards import read_manifest
+from ebt_megatron.data_prep import video
+from ebt_megatron.data_prep.encoders import load_encoder
+from ebt_megatron.data_prep.files import InputFile
 from tests.data_prep.media import contents, invoke, moving_square, psnr, said, write_video, write_videos
 
 av = pytest.importorskip("av")
@@ -24,8 +24,24 @@ def videos(tmp_path_factory):
 
 
 def prepare(source, output, *more):
-    return invoke(video.main, "--input", source, "--output", output, "--height", 32, "--width", 32, "--frames", 6,
-                  "--clips-per-shard", 10, "--validation-fraction", 0.4, *more)  # fmt: skip
+    return invoke(
+        video.main,
+        "--input",
+        source,
+        "--output",
+        output,
+        "--height",
+        32,
+        "--width",
+        32,
+        "--frames",
+        6,
+        "--clips-per-shard",
+        10,
+        "--validation-fraction",
+        0.4,
+        *more,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -133,16 +149,18 @@ def test_what_does_not_move_may_be_left_out(tmp_path):
     write_video(tmp_path / "raw/a.mp4", film)
     write_video(tmp_path / "raw/b.mp4", np.full((24, 96, 96, 3), 7, np.uint8))
     options = ("--encoder", "pixels", "--validation-fraction", 0, "--height", 96, "--width", 96, "--tiles", 1)
-    result = prepare(tmp_path / "raw", tmp_path / "out", *options, "--tiles", 3, "--height", 32, "--width", 32,
-                     "--least-motion", 5)  # fmt: skip
+    result = prepare(
+        tmp_path / "raw", tmp_path / "out", *options, "--tiles", 3, "--height", 32, "--width", 32, "--least-motion", 5
+    )
     assert result.exit_code == 0, result.output
     manifest, clips = read_manifest(str(tmp_path / "out/train")), decoded(tmp_path / "out/train")
     every, moving = 4 * (27 + 9), 4 * 9
     assert len(clips) == manifest.samples == moving and manifest.provenance["still"] == every - moving
     assert (np.abs(np.diff(clips.astype(int), axis=1)).mean((1, 2, 3, 4)) >= 4).all() and "still" in said(result)
     for encoder, message in (("pixels", "8 samples move less than --least-motion"), ("pca", "nothing in it moves")):
-        result = prepare(tmp_path / "raw", tmp_path / "none", *options, "--encoder", encoder, "--overwrite",
-                         "--least-motion", 255)  # fmt: skip
+        result = prepare(
+            tmp_path / "raw", tmp_path / "none", *options, "--encoder", encoder, "--overwrite", "--least-motion", 255
+        )
         assert result.exit_code == 2 and message in said(result)
 
 

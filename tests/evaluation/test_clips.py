@@ -10,10 +10,15 @@ from tests import builders
 from tests.tasks import latents
 
 
-@pytest.mark.parametrize("options", [
-    ("thinking.max_steps=2", "thinking.initial=observed"), ("thinking.max_steps=2", "video.tokens_per_side=2"),
-    ("model.architecture=transformer",), ("model.architecture=transformer", "video.predicts=change"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("thinking.max_steps=2", "thinking.initial=observed"),
+        ("thinking.max_steps=2", "video.tokens_per_side=2"),
+        ("model.architecture=transformer",),
+        ("model.architecture=transformer", "video.predicts=change"),
+    ],
+)
 def test_a_clip_goes_on_from_its_own_frames(options):
     recipe = latents.recipe(*options)
     task = latents.task(recipe)

@@ -11,7 +11,7 @@ import torch
 from ebt_megatron.config import RecipeError
 from ebt_megatron.data.captions import NOT_TOLD
 from ebt_megatron.data.decoder import Decoder
-from ebt_megatron.evaluation import picture_report, picture_suite, probe, strangers
+from ebt_megatron.evaluation import ood_detection, picture_report, picture_suite, probe
 from ebt_megatron.evaluation.suite import SuiteOptions
 from tests import builders
 from tests.tasks import latents
@@ -28,9 +28,12 @@ def loader(count, labels=None):
         batch.labels = labels
     batch.counts = torch.ones(count, dtype=torch.bool)
     manifest = SimpleNamespace(classes=["a", "b", "c"])
-    return SimpleNamespace(blend=range(count), validation_samples=min(count, 16),
-                           read=lambda at: batch.part(0, len(at)),
-                           sources=[SimpleNamespace(manifest=manifest)])  # fmt: skip
+    return SimpleNamespace(
+        blend=range(count),
+        validation_samples=min(count, 16),
+        read=lambda at: batch.part(0, len(at)),
+        sources=[SimpleNamespace(manifest=manifest)],
+    )
 
 
 def opened(kind, *overrides):
@@ -40,17 +43,26 @@ def opened(kind, *overrides):
     scale = 20 * torch.randn(2, 48, generator=torch.Generator().manual_seed(0))
     task.decoder = Decoder(scale, torch.full((48,), 128.0), 8, 8, 4)
     model = builders.build(recipe, torch.float32, task)
-    return SimpleNamespace(recipe=recipe, task=task, model=model, state=builders.state(recipe),
-                           objective=builders.objective(model, recipe, task),
-                           data={"train": loader(200), "validation": loader(60)})  # fmt: skip
+    return SimpleNamespace(
+        recipe=recipe,
+        task=task,
+        model=model,
+        state=builders.state(recipe),
+        objective=builders.objective(model, recipe, task),
+        data={"train": loader(200), "validation": loader(60)},
+    )
 
 
 @pytest.mark.parametrize("told", [(), latents.CAPTIONS], ids=["classes", "captions"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_features_are_the_means_of_what_layers_put_out(kind, told):
     run, batch = opened(kind, *told), latents.pictures(4)
-    untold = replace(batch, labels=torch.full((4,), run.task.classes), counts=torch.ones(4, dtype=torch.bool),
-                     captions=torch.full_like(batch.captions, NOT_TOLD))  # fmt: skip
+    untold = replace(
+        batch,
+        labels=torch.full((4,), run.task.classes),
+        counts=torch.ones(4, dtype=torch.bool),
+        captions=torch.full_like(batch.captions, NOT_TOLD),
+    )
     seen = []
     hooks = [layer.register_forward_hook(lambda m, given, out: seen.append(out)) for layer in run.model.layers]
     run.objective.evaluate(run.task.sample(untold, torch.device("cpu"), 50), 1)
@@ -75,14 +87,14 @@ def test_a_probe_finds_classes_where_there_are_any(kind):
 def test_what_is_told_from_pixels_is_told():
     decoder = Decoder(torch.eye(48), torch.zeros(48), 8, 8, 4)
     flat, noisy = torch.full((1, 4, 48), 100.0), 100 + 50 * torch.randn(1, 4, 48)
-    even, uneven = (strangers.plain_scores(decoder, t) for t in (flat, noisy))
+    even, uneven = (ood_detection.plain_scores(decoder, t) for t in (flat, noisy))
     assert even == {"mean pixel": 100, "variance of pixels": 0, "difference of neighbours": 0}
     assert uneven["variance of pixels"] == pytest.approx(2500, rel=0.3) and uneven["difference of neighbours"] > 40
 
 
 def test_energies_are_those_of_the_picture_and_of_where_thinking_ends():
     run, batch = opened("EBT", "images.classes=false"), latents.pictures(3)
-    scores = strangers.model_scores(run, batch, [50])
+    scores = ood_detection.model_scores(run, batch, [50])
     sample = run.task.sample(batch, torch.device("cpu"), 50)
 
     def energy(pictures):
@@ -106,14 +118,14 @@ def test_a_dits_score_is_its_loss_of_the_noise(learned):
     with torch.no_grad():
         noise = run.model.predicted(sample.observed, sample.start)[..., :2].transpose(0, 1)
     expected = (noise - sample.targets).square().mean((1, 2))
-    assert torch.allclose(strangers.model_scores(run, batch, [50])["denoising loss, level 50"], expected, atol=1e-6)
+    assert torch.allclose(ood_detection.model_scores(run, batch, [50])["denoising loss, level 50"], expected, atol=1e-6)
 
 
 def test_strangers_are_told_by_what_is_strange_in_them():
     run, own, others = opened("EBT"), latents.pictures(50), latents.pictures(50, first=50)
-    alike = strangers.strangers(run, own, others, [50, 99])
+    alike = ood_detection.ood_detection(run, own, others, [50, 99])
     others.latents = 4 * others.latents
-    different = strangers.strangers(run, own, others, [50, 99])
+    different = ood_detection.ood_detection(run, own, others, [50, 99])
     assert alike.keys() == different.keys() and all(0.3 < value < 0.7 for value in alike.values())
     error = "reconstruction error, level 99"
     assert different["variance of pixels"] > 0.95 and different[error] > alike[error] + 0.1
@@ -135,11 +147,13 @@ def test_the_suite_has_all_parts_and_shows_them(kind, monkeypatch, tmp_path):
     assert taken == ([1, 2, 3, 4, 5] if kind == "EBT" else [1, 2, 3, 5])
     every, best = (picture_report.tables({kind: numbers}, every=every) for every in (True, False))
     assert [table.title.partition(":")[0] for table in every] == [
-        "Denoising held-out pictures from level 30", "Denoising held-out pictures from level 61", "Linear probe",
+        "Denoising held-out pictures from level 30",
+        "Denoising held-out pictures from level 61",
+        "Linear probe",
         "Telling tiles from held-out pictures",
-    ]  # fmt: skip
+    ]
     assert [row[1] for row in every[0].rows] == ["-", *map(str, taken)]
     assert {row[1] for row in best[0].rows} >= {"-", "1", "3", str(max(taken))} - ({"3"} if kind == "DiT" else set())
     assert len(picture_report.curves({kind: numbers}).axes) == 4
-    with pytest.raises(RecipeError, match="--rival is for text"):
-        picture_suite.evaluate_pictures(tmp_path, [], SuiteOptions(rivals=[tmp_path]))
+    with pytest.raises(RecipeError, match="--baseline is for text"):
+        picture_suite.evaluate_pictures(tmp_path, [], SuiteOptions(baselines=[tmp_path]))

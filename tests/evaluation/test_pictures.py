@@ -20,8 +20,9 @@ def opened(*overrides):
     task.decoder = Decoder(20 * torch.eye(2), torch.full((2,), 128.0), 2, 2, 1)
     model = builders.build(recipe, torch.float32, task)
     state = builders.state(recipe)
-    return SimpleNamespace(recipe=recipe, task=task, model=model, state=state,
-                           objective=builders.objective(model, recipe, task))  # fmt: skip
+    return SimpleNamespace(
+        recipe=recipe, task=task, model=model, state=state, objective=builders.objective(model, recipe, task)
+    )
 
 
 def picture(seed=0):
@@ -46,8 +47,11 @@ def test_ssim_in_one_window_is_the_formula():
         x, y = a[..., c].flatten().double(), b[..., c].flatten().double()
         cov = torch.cov(torch.stack([x, y]))
         c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
-        out.append((2 * x.mean() * y.mean() + c1) * (2 * cov[0, 1] + c2)
-                   / ((x.mean() ** 2 + y.mean() ** 2 + c1) * (cov[0, 0] + cov[1, 1] + c2)))  # fmt: skip
+        out.append(
+            (2 * x.mean() * y.mean() + c1)
+            * (2 * cov[0, 1] + c2)
+            / ((x.mean() ** 2 + y.mean() ** 2 + c1) * (cov[0, 0] + cov[1, 1] + c2))
+        )
     assert pictures.ssim(a, b).item() == pytest.approx(torch.stack(out).mean().item(), rel=1e-6)
 
 
@@ -133,8 +137,11 @@ def test_ancestral_sampling_alone_uses_learned_variances(ancestral):
 
 @pytest.mark.parametrize("setting", ["ebt", "transformer", "learned variances"])
 def test_pictures_are_made_by_class(setting):
-    settings = {"ebt": ("thinking.initial=noise",), "transformer": ("model.architecture=transformer",),
-                "learned variances": ("model.architecture=transformer", "images.learn_sigma=true")}  # fmt: skip
+    settings = {
+        "ebt": ("thinking.initial=noise",),
+        "transformer": ("model.architecture=transformer",),
+        "learned variances": ("model.architecture=transformer", "images.learn_sigma=true"),
+    }
     run = opened(*settings[setting])
     labels = torch.tensor([0, 1, 0])
     made = pictures.made(run, labels, 3, guidance=1.0)

@@ -20,27 +20,57 @@ JUDGED = ("compute", "starts", "risk", "shifts", "landscape-1")
 
 def suite():
     """Numbers as `evaluation.suite` gives them."""
-    doubt = {"rank correlation with loss": 0.5, "AUROC of an error": 0.7, "area under risk-coverage": 0.3,
-             "curve": [0.1, 0.2, 0.5]}  # fmt: skip
-    model = {"parameters": 1e6, "tokens": 1e6, "training flops": 1e12, "inference flops a token": 3e6, "loss": 4.0,
-             "perplexity": 55.0, "accuracy": 0.2}  # fmt: skip
+    doubt = {
+        "rank correlation with loss": 0.5,
+        "AUROC of an error": 0.7,
+        "area under risk-coverage": 0.3,
+        "curve": [0.1, 0.2, 0.5],
+    }
+    model = {
+        "parameters": 1e6,
+        "tokens": 1e6,
+        "training flops": 1e12,
+        "inference flops a token": 3e6,
+        "loss": 4.0,
+        "perplexity": 55.0,
+        "accuracy": 0.2,
+    }
     by = {"lowest energy": {"perplexity": 50.0, "accuracy": 0.2}, "even mixture": {"perplexity": 49.0}}
     step = {"steps": 1, "loss": 4.0, "perplexity": 55.0, "accuracy": 0.2, "changed": None}
     compute = [{"steps": s, "tolerance": 0.1 * s, "perplexity": 60.0 - s, "flops": 1e6 * s} for s in (1, 2)]
     token = {"text": " a<b", "loss": 1.0, "energy": 0.3, "steps": 2, "first": [["x", 0.5]], "last": [["</y>", 0.6]]}
-    shift = {"shift": 2.0, "gain over the first step": 0.2, "perplexity": {"": 90.0, "T": 80.0}, "energy": 1.0,
-             "AUROC of being other text, by energy": 0.6}  # fmt: skip
+    shift = {
+        "shift": 2.0,
+        "gain over the first step": 0.2,
+        "perplexity": {"": 90.0, "T": 80.0},
+        "energy": 1.0,
+        "AUROC of being other text, by energy": 0.6,
+    }
     return {
-        "trained steps": 2, "models": [{"name": "e", "rival": False, **model}, {"name": "T", "rival": True, **model}],
-        "thinking": [step], "starts": [{"starts": m, "by": by} for m in (1, 2)],
+        "trained steps": 2,
+        "models": [{"name": "e", "baseline": False, **model}, {"name": "T", "baseline": True, **model}],
+        "thinking": [step],
+        "starts": [{"starts": m, "by": by} for m in (1, 2)],
         "dynamic compute": {"fixed": compute, "adaptive": compute, "flops to reach the trained steps' perplexity": 0.7},
-        "corruption": [{"kind": "random", "token energy": 0.7, "-log p": 0.9}], "shifts": {"far <1>": shift},
+        "corruption": [{"kind": "random", "token energy": 0.7, "-log p": 0.9}],
+        "shifts": {"far <1>": shift},
         "uncertainty": {n: {"error rate": 0.5, "calibration error": 0.1, "by": {"entropy": doubt}} for n in "eT"},
-        "portrait": {"tokens": [token, {**token, "text": "\n", "energy": 0.1}] * 30,
-                     "samples": {"prompt": "So <i>", "texts": ["it goes & goes"]},
-                     "landscapes": [{"x": [0, 1, 2], "y": [0, 1], "energy": [[0, 1, 2], [1, 2, 3]], "target": [1, 1],
-                                     "path": [[0, 0], [1, 0.5]], "context": "a", "token": "$b$"}]},
-    }  # fmt: skip
+        "token_trace": {
+            "tokens": [token, {**token, "text": "\n", "energy": 0.1}] * 30,
+            "samples": {"prompt": "So <i>", "texts": ["it goes & goes"]},
+            "landscapes": [
+                {
+                    "x": [0, 1, 2],
+                    "y": [0, 1],
+                    "energy": [[0, 1, 2], [1, 2, 3]],
+                    "target": [1, 1],
+                    "path": [[0, 0], [1, 0.5]],
+                    "context": "a",
+                    "token": "$b$",
+                }
+            ],
+        },
+    }
 
 
 @pytest.fixture
@@ -50,25 +80,48 @@ def runs(tmp_path):
         folder = folders[name] = tmp_path / name
         folder.mkdir()
         rows = [
-            {"step": s, "tokens": 100 * s, "loss": 5.0 - s / 10, "final_step_loss": 5.0 - s / 10,
-             "step_losses": [5.1 - s / 10, 5.0 - s / 10][: 1 + s % 2], "alpha": 10.0, "tokens_per_second": 10.0,
-             "step_seconds": 2.0, "peak_memory_bytes": 5e8, "model_flops_per_second": 1e9, "data_wait_seconds": 0.002,
-             **({"validation_loss": 5.5 - s / 10} if s % 5 == 0 else {})}
+            {
+                "step": s,
+                "tokens": 100 * s,
+                "loss": 5.0 - s / 10,
+                "final_step_loss": 5.0 - s / 10,
+                "step_losses": [5.1 - s / 10, 5.0 - s / 10][: 1 + s % 2],
+                "alpha": 10.0,
+                "tokens_per_second": 10.0,
+                "step_seconds": 2.0,
+                "peak_memory_bytes": 5e8,
+                "model_flops_per_second": 1e9,
+                "data_wait_seconds": 0.002,
+                **({"validation_loss": 5.5 - s / 10} if s % 5 == 0 else {}),
+            }
             for s in range(1, 11)
-        ]  # fmt: skip
+        ]
         (folder / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
         steps = range(1, 5) if name == "ebt" else range(1, 2)
         state = {"top": [{"token": " a<b", "probability": 0.5}, {"token": " of", "probability": 0.25}]}
         evaluation = {
-            "name": name, "architecture": name, "trained_steps": 2 if name == "ebt" else 1, "unigram_entropy": 5.7,
-            "thinking": [{"steps": s, "loss": 5.0 - s / 10, "perplexity": 100.0 + s, "accuracy": 0.25,
-                          "changed": None if s == 1 else 0.125} for s in steps],
-        }  # fmt: skip
+            "name": name,
+            "architecture": name,
+            "trained_steps": 2 if name == "ebt" else 1,
+            "unigram_entropy": 5.7,
+            "thinking": [
+                {
+                    "steps": s,
+                    "loss": 5.0 - s / 10,
+                    "perplexity": 100.0 + s,
+                    "accuracy": 0.25,
+                    "changed": None if s == 1 else 0.125,
+                }
+                for s in steps
+            ],
+        }
         if name == "ebt":
             evaluation["example"] = {
-                "context": "one <b> of", "target": " of", "mean_energies": [[1.0, 0.5], [0.4, 0.3]],
+                "context": "one <b> of",
+                "target": " of",
+                "mean_energies": [[1.0, 0.5], [0.4, 0.3]],
                 "states": [{"steps": i, "energies": [1.0, 0.5] if i else None, **state} for i in range(3)],
-            }  # fmt: skip
+            }
         (folder / "evaluation.json").write_text(json.dumps(evaluation))
     return folders
 
@@ -126,11 +179,28 @@ def test_a_browser_shows_every_figure_on_a_narrow_screen(night, runs, tmp_path):
     page.write_text(page.read_text().replace("<h1>", PROBE + "<h1>", 1))
     dark = ["--force-dark-mode", "--blink-settings=preferredColorScheme=0"] if night else []
     done = subprocess.run(
-        [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking",
-         "--disable-component-update", "--disable-sync", "--hide-scrollbars", f"--user-data-dir={tmp_path / 'profile'}",
-         "--enable-logging=stderr", "--virtual-time-budget=5000", "--window-size=400,900", *dark, "--dump-dom",
-         page.as_uri()], capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
+        [
+            CHROMIUM,
+            "--headless",
+            "--no-sandbox",
+            "--disable-gpu",
+            "--no-first-run",
+            "--disable-background-networking",
+            "--disable-component-update",
+            "--disable-sync",
+            "--hide-scrollbars",
+            f"--user-data-dir={tmp_path / 'profile'}",
+            "--enable-logging=stderr",
+            "--virtual-time-budget=5000",
+            "--window-size=400,900",
+            *dark,
+            "--dump-dom",
+            page.as_uri(),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
     told = json.loads(re.search(r"<title>(\{.*?\})</title>", done.stdout)[1])
     assert "CONSOLE" not in done.stderr, done.stderr
     assert {name for name, *_ in told["seen"]} == {*PLAIN, *JUDGED}

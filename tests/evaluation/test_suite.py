@@ -19,10 +19,18 @@ def scores(loss, energy=(), answer=None, moved=None, **more):
     loss = np.array(loss, float)
     zeros = np.zeros_like(loss)
     flat = np.zeros(loss.shape[1])
-    values = {"target": flat.astype(int), "loss": loss, "entropy": zeros, "confidence": zeros,
-              "answer": zeros.astype(int) if answer is None else np.array(answer),
-              "moved": zeros if moved is None else np.array(moved), "drawn": flat.astype(int), "drawn_log_p": flat,
-              "energy": np.array(energy, float), "token_energy": flat}  # fmt: skip
+    values = {
+        "target": flat.astype(int),
+        "loss": loss,
+        "entropy": zeros,
+        "confidence": zeros,
+        "answer": zeros.astype(int) if answer is None else np.array(answer),
+        "moved": zeros if moved is None else np.array(moved),
+        "drawn": flat.astype(int),
+        "drawn_log_p": flat,
+        "energy": np.array(energy, float),
+        "token_energy": flat,
+    }
     return TokenScores(**(values | more))
 
 
@@ -44,8 +52,10 @@ def test_thinking_tells_what_each_step_changed():
 
 
 def test_of_several_starts_the_energy_chooses_and_is_set_beside_an_oracle():
-    good_last = [scores([[3.0, 1]], energy=[[5, 5], [4, 1]], answer=[[1, 0]]),
-                 scores([[1.0, 3]], energy=[[9, 9], [2, 3]], answer=[[0, 1]])]  # fmt: skip
+    good_last = [
+        scores([[3.0, 1]], energy=[[5, 5], [4, 1]], answer=[[1, 0]]),
+        scores([[1.0, 3]], energy=[[9, 9], [2, 3]], answer=[[0, 1]]),
+    ]
     one, two = suite.starts(good_last, 1, {})
     assert one["by"]["lowest energy"]["perplexity"] == pytest.approx(math.e**2)
     assert two["by"]["lowest energy"] == {"perplexity": pytest.approx(math.e), "accuracy": 1}
@@ -57,11 +67,13 @@ def test_of_several_starts_the_energy_chooses_and_is_set_beside_an_oracle():
     assert math.e < two["by"]["mixture by exp(-E / tau)"]["perplexity"] < math.exp(even)
 
 
-def test_a_rival_keeps_the_likeliest_token_it_drew():
+def test_a_baseline_keeps_the_likeliest_token_it_drew():
     ours = [scores([[1.0]], energy=[[0], [0]])] * 2
-    rival = [scores([[1.0]], drawn=np.array([0]), drawn_log_p=np.array([-3.0])),
-             scores([[1.0]], drawn=np.array([4]), drawn_log_p=np.array([-1.0]))]  # fmt: skip
-    one, two = suite.starts(ours, 1, {"T": rival})
+    baseline = [
+        scores([[1.0]], drawn=np.array([0]), drawn_log_p=np.array([-3.0])),
+        scores([[1.0]], drawn=np.array([4]), drawn_log_p=np.array([-1.0])),
+    ]
+    one, two = suite.starts(ours, 1, {"T": baseline})
     assert [row["by"]["likeliest of the tokens drawn, T"]["accuracy"] for row in (one, two)] == [1, 0]
 
 
@@ -82,7 +94,7 @@ def test_an_energy_that_knows_wrong_tokens_is_told_from_one_that_does_not():
     assert [rows[0][key] for key in ("token energy", "-log p", "-log p, T")] == [1, 0, 0.5]
 
 
-def test_a_shift_is_measured_by_the_rival():
+def test_a_shift_is_measured_by_the_baseline():
     inside = {"": scores([[2.0], [1.0]], energy=[[0]] * 3), "T": scores([[1.0]])}
     outside = {"": scores([[4.0], [2.0]], energy=[[1]] * 3), "T": scores([[3.0]])}
     numbers = suite.shift(inside, outside, "T", 2)
@@ -137,7 +149,7 @@ def test_a_token_taken_as_a_prediction_has_the_energy_of_its_embedding():
     np.testing.assert_allclose(score(objective, [sample], 2).token_energy, energy.flatten(), rtol=1e-6)
 
 
-def test_rivals_of_one_recipe_are_told_apart():
+def test_baselines_of_one_recipe_are_told_apart():
     def collected(loss):
         plain = scores([[loss, 1.0]], confidence=np.full((1, 2), 0.5), entropy=np.array([[1.0, 2]]), answer=[[0, 1]])
         about = {"name": "t", "steps": 1, "tokens": 2}
@@ -148,9 +160,11 @@ def test_rivals_of_one_recipe_are_told_apart():
         names.append(suite._name(folder, {"t", *names}))
     assert len({"t", *names}) == 3
     numbers = suite._results(collected(1.0), dict(zip(names, map(collected, (2.0, 3.0)), strict=True)))
-    assert [(m["name"], m["rival"], m["loss"]) for m in numbers["models"]] == [
-        ("t", False, 1.0), (names[0], True, 1.5), (names[1], True, 2.0)
-    ]  # fmt: skip
+    assert [(m["name"], m["baseline"], m["loss"]) for m in numbers["models"]] == [
+        ("t", False, 1.0),
+        (names[0], True, 1.5),
+        (names[1], True, 2.0),
+    ]
     assert list(numbers["uncertainty"]) == ["t", *names]
 
 
@@ -170,13 +184,26 @@ def test_tables_show_every_part():
         answer=[[0, 1], [0, 1]],
     )
     numbers = {
-        "trained steps": 2, "thinking": suite.thinking(ours), "starts": suite.starts([ours, ours], 2, {}),
-        "models": [{"name": "a [b]", "parameters": 1e6, "tokens": 2e6, "training flops": 1e12, "loss": 1.0,
-                    "inference flops a token": 1e6, "perplexity": 2.7, "accuracy": 0.5}],
-        "uncertainty": {"a": suite.uncertainty(ours, 2)}, "dynamic compute": suite.dynamic_compute(ours, 2, float),
+        "trained steps": 2,
+        "thinking": suite.thinking(ours),
+        "starts": suite.starts([ours, ours], 2, {}),
+        "models": [
+            {
+                "name": "a [b]",
+                "parameters": 1e6,
+                "tokens": 2e6,
+                "training flops": 1e12,
+                "loss": 1.0,
+                "inference flops a token": 1e6,
+                "perplexity": 2.7,
+                "accuracy": 0.5,
+            }
+        ],
+        "uncertainty": {"a": suite.uncertainty(ours, 2)},
+        "dynamic compute": suite.dynamic_compute(ours, 2, float),
         "corruption": suite.corruption(lambda kind: (ours, np.array([True, False])), {}),
         "shifts": {"far": suite.shift({"": ours, "T": ours}, {"": ours, "T": ours}, "T", 2)},
-    }  # fmt: skip
+    }
     tables = suite_tables(numbers)
     assert len(tables) == 7
     for table in tables:

@@ -11,7 +11,7 @@ from ebt_megatron.data.loader import MicroBatch
 from ebt_megatron.evaluation.validation import validate
 from ebt_megatron.prediction.logits import most_likely
 from ebt_megatron.tasks.text import Text
-from ebt_megatron.thinking.dual_stream import Thought
+from ebt_megatron.thinking.dual_stream import ThinkingOutput
 from tests import builders
 
 
@@ -29,7 +29,7 @@ def objective_giving(*thoughts, answers=()):
 
 def one_step(losses):
     losses = torch.tensor(losses)
-    return Thought(losses[None], torch.zeros(0, *losses.shape))
+    return ThinkingOutput(losses[None], torch.zeros(0, *losses.shape))
 
 
 def batch(*targets, counts=None):
@@ -67,7 +67,7 @@ def test_samples_that_fill_a_micro_batch_do_not_count():
 def test_right_and_changed_answers_are_counted_after_every_step(monkeypatch):
     monkeypatch.setattr("ebt_megatron.tasks.text.most_likely", lambda answer: answer)
     answers = [[[9, 9], [2, 9]], [[1, 3], [2, 9]], [[1, 3], [4, 3]]]  # [step][position][sample]
-    objective = objective_giving(Thought(torch.zeros(3, 2, 2), torch.zeros(3, 2, 2)), answers=answers)
+    objective = objective_giving(ThinkingOutput(torch.zeros(3, 2, 2), torch.zeros(3, 2, 2)), answers=answers)
     measures = validate(objective, [batch([1, 2], [3, 3], counts=[True, False])], 3).measures
     assert measures["accuracy"] == [0.5, 1, 0.5]
     assert math.isnan(measures["changed"][0]) and measures["changed"][1:] == [0.5, 0.5]

@@ -24,9 +24,12 @@ def run_of(recipe, dtype=torch.float64, model=None):
     """What `session.open_run` gives, of an untrained model."""
     model = builders.build(recipe, dtype) if model is None else model
     return SimpleNamespace(
-        recipe=recipe, state=builders.state(recipe), task=Text(recipe, builders.VOCAB), model=model,
+        recipe=recipe,
+        state=builders.state(recipe),
+        task=Text(recipe, builders.VOCAB),
+        model=model,
         objective=builders.objective(model, recipe),
-    )  # fmt: skip
+    )
 
 
 def run_on_layout(recipe):

@@ -80,15 +80,21 @@ def test_a_run_directory_is_all_it_takes(runs, tmp_path):
     assert done.exit_code == 2 and "no shards at" in done.stderr
 
 
-@pytest.mark.parametrize(("arguments", "line"), [
-    (["--steps", 0], "error: steps=0: must be at least 1"), (["--candidates", 0], "error: candidates=0: must be"),
-    ([], "error: no prompt: give --prompt TEXT"), (["--prompt", ""], "error: prompt 1 is empty"),
-    (["--prompts", "{folder}/none"], "none"), (["--prompt", "a", "--output", "{folder}/no/x"], "no is not a folder"),
-    (["--prompt", "a", "--top-p", 0], "error: top_p=0.0: must be greater"),
-    (["--prompt", "a", "--flops", 10, "--max-tokens", 2], "flops=10 does not pay for one step of a batch"),
-    (["--prompt", "a", "--candidates", 2], "error: candidates=2: without noise every start of"),
-    (["--prompt", "a", "parallel.tensor=2"], "number of ranks=1 is not divisible"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (["--steps", 0], "error: steps=0: must be at least 1"),
+        (["--candidates", 0], "error: candidates=0: must be"),
+        ([], "error: no prompt: give --prompt TEXT"),
+        (["--prompt", ""], "error: prompt 1 is empty"),
+        (["--prompts", "{folder}/none"], "none"),
+        (["--prompt", "a", "--output", "{folder}/no/x"], "no is not a folder"),
+        (["--prompt", "a", "--top-p", 0], "error: top_p=0.0: must be greater"),
+        (["--prompt", "a", "--flops", 10, "--max-tokens", 2], "flops=10 does not pay for one step of a batch"),
+        (["--prompt", "a", "--candidates", 2], "error: candidates=2: without noise every start of"),
+        (["--prompt", "a", "parallel.tensor=2"], "number of ranks=1 is not divisible"),
+    ],
+)
 def test_bad_input_is_one_line(arguments, line, runs, tmp_path):
     done = call(runs / "ebt", *(str(a).replace("{folder}", str(tmp_path)) for a in arguments))
     assert done.exit_code == 2 and line in done.stderr.strip() and not done.stdout

@@ -73,11 +73,17 @@ class Scripted:
         return Forecast(log_p, energy, torch.full_like(at, 2), 10.0)
 
 
-@pytest.mark.parametrize(("options", "text", "finish", "tokens"), [
-    ({"max_tokens": 3}, "bcd", "length", 3), ({}, "bcdefgh", "end", 8), ({"stop": ("ef", "xy")}, "bcd", "stop", 5),
-    ({"stop": ("b",)}, "", "stop", 1), ({"stop": ("ef", "def")}, "bc", "stop", 5),
-    ({"stop": ("gx",), "max_tokens": 9}, "bcdefgh", "end", 8),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("options", "text", "finish", "tokens"),
+    [
+        ({"max_tokens": 3}, "bcd", "length", 3),
+        ({}, "bcdefgh", "end", 8),
+        ({"stop": ("ef", "xy")}, "bcd", "stop", 5),
+        ({"stop": ("b",)}, "", "stop", 1),
+        ({"stop": ("ef", "def")}, "bc", "stop", 5),
+        ({"stop": ("gx",), "max_tokens": 9}, "bcdefgh", "end", 8),
+    ],
+)
 def test_where_a_text_ends(options, text, finish, tokens, letters):
     predict, seen = Scripted(letters, "bcdefgh"), []
     (found,) = continuations(
@@ -106,12 +112,19 @@ def test_of_several_continuations_one_is_kept(letters):
 LOG_P = torch.tensor([[0.1, 0.5, 0.15, 0.25]]).log()
 
 
-@pytest.mark.parametrize(("options", "shares"), [
-    ({}, [0.1, 0.5, 0.15, 0.25]), ({"top_k": 2}, [0, 2 / 3, 0, 1 / 3]), ({"top_p": 0.49}, [0, 1, 0, 0]),
-    ({"top_p": 0.8}, [0, 0.5 / 0.9, 0.15 / 0.9, 0.25 / 0.9]), ({"temperature": 0}, [0, 1, 0, 0]),
-    ({"temperature": 0.5}, [0.01 / 0.345, 0.25 / 0.345, 0.0225 / 0.345, 0.0625 / 0.345]),
-    ({"top_k": 3, "top_p": 0.8}, [0, 0.5 / 0.75, 0, 0.25 / 0.75]), ({"top_k": 9}, [0.1, 0.5, 0.15, 0.25]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("options", "shares"),
+    [
+        ({}, [0.1, 0.5, 0.15, 0.25]),
+        ({"top_k": 2}, [0, 2 / 3, 0, 1 / 3]),
+        ({"top_p": 0.49}, [0, 1, 0, 0]),
+        ({"top_p": 0.8}, [0, 0.5 / 0.9, 0.15 / 0.9, 0.25 / 0.9]),
+        ({"temperature": 0}, [0, 1, 0, 0]),
+        ({"temperature": 0.5}, [0.01 / 0.345, 0.25 / 0.345, 0.0225 / 0.345, 0.0625 / 0.345]),
+        ({"top_k": 3, "top_p": 0.8}, [0, 0.5 / 0.75, 0, 0.25 / 0.75]),
+        ({"top_k": 9}, [0.1, 0.5, 0.15, 0.25]),
+    ],
+)
 def test_tokens_are_drawn_in_their_shares(options, shares):
     count = 2000
     texts = torch.arange(count)
@@ -121,20 +134,29 @@ def test_tokens_are_drawn_in_their_shares(options, shares):
     assert all(bool(f) == bool(s) for f, s in zip(found.tolist(), shares, strict=True))
 
 
-@pytest.mark.parametrize(("options", "line"), [
-    ({"temperature": -1}, "temperature=-1: must be a finite number of"), ({"top_k": 0}, "top_k=0: must be at"),
-    ({"top_p": 0}, "top_p=0: must be greater than 0"), ({"max_tokens": 0}, "max_tokens=0: must be at least 1"),
-    ({"stop": ("",)}, "an empty string stops everything"), ({"keep": "best"}, "keep=best: choose one of energy, log_p"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("options", "line"),
+    [
+        ({"temperature": -1}, "temperature=-1: must be a finite number of"),
+        ({"top_k": 0}, "top_k=0: must be at"),
+        ({"top_p": 0}, "top_p=0: must be greater than 0"),
+        ({"max_tokens": 0}, "max_tokens=0: must be at least 1"),
+        ({"stop": ("",)}, "an empty string stops everything"),
+        ({"keep": "best"}, "keep=best: choose one of energy, log_p"),
+    ],
+)
 def test_options_that_do_not_do(options, line, letters):
     with pytest.raises(RecipeError, match=line):
         continuations(None, letters, **options)
 
 
-@pytest.mark.parametrize(("prompt", "line"), [
-    ("", "prompt 1 is empty: give at least one token"),
-    ("na\u00efve \u2603", "prompt 1 holds '\u00ef\u2603', which the run's tokenizer lacks"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("prompt", "line"),
+    [
+        ("", "prompt 1 is empty: give at least one token"),
+        ("na\u00efve \u2603", "prompt 1 holds '\u00ef\u2603', which the run's tokenizer lacks"),
+    ],
+)
 def test_prompts_that_do_not_do(prompt, line, letters):
     with pytest.raises(DataError, match=line):
         continuations(None, letters, [prompt])

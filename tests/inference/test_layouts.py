@@ -11,10 +11,12 @@ SEQUENCE = ("model.conditioning=time_embed_sequence", "thinking.langevin_noise=0
 CASES = [  # overrides, and how to think
     ((), {}),
     (SEQUENCE, {"steps": 6, "candidates": 3, "accept_only": True, "energy_tolerance": 1e-3}),
-    (("thinking.initial_std=1",), {"steps": 6, "prediction_tolerance": 0.1, "flops": 4e7, "candidates": 2,
-                                   "choose": "mixture"}),
+    (
+        ("thinking.initial_std=1",),
+        {"steps": 6, "prediction_tolerance": 0.1, "flops": 4e7, "candidates": 2, "choose": "mixture"},
+    ),
     (("model.architecture=transformer",), {}),
-]  # fmt: skip
+]
 
 
 def _forecasts(layout):

@@ -126,21 +126,33 @@ def tilted(y, landscape):
     return y * [1.0, 10.0, 100.0][landscape]  # a step on a landscape is 0.1, 1 or 10
 
 
-@pytest.mark.parametrize(("options", "moved"), [
-    ({}, 11.1), ({"steps": 5}, 31.1), ({"steps": 5, "more_steps": "every"}, 0.2 + 2 + 10), ({"steps": 2}, 1.1),
-    ({"steps": 6, "more_steps": "every"}, 22.2),
-    ({"step_size": 0.2}, 22.2), ({"step_size": 0.2, "step_size_on": "last"}, 21.1), ({"step_size_scale": 3}, 33.3),
-    ({"step_size": 0.2, "step_size_scale": 0.5, "step_size_on": "last"}, 11.1),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("options", "moved"),
+    [
+        ({}, 11.1),
+        ({"steps": 5}, 31.1),
+        ({"steps": 5, "more_steps": "every"}, 0.2 + 2 + 10),
+        ({"steps": 2}, 1.1),
+        ({"steps": 6, "more_steps": "every"}, 22.2),
+        ({"step_size": 0.2}, 22.2),
+        ({"step_size": 0.2, "step_size_on": "last"}, 21.1),
+        ({"step_size_scale": 3}, 33.3),
+        ({"step_size": 0.2, "step_size_scale": 0.5, "step_size_on": "last"}, 11.1),
+    ],
+)
 def test_landscapes_and_step_sizes(options, moved):
     thought, _ = think(tilted, **options)
     assert values(thought) == pytest.approx([y - moved for y in STARTS.values()])
 
 
-@pytest.mark.parametrize(("options", "moved"), [
-    ({"langevin_noise": 0.5}, 0.5 * 6), ({"langevin_noise": 0.5, "langevin_first_only": True}, 0.5),
-    ({"langevin_noise": 0.0}, 0),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("options", "moved"),
+    [
+        ({"langevin_noise": 0.5}, 0.5 * 6),
+        ({"langevin_noise": 0.5, "langevin_first_only": True}, 0.5),
+        ({"langevin_noise": 0.0}, 0),
+    ],
+)
 def test_noise_before_steps(options, moved):
     """On a flat energy the noise of three steps is all that moves."""
     thought, _ = think(lambda y, landscape: 0 * y, **options)
@@ -240,13 +252,20 @@ def test_a_mixture_is_weighted_by_energies(tau):
     assert values(thought) == pytest.approx([(low * LEFT + high * RIGHT) / (low + high)], abs=1e-3)
 
 
-@pytest.mark.parametrize(("given", "line"), [
-    ({"steps": 0}, "steps=0: must be at least 1"), ({"candidates": 0}, "candidates=0: must be at least 1"),
-    ({"steps": 2.5}, "steps=2.5: must be a whole number"), ({"choose": "best"}, "choose=best: choose one of energy"),
-    ({"flops": 0}, "flops=0.0: must be a finite number greater than 0"), ({"stpes": 3}, "stpes=3: no such option"),
-    ({"langevin_noise": -1}, "langevin_noise=-1.0: must be a finite number of at least 0"),
-    ({"tau": float("nan")}, "tau=nan: must be a finite number greater"), ({"accept_only": 3}, "accept_only=3: must be"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("given", "line"),
+    [
+        ({"steps": 0}, "steps=0: must be at least 1"),
+        ({"candidates": 0}, "candidates=0: must be at least 1"),
+        ({"steps": 2.5}, "steps=2.5: must be a whole number"),
+        ({"choose": "best"}, "choose=best: choose one of energy"),
+        ({"flops": 0}, "flops=0.0: must be a finite number greater than 0"),
+        ({"stpes": 3}, "stpes=3: no such option"),
+        ({"langevin_noise": -1}, "langevin_noise=-1.0: must be a finite number of at least 0"),
+        ({"tau": float("nan")}, "tau=nan: must be a finite number greater"),
+        ({"accept_only": 3}, "accept_only=3: must be"),
+    ],
+)
 def test_options_that_do_not_do(given, line):
     with pytest.raises(RecipeError, match=line):
         ThinkingOptions.of(given)

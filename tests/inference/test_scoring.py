@@ -74,8 +74,7 @@ def test_the_harness_gets_what_a_direct_computation_gives(architecture, tmp_path
     letters = texts_of(run, tmp_path)
     lm = RunLM.of(predictor_of(run, ThinkingOptions.of(STEPS[architecture])), letters, batch_size=4)
     tasks = TaskManager(include_path=str(tmp_path), include_defaults=False)
-    found = lm_eval.simple_evaluate(lm, tasks=["local"], task_manager=tasks, bootstrap_iters=0,
-                                    log_samples=True)  # fmt: skip
+    found = lm_eval.simple_evaluate(lm, tasks=["local"], task_manager=tasks, bootstrap_iters=0, log_samples=True)
     right, by_length = [], []
     for sample, (question, choices, answer) in zip(found["samples"]["local"], QUESTIONS, strict=True):
         sums = []

@@ -12,8 +12,23 @@ from triton.compiler import ASTSource
 
 from ebt_megatron.kernels import StepRule, triton_attention, triton_elementwise, triton_fp8, triton_vocabulary
 
-POINTERS = {"LSE", "MU", "DELTA", "BETA", "GW", "TOP", "TOTAL", "FACTOR", "CENTRE", "ALPHA", "PP", "SCALE",
-            "MEAN", "QUANTILES", "TABLE"}  # always fp32  # fmt: skip
+POINTERS = {
+    "LSE",
+    "MU",
+    "DELTA",
+    "BETA",
+    "GW",
+    "TOP",
+    "TOTAL",
+    "FACTOR",
+    "CENTRE",
+    "ALPHA",
+    "PP",
+    "SCALE",
+    "MEAN",
+    "QUANTILES",
+    "TABLE",
+}  # always fp32
 FIXED = {"OUT8": "*fp8e4nv", "SEG": "*i32", "FIRST": "*i32", "SECOND": "*i32", "COLUMN": "*i64"}
 SHARED = 232448  # bytes a block can have on an H100
 FLOATS = ("scale", "epsilon", "std")

@@ -57,36 +57,62 @@ def fp8_casts(monkeypatch):
     monkeypatch.setattr(InterpreterBuilder, "create_fp_to_fp", create_fp_to_fp)
 
 
-@pytest.mark.parametrize(("shape", "tangent", "documents", "dtype"), [
-    (LONG, True, False, torch.float32), (LONG, True, True, torch.float32), (LONG, False, True, torch.float32),
-    (ODD, True, False, torch.float32), (ODD, True, True, torch.float16), (ODD, False, False, torch.float16),
-    (LONG, True, True, torch.bfloat16), (ODD, True, False, torch.bfloat16), (ODD, False, True, torch.bfloat16),
-    (SINGLE, True, False, torch.float32), (SINGLE, False, False, torch.float32),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("shape", "tangent", "documents", "dtype"),
+    [
+        (LONG, True, False, torch.float32),
+        (LONG, True, True, torch.float32),
+        (LONG, False, True, torch.float32),
+        (ODD, True, False, torch.float32),
+        (ODD, True, True, torch.float16),
+        (ODD, False, False, torch.float16),
+        (LONG, True, True, torch.bfloat16),
+        (ODD, True, False, torch.bfloat16),
+        (ODD, False, True, torch.bfloat16),
+        (SINGLE, True, False, torch.float32),
+        (SINGLE, False, False, torch.float32),
+    ],
+)
 def test_prediction_attention(shape, tangent, documents, dtype):
     assert_close(check.attention_case("prediction_attention", *shape, tangent, documents), dtype, backend)
 
 
-@pytest.mark.parametrize(("shape", "tangent", "dtype"), [
-    (LONG, True, torch.float32), (ODD, True, torch.float16), (ODD, False, torch.float32), (ODD, True, torch.bfloat16),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("shape", "tangent", "dtype"),
+    [
+        (LONG, True, torch.float32),
+        (ODD, True, torch.float16),
+        (ODD, False, torch.float32),
+        (ODD, True, torch.bfloat16),
+    ],
+)
 def test_full_attention(shape, tangent, dtype):
     assert_close(check.attention_case("full_attention", *shape, tangent), dtype, backend)
 
 
-@pytest.mark.parametrize(("documents", "dtype"), [
-    (False, torch.float32), (True, torch.float32), (True, torch.bfloat16),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("documents", "dtype"),
+    [
+        (False, torch.float32),
+        (True, torch.float32),
+        (True, torch.bfloat16),
+    ],
+)
 def test_context_attention(documents, dtype):
     case = check.attention_case("context_attention", 70, 1, 2, 1, 8, False, documents)
     assert_close(case, dtype, backend)
 
 
 @pytest.mark.parametrize("documents", [False, True])
-@pytest.mark.parametrize(("op", "tangent"), [
-    ("prediction_attention", True), ("prediction_attention", False), ("full_attention", True),
-    ("context_attention", False),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("op", "tangent"),
+    [
+        ("prediction_attention", True),
+        ("prediction_attention", False),
+        ("full_attention", True),
+        ("context_attention", False),
+    ],
+)
 @pytest.mark.parametrize(("blocks", "together"), [((16, 16), 1), ((32, 16), 4), ((16, 32), 9), ((16, 64), 20)])
 def test_blocks_of_any_shape(op, tangent, documents, blocks, together, monkeypatch):
     """Blocks of queries and of keys need not be of one size, nor divide the length, nor fit rows seen together."""
@@ -104,11 +130,18 @@ ANY = settings(max_examples=12, deadline=None, derandomize=True)
 
 @ANY
 @given(
-    op=st.sampled_from(["prediction_attention", "context_attention", "full_attention"]), length=st.integers(1, 70),
-    batch=st.integers(1, 2), groups=st.integers(1, 2), repeat=st.integers(1, 2), half_size=st.integers(1, 20),
-    tangent=st.booleans(), documents=st.booleans(), dtype=st.sampled_from(DTYPES), seed=st.integers(0, 1000),
+    op=st.sampled_from(["prediction_attention", "context_attention", "full_attention"]),
+    length=st.integers(1, 70),
+    batch=st.integers(1, 2),
+    groups=st.integers(1, 2),
+    repeat=st.integers(1, 2),
+    half_size=st.integers(1, 20),
+    tangent=st.booleans(),
+    documents=st.booleans(),
+    dtype=st.sampled_from(DTYPES),
+    seed=st.integers(0, 1000),
     block=st.sampled_from([1, 4, 9, 40]),
-)  # fmt: skip
+)
 def test_attention_of_any_shape(op, length, batch, groups, repeat, half_size, tangent, documents, dtype, seed, block):
     tangent &= op != "context_attention"
     documents &= op != "full_attention"
@@ -118,18 +151,27 @@ def test_attention_of_any_shape(op, length, batch, groups, repeat, half_size, ta
 
 @ANY
 @given(
-    op=st.sampled_from(["rms_norm", "swiglu"]), length=st.integers(1, 9), batch=st.integers(1, 3),
-    width=st.integers(4, 70), tangent=st.booleans(), dtype=st.sampled_from(DTYPES), seed=st.integers(0, 1000),
-)  # fmt: skip
+    op=st.sampled_from(["rms_norm", "swiglu"]),
+    length=st.integers(1, 9),
+    batch=st.integers(1, 3),
+    width=st.integers(4, 70),
+    tangent=st.booleans(),
+    dtype=st.sampled_from(DTYPES),
+    seed=st.integers(0, 1000),
+)
 def test_elementwise_of_any_shape(op, length, batch, width, tangent, dtype, seed):
     assert_close(check.elementwise_case(op, length, batch, width, tangent, seed), dtype, backend)
 
 
 @ANY
 @given(
-    op=st.sampled_from(check.VOCAB_OPERATIONS), tokens=st.integers(3, 11), valid=st.integers(8, 70),
-    padding=st.integers(0, 20), width=st.integers(4, 12), seed=st.integers(0, 1000),
-)  # fmt: skip
+    op=st.sampled_from(check.VOCAB_OPERATIONS),
+    tokens=st.integers(3, 11),
+    valid=st.integers(8, 70),
+    padding=st.integers(0, 20),
+    width=st.integers(4, 12),
+    seed=st.integers(0, 1000),
+)
 def test_vocabulary_of_any_shape(op, tokens, valid, padding, width, seed):
     with pytest.MonkeyPatch.context() as patch:
         several_tiles(patch)

@@ -58,14 +58,31 @@ def test_attention_over_a_cache(queries, keys, batch, groups, own, dtype):
 
 @settings(max_examples=25, deadline=None)
 @given(
-    op=st.sampled_from(ATTENTION), length=st.integers(1, 140), batch=st.integers(1, 3), groups=st.integers(1, 2),
-    repeat=st.integers(1, 3), half_size=st.integers(1, 20), tangent=st.booleans(), documents=st.booleans(),
-    seed=st.integers(0, 1000), block=st.sampled_from([1, 2, 9, 130]),
-)  # fmt: skip
+    op=st.sampled_from(ATTENTION),
+    length=st.integers(1, 140),
+    batch=st.integers(1, 3),
+    groups=st.integers(1, 2),
+    repeat=st.integers(1, 3),
+    half_size=st.integers(1, 20),
+    tangent=st.booleans(),
+    documents=st.booleans(),
+    seed=st.integers(0, 1000),
+    block=st.sampled_from([1, 2, 9, 130]),
+)
 def test_attention_of_any_shape(op, length, batch, groups, repeat, half_size, tangent, documents, seed, block):
     tangent &= op != "context_attention"
-    case = check.attention_case(op, length, batch, groups * repeat, groups, 2 * half_size, tangent,
-                                documents and op != "full_attention", seed, block)  # fmt: skip
+    case = check.attention_case(
+        op,
+        length,
+        batch,
+        groups * repeat,
+        groups,
+        2 * half_size,
+        tangent,
+        documents and op != "full_attention",
+        seed,
+        block,
+    )
     assert_close(case, torch.float64)
 
 
@@ -100,9 +117,13 @@ def test_vocabulary(op, dtype):
 
 @settings(max_examples=25, deadline=None)
 @given(
-    op=st.sampled_from(check.VOCAB_OPERATIONS), tokens=st.integers(1, 20), valid=st.integers(1, 70),
-    padding=st.integers(0, 20), width=st.integers(1, 12), seed=st.integers(0, 1000),
-)  # fmt: skip
+    op=st.sampled_from(check.VOCAB_OPERATIONS),
+    tokens=st.integers(1, 20),
+    valid=st.integers(1, 70),
+    padding=st.integers(0, 20),
+    width=st.integers(1, 12),
+    seed=st.integers(0, 1000),
+)
 def test_vocabulary_of_any_shape(op, tokens, valid, padding, width, seed):
     assert_close(check.vocab_case(op, tokens, valid + padding, valid, width, seed), torch.float64)
 

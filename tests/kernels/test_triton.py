@@ -14,20 +14,29 @@ def test_kernels_in_the_interpreter():
     run = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "tests/kernels/interpreted.py"],
         env={**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
-        capture_output=True, text=True, timeout=280,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        timeout=280,
+    )
     assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-2000:]
 
 
-@pytest.mark.parametrize("family", [
-    "attention 128", "elementwise", "vocabulary",
-    *(pytest.param(f"attention {size}", marks=pytest.mark.slow) for size in (64, 256)),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "family",
+    [
+        "attention 128",
+        "elementwise",
+        "vocabulary",
+        *(pytest.param(f"attention {size}", marks=pytest.mark.slow) for size in (64, 256)),
+    ],
+)
 def test_kernels_compile_for_a_gpu(family):
     """Without one: the compiler sees what the interpreter lets pass."""
     run = subprocess.run(
         [sys.executable, "-m", "tests.kernels.compiled", family],
         env={**os.environ, "TRITON_INTERPRET": "0", "OMP_NUM_THREADS": "1"},
-        capture_output=True, text=True, timeout=280,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        timeout=280,
+    )
     assert run.returncode == 0, run.stderr[-4000:]

@@ -34,18 +34,25 @@ def _environment(**more: str) -> dict[str, str]:
 @pytest.mark.parametrize(
     ("script", "variables", "expected"),
     [
-        ("torchrun.sh", {"NODES": "4", "HEAD": "n1:29400"}, "--nnodes 4 --nproc-per-node auto --rdzv-backend c10d "
-         "--rdzv-endpoint n1:29400"),
+        (
+            "torchrun.sh",
+            {"NODES": "4", "HEAD": "n1:29400"},
+            "--nnodes 4 --nproc-per-node auto --rdzv-backend c10d --rdzv-endpoint n1:29400",
+        ),
         ("mpirun.sh", {"RANKS": "16", "HOSTS": "n1:8,n2:8"}, r"mpirun -n 16 --host n1:8\,n2:8"),
         ("slurm.sbatch", {}, "srun --kill-on-bad-exit=1"),
     ],
-)  # fmt: skip
+)
 @pytest.mark.parametrize("recipe", [str(ROOT / "recipes/text/s1_xxs.yaml"), "text/s1_xxs"])
 def test_dry_run_prints_the_command_and_starts_nothing(script, variables, expected, recipe, tmp_path):
     answer = subprocess.run(
         ["bash", LAUNCH / script, "--dry-run", recipe, "training.output_dir=my run"],
-        cwd=tmp_path, env=_environment(**variables), capture_output=True, text=True, check=True,
-    )  # fmt: skip
+        cwd=tmp_path,
+        env=_environment(**variables),
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     assert expected in answer.stdout
     assert answer.stdout.rstrip().endswith(f"-m ebt_megatron.train {recipe} training.output_dir=my\\ run")
 
@@ -55,10 +62,13 @@ def test_slurms_copy_of_the_script_finds_what_stands_beside_the_original(tmp_pat
     (tmp_path / "scontrol").write_text(f"#!/bin/sh\necho '   Command={LAUNCH}/slurm.sbatch recipe key=1'\n")
     (tmp_path / "scontrol").chmod(0o755)
     answer = subprocess.run(
-        ["bash", tmp_path / "slurm_script", "--dry-run", ROOT / "recipes/text/s1_xxs.yaml"], cwd=tmp_path,
+        ["bash", tmp_path / "slurm_script", "--dry-run", ROOT / "recipes/text/s1_xxs.yaml"],
+        cwd=tmp_path,
         env=_environment(PATH=f"{tmp_path}:{os.environ['PATH']}", SLURM_JOB_ID="7", SLURM_SUBMIT_DIR=str(tmp_path)),
-        capture_output=True, text=True, check=True,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     assert answer.stdout.startswith("srun --kill-on-bad-exit=1")
 
 
@@ -81,10 +91,26 @@ def recipe(tmp_path_factory) -> Path:
     for number in range(8):
         (folder / "raw" / f"{number}.txt").write_text(text[number * 10000 :][:10000])
     subprocess.run(
-        [sys.executable, "-m", "data_prep.text", "--output", folder / "shards", "--input", folder / "raw",
-         "--train-bpe", "300", "--sequence-length", "16", "--validation-fraction", "0.2"],
-        cwd=ROOT, env=_environment(), check=True, capture_output=True,
-    )  # fmt: skip
+        [
+            sys.executable,
+            "-m",
+            "ebt_megatron.data_prep.text",
+            "--output",
+            folder / "shards",
+            "--input",
+            folder / "raw",
+            "--train-bpe",
+            "300",
+            "--sequence-length",
+            "16",
+            "--validation-fraction",
+            "0.2",
+        ],
+        cwd=ROOT,
+        env=_environment(),
+        check=True,
+        capture_output=True,
+    )
     path = folder / "recipe.yaml"
     path.write_text(f"""
 model: {{num_layers: 2, num_attention_heads: 2, hidden_size: 16}}
@@ -113,12 +139,19 @@ def _two_nodes(recipe: Path, folder: Path) -> Iterator[list[subprocess.Popen]]:
         nodes = [
             subprocess.Popen(
                 ["bash", LAUNCH / "torchrun.sh", recipe, f"training.output_dir={folder}"],
-                cwd=ROOT, stdout=subprocess.DEVNULL, stderr=logs[node].open("w"),
-                env=_environment(NODES="2", RANKS_PER_NODE="1", HEAD=f"127.0.0.1:{port}",
-                                 LOCAL_ADDRESS=f"127.0.0.{node + 1}", RUN_ID=folder.name),
+                cwd=ROOT,
+                stdout=subprocess.DEVNULL,
+                stderr=logs[node].open("w"),
+                env=_environment(
+                    NODES="2",
+                    RANKS_PER_NODE="1",
+                    HEAD=f"127.0.0.1:{port}",
+                    LOCAL_ADDRESS=f"127.0.0.{node + 1}",
+                    RUN_ID=folder.name,
+                ),
             )
             for node in range(2)
-        ]  # fmt: skip
+        ]
         yield nodes
         codes = [node.wait(timeout=150) for node in nodes]
     assert codes == [0, 0], "\n".join(log.read_text()[-3000:] for log in logs)
@@ -159,10 +192,16 @@ def test_mpi_trains_the_same(recipe, uninterrupted, tmp_path):
     with no_survivors():
         answer = subprocess.run(
             ["bash", LAUNCH / "mpirun.sh", recipe, f"training.output_dir={folder}"],
-            cwd=ROOT, capture_output=True, text=True, timeout=150,
-            env=_environment(RANKS="2", MPIRUN=str(MPIRUN if MPIRUN.exists() else "mpirun"),
-                             MPIRUN_OPTIONS="--oversubscribe --allow-run-as-root",
-                             TMPDIR=str(tmp_path)),  # a killed mpirun's files elsewhere are not its own
-        )  # fmt: skip
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            timeout=150,
+            env=_environment(
+                RANKS="2",
+                MPIRUN=str(MPIRUN if MPIRUN.exists() else "mpirun"),
+                MPIRUN_OPTIONS="--oversubscribe --allow-run-as-root",
+                TMPDIR=str(tmp_path),
+            ),  # a killed mpirun's files elsewhere are not its own
+        )
     assert answer.returncode == 0, answer.stderr[-3000:]
     assert _losses(folder) == uninterrupted

@@ -2,17 +2,23 @@
 
 import pytest
 
+from benchmarks.step import counted_flops, least_flops, training_step
 from ebt_megatron.config import load_recipe
 from ebt_megatron.model.flops import cost
 from ebt_megatron.objectives.flops import training_flops
 from ebt_megatron.tasks.images import Images
 from ebt_megatron.thinking.plan import Plan
-from tools.bench import counted_flops, least_flops, training_step
 
 SIZE = [
-    "model.num_layers=2", "model.hidden_size=128", "model.num_attention_heads=2", "optimizer.lr=1e-3",
-    "data.sequence_length=128", "training.micro_batch_size=2", "training.global_batch_size=2", "model.kernels=torch",
-]  # fmt: skip
+    "model.num_layers=2",
+    "model.hidden_size=128",
+    "model.num_attention_heads=2",
+    "optimizer.lr=1e-3",
+    "data.sequence_length=128",
+    "training.micro_batch_size=2",
+    "training.global_batch_size=2",
+    "model.kernels=torch",
+]
 VOCAB = 1024
 
 
@@ -39,10 +45,16 @@ def test_the_dual_stream_costs_what_is_said(steps):
 # Layers cost the same in all of these, so the difference is the vocabulary's, to the last product.
 @pytest.mark.parametrize("loss", ["every", "last"])
 @pytest.mark.parametrize("storage", ["thinking.reuse=false", "thinking.regenerate=100"])
-@pytest.mark.parametrize("other", [
-    "thinking.initial_std=1", "thinking.langevin_noise=1", "thinking.step_rule=logit_descent",
-    "thinking.step_rule=mirror_descent", "thinking.regenerate=50",
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "other",
+    [
+        "thinking.initial_std=1",
+        "thinking.langevin_noise=1",
+        "thinking.step_rule=logit_descent",
+        "thinking.step_rule=mirror_descent",
+        "thinking.regenerate=50",
+    ],
+)
 def test_products_over_the_vocabulary_are_counted_exactly(loss, storage, other):
     (base, flops), (recipe, others) = (
         measured(*thinking(3, f"thinking.loss={loss}", *overrides)) for overrides in ((storage,), (storage, other))
@@ -52,8 +64,17 @@ def test_products_over_the_vocabulary_are_counted_exactly(loss, storage, other):
 
 
 def test_products_with_the_numbers_of_a_patch_are_counted_exactly():
-    recipe = load_recipe(None, [*SIZE, "data.modality=images", "data.sequence_length=16", "model.conditioning=none",
-                                "thinking.initial=observed", "thinking.reuse=true"])  # fmt: skip
+    recipe = load_recipe(
+        None,
+        [
+            *SIZE,
+            "data.modality=images",
+            "data.sequence_length=16",
+            "model.conditioning=none",
+            "thinking.initial=observed",
+            "thinking.reuse=true",
+        ],
+    )
     narrow, wide = (counted_flops(training_step(recipe, width)) for width in (16, 48))
     said = [training_flops(recipe, Images(recipe, [16, width]).cost()) for width in (16, 48)]
     assert wide - narrow == pytest.approx(said[1] - said[0])

@@ -17,10 +17,20 @@ except RecipeError as error:
     pytest.skip(str(error), allow_module_level=True)
 
 KERNELS = kernels.select("torch")
-WAYS = [("thinking.gradient=detached",), ("thinking.gradient=detached", "thinking.reuse=true"),
-        ("thinking.gradient=full",), ("model.conditioning=time_embed_sequence",)]  # fmt: skip
-SIZES = ("model.num_layers=2", "model.hidden_size=64", "model.num_attention_heads=4", "model.num_query_groups=2",
-         "data.sequence_length=33", "thinking.max_steps=2")  # fmt: skip
+WAYS = [
+    ("thinking.gradient=detached",),
+    ("thinking.gradient=detached", "thinking.reuse=true"),
+    ("thinking.gradient=full",),
+    ("model.conditioning=time_embed_sequence",),
+]
+SIZES = (
+    "model.num_layers=2",
+    "model.hidden_size=64",
+    "model.num_attention_heads=4",
+    "model.num_query_groups=2",
+    "data.sequence_length=33",
+    "thinking.max_steps=2",
+)
 
 
 def matrices(rows: int, inner: int, columns: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -106,8 +116,12 @@ def layers_agree(sequence_parallel: bool) -> list[float]:
     from ebt_megatron.parallel.setup import initialize, transformer_config
 
     fp8.product = exact_product
-    recipe = builders.small_recipe(*SIZES, "data.sequence_length=32", "parallel.tensor=2",
-                                   f"parallel.sequence_parallel={str(sequence_parallel).lower()}")  # fmt: skip
+    recipe = builders.small_recipe(
+        *SIZES,
+        "data.sequence_length=32",
+        "parallel.tensor=2",
+        f"parallel.sequence_parallel={str(sequence_parallel).lower()}",
+    )
     state = initialize(recipe.parallel, 1)
     config = transformer_config(recipe)
     shared = {"config": config, "init_method": torch.nn.init.normal_, "bias": False}
@@ -149,11 +163,14 @@ def test_a_device_without_such_products_is_refused(monkeypatch):
         builders.build(builders.small_recipe("training.precision=fp8", *SIZES))
 
 
-@pytest.mark.parametrize(("overrides", "reason"), [
-    (("thinking.engine=double_backward",), "cannot be differentiated twice"),
-    (("model.hidden_size=24",), r"model.hidden_size=24 is not divisible by 16 x parallel.tensor=16"),
-    (("parallel.tensor=2", "model.num_query_groups=2"), r"the keys' width=16 is not divisible by .*=32"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("overrides", "reason"),
+    [
+        (("thinking.engine=double_backward",), "cannot be differentiated twice"),
+        (("model.hidden_size=24",), r"model.hidden_size=24 is not divisible by 16 x parallel.tensor=16"),
+        (("parallel.tensor=2", "model.num_query_groups=2"), r"the keys' width=16 is not divisible by .*=32"),
+    ],
+)
 def test_what_fp8_cannot_do_is_said_at_once(overrides, reason):
     with pytest.raises(RecipeError, match=reason):
         builders.small_recipe("training.precision=fp8", *overrides)

@@ -14,10 +14,18 @@ SIZES = {96: (2, 2), 256: (4, 4), 384: (6, 6)}  # width: layers, heads
 def first_logits(width: int, vocab: int, *overrides: str) -> torch.Tensor:
     """After one step from random tokens, with each position's mean taken off; [S, 1, V]."""
     layers, heads = SIZES[width]
-    recipe = load_recipe(None, [
-        f"model.num_layers={layers}", f"model.num_attention_heads={heads}", f"model.hidden_size={width}",
-        "optimizer.lr=1e-3", "data.sequence_length=16", "model.kernels=torch", *overrides,
-    ])  # fmt: skip
+    recipe = load_recipe(
+        None,
+        [
+            f"model.num_layers={layers}",
+            f"model.num_attention_heads={heads}",
+            f"model.hidden_size={width}",
+            "optimizer.lr=1e-3",
+            "data.sequence_length=16",
+            "model.kernels=torch",
+            *overrides,
+        ],
+    )
     builders.state(recipe)
     model = build_model(recipe, Text(recipe, vocab))
     tokens = torch.randint(vocab, (1, 17), generator=torch.Generator().manual_seed(0))

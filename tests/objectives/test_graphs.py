@@ -17,9 +17,14 @@ from tests import builders
 
 aten = torch.ops.aten
 WAITS = {  # for the device
-    aten._local_scalar_dense.default, aten.nonzero.default, aten.masked_select.default, aten.equal.default,
-    aten.unique_dim.default, aten._unique2.default, aten.bincount.default,
-}  # fmt: skip
+    aten._local_scalar_dense.default,
+    aten.nonzero.default,
+    aten.masked_select.default,
+    aten.equal.default,
+    aten.unique_dim.default,
+    aten._unique2.default,
+    aten.bincount.default,
+}
 
 
 def tensors(tree):
@@ -89,16 +94,32 @@ def micro_batch(number, documents):
     return MicroBatch(torch.arange(2) + 2 * number, tokens, starts)
 
 
-@pytest.mark.parametrize("overrides", [
-    (), ("thinking.reuse=true",), ("thinking.reuse=true", "thinking.logits_dtype=bfloat16"),
-    ("thinking.gradient=full", "model.recompute_layers=true"),
-    ("thinking.regenerate=6", "thinking.langevin_noise=0.5", "thinking.step_size_scale=2", "data.document_mask=true"),
-    ("thinking.loss=last", "thinking.gradient=truncated", "model.conditioning=adaln_zero"),
-    ("model.architecture=transformer",),
-], ids=" ".join)  # fmt: skip
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        (),
+        ("thinking.reuse=true",),
+        ("thinking.reuse=true", "thinking.logits_dtype=bfloat16"),
+        ("thinking.gradient=full", "model.recompute_layers=true"),
+        (
+            "thinking.regenerate=6",
+            "thinking.langevin_noise=0.5",
+            "thinking.step_size_scale=2",
+            "data.document_mask=true",
+        ),
+        ("thinking.loss=last", "thinking.gradient=truncated", "model.conditioning=adaln_zero"),
+        ("model.architecture=transformer",),
+    ],
+    ids=" ".join,
+)
 def test_a_recording_serves_any_data(overrides, graphs):
-    recipe = builders.small_recipe("model.kernels=torch", "training.global_batch_size=4", "thinking.min_steps=2",
-                                   "thinking.max_steps=3", *overrides)  # fmt: skip
+    recipe = builders.small_recipe(
+        "model.kernels=torch",
+        "training.global_batch_size=4",
+        "thinking.min_steps=2",
+        "thinking.max_steps=3",
+        *overrides,
+    )
     model = builders.build(recipe, torch.float32)
     objectives = [builders.objective(model, recipe) for _ in range(2)]
     objectives[1].graphs = graphs

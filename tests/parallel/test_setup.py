@@ -15,13 +15,25 @@ from tests.distributed_utils import RankError, run_ranks
     [
         ({}, ("single", 0, 1, 0, "")),
         (
-            {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "SLURM_PROCID": "0", "MASTER_ADDR": "head",
-             "MASTER_PORT": "29500"},
+            {
+                "RANK": "3",
+                "WORLD_SIZE": "4",
+                "LOCAL_RANK": "1",
+                "SLURM_PROCID": "0",
+                "MASTER_ADDR": "head",
+                "MASTER_PORT": "29500",
+            },
             ("torchrun", 3, 4, 1, "env"),
         ),
         (
-            {"SLURM_PROCID": "5", "SLURM_STEP_ID": "0", "SLURM_NTASKS": "8", "SLURM_LOCALID": "1",
-             "SLURM_JOB_NODELIST": "gpu[003-007,9]", "SLURM_JOB_ID": "1234"},
+            {
+                "SLURM_PROCID": "5",
+                "SLURM_STEP_ID": "0",
+                "SLURM_NTASKS": "8",
+                "SLURM_LOCALID": "1",
+                "SLURM_JOB_NODELIST": "gpu[003-007,9]",
+                "SLURM_JOB_ID": "1234",
+            },
             ("slurm", 5, 8, 1, "gpu003:21234"),
         ),
         # A batch script's own shell is task 0 of many to Slurm, but no task of a step.
@@ -35,7 +47,7 @@ from tests.distributed_utils import RankError, run_ranks
             ("mpi", 1, 2, 0, "head:29500"),
         ),
     ],
-)  # fmt: skip
+)
 def test_each_launcher_is_recognised(variables, expected):
     assert setup.detect_launch(variables) == setup.Launch(*expected)
 

@@ -35,18 +35,27 @@ LAYOUTS = {
 def recipe(*overrides: str):
     """A small recipe of latents, with a step size that matters."""
     return builders.small_recipe(
-        "data.modality=video", f"data.sequence_length={FRAMES - 1}", "thinking.step_size=0.7",
-        "optimizer.warmup_steps=2", "optimizer.epsilon=1e-4", *overrides,
-    )  # fmt: skip
+        "data.modality=video",
+        f"data.sequence_length={FRAMES - 1}",
+        "thinking.step_size=0.7",
+        "optimizer.warmup_steps=2",
+        "optimizer.epsilon=1e-4",
+        *overrides,
+    )
 
 
 def pictures_recipe(*overrides: str):
     """The same of pictures of four patches, denoised."""
     return recipe(
-        "data.modality=images", f"data.sequence_length={PATCHES}", "model.num_query_groups=4",
-        "thinking.initial=observed", "model.conditioning=adaln_zero", "images.highest_level=400",
-        "images.classes=true", *overrides,
-    )  # fmt: skip
+        "data.modality=images",
+        f"data.sequence_length={PATCHES}",
+        "model.num_query_groups=4",
+        "thinking.initial=observed",
+        "model.conditioning=adaln_zero",
+        "images.highest_level=400",
+        "images.classes=true",
+        *overrides,
+    )
 
 
 def task(recipe):

@@ -21,17 +21,23 @@ MODES = {
     "S1": (Plan((0.5, 0.5), "detached"), RANDOM),
     "S1, one landscape": (Plan((0.5, 0.5), "detached"), (*RANDOM, "model.conditioning=none", "images.classes=false")),
     "S2": (Plan((0, 0, 1.0), "detached"), (*RANDOM, "thinking.langevin_noise=0.5", "model.conditioning=none")),
-    "full, from noise": (Plan((0.2, 0.3, 0.5), "full"), (*RANDOM, "thinking.langevin_noise=0.5",
-                                                         "thinking.initial=noise")),
+    "full, from noise": (
+        Plan((0.2, 0.3, 0.5), "full"),
+        (*RANDOM, "thinking.langevin_noise=0.5", "thinking.initial=noise"),
+    ),
     "truncated": (Plan((0.2, 0.3, 0.5), "truncated"), RANDOM),
     "reuse": (Plan((0.5, 0.5), "detached"), (*RANDOM, "thinking.reuse=true")),
-    "reuse, recomputed": (Plan((0.5, 0.5), "detached"),
-                          (*RANDOM, "thinking.reuse=true", "model.recompute_layers=true")),
+    "reuse, recomputed": (
+        Plan((0.5, 0.5), "detached"),
+        (*RANDOM, "thinking.reuse=true", "model.recompute_layers=true"),
+    ),
     "recomputed": (Plan((0.5, 0.5), "detached"), (*RANDOM, "model.recompute_layers=true", "model.kernels=torch")),
     "captions as tokens": (Plan((0.5, 0.5), "detached"), (*RANDOM, *latents.CAPTIONS, "images.class_dropout=0.8")),
-    "captions as vectors": (Plan((0.5, 0.5), "detached"), (*RANDOM, *latents.CAPTIONS, "name=vectors",
-                                                           "images.class_dropout=0.8")),
-}  # fmt: skip
+    "captions as vectors": (
+        Plan((0.5, 0.5), "detached"),
+        (*RANDOM, *latents.CAPTIONS, "name=vectors", "images.class_dropout=0.8"),
+    ),
+}
 
 
 def trained(mode, engine, separable=False):
@@ -78,13 +84,19 @@ def test_an_energy_begins_flat_and_its_head_learns_first():
 RECIPES = {
     "S1": ("thinking.max_steps=2",),
     "S1, reuse": ("thinking.max_steps=2", "thinking.reuse=true"),
-    "S2": ("thinking.loss=last", "thinking.learn_step_size=false", *RANDOM, "thinking.langevin_noise=0.5",
-           "model.conditioning=none", "thinking.initial=noise"),
+    "S2": (
+        "thinking.loss=last",
+        "thinking.learn_step_size=false",
+        *RANDOM,
+        "thinking.langevin_noise=0.5",
+        "model.conditioning=none",
+        "thinking.initial=noise",
+    ),
     "S1, captions": ("thinking.max_steps=2", *latents.CAPTIONS, "images.class_dropout=0.3"),
     "DiT": ("model.architecture=transformer",),
     "DiT, captions": ("model.architecture=transformer", *latents.CAPTIONS, "images.class_dropout=0.3"),
     "DiT, learned variances": ("model.architecture=transformer", "images.learn_sigma=true"),
-}  # fmt: skip
+}
 
 
 @pytest.fixture(scope="module")
@@ -126,10 +138,14 @@ def test_some_captions_are_not_told_in_training(name, nothing):
     assert torch.equal(task.sample(batch, torch.device("cpu")).observed[:, 2:], batch.captions)
 
 
-@pytest.mark.parametrize(("overrides", "columns"), [
-    ((), [3]), ((*latents.CAPTIONS, "name=tokens"), [0, *[-1] * 5]),
-    ((*latents.CAPTIONS, "name=vectors"), [0, *[0] * 6]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("overrides", "columns"),
+    [
+        ((), [3]),
+        ((*latents.CAPTIONS, "name=tokens"), [0, *[-1] * 5]),
+        ((*latents.CAPTIONS, "name=vectors"), [0, *[0] * 6]),
+    ],
+)
 def test_pictures_without_labels_or_captions_are_told_none(overrides, columns):
     task, batch = latents.task(latents.pictures_recipe(*overrides)), latents.pictures(2)
     batch.labels = batch.captions = None
@@ -249,16 +265,19 @@ def test_validation_knows_the_psnr_of_every_step():
     )
 
 
-@pytest.mark.parametrize(("overrides", "arguments", "why"), [
-    (("data.sequence_length=5",), {}, "pictures have 4 patches: set data.sequence_length=4"),
-    (("model.conditioning=time_embed",), {}, "pictures have none .* or adaln_zero"),
-    (("model.energy_head=quadratic",), {}, "model.energy_head=quadratic: the energy of a picture has linear alone"),
-    (("images.learn_sigma=true",), {}, "images.learn_sigma is about a DiT's random steps"),
-    (("model.num_query_groups=2",), {}, "one group for each head"),
-    ((), {"classes": 0}, "images.classes=true needs labels, and the shards have none"),
-    (latents.CAPTIONS, {"captions": {}}, "images.captions=true needs captions, and the shards have none"),
-    ((), {"grid": (3, 2)}, "pictures of 4 patches are no 3 x 2"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("overrides", "arguments", "why"),
+    [
+        (("data.sequence_length=5",), {}, "pictures have 4 patches: set data.sequence_length=4"),
+        (("model.conditioning=time_embed",), {}, "pictures have none .* or adaln_zero"),
+        (("model.energy_head=quadratic",), {}, "model.energy_head=quadratic: the energy of a picture has linear alone"),
+        (("images.learn_sigma=true",), {}, "images.learn_sigma is about a DiT's random steps"),
+        (("model.num_query_groups=2",), {}, "one group for each head"),
+        ((), {"classes": 0}, "images.classes=true needs labels, and the shards have none"),
+        (latents.CAPTIONS, {"captions": {}}, "images.captions=true needs captions, and the shards have none"),
+        ((), {"grid": (3, 2)}, "pictures of 4 patches are no 3 x 2"),
+    ],
+)
 def test_what_does_not_fit_is_refused(overrides, arguments, why):
     with pytest.raises((RecipeError, DataError), match=why):
         Images(latents.pictures_recipe(*overrides), [4, 2], **{"classes": 3} | arguments)

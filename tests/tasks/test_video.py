@@ -8,10 +8,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from data_prep.encoders import new_encoder
 from ebt_megatron.config import RecipeError
 from ebt_megatron.core.errors import DataError
 from ebt_megatron.data.decoder import Decoder
+from ebt_megatron.data_prep.encoders import new_encoder
 from ebt_megatron.evaluation.validation import validate
 from ebt_megatron.tasks.frames import FrameTokens
 from ebt_megatron.tasks.interface import Sample
@@ -23,24 +23,28 @@ from tests.tasks import latents
 
 MODES = {
     "S1": (Plan((0.5, 0.5), "detached"), ("thinking.initial=observed",)),
-    "S2": (Plan((0, 0, 1.0), "detached"), ("thinking.langevin_noise=0.5", "thinking.step_size_scale=2",
-                                         "model.conditioning=none")),
+    "S2": (
+        Plan((0, 0, 1.0), "detached"),
+        ("thinking.langevin_noise=0.5", "thinking.step_size_scale=2", "model.conditioning=none"),
+    ),
     "S2, noise on the embedding": (
         Plan((0, 0, 1.0), "detached"),
         ("thinking.langevin_noise=0.5", "thinking.langevin_on=embedding", "model.conditioning=none"),
     ),
     "full, noise on the embedding": (
-        Plan((0.2, 0.3, 0.5), "full"), ("thinking.langevin_noise=0.5", "thinking.langevin_on=embedding"),
+        Plan((0.2, 0.3, 0.5), "full"),
+        ("thinking.langevin_noise=0.5", "thinking.langevin_on=embedding"),
     ),
     "full": (Plan((0.2, 0.3, 0.5), "full"), ("thinking.langevin_noise=0.5", "thinking.step_size_scale=2")),
     "truncated": (Plan((0.2, 0.3, 0.5), "truncated"), ("thinking.initial=zeros", "thinking.step_size_scale=2")),
     "reuse": (Plan((0.5, 0.5), "detached"), ("thinking.reuse=true", "thinking.step_size_scale=2")),
-    "2 x 2 tokens": (Plan((0.5, 0.5), "detached"), ("video.tokens_per_side=2", "thinking.initial=observed",
-                                                    "thinking.step_size_scale=2")),
-    "2 x 2 tokens, full": (Plan((0.2, 0.3, 0.5), "full"), ("video.tokens_per_side=2",
-                                                                     "thinking.langevin_noise=0.5")),
+    "2 x 2 tokens": (
+        Plan((0.5, 0.5), "detached"),
+        ("video.tokens_per_side=2", "thinking.initial=observed", "thinking.step_size_scale=2"),
+    ),
+    "2 x 2 tokens, full": (Plan((0.2, 0.3, 0.5), "full"), ("video.tokens_per_side=2", "thinking.langevin_noise=0.5")),
     "2 x 2 tokens, reuse": (Plan((0.5, 0.5), "detached"), ("video.tokens_per_side=2", "thinking.reuse=true")),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -119,12 +123,17 @@ def test_where_predictions_start():
 
 RECIPES = {
     "S1": ("thinking.max_steps=2", "thinking.initial=observed"),
-    "S2": ("thinking.loss=last", "thinking.learn_step_size=false", "thinking.step_size_scale=2",
-           "thinking.langevin_noise=0.5", "model.conditioning=none"),
+    "S2": (
+        "thinking.loss=last",
+        "thinking.learn_step_size=false",
+        "thinking.step_size_scale=2",
+        "thinking.langevin_noise=0.5",
+        "model.conditioning=none",
+    ),
     "2 x 2 tokens": ("thinking.max_steps=2", "video.tokens_per_side=2"),
     "Transformer++": ("model.architecture=transformer",),
     "Transformer++ of changes": ("model.architecture=transformer", "video.predicts=change", "video.tokens_per_side=2"),
-}  # fmt: skip
+}
 
 
 @pytest.fixture(scope="module")
@@ -172,24 +181,32 @@ def test_a_frame_repeated_exactly_has_no_error():
     assert meter.results(8, True)["repeat_last_loss"] == 0
 
 
-@pytest.mark.parametrize(("override", "why"), [
-    ("thinking.replay.enabled=true", "thinking.replay.enabled is about text, data.modality is video: set "
-                                     "thinking.replay.enabled=false"),
-    ("thinking.regenerate=4", "set thinking.regenerate=0"),
-    ("thinking.logits_dtype=bfloat16", "set thinking.logits_dtype=float32"),
-    ("video.tokens_per_side=3", "video.tokens_per_side=3 does not divide frames of 2 x 2 patches"),
-    ("video.tokens_per_side=2 model.conditioning=time_embed_sequence", "set video.tokens_per_side=1"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("override", "why"),
+    [
+        (
+            "thinking.replay.enabled=true",
+            "thinking.replay.enabled is about text, data.modality is video: set thinking.replay.enabled=false",
+        ),
+        ("thinking.regenerate=4", "set thinking.regenerate=0"),
+        ("thinking.logits_dtype=bfloat16", "set thinking.logits_dtype=float32"),
+        ("video.tokens_per_side=3", "video.tokens_per_side=3 does not divide frames of 2 x 2 patches"),
+        ("video.tokens_per_side=2 model.conditioning=time_embed_sequence", "set video.tokens_per_side=1"),
+    ],
+)
 def test_what_does_not_do_is_refused(override, why):
     with pytest.raises(RecipeError, match=why):
         latents.task(latents.recipe(*override.split()))
 
 
-@pytest.mark.parametrize(("changed", "why"), [
-    ({"mean": None, "std": None}, "manifest.json does not say mean, std of its encoder: prepare the data again"),
-    ({"patch": 0}, "says patch 0 of its encoder, which is no size"),
-    ({"height": 32}, "has samples of 4 patches, and its encoder makes 4 x 2 of a frame"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("changed", "why"),
+    [
+        ({"mean": None, "std": None}, "manifest.json does not say mean, std of its encoder: prepare the data again"),
+        ({"patch": 0}, "says patch 0 of its encoder, which is no size"),
+        ({"height": 32}, "has samples of 4 patches, and its encoder makes 4 x 2 of a frame"),
+    ],
+)
 def test_a_manifest_that_does_not_say_what_its_latents_are_is_refused(changed, why):
     encoder = {"sha256": "0", "height": 16, "width": 16, "patch": 8, "mean": [0.0], "std": [1.0]} | changed
     told = {key: value for key, value in encoder.items() if value is not None}

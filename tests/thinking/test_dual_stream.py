@@ -66,8 +66,13 @@ def test_every_mode_and_conditioning(mode, conditioning):
 
 @pytest.mark.parametrize(("mode", "rule", "kernels"), itertools.product(MODES, RULES, ["reference", "torch"]))
 def test_every_mode_and_step_rule(mode, rule, kernels):
-    compare(*options_of(mode, rule), f"model.kernels={kernels}", "thinking.step_size_scale=2",
-            "thinking.langevin_noise=0.7", "thinking.initial=zeros")  # fmt: skip
+    compare(
+        *options_of(mode, rule),
+        f"model.kernels={kernels}",
+        "thinking.step_size_scale=2",
+        "thinking.langevin_noise=0.7",
+        "thinking.initial=zeros",
+    )
 
 
 @pytest.mark.parametrize(("mode", "rule", "storage"), itertools.product(MODES, RULES, STORAGE))
@@ -75,15 +80,26 @@ def test_every_mode_and_step_rule_in_every_storage(mode, rule, storage):
     ours, both = STORAGE[storage]
     i = MODES.index(mode) + RULES.index(rule)
     noise = NOISE[(MODES.index(mode) + list(STORAGE).index(storage)) % len(NOISE)]
-    compare(*options_of(mode, rule), *both, "model.kernels=torch", noise,
-            f"model.conditioning={CONDITIONING[i % len(CONDITIONING)]}", ours=ours)  # fmt: skip
+    compare(
+        *options_of(mode, rule),
+        *both,
+        "model.kernels=torch",
+        noise,
+        f"model.conditioning={CONDITIONING[i % len(CONDITIONING)]}",
+        ours=ours,
+    )
 
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("conditioning", ["time_embed_sequence", "adaln_sequence"])
 def test_a_quadratic_energy_head(mode, conditioning):
-    compare(*options_of(mode), "model.energy_head=quadratic", f"model.conditioning={conditioning}",
-            "thinking.step_size_scale=2", ours=("thinking.reuse=true",))  # fmt: skip
+    compare(
+        *options_of(mode),
+        "model.energy_head=quadratic",
+        f"model.conditioning={conditioning}",
+        "thinking.step_size_scale=2",
+        ours=("thinking.reuse=true",),
+    )
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -99,8 +115,9 @@ def test_losses_of_some_steps(gradient, drawn):
 
 @pytest.mark.parametrize(("steps", "learned"), [(2, 1), (3, 1), (3, 2), (5, 3)])
 def test_the_weights_of_drawn_losses_are_those_of_all_in_the_mean(steps, learned):
-    recipe = builders.small_recipe(f"thinking.min_steps={steps}", f"thinking.max_steps={steps}",
-                                   f"thinking.learned_steps={learned}")  # fmt: skip
+    recipe = builders.small_recipe(
+        f"thinking.min_steps={steps}", f"thinking.max_steps={steps}", f"thinking.learned_steps={learned}"
+    )
     draws = 20_000
     mean = torch.zeros(steps, dtype=torch.float64)
     for iteration in range(draws):
@@ -114,8 +131,9 @@ def test_the_weights_of_drawn_losses_are_those_of_all_in_the_mean(steps, learned
 @pytest.mark.parametrize("rule", RULES)
 def test_with_a_fixed_step_size_truncated_is_detached(rule):
     """Only the last step's energy is learned from, and nothing else depends on a parameter."""
-    recipe = builders.small_recipe(*options_of(("last", "truncated"), rule), "thinking.learn_step_size=false",
-                                   "thinking.langevin_noise=0.7")  # fmt: skip
+    recipe = builders.small_recipe(
+        *options_of(("last", "truncated"), rule), "thinking.learn_step_size=false", "thinking.langevin_noise=0.7"
+    )
     model, batch, grads = builders.build(recipe), builders.text_batch(), []
     assert Plan.of(recipe.thinking, 3).gradient == "detached"
     for gradient in ("detached", "truncated"):

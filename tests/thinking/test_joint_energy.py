@@ -112,11 +112,17 @@ def on_layout(overrides):
             think(model, plan, recipe.thinking.reuse)
         else:
             micro_batches = [
-                Thinker(model, 2, LENGTH, None, plan.learned, *(
-                    (partial(embedded, model, rows), descent(model, plan, rows)) if model.first else (None, None)
-                ), recipe.thinking.reuse)
+                Thinker(
+                    model,
+                    2,
+                    LENGTH,
+                    None,
+                    plan.learned,
+                    *((partial(embedded, model, rows), descent(model, plan, rows)) if model.first else (None, None)),
+                    recipe.thinking.reuse,
+                )
                 for rows in (slice(0, 2), slice(2, 4))
-            ]  # fmt: skip
+            ]
             Pipeline(model, plan, micro_batches, None).run()
         gradients = zip(named_gradients(model).items(), map(how_to_join, model.parameters()), strict=True)
         out.append({name: (how, gradient.numpy()) for (name, gradient), how in gradients})

@@ -12,8 +12,9 @@ def events_of(stages):
     from ebt_megatron.tasks.text import Text
     from ebt_megatron.training.trainer import Trainer
 
-    recipe = builders.small_recipe("model.num_layers=4", f"parallel.pipeline={stages}", "thinking.max_steps=2",
-                                   "training.global_batch_size=8")  # fmt: skip
+    recipe = builders.small_recipe(
+        "model.num_layers=4", f"parallel.pipeline={stages}", "thinking.max_steps=2", "training.global_batch_size=8"
+    )
     trainer = Trainer(recipe, Text(recipe, builders.VOCAB))
     tokens = torch.randint(builders.VOCAB, (8, 11), generator=torch.Generator().manual_seed(0))
     batches = [MicroBatch(sample_ids=torch.arange(i, i + 2), tokens=tokens[i : i + 2]) for i in range(0, 8, 2)]

@@ -13,11 +13,21 @@ from torch import nn
 
 VOCAB, WIDTH, HEADS, LAYERS, STEPS = 61, 32, 4, 2, 3
 HYPER = {
-    "modality": "NLP", "model_name": "ebt", "embedding_dim": WIDTH, "num_transformer_blocks": LAYERS,
-    "multiheaded_attention_heads": HEADS, "ffn_dim_multiplier": 1.5, "mcmc_num_steps": STEPS, "mcmc_step_size": 5.0,
-    "mcmc_step_size_learnable": True, "normalize_initial_condition": True, "context_length": 10,
-    "denoising_initial_condition": "random_noise", "peak_learning_rate": 0.0012, "tokenizer": "EleutherAI/gpt-neox-20b",
-}  # fmt: skip
+    "modality": "NLP",
+    "model_name": "ebt",
+    "embedding_dim": WIDTH,
+    "num_transformer_blocks": LAYERS,
+    "multiheaded_attention_heads": HEADS,
+    "ffn_dim_multiplier": 1.5,
+    "mcmc_num_steps": STEPS,
+    "mcmc_step_size": 5.0,
+    "mcmc_step_size_learnable": True,
+    "normalize_initial_condition": True,
+    "context_length": 10,
+    "denoising_initial_condition": "random_noise",
+    "peak_learning_rate": 0.0012,
+    "tokenizer": "EleutherAI/gpt-neox-20b",
+}
 
 
 def linear(inputs, outputs):
@@ -140,8 +150,16 @@ def randomize(model):
 
 def save(original, path, hyper=HYPER, **changes):
     state = original.state_dict() | changes
-    torch.save({"state_dict": {k: v for k, v in state.items() if v is not None}, "hyper_parameters": hyper,
-                "epoch": 0, "global_step": 7, "pytorch-lightning_version": "2.4.0"}, path)  # fmt: skip
+    torch.save(
+        {
+            "state_dict": {k: v for k, v in state.items() if v is not None},
+            "hyper_parameters": hyper,
+            "epoch": 0,
+            "global_step": 7,
+            "pytorch-lightning_version": "2.4.0",
+        },
+        path,
+    )
     return path
 
 

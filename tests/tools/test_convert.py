@@ -9,10 +9,10 @@ from safetensors.torch import load_file, save_file
 
 from ebt_megatron.checkpoint.weights import read_weights, write_weights
 from ebt_megatron.config import RecipeError, load_recipe, to_yaml
+from ebt_megatron.tools.convert import export_weights, import_weights
 from ebt_megatron.training.lock import RunLock
 from tests.builders import small_recipe, text_shards
 from tests.distributed_utils import run_ranks
-from tools.convert import export_weights, import_weights
 
 DOCUMENTS = [f"Document {i} says " + " ".join(f"word{j * i % 97}" for j in range(40)) for i in range(60)]
 SPLIT = ("parallel.tensor=2", "parallel.pipeline=2", "parallel.sequence_parallel=true")
@@ -24,10 +24,18 @@ def recipe(tmp_path_factory):
     folder = tmp_path_factory.mktemp("data")
     shards = text_shards(folder, DOCUMENTS, 16, 500)
     path = folder / "recipe.yaml"
-    path.write_text(to_yaml(small_recipe(
-        f"data.train=[{shards}/train]", f"data.validation=[{shards}/validation]", "data.sequence_length=16",
-        "training.steps=2", "training.validation_samples=4", "training.global_batch_size=4",
-    )))  # fmt: skip
+    path.write_text(
+        to_yaml(
+            small_recipe(
+                f"data.train=[{shards}/train]",
+                f"data.validation=[{shards}/validation]",
+                "data.sequence_length=16",
+                "training.steps=2",
+                "training.validation_samples=4",
+                "training.global_batch_size=4",
+            )
+        )
+    )
     return path
 
 
@@ -85,9 +93,14 @@ def _saved_again(recipe, source, output, overrides):
         (output / "recipe.yaml").write_text(to_yaml(run.recipe))
 
 
-@pytest.mark.parametrize("overrides", [
-    pytest.param((), marks=pytest.mark.slow), ("parallel.distributed_optimizer=true", "training.precision=bf16"),
-], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        pytest.param((), marks=pytest.mark.slow),
+        ("parallel.distributed_optimizer=true", "training.precision=bf16"),
+    ],
+    ids=str,
+)
 def test_every_layout_exports_the_same(recipe, weights, tmp_path, overrides):
     import_weights(weights, recipe, tmp_path / "run", [o for o in overrides if "precision" in o])
     run_ranks(_saved_again, 4, recipe, tmp_path / "run", tmp_path / "split", (*SPLIT, *overrides))
@@ -141,7 +154,8 @@ def test_what_does_not_fit_is_named(recipe, weights, tmp_path):
     assert "extra is not in the recipe's model" in refused(tensors | {"extra": torch.zeros(1)}, metadata)
     assert "head is [3], the recipe's model has [32]" in refused(tensors | {"head": torch.zeros(3)}, metadata)
     assert "model.rotary_base=10000.0, this run has model.rotary_base=500" in refused(
-        tensors, metadata, "model.rotary_base=500")  # fmt: skip
+        tensors, metadata, "model.rotary_base=500"
+    )
     assert "vocab_size=7, this run has vocab_size=400" in refused(tensors, {"fingerprint": '{"vocab_size": 7}'})
     (tmp_path / "text").write_text("not weights")
     with pytest.raises(RecipeError, match="not a readable safetensors file"):

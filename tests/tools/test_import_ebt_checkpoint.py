@@ -17,6 +17,8 @@ from ebt_megatron.tasks.build import build_model
 from ebt_megatron.tasks.text import Text
 from ebt_megatron.thinking.dual_stream import Descent, Thinker, step_sizes
 from ebt_megatron.thinking.plan import Plan
+from ebt_megatron.tools.import_ebt_checkpoint import app, convert, convert_weights
+from ebt_megatron.tools.public_code.source import read_checkpoint
 from tests.builders import position_weight, relative_error, text_batch, text_shards
 from tests.tools.originals import (
     HEADS,
@@ -36,8 +38,6 @@ from tests.tools.originals import (
     randomize,
     save,
 )
-from tools.import_ebt_checkpoint import app, convert, convert_weights
-from tools.public_code.source import read_checkpoint
 
 
 class Inner(nn.Module):
@@ -172,8 +172,16 @@ def test_thinking_and_training_of_the_public_code(step_rule, kind, dtype, tmp_pa
 
 
 def test_settings_become_a_recipe(tmp_path):
-    hyper = {**HYPER, "norm_eps": 1e-3, "ebt_type": "time_embed", "truncate_mcmc": True, "mcmc_replay_buffer": True,
-             "langevin_dynamics_noise": 3.0, "randomize_mcmc_step_size_scale": 2.0, "max_steps": 77}  # fmt: skip
+    hyper = {
+        **HYPER,
+        "norm_eps": 1e-3,
+        "ebt_type": "time_embed",
+        "truncate_mcmc": True,
+        "mcmc_replay_buffer": True,
+        "langevin_dynamics_noise": 3.0,
+        "randomize_mcmc_step_size_scale": 2.0,
+        "max_steps": 77,
+    }
     original = Original("time_embed")
     original.model.langevin_dynamics_noise_std.data.fill_(2.5)
     checkpoint = save(original, tmp_path / "last.ckpt", argparse.Namespace(**hyper))
@@ -284,7 +292,7 @@ def test_files_that_are_not_such_checkpoints(tmp_path):
 def test_from_the_command_line_to_an_evaluation(tmp_path):
     from ebt_megatron.evaluate import evaluate
     from ebt_megatron.session import open_run
-    from tools.convert import app as convert_app
+    from ebt_megatron.tools.convert import app as convert_app
 
     shards = text_shards(tmp_path, [f"Document {i} says {i % 7} words" * 9 for i in range(60)], 10, 500)
     vocab = ShardFolder(f"{shards}/train").manifest.tokenizer["vocab_size"]
@@ -292,11 +300,22 @@ def test_from_the_command_line_to_an_evaluation(tmp_path):
     weights, run = tmp_path / "w.safetensors", tmp_path / "run"
     done = CliRunner().invoke(app, [str(checkpoint), "--output", str(weights)])
     assert done.exit_code == 0, done.output
-    done = CliRunner().invoke(convert_app, [
-        "import", str(weights), "--recipe", str(tmp_path / "w.yaml"), "--output", str(run),
-        f"data.train=[{shards}/train]", f"data.validation=[{shards}/validation]",
-        "training.global_batch_size=4", "training.micro_batch_size=2", "training.validation_samples=4",
-    ])  # fmt: skip
+    done = CliRunner().invoke(
+        convert_app,
+        [
+            "import",
+            str(weights),
+            "--recipe",
+            str(tmp_path / "w.yaml"),
+            "--output",
+            str(run),
+            f"data.train=[{shards}/train]",
+            f"data.validation=[{shards}/validation]",
+            "training.global_batch_size=4",
+            "training.micro_batch_size=2",
+            "training.validation_samples=4",
+        ],
+    )
     assert done.exit_code == 0, done.output
     with open_run(run) as opened:
         result = evaluate(opened, steps=2, example=False)

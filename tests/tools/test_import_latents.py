@@ -18,6 +18,7 @@ from ebt_megatron.tasks.images import Images
 from ebt_megatron.tasks.interface import Sample
 from ebt_megatron.tasks.video import Video
 from ebt_megatron.thinking.plan import Plan
+from ebt_megatron.tools.import_ebt_checkpoint import app, convert, convert_weights
 from tests.builders import new_thinker, position_weight, relative_error
 from tests.tools.latent_originals import (
     GRID,
@@ -31,21 +32,36 @@ from tests.tools.latent_originals import (
     patches,
 )
 from tests.tools.originals import HEADS, KINDS, LAYERS, STEPS, TOLERANCE, WIDTH, close, save
-from tools.import_ebt_checkpoint import app, convert, convert_weights
 
 COMMON = {
-    "model_name": "ebt", "embedding_dim": WIDTH, "num_transformer_blocks": LAYERS, "multiheaded_attention_heads": HEADS,
-    "ffn_dim_multiplier": 1.5, "mcmc_step_size": 4.0, "mcmc_step_size_learnable": True, "peak_learning_rate": 1e-4,
-}  # fmt: skip
+    "model_name": "ebt",
+    "embedding_dim": WIDTH,
+    "num_transformer_blocks": LAYERS,
+    "multiheaded_attention_heads": HEADS,
+    "ffn_dim_multiplier": 1.5,
+    "mcmc_step_size": 4.0,
+    "mcmc_step_size_learnable": True,
+    "peak_learning_rate": 1e-4,
+}
 VIDEO = COMMON | {
-    "modality": "VID", "mcmc_num_steps": STEPS, "backbone_type": "vae", "vae_normalization": True,
-    "sdxl_vae_standardization": True, "context_length": 6, "denoising_initial_condition": "random_noise",
+    "modality": "VID",
+    "mcmc_num_steps": STEPS,
+    "backbone_type": "vae",
+    "vae_normalization": True,
+    "sdxl_vae_standardization": True,
+    "context_length": 6,
+    "denoising_initial_condition": "random_noise",
     "mcmc_replay_buffer": True,
-}  # fmt: skip
+}
 DENOISING = COMMON | {
-    "modality": "IMG", "image_task": "denoising", "mcmc_num_steps": 2, "ebt_type": "time_embed",
-    "diffusion_steps": 100, "denoise_images_noise_level": 0.1, "denoising_initial_condition": "random_noise",
-}  # fmt: skip
+    "modality": "IMG",
+    "image_task": "denoising",
+    "mcmc_num_steps": 2,
+    "ebt_type": "time_embed",
+    "diffusion_steps": 100,
+    "denoise_images_noise_level": 0.1,
+    "denoising_initial_condition": "random_noise",
+}
 MAKING = DENOISING | {"image_task": "t2i", "langevin_dynamics_noise": 0.0}
 CLIP = {"kind": "clip", "shape": [6], "sha256": "v"}
 DIT = DENOISING | {"model_name": "dit"}
@@ -145,8 +161,9 @@ def test_the_baseline_of_video(tied, tmp_path):
 ALONE = "condition.vector", "captions.not_told"  # which the public code has not where it tells captions
 
 
-@pytest.mark.parametrize(("task", "dtype"), [("denoising", torch.float32), ("denoising", torch.float64),
-                                             ("t2i", torch.float64)])  # fmt: skip
+@pytest.mark.parametrize(
+    ("task", "dtype"), [("denoising", torch.float32), ("denoising", torch.float64), ("t2i", torch.float64)]
+)
 def test_pictures(task, dtype, tmp_path):
     captions = random(2, 6, seed=7).to(dtype) if task == "t2i" else None
     original = Denoiser(captions is not None).to(dtype)
@@ -187,12 +204,19 @@ def test_the_dit_beside_it(variances, task, tmp_path):
 
 def test_settings_of_video_become_a_recipe(tmp_path):
     original = VideoEbt("time_embed")
-    hyper = VIDEO | {"ebt_type": "time_embed", "denoising_initial_condition": "most_recent_embedding",
-                     "randomize_mcmc_num_steps": 2, "randomize_mcmc_num_steps_min": 2}  # fmt: skip
+    hyper = VIDEO | {
+        "ebt_type": "time_embed",
+        "denoising_initial_condition": "most_recent_embedding",
+        "randomize_mcmc_num_steps": 2,
+        "randomize_mcmc_num_steps_min": 2,
+    }
     described, left_out = convert(save(original, tmp_path / "last.ckpt", hyper), tmp_path / "w.safetensors")
     recipe, t = described.recipe, described.recipe.thinking
     assert (recipe.data.modality, recipe.data.sequence_length, recipe.model.conditioning) == (
-        "video", 5, "time_embed_sequence")  # fmt: skip
+        "video",
+        5,
+        "time_embed_sequence",
+    )
     assert (t.initial, t.step_size, t.min_steps, t.max_steps) == ("observed", 4.0, STEPS + 1, STEPS + 2)
     assert to_yaml(load_recipe(tmp_path / "w.yaml")) == to_yaml(recipe)
     assert list(left_out) == ["the frozen encoder of pictures"]
@@ -220,27 +244,54 @@ def test_settings_of_pictures_become_a_recipe(tmp_path):
 
 def test_pictures_from_the_command_line_to_an_evaluation(tmp_path):
     """Of data that were multiplied by the scale they were trained with; others are refused."""
-    from data_prep import images
+    from ebt_megatron.data_prep import images
     from ebt_megatron.evaluate import evaluate
     from ebt_megatron.session import open_run
+    from ebt_megatron.tools.convert import app as convert_app
     from tests.data_prep.media import invoke
-    from tools.convert import app as convert_app
 
     np.savez(tmp_path / "a.npz", images=np.random.default_rng(0).integers(0, 256, (60, 6, 6, 3), np.uint8))
     for name, more in (("right", ("--scale", 1)), ("wrong", ())):
-        done = invoke(images.main, "--input", tmp_path / "a.npz", "--output", tmp_path / name, "--height", 6, "--width",
-                      6, "--encoder", "pixels", "--patch", 2, "--validation-fraction", 0.3, *more)  # fmt: skip
+        done = invoke(
+            images.main,
+            "--input",
+            tmp_path / "a.npz",
+            "--output",
+            tmp_path / name,
+            "--height",
+            6,
+            "--width",
+            6,
+            "--encoder",
+            "pixels",
+            "--patch",
+            2,
+            "--validation-fraction",
+            0.3,
+            *more,
+        )
         assert done.exit_code == 0, done.output
     weights = tmp_path / "w.safetensors"
     done = CliRunner().invoke(app, [str(save(Denoiser(), tmp_path / "last.ckpt", DENOISING)), "--output", str(weights)])
     assert done.exit_code == 0 and "ebt-prepare images --height 6 --width 6" in done.output
 
     def make_run(data):
-        return CliRunner().invoke(convert_app, [
-            "import", str(weights), "--recipe", str(tmp_path / "w.yaml"), "--output", str(tmp_path / "run"),
-            f"data.train=[{tmp_path / data}/train]", f"data.validation=[{tmp_path / data}/validation]",
-            "training.global_batch_size=4", "training.micro_batch_size=2", "training.validation_samples=4",
-        ])  # fmt: skip
+        return CliRunner().invoke(
+            convert_app,
+            [
+                "import",
+                str(weights),
+                "--recipe",
+                str(tmp_path / "w.yaml"),
+                "--output",
+                str(tmp_path / "run"),
+                f"data.train=[{tmp_path / data}/train]",
+                f"data.validation=[{tmp_path / data}/validation]",
+                "training.global_batch_size=4",
+                "training.micro_batch_size=2",
+                "training.validation_samples=4",
+            ],
+        )
 
     done = make_run("wrong")
     assert done.exit_code != 0 and "latent_scale=1, this run has latent_scale=none" in " ".join(done.output.split())
@@ -254,19 +305,32 @@ def test_pictures_from_the_command_line_to_an_evaluation(tmp_path):
 QKV, DOWN = "model.transformer.blocks.1.attn.qkv.bias", "model.encoder_down_projection.bias"
 
 
-@pytest.mark.parametrize(("original", "hyper", "changes", "message"), [
-    (VideoEbt, VIDEO | {"backbone_type": "dinov2"}, {}, "backbone_type=dinov2 is not supported, only vae"),
-    (VideoEbt, VIDEO | {"vae_normalization": False}, {}, "vae_normalization=False is not supported"),
-    (VideoEbt, VIDEO, {DOWN: None, DOWN.replace("bias", "weight"): None}, "encoder_down_projection.weight is missing"),
-    (VideoEbt, VIDEO, {DOWN: torch.zeros(3)}, rf"{DOWN} is \[3\], expected \[32\]"),
-    (Denoiser, DENOISING | {"image_task": "t2i"}, {}, "text_embeddings_projector.weight is missing"),
-    (Denoiser, DENOISING | {"image_task": "paint"}, {}, "image_task=paint is not supported, only denoising and t2i"),
-    (Denoiser, DENOISING, {QKV: None}, f"{QKV} is missing"),
-    (Denoiser, DENOISING, {"model.transformer.pos_embed": torch.zeros(1, 9, WIDTH)}, "pos_embed is not the fixed"),
-    (Denoiser, DENOISING, {"model.other.weight": torch.zeros(3)}, "model.other.weight is not a weight of"),
-    (Denoiser, DENOISING | {"model_name": "unet"}, {}, "model_name=unet is not supported, only ebt and dit"),
-    (Denoiser, DENOISING | {"modality": "AUD"}, {}, "modality=AUD is not supported, only NLP and VID and IMG"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("original", "hyper", "changes", "message"),
+    [
+        (VideoEbt, VIDEO | {"backbone_type": "dinov2"}, {}, "backbone_type=dinov2 is not supported, only vae"),
+        (VideoEbt, VIDEO | {"vae_normalization": False}, {}, "vae_normalization=False is not supported"),
+        (
+            VideoEbt,
+            VIDEO,
+            {DOWN: None, DOWN.replace("bias", "weight"): None},
+            "encoder_down_projection.weight is missing",
+        ),
+        (VideoEbt, VIDEO, {DOWN: torch.zeros(3)}, rf"{DOWN} is \[3\], expected \[32\]"),
+        (Denoiser, DENOISING | {"image_task": "t2i"}, {}, "text_embeddings_projector.weight is missing"),
+        (
+            Denoiser,
+            DENOISING | {"image_task": "paint"},
+            {},
+            "image_task=paint is not supported, only denoising and t2i",
+        ),
+        (Denoiser, DENOISING, {QKV: None}, f"{QKV} is missing"),
+        (Denoiser, DENOISING, {"model.transformer.pos_embed": torch.zeros(1, 9, WIDTH)}, "pos_embed is not the fixed"),
+        (Denoiser, DENOISING, {"model.other.weight": torch.zeros(3)}, "model.other.weight is not a weight of"),
+        (Denoiser, DENOISING | {"model_name": "unet"}, {}, "model_name=unet is not supported, only ebt and dit"),
+        (Denoiser, DENOISING | {"modality": "AUD"}, {}, "modality=AUD is not supported, only NLP and VID and IMG"),
+    ],
+)
 def test_what_is_not_supported_is_named(original, hyper, changes, message, tmp_path):
     model = original("default") if original is VideoEbt else original()
     path = save(model, tmp_path / "last.ckpt", hyper, **changes)

@@ -7,25 +7,45 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
-from data_prep import images
+from ebt_megatron.data_prep import images
+from ebt_megatron.tools.pictures import app
 from ebt_megatron.training.run import Run
 from tests.data_prep.media import invoke
 from tests.data_prep.test_images import pictures
 from tests.tasks.latents import CAPTIONS, pictures_recipe
-from tools.pictures import app
 
 
 def run_of(folder, *overrides):
     """A run of random weights, told captions of three classes; its data are taken away."""
     np.savez(folder / "a.npz", images=pictures(40), labels=np.arange(40) % 3)
-    done = invoke(images.main, "--input", folder / "a.npz", "--output", folder / "data", "--height", 16, "--width", 16,
-                  "--encoder", "pixels", "--validation-fraction", 0.3, "--captions-from-labels", "--class-names",
-                  "a cat,a dog,a house")  # fmt: skip
+    done = invoke(
+        images.main,
+        "--input",
+        folder / "a.npz",
+        "--output",
+        folder / "data",
+        "--height",
+        16,
+        "--width",
+        16,
+        "--encoder",
+        "pixels",
+        "--validation-fraction",
+        0.3,
+        "--captions-from-labels",
+        "--class-names",
+        "a cat,a dog,a house",
+    )
     assert done.exit_code == 0, done.output
-    run = Run(pictures_recipe(
-        *CAPTIONS, f"data.train=[{folder}/data/train]", f"data.validation=[{folder}/data/validation]",
-        f"training.output_dir={folder}/run", *overrides,
-    ))  # fmt: skip
+    run = Run(
+        pictures_recipe(
+            *CAPTIONS,
+            f"data.train=[{folder}/data/train]",
+            f"data.validation=[{folder}/data/validation]",
+            f"training.output_dir={folder}/run",
+            *overrides,
+        )
+    )
     run.begin()
     assert not (run.write_checkpoint(None) or run.checkpoints.wait())
     run.close()
@@ -44,8 +64,10 @@ def test_pictures_are_made_from_captions(model, tmp_path):
     assert done.exit_code == 0, done.output
     assert Image.open(output).size == (2 * 3 * 18, 2 * 2 * 18)
     for more, why in (
-        ((), "is told captions: give --caption"), (("--label", "1"), "is told 0 classes"),
-        (("--caption", "a", "--label", "1"), "give either"), (("--caption", ""), "has no token"),
-    ):  # fmt: skip
+        ((), "is told captions: give --caption"),
+        (("--label", "1"), "is told 0 classes"),
+        (("--caption", "a", "--label", "1"), "give either"),
+        (("--caption", ""), "has no token"),
+    ):
         done = make(*more)
         assert done.exit_code == 2 and why in " ".join(done.output.split()), done.output

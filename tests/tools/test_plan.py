@@ -3,7 +3,7 @@
 import pytest
 
 from ebt_megatron.config import RecipeError, load_recipe
-from tools.plan import Hardware, estimate, parameter_count, parts_of
+from ebt_megatron.tools.plan import Hardware, estimate, parameter_count, parts_of
 
 HARDWARE = Hardware(tflops=100, bandwidth=100, network=10)
 
@@ -31,8 +31,13 @@ def test_so_are_those_of_a_model_of_pictures(architecture):
     from ebt_megatron.tasks.build import build_model
     from ebt_megatron.tasks.images import Images
 
-    r = recipe("data.modality=images", "data.sequence_length=16", "model.conditioning=none", "model.num_layers=2",
-               f"model.architecture={architecture}")  # fmt: skip
+    r = recipe(
+        "data.modality=images",
+        "data.sequence_length=16",
+        "model.conditioning=none",
+        "model.num_layers=2",
+        f"model.architecture={architecture}",
+    )
     initialize(r.parallel, 0)
     named = build_model(r, Images(r, [16, 48])).named_parameters()
     built = sum(p.numel() for name, p in named if p.dim() == 2 and not name.startswith(("final", "condition")))
@@ -63,16 +68,28 @@ def test_learning_drawn_steps_saves_time():
 
 def test_levers_save_memory():
     base = estimate(recipe("parallel.pipeline=2"), 1000, 8, HARDWARE)
-    assert estimate(recipe("parallel.pipeline=2", "parallel.micro_batches_in_flight=2"), 1000, 8,
-                    HARDWARE).activation_bytes < base.activation_bytes  # fmt: skip
-    assert estimate(recipe("parallel.pipeline=2", "model.recompute_layers=true"), 1000, 8,
-                    HARDWARE).activation_bytes < base.activation_bytes  # fmt: skip
-    assert estimate(recipe("parallel.pipeline=2", "thinking.logits_dtype=bfloat16"), 1000, 8,
-                    HARDWARE).activation_bytes < base.activation_bytes  # fmt: skip
-    assert estimate(recipe("parallel.pipeline=2", "thinking.regenerate=256"), 1000, 8,
-                    HARDWARE).activation_bytes < base.activation_bytes  # fmt: skip
-    assert estimate(recipe("parallel.pipeline=2", "parallel.distributed_optimizer=true"), 1000, 8,
-                    HARDWARE).weight_bytes < base.weight_bytes  # fmt: skip
+    assert (
+        estimate(
+            recipe("parallel.pipeline=2", "parallel.micro_batches_in_flight=2"), 1000, 8, HARDWARE
+        ).activation_bytes
+        < base.activation_bytes
+    )
+    assert (
+        estimate(recipe("parallel.pipeline=2", "model.recompute_layers=true"), 1000, 8, HARDWARE).activation_bytes
+        < base.activation_bytes
+    )
+    assert (
+        estimate(recipe("parallel.pipeline=2", "thinking.logits_dtype=bfloat16"), 1000, 8, HARDWARE).activation_bytes
+        < base.activation_bytes
+    )
+    assert (
+        estimate(recipe("parallel.pipeline=2", "thinking.regenerate=256"), 1000, 8, HARDWARE).activation_bytes
+        < base.activation_bytes
+    )
+    assert (
+        estimate(recipe("parallel.pipeline=2", "parallel.distributed_optimizer=true"), 1000, 8, HARDWARE).weight_bytes
+        < base.weight_bytes
+    )
 
 
 def test_a_layout_that_does_not_fit_is_refused():

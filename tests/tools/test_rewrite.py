@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from data_prep.encoders import PixelEncoder
 from ebt_megatron.core.errors import DataError
 from ebt_megatron.data.folder import ShardFolder
 from ebt_megatron.data.shards import Manifest, OutputLock, sha256_of, shard_infos, write_shard
+from ebt_megatron.data_prep.encoders import PixelEncoder
+from ebt_megatron.tools.rewrite import rewrite
+from ebt_megatron.tools.shards import app
 from tests.builders import text_shards
-from tools.rewrite import rewrite
-from tools.shards import app
 
 DOCUMENTS = [f"Document {i} says " + " ".join(f"word{j * i % 97}" for j in range(30)) for i in range(60)]
 run = CliRunner().invoke
@@ -34,10 +34,15 @@ def pictures(folder, seed, count=10, classes=("cat", "dog")):
     write_shard(folder, 0, "images", encoder.to_samples(latents), generator.integers(0, 2, count))
     encoder.save(folder / "encoder.npz")
     Manifest(
-        kind="images", shape=[4, 48], dtype="float16", samples=count, shards=shard_infos(folder, 1), provenance={},
+        kind="images",
+        shape=[4, 48],
+        dtype="float16",
+        samples=count,
+        shards=shard_infos(folder, 1),
+        provenance={},
         encoder={"file": "encoder.npz", "sha256": sha256_of(folder / "encoder.npz"), **encoder.describe()},
         classes=list(classes),
-    ).write(folder)  # fmt: skip
+    ).write(folder)
     return folder
 
 

@@ -12,8 +12,8 @@ from typer.testing import CliRunner
 from ebt_megatron.core.errors import DataError
 from ebt_megatron.data.folder import ShardFolder
 from ebt_megatron.data.shards import Manifest, made_in, read_manifest, shard_infos, write_shard
+from ebt_megatron.tools.shards import app
 from tests.builders import text_shards
-from tools.shards import app
 
 DOCUMENTS = [f"Document {i} says " + " ".join(f"word{j * i % 97}" for j in range(30)) for i in range(60)]
 run = CliRunner().invoke

@@ -16,18 +16,33 @@ from ebt_megatron.core.errors import DataError, PeerError
 from tests import builders
 
 DOCUMENTS = [f"Document {i} says " + " ".join(f"word{j * i % 97}" for j in range(40)) for i in range(200)]
-S2 = ("thinking.loss=last", "thinking.gradient=truncated", "thinking.langevin_noise=0.5",
-      "thinking.replay.enabled=true", "thinking.replay.capacity=2")  # fmt: skip
+S2 = (
+    "thinking.loss=last",
+    "thinking.gradient=truncated",
+    "thinking.langevin_noise=0.5",
+    "thinking.replay.enabled=true",
+    "thinking.replay.capacity=2",
+)
 
 
 def recipe_of(data: Path, output: Path, *overrides: str) -> Recipe:
     """A tiny EBT that logs every step."""
     return builders.small_recipe(
-        f"data.train=[{data}/train]", f"data.validation=[{data}/validation]", f"training.output_dir={output}",
-        "training.global_batch_size=4", "training.micro_batch_size=1", "training.steps=12", "training.log_interval=1",
-        "training.validation_interval=0", "training.validation_samples=4", "training.save_interval=3",
-        "training.async_save=true", "optimizer.warmup_steps=2", "thinking.max_steps=2", *overrides,
-    )  # fmt: skip
+        f"data.train=[{data}/train]",
+        f"data.validation=[{data}/validation]",
+        f"training.output_dir={output}",
+        "training.global_batch_size=4",
+        "training.micro_batch_size=1",
+        "training.steps=12",
+        "training.log_interval=1",
+        "training.validation_interval=0",
+        "training.validation_samples=4",
+        "training.save_interval=3",
+        "training.async_save=true",
+        "optimizer.warmup_steps=2",
+        "thinking.max_steps=2",
+        *overrides,
+    )
 
 
 def rows(output: Path) -> list[dict]:

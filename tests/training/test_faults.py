@@ -52,7 +52,10 @@ def test_a_hang_names_the_rank_and_the_phase_and_ends_the_run(tmp_path):
     script.write_text(HANG)
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)],
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=55,
-    )  # fmt: skip
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=55,
+    )
     assert done.returncode != 0
     assert "held up by rank 1 in phase 'data' of step 7; exiting" in done.stderr

@@ -27,21 +27,42 @@ ELSEWHERE = 1e-4
 
 # Everything that a default decides is set: a new default changes no golden number.
 BASE = (
-    "model.kernels=torch", "model.conditioning=time_embed", "model.initialization=unit_logits",
-    "thinking.min_steps=2", "thinking.max_steps=2",
-    "thinking.step_rule=probability_descent", "thinking.loss=every", "thinking.gradient=detached",
-    "thinking.step_size=5", "thinking.learn_step_size=true", "thinking.step_size_lr_multiplier=100",
-    "thinking.step_size_min=1e-4", "thinking.step_size_scale=1", "thinking.langevin_noise=0",
-    "thinking.initial=noise", "thinking.initial_std=1", "optimizer.warmup_steps=2", "optimizer.weight_decay=0.01",
-    "optimizer.epsilon=1e-4", "training.global_batch_size=4", "training.seed=1234",
-)  # fmt: skip
+    "model.kernels=torch",
+    "model.conditioning=time_embed",
+    "model.initialization=unit_logits",
+    "thinking.min_steps=2",
+    "thinking.max_steps=2",
+    "thinking.step_rule=probability_descent",
+    "thinking.loss=every",
+    "thinking.gradient=detached",
+    "thinking.step_size=5",
+    "thinking.learn_step_size=true",
+    "thinking.step_size_lr_multiplier=100",
+    "thinking.step_size_min=1e-4",
+    "thinking.step_size_scale=1",
+    "thinking.langevin_noise=0",
+    "thinking.initial=noise",
+    "thinking.initial_std=1",
+    "optimizer.warmup_steps=2",
+    "optimizer.weight_decay=0.01",
+    "optimizer.epsilon=1e-4",
+    "training.global_batch_size=4",
+    "training.seed=1234",
+)
 THROUGH = ("thinking.langevin_noise=0.5", "thinking.max_steps=3", "thinking.min_steps=3")
 RECIPES = {
     "S1": (),
     "S1, the paper's draws": ("model.initialization=paper", "thinking.step_size=500"),
-    "S2": ("thinking.loss=last", "thinking.gradient=truncated", "thinking.learn_step_size=false",
-           "thinking.step_size_scale=2", "thinking.max_steps=3", "thinking.langevin_noise=0.5",
-           "thinking.replay.enabled=true", "thinking.replay.capacity=2"),
+    "S2": (
+        "thinking.loss=last",
+        "thinking.gradient=truncated",
+        "thinking.learn_step_size=false",
+        "thinking.step_size_scale=2",
+        "thinking.max_steps=3",
+        "thinking.langevin_noise=0.5",
+        "thinking.replay.enabled=true",
+        "thinking.replay.capacity=2",
+    ),
     "one loss of two": ("thinking.learned_steps=1",),
     "logit_descent": ("thinking.step_rule=logit_descent",),
     "mirror_descent": ("thinking.step_rule=mirror_descent", "thinking.initial=zeros"),
@@ -61,7 +82,7 @@ RECIPES = {
     "double backward": ("thinking.engine=double_backward",),
     "documents, recomputed": ("data.document_mask=true", "model.recompute_layers=true"),
     "Transformer++": ("model.architecture=transformer",),
-}  # fmt: skip
+}
 
 
 def environment() -> dict[str, str]:

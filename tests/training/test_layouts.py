@@ -8,9 +8,15 @@ from tests import builders
 from tests.distributed_utils import run_ranks
 
 S1 = ("thinking.max_steps=2", "thinking.learned_steps=1")
-S2 = ("thinking.loss=last", "thinking.learn_step_size=false", "thinking.step_size_scale=2",
-      "thinking.langevin_noise=0.5", "thinking.replay.enabled=true", "thinking.replay.capacity=2",
-      "model.energy_head=quadratic")  # fmt: skip
+S2 = (
+    "thinking.loss=last",
+    "thinking.learn_step_size=false",
+    "thinking.step_size_scale=2",
+    "thinking.langevin_noise=0.5",
+    "thinking.replay.enabled=true",
+    "thinking.replay.capacity=2",
+    "model.energy_head=quadratic",
+)
 FULL = ("thinking.gradient=full", "thinking.max_steps=2", "model.conditioning=adaln_sequence")
 REUSE = ("thinking.reuse=true", "thinking.max_steps=2")
 SEQUENCE = ("model.conditioning=time_embed_sequence",)
@@ -22,10 +28,14 @@ RECIPES = {
     "time_embed_sequence": SEQUENCE,
     "reuse": REUSE,
     "truncated on logits": ("thinking.loss=last", "thinking.gradient=truncated", "thinking.step_rule=logit_descent"),
-    "mirror descent, full, regenerated": ("thinking.step_rule=mirror_descent", "thinking.langevin_noise=0.5",
-                                          "thinking.gradient=full", "thinking.regenerate=5"),
+    "mirror descent, full, regenerated": (
+        "thinking.step_rule=mirror_descent",
+        "thinking.langevin_noise=0.5",
+        "thinking.gradient=full",
+        "thinking.regenerate=5",
+    ),
     "Transformer++": TRANSFORMER,
-}  # fmt: skip
+}
 
 QUICK, SLOW = 4, 10  # optimizer steps in the suite, and with the slow tests
 LONG = ("S1", "S2", "Transformer++")  # the others take two steps, and in the suite none on four ranks
@@ -60,9 +70,14 @@ def losses_of(overrides: tuple[str, ...], steps: int) -> list[float]:
     from ebt_megatron.training.trainer import Trainer
 
     recipe = builders.small_recipe(
-        "model.num_layers=4", "optimizer.warmup_steps=2", "thinking.step_size_lr_multiplier=100",
-        "training.global_batch_size=8", "optimizer.epsilon=1e-4", "data.sequence_length=8", *overrides,
-    )  # fmt: skip
+        "model.num_layers=4",
+        "optimizer.warmup_steps=2",
+        "thinking.step_size_lr_multiplier=100",
+        "training.global_batch_size=8",
+        "optimizer.epsilon=1e-4",
+        "data.sequence_length=8",
+        *overrides,
+    )
     trainer = Trainer(recipe, Text(recipe, builders.VOCAB))
     return [trainer.train_step(micro_batches_of(trainer, step), step).loss for step in range(steps)]
 
@@ -99,6 +114,9 @@ def test_losses_equal_those_of_a_single_process(layout, single):
     for results in run_ranks(several, ranks, recipes, overrides, steps):
         for name, losses in results.items():
             torch.testing.assert_close(
-                torch.tensor(losses), torch.tensor(single[name]), rtol=1e-5, atol=0,
+                torch.tensor(losses),
+                torch.tensor(single[name]),
+                rtol=1e-5,
+                atol=0,
                 msg=lambda text, name=name: f"{name} on {layout}: {text}",
-            )  # fmt: skip
+            )

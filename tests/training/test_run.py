@@ -34,12 +34,26 @@ def data(tmp_path_factory):
 
 def command(data, output, *overrides, ranks=1):
     launcher = [] if ranks == 1 else ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-    return [sys.executable, *launcher, "-m", "ebt_megatron.train", str(ROOT / "recipes/text/quickstart_s1.yaml"),
-            "parallel.tensor=1", "data.sequence_length=16", f"data.train=[{data}/train]",
-            f"data.validation=[{data}/validation]", "training.steps=10", "training.log_interval=1",
-            "training.save_interval=4", "training.validation_interval=5", "training.validation_samples=16",
-            "training.global_batch_size=4", "training.micro_batch_size=2", f"training.output_dir={output}",
-            *overrides]  # fmt: skip
+    return [
+        sys.executable,
+        *launcher,
+        "-m",
+        "ebt_megatron.train",
+        str(ROOT / "recipes/text/quickstart_s1.yaml"),
+        "parallel.tensor=1",
+        "data.sequence_length=16",
+        f"data.train=[{data}/train]",
+        f"data.validation=[{data}/validation]",
+        "training.steps=10",
+        "training.log_interval=1",
+        "training.save_interval=4",
+        "training.validation_interval=5",
+        "training.validation_samples=16",
+        "training.global_batch_size=4",
+        "training.micro_batch_size=2",
+        f"training.output_dir={output}",
+        *overrides,
+    ]
 
 
 def environment():
@@ -67,9 +81,25 @@ def undisturbed(data, tmp_path_factory):
 
 
 def test_the_metrics_a_run_must_have(undisturbed):
-    needed = {"step", "loss", "final_step_loss", "initial_loss", "energy_first", "energy_last", "alpha", "grad_norm",
-              "lr", "tokens", "tokens_per_second", "step_seconds", "peak_memory_bytes", "model_flops_per_second",
-              "data_wait_seconds", "phase_seconds", "straggler_ratio"}  # fmt: skip
+    needed = {
+        "step",
+        "loss",
+        "final_step_loss",
+        "initial_loss",
+        "energy_first",
+        "energy_last",
+        "alpha",
+        "grad_norm",
+        "lr",
+        "tokens",
+        "tokens_per_second",
+        "step_seconds",
+        "peak_memory_bytes",
+        "model_flops_per_second",
+        "data_wait_seconds",
+        "phase_seconds",
+        "straggler_ratio",
+    }
     recorded = rows(undisturbed)
     assert [r["step"] for r in recorded] == list(range(1, 11))
     assert all(needed <= set(r) for r in recorded)
@@ -95,8 +125,13 @@ def wait_for_step(output, step, process):
 @pytest.mark.parametrize(("ranks", "number"), [(1, signal.SIGTERM), (2, signal.SIGINT)], ids=str)
 def test_told_to_stop_it_saves_first(ranks, number, data, undisturbed, tmp_path):
     slow = ("training.save_interval=0",)
-    process = subprocess.Popen(command(data, tmp_path, *slow, ranks=ranks), env=environment(), stderr=subprocess.PIPE,
-                               text=True, start_new_session=True)  # fmt: skip
+    process = subprocess.Popen(
+        command(data, tmp_path, *slow, ranks=ranks),
+        env=environment(),
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
     wait_for_step(tmp_path, 3, process)
     os.killpg(process.pid, number)  # as a terminal does on Ctrl-C: to torchrun and to the ranks
     _, said = process.communicate(timeout=120)
@@ -136,8 +171,13 @@ def test_missing_shards_are_one_line_and_nothing_is_made(tmp_path):
 
 
 def test_evaluation_reads_the_run(data, undisturbed):
-    done = subprocess.run([sys.executable, "-m", "ebt_megatron.evaluate", str(undisturbed)], env=environment(),
-                          capture_output=True, text=True, timeout=200)  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-m", "ebt_megatron.evaluate", str(undisturbed)],
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
     assert done.returncode == 0, done.stderr
     result = json.loads((undisturbed / "evaluation.json").read_text())
     assert [row["steps"] for row in result["thinking"]] == [1, 2, 3, 4]

@@ -55,8 +55,18 @@ def has(answer, *words):
 
 
 def test_what_is_saved_at_a_stop_at_the_end_and_in_a_streak_of_bad_steps(data, tmp_path):
-    plan = [(t, ALL, t) for t in ("full_at_the_end", "full_when_told_to_stop", "sigterm", "ctrl_c", "bad_streak",
-                                  "sigterm_in_a_bad_streak", "bad_end")]  # fmt: skip
+    plan = [
+        (t, ALL, t)
+        for t in (
+            "full_at_the_end",
+            "full_when_told_to_stop",
+            "sigterm",
+            "ctrl_c",
+            "bad_streak",
+            "sigterm_in_a_bad_streak",
+            "bad_end",
+        )
+    ]
     end, stop, sigterm, ctrl_c, streak, stopped_in_streak, bad_end = life(data, tmp_path, *plan)
     for answer, step, newest in ((end, 12, "step-00000009"), (stop, 5, "step-00000003")):
         assert f"step {step} is not saved" in answer["stopped"] and "the disk is full" in answer["stopped"]
@@ -78,12 +88,18 @@ def test_the_save_after_bad_steps_deletes_nothing(data, tmp_path):
 def test_a_folder_that_was_used_before(data, tmp_path):
     longer = ("training.steps=15", "training.keep_checkpoints=1")
     first, again, anew, extended, kept, checkpoints_gone = life(
-        data, tmp_path,
-        ("run", (), ""), ("run", (), ""), ("run", (*KEPT_SCHEDULE, "training.resume=false", "training.steps=3"), ""),
-        (shutil.copytree, "run/earlier/1", "longer"), ("longer", longer, ""),
-        (shutil.copytree, "run/earlier/1", "kept"), ("kept", (*longer, *KEPT_SCHEDULE), ""),
-        (shutil.rmtree, "kept/checkpoints"), ("kept", ("training.steps=3",), ""),
-    )  # fmt: skip
+        data,
+        tmp_path,
+        ("run", (), ""),
+        ("run", (), ""),
+        ("run", (*KEPT_SCHEDULE, "training.resume=false", "training.steps=3"), ""),
+        (shutil.copytree, "run/earlier/1", "longer"),
+        ("longer", longer, ""),
+        (shutil.copytree, "run/earlier/1", "kept"),
+        ("kept", (*longer, *KEPT_SCHEDULE), ""),
+        (shutil.rmtree, "kept/checkpoints"),
+        ("kept", ("training.steps=3",), ""),
+    )
     assert again["after"] == [] and again["digest"] == first["digest"] and again["saved"] == [9, 12]
     assert anew["after"] == first["after"][:3] and anew["saved"] == [3] and has(anew, "is moved to", "earlier/1")
     assert saved(tmp_path / "run/earlier/1") == [9, 12]
@@ -105,9 +121,16 @@ def _restarts(count):
 def test_a_run_begun_anew_goes_on_after_a_restart(data, tmp_path):
     anew = ("training.resume=false", *ALL)
     earlier, begun, restarted, again = life(
-        data, tmp_path, ("run", ALL, ""), (_restarts, "0"), ("run", anew, "sigterm"), (_restarts, "1"),
-        ("run", anew, ""), (_restarts, "0"), ("run", (*anew, "training.steps=3"), ""),
-    )  # fmt: skip
+        data,
+        tmp_path,
+        ("run", ALL, ""),
+        (_restarts, "0"),
+        ("run", anew, "sigterm"),
+        (_restarts, "1"),
+        ("run", anew, ""),
+        (_restarts, "0"),
+        ("run", (*anew, "training.steps=3"), ""),
+    )
     assert begun["saved"] == [3, 5] and has(begun, "run it with training.resume=true to go on")
     assert restarted["saved"] == [3, 5, 6, 9, 12] and has(restarted, "resumed from") and not has(restarted, "moved")
     assert begun["after"] + restarted["after"] == earlier["after"]
@@ -131,11 +154,17 @@ def test_what_does_not_fit_is_refused_and_left_as_it_is(data, tmp_path):
     turned = "data.train=[{0}/validation,{0}/train]".format(data)  # noqa: UP032
     short = ("training.steps=3", "training.async_save=false")
     _, order, other, _, damaged, held = life(
-        data, tmp_path,
-        ("run", (*short, two), ""), ("run", (*short, turned), ""), ("run", short, ""),
-        ("damaged", short, ""), (_damage, "damaged/checkpoints"), ("damaged", short, ""),
-        (_leave_a_lock, "held"), ("held", short, ""),
-    )  # fmt: skip
+        data,
+        tmp_path,
+        ("run", (*short, two), ""),
+        ("run", (*short, turned), ""),
+        ("run", short, ""),
+        ("damaged", short, ""),
+        (_damage, "damaged/checkpoints"),
+        ("damaged", short, ""),
+        (_leave_a_lock, "held"),
+        ("held", short, ""),
+    )
     assert "the folders of data.train in another order" in order["error"] and order["saved"] == [3]
     assert "made with" in other["error"] or "samples_per_epoch" in other["error"]
     assert "every checkpoint in" in damaged["error"] and "training.resume=false" in damaged["error"]
@@ -145,12 +174,21 @@ def test_what_does_not_fit_is_refused_and_left_as_it_is(data, tmp_path):
 
 def test_validation(data, tmp_path):
     never = ("training.steps=3", "data.validation=[]")
-    every = ("training.async_save=false", "training.validation_interval=4", "training.validation_samples=5",
-             "training.save_interval=4")  # fmt: skip
+    every = (
+        "training.async_save=false",
+        "training.validation_interval=4",
+        "training.validation_samples=5",
+        "training.save_interval=4",
+    )
     none, _, resumed, plain, empty = life(
-        data, tmp_path, ("none", never, ""), ("killed", every, "killed_between_saving_and_recording"),
-        ("killed", every, ""), ("plain", every, ""), ("empty", (*every, "training.validation_samples=0"), ""),
-    )  # fmt: skip
+        data,
+        tmp_path,
+        ("none", never, ""),
+        ("killed", every, "killed_between_saving_and_recording"),
+        ("killed", every, ""),
+        ("plain", every, ""),
+        ("empty", (*every, "training.validation_samples=0"), ""),
+    )
     assert len(none["after"]) == 3 and not any("validation_loss" in r for r in runs.rows(tmp_path / "none"))
     # Saved first, so nothing is lost; and the row of the step, with its validation, is made up for.
     assert len(resumed["after"]) == 4 and resumed["digest"] == plain["digest"]
@@ -166,10 +204,12 @@ def test_more_than_four_epochs_are_warned_of(steps, warned):
 
     said: list[str] = []
     run = SimpleNamespace(
-        recipe=small_recipe(f"training.steps={steps}", "training.validation_samples=9"), warn=said.append,
-        say=said.append, validation_data=SimpleNamespace(validation_samples=5),
+        recipe=small_recipe(f"training.steps={steps}", "training.validation_samples=9"),
+        warn=said.append,
+        say=said.append,
+        validation_data=SimpleNamespace(validation_samples=5),
         train_data=SimpleNamespace(most_repeated=lambda samples: (samples / 10, "data/train")),
-    )  # fmt: skip
+    )
     Run._look_at_amounts(run)
     *warnings, validation = said
     assert "validation is on all 5 samples" in validation and len(warnings) == warned

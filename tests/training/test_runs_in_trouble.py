@@ -48,9 +48,11 @@ def test_too_many_bad_steps_stop_the_run_and_name_the_checkpoint(data, tmp_path)
 
 @pytest.mark.parametrize(
     ("trouble", "error", "step"),
-    [("no_data", "DataError: shard-000001.tar is damaged", 5),
-     ("no_validation_data", "OSError: [Errno 5] Input/output error: 'shard-000000.tar'", 8)],
-)  # fmt: skip
+    [
+        ("no_data", "DataError: shard-000001.tar is damaged", 5),
+        ("no_validation_data", "OSError: [Errno 5] Input/output error: 'shard-000000.tar'", 8),
+    ],
+)
 def test_what_cannot_be_read_on_one_rank_ends_the_run_after_a_save(trouble, error, step, data, undisturbed, tmp_path):
     options = ("training.save_interval=100", "data.prefetch=2", "training.validation_interval=8")
     first, last = run_ranks(runs.train, 2, data, tmp_path, options, trouble)

@@ -24,8 +24,13 @@ def _losses(data, layouts):
 
     out = {}
     for layout, counts in layouts.items():
-        recipe = small_recipe(f"data.train=[{data}/train]", f"data.validation=[{data}/validation]", *layout,
-                              "training.global_batch_size=12", "training.micro_batch_size=3")  # fmt: skip
+        recipe = small_recipe(
+            f"data.train=[{data}/train]",
+            f"data.validation=[{data}/validation]",
+            *layout,
+            "training.global_batch_size=12",
+            "training.micro_batch_size=3",
+        )
         trainer = Trainer(recipe, Text(recipe, 300))
         loader = Loader(recipe, "validation", trainer.state.data_rank, trainer.state.data_size)
         steps = 2 if recipe.model.architecture == "ebt" else 1

@@ -16,12 +16,21 @@ WIDTH, HIDDEN, VOCAB, BATCH = 8, 12, 16, 8
 
 
 def toy_recipe(*overrides: str) -> Recipe:
-    return load_recipe(None, [
-        "model.num_layers=2", "model.num_attention_heads=2", f"model.hidden_size={WIDTH}",
-        f"model.ffn_hidden_size={HIDDEN}", "optimizer.lr=1e-2", "optimizer.warmup_steps=2",
-        "training.steps=10",
-        "optimizer.weight_decay=0.1", "optimizer.clip_grad=0.5", *overrides,
-    ])  # fmt: skip
+    return load_recipe(
+        None,
+        [
+            "model.num_layers=2",
+            "model.num_attention_heads=2",
+            f"model.hidden_size={WIDTH}",
+            f"model.ffn_hidden_size={HIDDEN}",
+            "optimizer.lr=1e-2",
+            "optimizer.warmup_steps=2",
+            "training.steps=10",
+            "optimizer.weight_decay=0.1",
+            "optimizer.clip_grad=0.5",
+            *overrides,
+        ],
+    )
 
 
 class Block(MegatronModule):
@@ -49,9 +58,12 @@ class Toy(StageModule):
         super().__init__(config)
         if state.is_first_stage:
             self.embedding = tensor_parallel.VocabParallelEmbedding(
-                VOCAB, WIDTH, init_method=config.init_method, config=config,
+                VOCAB,
+                WIDTH,
+                init_method=config.init_method,
+                config=config,
                 reduce_scatter_embeddings=config.sequence_parallel,
-            )  # fmt: skip
+            )
             self.scale = torch.nn.Parameter(torch.tensor(2.0))
             self.lr_multipliers["scale"] = 10.0
             self.scale.sequence_parallel = config.sequence_parallel  # it reads this rank's positions

@@ -1,1 +1,1 @@
-"""Checkpoints of the paper's public code (github.com/alexiglad/EBT), for `tools.import_ebt_checkpoint`."""
+"""Checkpoints of the paper's public code (github.com/alexiglad/EBT), for `ebt_megatron.tools.import_ebt_checkpoint`."""

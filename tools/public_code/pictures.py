@@ -12,9 +12,16 @@ import torch
 from torch import Tensor
 
 from ebt_megatron.config import Recipe, RecipeError, resolve
-
-from .settings import Described, Hyper, Supported, describe_thinking, describe_training, number, require
-from .source import Source, interleaved
+from ebt_megatron.tools.public_code.settings import (
+    Described,
+    Hyper,
+    Supported,
+    describe_thinking,
+    describe_training,
+    number,
+    require,
+)
+from ebt_megatron.tools.public_code.source import Source, interleaved
 
 _TRUNK = {"ebt": "model.transformer", "transformer": "model.diffusion_transformer"}
 _NAMES = {"ebt": "ebt", "dit": "transformer"}
@@ -57,10 +64,15 @@ def describe(hyper: Hyper, source: Source) -> Described:
     scale, side = (1, patch) if denoises else (0.18215, patch * _VAE)
     size = side * math.isqrt(patches)
     encoder = "pixels" if denoises else "vae --model sd-vae-ft-ema --captions ... --caption-encoder clip:..."
-    identity = {"picture": [patches, channels * patch**2], "classes": 0, "latent_scale": scale,
-                "images.learn_sigma": recipe.images.learn_sigma}  # fmt: skip
-    return Described(recipe, identity, f"images --height {size} --width {size} --patch {side} --scale {scale} "
-                                       f"--encoder {encoder}")  # fmt: skip
+    identity = {
+        "picture": [patches, channels * patch**2],
+        "classes": 0,
+        "latent_scale": scale,
+        "images.learn_sigma": recipe.images.learn_sigma,
+    }
+    return Described(
+        recipe, identity, f"images --height {size} --width {size} --patch {side} --scale {scale} --encoder {encoder}"
+    )
 
 
 def _describe_levels(recipe: Recipe, hyper: Hyper, denoises: bool) -> None:
@@ -128,8 +140,12 @@ def _condition(source: Source, recipe: Recipe, ours: str, width: int) -> dict[st
     zeros = torch.zeros(width)
     if recipe.images.captions:
         made = source.linear(_PROJECTOR, "out", width, source.shape(f"{_PROJECTOR}.weight")[1])
-        return {f"{ours}.vector": zeros, f"{ours}.captions.not_told": zeros.clone(),
-                f"{ours}.captions.out": made["out.weight"], f"{ours}.captions.out_bias": made["out.bias"]}  # fmt: skip
+        return {
+            f"{ours}.vector": zeros,
+            f"{ours}.captions.not_told": zeros.clone(),
+            f"{ours}.captions.out": made["out.weight"],
+            f"{ours}.captions.out_bias": made["out.bias"],
+        }
     if recipe.model.architecture == "ebt":
         return {f"{ours}.vector": source.take("model.learned_adaln_condition.weight", 1, width)[0]}
     return {f"{ours}.vector": zeros}
@@ -153,10 +169,13 @@ def _noise(source: Source, trunk: str, channels: int, patch: int, order: Tensor)
         return torch.cat([noise.flatten(0, 1), *(part.flatten(0, 1) / 2 + middle for part in v)])
 
     return {
-        "head": outputs(linear["head.weight"], 0)[:, order], "head_bias": outputs(linear["head.bias"], 0.5),
-        "condition.level_in": level["in.weight"], "condition.level_in_bias": level["in.bias"],
-        "condition.level_out": level["out.weight"], "condition.level_out_bias": level["out.bias"],
-    }  # fmt: skip
+        "head": outputs(linear["head.weight"], 0)[:, order],
+        "head_bias": outputs(linear["head.bias"], 0.5),
+        "condition.level_in": level["in.weight"],
+        "condition.level_in_bias": level["in.bias"],
+        "condition.level_out": level["out.weight"],
+        "condition.level_out_bias": level["out.bias"],
+    }
 
 
 def _modulation(source: Source, theirs: str, ours: str, parts: int, order: Tensor) -> dict[str, Tensor]:

@@ -9,13 +9,24 @@ import torch
 from torch import Tensor
 
 from ebt_megatron.config import Recipe, resolve
-
-from .settings import Described, Hyper, Supported, describe_thinking, describe_training, number, require, take
-from .source import Source, interleaved
+from ebt_megatron.tools.public_code.settings import (
+    Described,
+    Hyper,
+    Supported,
+    describe_thinking,
+    describe_training,
+    number,
+    require,
+    take,
+)
+from ebt_megatron.tools.public_code.source import Source, interleaved
 
 _CONDITIONING = {
-    "default": "none", "time_embed": "time_embed_sequence", "adaln": "adaln_sequence", "adaln_zero": "adaln_sequence",
-}  # fmt: skip
+    "default": "none",
+    "time_embed": "time_embed_sequence",
+    "adaln": "adaln_sequence",
+    "adaln_zero": "adaln_sequence",
+}
 _TRUNK = "model.transformer"
 _STEPS = f"{_TRUNK}.time_embeddings.weight"
 _LATENTS = 4  # channels of the VAE, which has a number of each for 8 x 8 pixels
@@ -68,8 +79,12 @@ def describe_video(hyper: Hyper, source: Source) -> Described:
     scale = 0.18215 if hyper.get("sdxl_vae_standardization") else 1
     size = 8 * round((numbers / _LATENTS) ** 0.5)
     identity = {"frame": [numbers // _LATENTS, _LATENTS], "latent_scale": scale}
-    return Described(recipe, identity, f"video --height {size} --width {size} --encoder vae --model sd-vae-ft-mse "
-                                       f"--scale {scale} --frames {recipe.data.sequence_length + 1}")  # fmt: skip
+    return Described(
+        recipe,
+        identity,
+        f"video --height {size} --width {size} --encoder vae --model sd-vae-ft-mse "
+        f"--scale {scale} --frames {recipe.data.sequence_length + 1}",
+    )
 
 
 def _describe(hyper: Hyper, source: Source, ebt: Supported) -> tuple[Recipe, bool]:
@@ -107,9 +122,14 @@ def weights_of_text(source: Source, recipe: Recipe) -> dict[str, Tensor]:
         output = table(source.take("model.output.weight", vocab, width))
         return {"embedding.table.weight": observed, "output.projection.weight": output} | _trunk(source, recipe)
     predicted = source.take("model.vocab_to_embed.weight", width, vocab)
-    return {
-        "modality.context.table.weight": observed, "modality.prediction_embedding.weight": table(predicted.t()),
-    } | _thinking(source, recipe) | _trunk(source, recipe)  # fmt: skip
+    return (
+        {
+            "modality.context.table.weight": observed,
+            "modality.prediction_embedding.weight": table(predicted.t()),
+        }
+        | _thinking(source, recipe)
+        | _trunk(source, recipe)
+    )
 
 
 def weights_of_video(source: Source, recipe: Recipe) -> dict[str, Tensor]:

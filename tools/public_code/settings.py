@@ -6,8 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ebt_megatron.config import Recipe, RecipeError
-
-from .source import Source
+from ebt_megatron.tools.public_code.source import Source
 
 Hyper = dict[str, Any]
 Supported = dict[str, tuple[Any, ...]]  # hyper-parameter, the values that can be had here
@@ -32,8 +31,9 @@ def require(hyper: Hyper, supported: Supported) -> None:
     """Raise RecipeError for the first hyper-parameter that is there and has another value."""
     for key, values in supported.items():
         if key in hyper and hyper[key] not in values:
-            raise RecipeError(f"hyper-parameter {key}={hyper[key]} is not supported, only "
-                              f"{' and '.join(map(str, values))}")  # fmt: skip
+            raise RecipeError(
+                f"hyper-parameter {key}={hyper[key]} is not supported, only {' and '.join(map(str, values))}"
+            )
 
 
 def number(hyper: Hyper, name: str, default: float | None = None) -> float:
@@ -41,8 +41,9 @@ def number(hyper: Hyper, name: str, default: float | None = None) -> float:
     value = hyper.get(name, default)
     if isinstance(value, int | float):
         return value
-    raise RecipeError(f"hyper-parameter {name}={value}: a number is needed" if name in hyper else
-                      f"hyper-parameter {name} is missing")  # fmt: skip
+    raise RecipeError(
+        f"hyper-parameter {name}={value}: a number is needed" if name in hyper else f"hyper-parameter {name} is missing"
+    )
 
 
 def take(target: object, hyper: Hyper, **names: str) -> None:
@@ -55,8 +56,16 @@ def take(target: object, hyper: Hyper, **names: str) -> None:
 def describe_training(recipe: Recipe, hyper: Hyper) -> None:
     """Set what every model is trained by."""
     recipe.optimizer.lr = 1e-3
-    take(recipe.optimizer, hyper, lr="peak_learning_rate", weight_decay="weight_decay", beta1="beta1", beta2="beta2",
-         clip_grad="gradient_clip_val", warmup_steps="warm_up_steps")  # fmt: skip
+    take(
+        recipe.optimizer,
+        hyper,
+        lr="peak_learning_rate",
+        weight_decay="weight_decay",
+        beta1="beta1",
+        beta2="beta2",
+        clip_grad="gradient_clip_val",
+        warmup_steps="warm_up_steps",
+    )
     take(recipe.training, hyper, steps="max_steps")
 
 
@@ -71,9 +80,14 @@ def describe_thinking(recipe: Recipe, hyper: Hyper, source: Source) -> None:
         t.loss = "last"
     if hyper.get("no_mcmc_detach"):
         t.gradient = "truncated" if hyper.get("truncate_mcmc") else "full"
-    take(t, hyper, step_size="mcmc_step_size", learn_step_size="mcmc_step_size_learnable",
-         step_size_lr_multiplier="mcmc_step_size_lr_multiplier",
-         step_size_scale="randomize_mcmc_step_size_scale")  # fmt: skip
+    take(
+        t,
+        hyper,
+        step_size="mcmc_step_size",
+        learn_step_size="mcmc_step_size_learnable",
+        step_size_lr_multiplier="mcmc_step_size_lr_multiplier",
+        step_size_scale="randomize_mcmc_step_size_scale",
+    )
     if hyper.get("langevin_dynamics_noise"):  # 0 switches it off, whatever the weight says; it may have been learned
         source.shape("model.langevin_dynamics_noise_std")
         t.langevin_noise = float(source.left["model.langevin_dynamics_noise_std"])

@@ -71,8 +71,10 @@ class Source:
 
     def linear(self, theirs: str, ours: str, rows: int, columns: int) -> dict[str, Tensor]:
         """A linear layer's weight [rows, columns] and bias, under our names."""
-        return {f"{ours}.weight": self.take(f"{theirs}.weight", rows, columns),
-                f"{ours}.bias": self.take(f"{theirs}.bias", rows)}  # fmt: skip
+        return {
+            f"{ours}.weight": self.take(f"{theirs}.weight", rows, columns),
+            f"{ours}.bias": self.take(f"{theirs}.bias", rows),
+        }
 
     def modulation(self, theirs: str, ours: str, parts: int, width: int) -> dict[str, Tensor]:
         """What turns a condition into `parts` of an adaptive normalisation."""

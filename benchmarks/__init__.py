@@ -1,0 +1,1 @@
+"""Benchmarks: `python -m benchmarks.NAME --help` in a checkout; results are in `results/`. Not installed."""

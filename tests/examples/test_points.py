@@ -1,0 +1,74 @@
+"""docs/extending.md: a modality is one module and one recipe; it trains, resumes and is evaluated."""
+
+import json
+from pathlib import Path
+
+import pytest
+from torch.nn.functional import smooth_l1_loss
+
+from ebt_megatron.config import load_recipe
+from ebt_megatron.data.loader import Loader
+from ebt_megatron.evaluate import evaluate
+from ebt_megatron.parallel.setup import shutdown
+from ebt_megatron.session import open_run
+from ebt_megatron.training.hooks import train_to_end
+from ebt_megatron.training.run import Run
+from examples.points.points import write_points
+
+ROOT = Path(__file__).parents[2]
+HERE = ROOT / "examples" / "points"
+DOCUMENT = ROOT / "docs" / "extending.md"
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("points")
+    write_points(folder / "train", 960, 12, seed=0)
+    write_points(folder / "validation", 32, 12, seed=1)
+    return folder
+
+
+def train(data, output, *overrides):
+    recipe = load_recipe(
+        HERE / "points.yaml",
+        [
+            f"data.train=[{data}/train]",
+            f"data.validation=[{data}/validation]",
+            f"training.output_dir={output}",
+            *overrides,
+        ],
+    )
+    run = Run(recipe)
+    train_to_end(run)
+    shutdown()
+    rows = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    return [row["validation_loss"] for row in rows if "validation_loss" in row]
+
+
+def repeated(data):
+    """The loss of repeating the last point."""
+    points = next(
+        iter(Loader(load_recipe(HERE / "points.yaml", [f"data.train=[{data}/train]"]), "train", 0, 1))
+    ).latents
+    return smooth_l1_loss(points[:, :-1], points[:, 1:]).item()
+
+
+@pytest.mark.parametrize("architecture", ["ebt", "transformer"])
+def test_it_trains_and_is_evaluated(architecture, data, tmp_path):
+    halfway, end = train(data, tmp_path, f"model.architecture={architecture}")
+    assert end < halfway and end < 0.8 * repeated(data)
+    with open_run(tmp_path) as run:
+        row = evaluate(run)["thinking"][1 if architecture == "ebt" else 0]
+    assert row["loss"] == pytest.approx(end, rel=1e-5) and row["distance"] == pytest.approx(2 * row["loss"] ** 0.5)
+
+
+def test_it_goes_on_where_it_stopped(data, tmp_path):
+    whole = train(data, tmp_path / "whole")[-1]
+    train(data, tmp_path / "halves", "training.steps=60", "optimizer.decay_steps=120")
+    assert [p.name for p in (tmp_path / "halves" / "checkpoints").glob("step-*")] == ["step-00000060"]
+    assert train(data, tmp_path / "halves")[-1] == whole
+
+
+@pytest.mark.parametrize("name", ["points.py", "points.yaml"])
+def test_the_document_shows_these_files(name):
+    assert (HERE / name).read_text().strip() in DOCUMENT.read_text()
