@@ -7,20 +7,19 @@ import html.parser
 import io
 import json
 import os
-import re
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
 
 from ebt_megatron.core.errors import DataError
+from ebt_megatron.core.lines import encodable
 from ebt_megatron.data_prep.files import DAMAGED, InputFile, content_of, open_content, open_file, plain_name
 
 _PAGES, _LINES = (".html", ".htm"), (".jsonl", ".ndjson", ".json")
 _TEXT = (".txt", ".md", ".rst", *_PAGES)
 SUFFIXES = (*_TEXT, ".jsonl", ".ndjson", ".json.gz", ".json.zst", ".parquet")  # plain .json beside data is about it
 _BLOCKS = ("p", "br", "div", "li", "tr", "h1", "h2", "h3", "h4", "pre")
-_SURROGATES = re.compile("[\ud800-\udfff]")
 _BOM, _UTF16 = b"\xef\xbb\xbf", (b"\xff\xfe", b"\xfe\xff")  # marks that files begin with
 _PARQUET = b"PAR1"
 _AT_ONCE = 16  # files looked into
@@ -108,7 +107,7 @@ class Tally:
         elif isinstance(value, bytes):
             yield self.decode(value)
         elif isinstance(value, str):
-            text, count = _SURROGATES.subn("\ufffd", value)
+            text, count = encodable(value)
             self.replaced += count
             yield text
         else:
