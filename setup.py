@@ -8,6 +8,8 @@ setup(
     name="ebt-megatron",
     version="0.2.0",
     description="Pretraining of Energy-Based Transformers at scale, on megatron-core",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
     python_requires=">=3.11",
     packages=[*find_packages(include=["ebt_megatron*"]), "ebt_megatron.recipes"],
     package_data={"ebt_megatron.recipes": ["**/*"]},
