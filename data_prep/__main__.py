@@ -1,4 +1,4 @@
-"""Raw data to shards, by kind: `ebt-prepare text --help`, or in a checkout `python -m data_prep text --help`."""
+"""Raw data to shards, by kind: `ebt-prepare text --help`, or `python -m ebt_megatron.data_prep text --help`."""
 
 import typer
 

@@ -1,9 +1,14 @@
 """What `pip install .` gives works from any folder, and finds recipes by name."""
 
+import ast
+import importlib.util
+import json
 import os
+import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 import pytest
@@ -25,14 +30,9 @@ COMMANDS = (
     "generate",
     "lm-eval",
 )
-IMPORT_ALL = """
-import importlib, pkgutil, sys, ebt_megatron.data_prep, ebt_megatron.tools
-for package in (ebt_megatron.data_prep, ebt_megatron.tools):
-    for module in pkgutil.iter_modules(package.__path__, package.__name__ + "."):
-        importlib.import_module(module.name)
-        print(module.name)
-assert not {"data_prep", "tools", "benchmarks", "examples"} & set(sys.modules)
-"""
+# What a checkout has beside the package: not installed, or under another name.
+NOT_INSTALLED = {"benchmarks", "examples", "tests", "tools", "data_prep", "recipes"}
+A_MODULE = re.compile(rf"({'|'.join(NOT_INSTALLED)}|ebt_megatron)(\.[A-Za-z_]\w*)+")
 
 
 @pytest.fixture(scope="module")
@@ -65,6 +65,41 @@ def installed(tmp_path_factory):
     return target
 
 
+def imports(path, module):
+    """The names that a file imports anywhere, in functions too, and the modules it names in strings."""
+    package = module if path.name == "__init__.py" else module.rpartition(".")[0]
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            source = importlib.util.resolve_name("." * node.level + (node.module or ""), package)
+            yield from (f"{source}.{alias.name}" for alias in node.names)
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and A_MODULE.fullmatch(node.value):
+            yield node.value
+
+
+def modules(root, package):
+    """(file, name) of every module of a package below a folder; links are followed."""
+    for folder, _, names in os.walk(root / package, followlinks=True):
+        for path in (Path(folder) / name for name in names if name.endswith(".py")):
+            yield path, ".".join(path.relative_to(root).with_suffix("").parts).removesuffix(".__init__")
+
+
+@pytest.fixture(scope="module")
+def alone(installed, tmp_path_factory):
+    """What tests/installed.py says of what is installed, run where no checkout can be imported."""
+    named = {n for path, module in modules(installed, "ebt_megatron") for n in imports(path, module)}
+    ours = sorted(n for n in named if n.startswith("ebt_megatron."))
+    # -S and these folders: packages, but not what .pth files add (an editable install of this checkout).
+    paths = dict.fromkeys([str(installed), sysconfig.get_path("purelib"), sysconfig.get_path("platlib")])
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
+    command = [sys.executable, "-P", "-S", "-W", "ignore", str(ROOT / "tests" / "installed.py"), str(installed), *ours]
+    folder = tmp_path_factory.mktemp("elsewhere")
+    done = subprocess.run(command, cwd=folder, env=env, check=False, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1]) | {"named": named}
+
+
 def run(installed, folder, *command):
     env = os.environ | {"PYTHONPATH": str(installed), "OMP_NUM_THREADS": "1"}
     return subprocess.run(list(map(str, command)), cwd=folder, env=env, check=False, capture_output=True, text=True)
@@ -77,9 +112,30 @@ def test_what_is_installed(installed, tmp_path):
     here = {p.relative_to(RECIPES) for p in RECIPES.rglob("*") if p.is_file()}
     there = installed / "ebt_megatron" / "recipes"
     assert {p.relative_to(there) for p in there.rglob("*") if p.is_file()} == here
-    done = run(installed, tmp_path, sys.executable, "-c", IMPORT_ALL)
-    assert done.returncode == 0, done.stderr
-    assert "ebt_megatron.data_prep.text" in done.stdout and "ebt_megatron.tools.shards" in done.stdout
+
+
+def test_every_installed_module_imports(installed, alone):
+    assert {n for _, n in modules(installed, "ebt_megatron") if not n.endswith("__main__")} <= set(alone["modules"])
+    assert {"ebt_megatron.data_prep.text", "ebt_megatron.tools.shards"} <= set(alone["modules"])
+
+
+def test_nothing_installed_imports_what_is_not(alone):
+    assert len(alone["named"]) > 300, "those in functions, too"
+    assert not {name for name in alone["named"] if name.split(".")[0] in NOT_INSTALLED}
+    assert not alone["absent"]
+
+
+def test_every_installed_command_says_what_it_does(alone):
+    assert alone["help"].keys() >= {f"ebt-{name}" for name in COMMANDS} | {"ebt-prepare text", "ebt-shards verify"}
+    assert all("usage: " in text.lower() for text in alone["help"].values())
+
+
+def test_a_module_has_one_name():
+    other = {"tools", "data_prep", "recipes"}
+    for package in ("ebt_megatron", "benchmarks", "examples", "tests"):
+        for path, module in modules(ROOT, package):
+            twice = {n for n in imports(path, module) if n.split(".")[0] in other}
+            assert not twice, f"{path} imports {twice}: ebt_megatron.tools and ebt_megatron.data_prep are their names"
 
 
 def test_commands_work_from_any_folder(installed, tmp_path):
