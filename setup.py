@@ -64,6 +64,7 @@ setup(
             "ruff>=0.9",
             "mypy>=1.14",
             "import-linter>=2.1",
+            "pre-commit>=4",
             "triton>=3.3",  # its interpreter checks the GPU kernels on CPU
             "pyarrow>=17",
             "mpi4py>=4.0",
