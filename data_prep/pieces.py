@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from types import MappingProxyType
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -23,12 +24,14 @@ class Piece(NamedTuple):
             and the seconds it lasts; raises DataError where the file is broken.
         label: of every sample, or NO_LABEL.
         caption: of every sample; "": there is none.
+        counts: what was done to it on the way, by name, once its samples are read; the manifest has the sums.
     """
 
     content: bytes
     samples: Iterator[tuple[np.ndarray, float]]
     label: int = NO_LABEL
     caption: str = ""
+    counts: Mapping[str, int] = MappingProxyType({})
 
 
 class Source(Protocol):

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -26,6 +26,8 @@ from ebt_megatron.core.errors import DataError
 from ebt_megatron.core.options import dataclass_options, option
 from ebt_megatron.data_prep import options
 from ebt_megatron.data_prep.files import InputFile, find_files, open_file
+from ebt_megatron.data_prep.ground import HELP as GROUND_HELP
+from ebt_megatron.data_prep.ground import WHITE, colour, on_ground
 from ebt_megatron.data_prep.job import Execution
 from ebt_megatron.data_prep.latent_passes import ClipSettings
 from ebt_megatron.data_prep.latents import prepare_latents
@@ -34,11 +36,17 @@ from ebt_megatron.data_prep.pieces import Piece, fingerprint
 SUFFIXES = (".mp4", ".mkv", ".webm", ".avi", ".mov", ".m4v", ".mpg", ".mpeg", ".ts", ".ogv", ".gif")
 
 
+OLDEST_AV = 17  # whose frames say how they were turned and lit, and whose scaler is told its threads
+_HDR = {16: "PQ", 18: "HLG"}  # FFmpeg's numbers of transfer curves
+
+
 def _av() -> Any:
     try:
         import av
     except ImportError as error:
         raise DataError(f"reading video needs PyAV ({error}): pip install av") from None
+    if int(av.__version__.partition(".")[0]) < OLDEST_AV:
+        raise DataError(f"reading video needs PyAV {OLDEST_AV} or newer, here is {av.__version__}: pip install -U av")
     av.logging.set_level(av.logging.PANIC)  # what matters is raised
     return av
 
@@ -60,6 +68,25 @@ def at_rate(frames: Iterator[Any], rate: Fraction) -> Iterator[Any]:
         shown = frame
 
 
+def without_gaps(frames: Iterator[Any], pause: float, counts: Counter[str]) -> Iterator[Iterator[Any]]:
+    """Frames in parts in which time goes on: none is more than `pause` seconds after the one before it, or before it.
+
+    Joined recordings have such places, and films whose clock started again; "gaps" of `counts` counts them.
+    """
+    part, before = 0, None
+
+    def number(frame: Any) -> int:
+        nonlocal part, before
+        now = frame.pts * frame.time_base
+        if before is not None and not 0 <= now - before <= pause:
+            part += 1
+            counts["gaps"] += 1
+        before = now
+        return part
+
+    return (some for _, some in itertools.groupby(frames, number))
+
+
 @dataclass(frozen=True)
 class VideoSource:
     """Clips of video files.
@@ -73,6 +100,8 @@ class VideoSource:
             many as a clip covers.
         mirror: each clip also as in a mirror.
         tiles: cut frames into samples, so many along the shorter side; 1: one of the centre.
+        ground: colour, RRGGBB, under what is transparent.
+        pause: seconds between two frames (of a slow film: three of its frames, if that is more) that end a clip.
         least_motion: leave out samples whose pixels change by less from frame to frame, the mean of levels of 255.
     """
 
@@ -86,6 +115,10 @@ class VideoSource:
     )
     mirror: bool = option(False, help="Each clip also as in a mirror.")
     tiles: int = option(1, min=1, help="Cut frames into samples, so many along the shorter side.")
+    ground: str = option(WHITE, parser=colour, help=GROUND_HELP)
+    pause: float = option(
+        2.0, min=0.0, help="Seconds without a new frame after which no clip goes on (of a slow film: three frames)."
+    )
     least_motion: float = option(
         0.0, min=0.0, help="Leave out samples that change less from frame to frame: mean of levels (0 to 255)."
     )
@@ -96,13 +129,14 @@ class VideoSource:
     def read(self, files: list[InputFile]) -> Iterator[Piece]:
         """A piece for each file."""
         for file in files:
-            yield Piece(fingerprint(file), self._clips(file))
+            counts: Counter[str] = Counter()
+            yield Piece(fingerprint(file), self._clips(file, counts), counts=counts)
 
-    def _clips(self, file: InputFile) -> Iterator[tuple[np.ndarray, float]]:
+    def _clips(self, file: InputFile, counts: Counter[str]) -> Iterator[tuple[np.ndarray, float]]:
         """uint8 [frames, height, width, 3] and its seconds, again and again; of a clip's tiles one after another.
 
         Raises:
-            DataError: if the file cannot be decoded to its end, or has no clip.
+            DataError: if the file cannot be decoded to its end, is of HDR, or has no clip.
         """
         av = _av()
         found = False
@@ -112,21 +146,25 @@ class VideoSource:
                     raise DataError(f"{file.path} has no video in it")
                 stream = container.streams.video[0]
                 stream.codec_context.thread_count = 1  # --workers use the cores
-                frames = _checked(container, stream, file.path)
                 own = Fraction(stream.average_rate or 0)
                 rate = Fraction(self.frame_rate).limit_denominator(1001) or own / self.stride
-                taken = at_rate(frames, rate) if self.frame_rate else frames
                 seconds = float(self.frames / rate) if rate else 0.0
-                scaler = av.video.reformatter.VideoReformatter()
-                for clip in self._overlapping(taken, lambda frame: self._picture(frame, scaler)):
-                    found = True
-                    for view in (clip, clip[:, :, ::-1]) if self.mirror else (clip,):
-                        yield from ((tile, seconds) for tile in self._cut(view))
+                picture = _Picture(self, _pixel_aspect(stream), counts)
+                longest = max(self.pause, 3 / own if own else 0)
+                for part in without_gaps(_checked(container, stream, file.path), longest, counts):
+                    taken = at_rate(part, rate) if self.frame_rate else part
+                    for clip in self._overlapping(taken, picture):
+                        found = True
+                        for view in (clip, clip[:, :, ::-1]) if self.mirror else (clip,):
+                            yield from ((tile, seconds) for tile in self._cut(view))
         except (av.error.FFmpegError, OSError) as error:
             raise DataError(f"{file.path} cannot be decoded ({error})") from None
         if not found:
             at = f" at {self.frame_rate:g} a second" if self.frame_rate else ""
-            raise DataError(f"{file.path} has no clip: one of {self.frames} frames needs {self._covered} frames{at}")
+            gaps = f" without one of its {counts['gaps']} gaps (--pause {self.pause:g})" if counts["gaps"] else ""
+            raise DataError(
+                f"{file.path} has no clip: one of {self.frames} frames needs {self._covered} frames{at}{gaps}"
+            )
 
     @property
     def _stride(self) -> int:
@@ -161,21 +199,52 @@ class VideoSource:
             for left in range(0, clip.shape[2], self.width):
                 yield clip[:, top : top + self.height, left : left + self.width]
 
-    def _picture(self, frame: Any, scaler: Any) -> np.ndarray:
-        """uint8 [height, width, 3], or whole tiles: the right way up, the shorter side made to fit, the centre."""
+
+def _pixel_aspect(stream: Any) -> Fraction:
+    """Width of a pixel over its height, as it is to be shown."""
+    aspect = Fraction(stream.sample_aspect_ratio or 1)
+    return aspect if Fraction(1, 16) <= aspect <= 16 else Fraction(1)  # others are no film's
+
+
+class _Picture:
+    """Frames as pictures uint8 [height, width, 3], or whole tiles: as they are shown, the shorter side made to fit.
+
+    Args:
+        source: what they are to be.
+        pixel_aspect: see _pixel_aspect.
+        counts: "transparent" becomes 1 where a frame is.
+    """
+
+    def __init__(self, source: VideoSource, pixel_aspect: Fraction, counts: Counter[str]):
+        self.source, self.pixel_aspect, self.counts = source, pixel_aspect, counts
+        self.scaler = _av().video.reformatter.VideoReformatter()
+
+    def __call__(self, frame: Any) -> np.ndarray:
+        """A frame the right way up, its centre."""
+        source = self.source
         turns = round(frame.rotation / 90) % 4  # counterclockwise, as a phone notes that it was held
         turned = turns % 2 == 1
-        shown = (frame.width, frame.height) if turned else (frame.height, frame.width)
-        least = self.tiles * self.height, self.tiles * self.width
+        across = frame.width * float(self.pixel_aspect)
+        shown = (across, frame.height) if turned else (frame.height, across)
+        least = source.tiles * source.height, source.tiles * source.width
         scale = max(least[0] / shown[0], least[1] / shown[1])
         height, width = max(least[0], round(shown[0] * scale)), max(least[1], round(shown[1] * scale))
         tall, wide = least
-        if self.tiles > 1:
-            tall, wide = height // self.height * self.height, width // self.width * self.width
+        if source.tiles > 1:
+            tall, wide = height // source.height * source.height, width // source.width * source.width
         size = (height, width) if turned else (width, height)
-        rgb = scaler.reformat(frame, *size, "rgb24", interpolation="BICUBIC", threads=1).to_ndarray()
+        scaled = self.scaler.reformat(self._opaque(frame), *size, "rgb24", interpolation="BICUBIC", threads=1)
         top, left = (height - tall) // 2, (width - wide) // 2
-        return np.rot90(rgb, turns)[top : top + tall, left : left + wide]
+        return np.rot90(scaled.to_ndarray(), turns)[top : top + tall, left : left + wide]
+
+    def _opaque(self, frame: Any) -> Any:
+        """A frame without transparency, on the ground."""
+        if not (frame.format.has_palette or any(part.is_alpha for part in frame.format.components)):
+            return frame
+        rgba = frame.to_ndarray(format="rgba")
+        if rgba[..., 3].min() < 255:
+            self.counts["transparent"] = 1
+        return _av().VideoFrame.from_ndarray(on_ground(rgba, self.source.ground), format="rgb24")
 
 
 def _checked(container: Any, stream: Any, path: str) -> Iterator[Any]:
@@ -189,7 +258,12 @@ def _checked(container: Any, stream: Any, path: str) -> Iterator[Any]:
     for frame in container.decode(stream):
         if frame.is_corrupt or frame.pts is None:
             raise DataError(f"{path} cannot be decoded (a frame after {float(seen):.2f} s is damaged or has no time)")
-        seen = frame.pts * frame.time_base
+        if light := _HDR.get(frame.color_trc):
+            raise DataError(
+                f"{path} is an HDR film ({light}), whose levels are no colours as they stand: map it to SDR before, "
+                "e.g. with ffmpeg's filters zscale and tonemap"
+            )
+        seen = max(seen, frame.pts * frame.time_base)
         yield frame
     if seen < announced * 9 / 10 - 1:  # sound may last a little longer
         raise DataError(f"{path} ends after {float(seen):.2f} of {float(announced):.2f} s: copy it again")
