@@ -30,9 +30,10 @@ from rich.progress import track
 from rich.table import Table
 
 from benchmarks.step import machine
-from ebt_megatron.core.files import write_whole
+from ebt_megatron.core.files import sha256_of, write_whole
 from ebt_megatron.data.folder import ShardFolder
-from ebt_megatron.data.shards import Manifest, sha256_of, shard_infos, write_shard
+from ebt_megatron.data.manifest import Manifest
+from ebt_megatron.data.shards import shard_infos, write_shard
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -112,9 +113,9 @@ def ours(folder: Path | str, micro_batch: int, thread: bool, together: int = 0) 
     )
     loader = Loader(recipe, "train", 0, 1)
     if thread:
-        return (batch.tokens for batch in loader)
+        return (batch.samples for batch in loader)
     together = recipe.data.prefetch // 2 * micro_batch  # as much at once as the thread reads
-    chunks = (loader.read(list(range(i, i + together))).tokens for i in itertools.count(0, together))
+    chunks = (loader.read(list(range(i, i + together))).samples for i in itertools.count(0, together))
     return (part for chunk in chunks for part in chunk.split(micro_batch))
 
 

@@ -23,7 +23,7 @@ from benchmarks.step import machine
 from ebt_megatron.config import Recipe, load_recipe
 from ebt_megatron.core.cli import guarded
 from ebt_megatron.core.files import write_whole
-from ebt_megatron.data.shards import read_manifest
+from ebt_megatron.data.manifest import read_manifest
 from ebt_megatron.evaluation.figures import png_of
 from ebt_megatron.evaluation.picture_report import Reading, curves, tables
 from ebt_megatron.evaluation.tables import Table

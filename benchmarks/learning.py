@@ -234,7 +234,7 @@ def main(
     output: Path | None = typer.Option(None, help="Folder for the results; default: only printed and in --runs."),
 ) -> None:
     """Train every model with every seed and write a table and a plot."""
-    from ebt_megatron.data.shards import read_manifest
+    from ebt_megatron.data.manifest import read_manifest
 
     console = Console(width=160)
     model = model or list(ABLATION if ablation else MODELS)

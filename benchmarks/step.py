@@ -133,7 +133,7 @@ def training_step(recipe: Recipe, width: int) -> Callable[[int], float]:
                 p.grad.zero_()
         generator, ids = torch.Generator().manual_seed(seed), torch.arange(batch) + seed * batch
         if task.kind == "images":
-            data = MicroBatch(ids, latents=torch.randn(batch, length, width, generator=generator))
+            data = MicroBatch(ids, torch.randn(batch, length, width, generator=generator))
         else:
             data = MicroBatch(ids, torch.randint(width, (batch, length + 1), generator=generator))
         return float(objective.train_batch([data], seed).loss)  # float: the device is done

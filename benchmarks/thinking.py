@@ -313,7 +313,7 @@ def main(
     output: Path | None = typer.Option(None, help="Folder for the results; default: only printed and in --runs."),
 ) -> None:
     """Train what is missing, run the suites, and write tables and a plot."""
-    from ebt_megatron.data.shards import read_manifest
+    from ebt_megatron.data.manifest import read_manifest
 
     console = Console(width=160)
     if data == DATA:

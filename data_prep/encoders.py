@@ -19,8 +19,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 
 from ebt_megatron.core.errors import DataError
-from ebt_megatron.core.files import replacing
-from ebt_megatron.data.shards import sha256_of_all
+from ebt_megatron.core.files import replacing, sha256_of_all
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -15,9 +15,10 @@ from typing import Any
 import numpy as np
 
 from ebt_megatron.core.errors import DataError
-from ebt_megatron.core.files import replacing, write_whole
+from ebt_megatron.core.files import replacing, sha256_of, write_whole
 from ebt_megatron.core.options import option
-from ebt_megatron.data.shards import Manifest, sha256_of, shard_infos, write_shard
+from ebt_megatron.data.manifest import Manifest
+from ebt_megatron.data.shards import shard_infos, write_shard
 from ebt_megatron.data_prep.captions import Captions
 from ebt_megatron.data_prep.encoders import Encoder, load_encoder
 from ebt_megatron.data_prep.options import path_or_name
@@ -392,8 +393,8 @@ class LatentShards:
             number,
             self.latents.pieces.source.kind,
             np.stack(samples),
-            None if numbers[0] == NO_LABEL else numbers,
-            np.concatenate(captions) if captions else None,
+            labels=None if numbers[0] == NO_LABEL else numbers,
+            captions=np.concatenate(captions) if captions else None,
         )
 
     def publish(self, units: list[Unit], shards: list[Shard], source: str) -> dict[str, Manifest]:

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from ebt_megatron.core.errors import DataError
-from ebt_megatron.data.shards import Manifest, read_manifest, sha256_of
+from ebt_megatron.core.files import sha256_of
+from ebt_megatron.data.manifest import Manifest, read_manifest
 from ebt_megatron.data_prep.captions import Captions
 from ebt_megatron.data_prep.encoders import KINDS, new_encoder
 from ebt_megatron.data_prep.files import InputFile

@@ -18,7 +18,8 @@ import numpy as np
 from ebt_megatron.core.errors import DataError
 from ebt_megatron.core.files import replacing, write_whole
 from ebt_megatron.core.options import option
-from ebt_megatron.data.shards import Manifest, clear_shards, index_name, shard_name
+from ebt_megatron.data.manifest import Manifest, index_name
+from ebt_megatron.data.shards import clear_shards, shard_name
 from ebt_megatron.data_prep.job import Job
 
 Shard = tuple[str, int]  # split, number

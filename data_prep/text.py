@@ -22,7 +22,7 @@ import typer
 
 from ebt_megatron.core.errors import DataError
 from ebt_megatron.core.options import dataclass_options
-from ebt_megatron.data.shards import Manifest, read_manifest
+from ebt_megatron.data.manifest import Manifest, read_manifest
 from ebt_megatron.data_prep import options
 from ebt_megatron.data_prep.documents import SUFFIXES, Part, check_kinds, holds_one_document, split_files
 from ebt_megatron.data_prep.files import find_files

@@ -15,9 +15,10 @@ from pathlib import Path
 import numpy as np
 
 from ebt_megatron.core.errors import DataError
-from ebt_megatron.core.files import replacing
+from ebt_megatron.core.files import replacing, sha256_of
 from ebt_megatron.core.options import option
-from ebt_megatron.data.shards import Manifest, sha256_of, shard_infos, write_shard
+from ebt_megatron.data.manifest import Manifest
+from ebt_megatron.data.shards import shard_infos, write_shard
 from ebt_megatron.data_prep.documents import Tally, read_part
 from ebt_megatron.data_prep.options import path_or_name
 from ebt_megatron.data_prep.passes import Settings, Shard, Unit, WorkFolder, save, threshold, write_skipped

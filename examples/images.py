@@ -87,7 +87,7 @@ def look_at(run_dir: Path) -> dict[str, Any]:
     with open_run(run_dir) as run:
         task: Any = run.task
         batch = first_pictures(run, 8)
-        shown: dict[str, Any] = {"numbers": numbers, "clean": task.decoder.pictures(batch.latents)}
+        shown: dict[str, Any] = {"numbers": numbers, "clean": task.decoder.pictures(batch.samples)}
         for level, of in numbers["denoising"].items():
             noised = task.sample(batch, run.state.device, int(level)).start.transpose(0, 1)
             best = max(of["passes"], key=lambda row: row["psnr"])["passes"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,18 +16,8 @@ from rich.progress import track
 from ebt_megatron.core.errors import DataError
 from ebt_megatron.core.files import write_whole
 from ebt_megatron.data.folder import ShardFolder
-from ebt_megatron.data.shards import (
-    Manifest,
-    OutputLock,
-    caption_key,
-    clear_partial,
-    clear_shards,
-    index_name,
-    made_in,
-    shard_infos,
-    shard_name,
-    write_shard,
-)
+from ebt_megatron.data.manifest import Manifest, index_name
+from ebt_megatron.data.shards import OutputLock, clear_partial, clear_shards, made_in, shard_infos, shard_name, write_shard
 
 
 def _common(sources: list[ShardFolder]) -> Manifest:
@@ -43,8 +34,9 @@ def _common(sources: list[ShardFolder]) -> Manifest:
             ("sample shape", m.shape, first.shape),
             ("dtype", m.dtype, first.dtype),
             ("classes", m.classes, first.classes),
-            ("captions' encoder or length", caption_key(m), caption_key(first)),
-            ("tokenizer or encoder", m.sidecar["sha256"], first.sidecar["sha256"]),
+            ("captions' encoder or length", m.caption_key, first.caption_key),
+            ("tokenizer or encoder", m.sidecar.get("sha256"), first.sidecar.get("sha256")),
+            ("facts", m.facts, first.facts),
         ):
             if ours != theirs:
                 raise DataError(f"{source.folder} has another {what} than {sources[0].folder}: they cannot be one")
@@ -116,11 +108,11 @@ def _write(
         begin = number * samples_per_shard
         pieces = list(_pieces(sources, begin, min(begin + samples_per_shard, total)))
         samples = np.stack([source.row(i) for source, rows in pieces for i in rows])
-        labels = np.array([s.label(i) for s, rows in pieces for i in rows], np.int64) if first.classes else None
-        captions = None
-        if first.captions:
-            captions = np.concatenate([source.gather_captions(np.array(rows)) for source, rows in pieces])
-        write_shard(output, number, first.kind, samples, labels, captions)
+        beside = {
+            name: np.concatenate([source.gather_beside(name, np.array(rows)) for source, rows in pieces])
+            for name in sources[0].beside
+        }
+        write_shard(output, number, first.kind, samples, **beside)
     for recorded in (first.sidecar, first.captions):
         if "file" in recorded:
             write_whole(output / recorded["file"], sources[0].verified(recorded).read_bytes())
@@ -128,18 +120,8 @@ def _write(
     if tokenizer:  # by tokens; every sample has as many
         shares = [s.manifest.tokenizer["bytes_per_token"] * len(s) / total for s in sources]
         tokenizer["bytes_per_token"] = sum(shares)
-    manifest = Manifest(
-        kind=first.kind,
-        shape=first.shape,
-        dtype=first.dtype,
-        samples=total,
-        shards=shard_infos(output, count),
-        provenance=_provenance(sources),
-        tokenizer=tokenizer,
-        encoder=first.encoder,
-        classes=first.classes,
-        captions=first.captions,
-    )
+    made, infos = _provenance(sources), shard_infos(output, count)
+    manifest = replace(first, samples=total, shards=infos, provenance=made, tokenizer=tokenizer)
     clear_partial(output)
     manifest.write(output)
     record.unlink()

@@ -23,18 +23,11 @@ from tokenizers import Tokenizer
 
 from ebt_megatron.core.cli import guarded, user_path
 from ebt_megatron.core.errors import DataError
-from ebt_megatron.core.files import replacing
+from ebt_megatron.core.files import replacing, sha256_of
 from ebt_megatron.data.folder import ShardFolder
-from ebt_megatron.data.shards import (
-    Manifest,
-    Member,
-    ShardInfo,
-    member_kind,
-    out_of_range,
-    read_manifest,
-    sample_shape,
-    sha256_of,
-)
+from ebt_megatron.data.kinds import Bounds, kind_of, part_name
+from ebt_megatron.data.manifest import Manifest, ShardInfo, read_manifest
+from ebt_megatron.data.shards import Member
 from ebt_megatron.tools.rewrite import rewrite
 
 if TYPE_CHECKING:
@@ -62,27 +55,27 @@ def _member_problem(data: bytes, member: Member, manifest: Manifest) -> str:
         block = np.load(io.BytesIO(data))
     except (ValueError, EOFError, OSError) as error:
         return f"cannot be read ({error})"
-    kind = member_kind(member.name)
-    if list(block.shape) != [member.samples, *sample_shape(manifest, kind)]:
+    parts = kind_of(manifest.kind).parts(manifest)
+    if (part := parts.get(part_name(member.name))) is None:
+        return "is not what the manifest speaks of"
+    if list(block.shape) != [member.samples, *(part.shape(manifest) or [])]:
         return f"has shape {list(block.shape)}"
-    if kind == "samples" and block.dtype != manifest.dtype:
+    if part is next(iter(parts.values())) and block.dtype != manifest.dtype:
         return f"is {block.dtype}, the manifest says {manifest.dtype}"
     if not np.isfinite(block).all():
         return "has values that are not finite"
-    outside = out_of_range(block, manifest, kind)
+    outside = part.problem(block, manifest)
     return f"holds {outside}" if outside else ""
 
 
-def _vocabulary_problems(sidecar: Path, manifest: Manifest) -> list[str]:
+def _vocabulary_problems(tokenizer: Path, manifest: Manifest) -> list[str]:
     """Whether a tokenizer has ids that the manifest does not count."""
-    if manifest.kind != "text":
-        return []
     try:
-        ids = max(Tokenizer.from_file(str(sidecar)).get_vocab().values()) + 1
+        ids = max(Tokenizer.from_file(str(tokenizer)).get_vocab().values()) + 1
     except Exception as error:  # the library raises bare exceptions
-        return [f"{sidecar}: not a tokenizer.json ({error})"]
+        return [f"{tokenizer}: not a tokenizer.json ({error})"]
     return (
-        [f"{sidecar}: has ids up to {ids - 1}, the manifest a vocabulary of {manifest.vocab_size}"]
+        [f"{tokenizer}: has ids up to {ids - 1}, the manifest a vocabulary of {manifest.vocab_size}"]
         if ids > manifest.vocab_size
         else []
     )
@@ -153,14 +146,17 @@ def verify(folder: Path = FOLDER) -> None:
 
     def work() -> None:
         m, console = read_manifest(str(folder)), _console()
+        kind = kind_of(m.kind)
         problems = []
+        if kind.sidecar and not getattr(m, kind.sidecar):
+            problems.append(f"{folder}/manifest.json: says nothing of the {kind.sidecar} that {m.kind} has")
         for shard in track(m.shards, description="verifying", console=Console(stderr=True)):
             problems += shard_problems(folder, shard, m)
-        for recorded in (m.sidecar, m.captions):
+        for recorded in (m.tokenizer, m.encoder, m.captions):
             beside = folder / recorded.get("file", "manifest.json")
             if "file" in recorded and (not beside.exists() or sha256_of(beside) != recorded["sha256"]):
                 problems.append(f"{beside}: missing, or not the one the shards were made with")
-            elif recorded is m.sidecar:
+            elif "file" in recorded and recorded is m.tokenizer:
                 problems += _vocabulary_problems(beside, m)
         if sum(s.samples for s in m.shards) != m.samples:
             problems.append(
@@ -175,24 +171,28 @@ def verify(folder: Path = FOLDER) -> None:
     guarded(work)
 
 
-def _token_stats(data: ShardFolder, top: int, console: Console) -> None:
-    counts = np.zeros(data.manifest.vocab_size, dtype=np.int64)
+def _value_stats(data: ShardFolder, bounds: Bounds, top: int, console: Console) -> None:
+    """How often each integer is there; of sequences, each but a sample's first, as rows of text overlap by one."""
+    m, part = data.manifest, data.kind.samples
+    counts = np.zeros(bounds.end - bounds.least, dtype=np.int64)
     for i in track(range(len(data)), description="counting", console=Console(stderr=True)):
-        found = np.bincount(data.row(i)[1:], minlength=len(counts))
-        if len(found) > len(counts):
-            raise DataError(f"{data.folder} holds token {len(found) - 1}, outside the vocabulary: prepare it again")
-        counts += found
+        row = data.row(i)
+        if problem := part.problem(row, m):
+            raise DataError(f"{data.folder} holds {problem}: prepare it again")
+        values = (row[1:] if data.kind.unit else row).astype(np.int64).ravel()
+        counts += np.bincount(values - bounds.least, minlength=len(counts))
     p = counts[counts > 0] / counts.sum()
-    tokenizer = Tokenizer.from_file(str(data.sidecar()))
     console.print(
-        f"tokens {counts.sum():,}; unigram entropy {-(p * np.log(p)).sum():.4f} nats; "
+        f"{bounds.what}s {counts.sum():,}; unigram entropy {-(p * np.log(p)).sum():.4f} nats; "
         f"{len(p):,} of {len(counts):,} entries used"
     )
-    for token in np.argsort(-counts)[:top]:
-        console.print(f"{counts[token]:>12,}  {tokenizer.decode([int(token)], skip_special_tokens=False)!r}")
+    tokenizer = Tokenizer.from_file(str(data.sidecar())) if data.manifest.tokenizer else None
+    for value in (np.argsort(-counts)[:top] + bounds.least).tolist():
+        shown = repr(tokenizer.decode([value], skip_special_tokens=False)) if tokenizer else str(value)
+        console.print(f"{counts[value - bounds.least]:>12,}  {shown}")
 
 
-def _latent_stats(data: ShardFolder, top: int, console: Console) -> None:
+def _channel_stats(data: ShardFolder, top: int, console: Console) -> None:
     classes = data.manifest.classes
     channels = data.manifest.shape[-1]
     total, square, labels = np.zeros(channels), np.zeros(channels), np.zeros(len(classes), np.int64)
@@ -200,7 +200,7 @@ def _latent_stats(data: ShardFolder, top: int, console: Console) -> None:
         values = data.row(i).reshape(-1, channels).astype(np.float64)
         total, square = total + values.mean(0), square + (values**2).mean(0)
         if classes:
-            labels[data.label(i)] += 1
+            labels[data.gather_beside("labels", np.array([i]))] += 1
     mean = total / len(data)
     std = np.sqrt(np.maximum(square / len(data) - mean**2, 0))
     console.print(
@@ -214,12 +214,16 @@ def _latent_stats(data: ShardFolder, top: int, console: Console) -> None:
 
 
 @app.command()
-def stats(folder: Path = FOLDER, top: int = typer.Option(10, help="Tokens or channels to show.")) -> None:
-    """Text: unigram entropy and the most frequent tokens. Video, images: means by channel, and classes."""
+def stats(folder: Path = FOLDER, top: int = typer.Option(10, help="Integers or channels to show.")) -> None:
+    """Of integers: unigram entropy and the most frequent ones. Of other samples: means by channel, and classes."""
 
     def work() -> None:
         data, console = ShardFolder(str(folder)), _console()
-        (_token_stats if data.manifest.kind == "text" else _latent_stats)(data, top, console)
+        bounds = data.kind.bounds(data.manifest)
+        if bounds is None:
+            _channel_stats(data, top, console)
+        else:
+            _value_stats(data, bounds, top, console)
 
     guarded(work)
 
@@ -228,18 +232,20 @@ def stats(folder: Path = FOLDER, top: int = typer.Option(10, help="Tokens or cha
 def sample(
     folder: Path = FOLDER,
     index: int = typer.Option(0, help="Which sample (the first of those on a contact sheet)."),
-    count: int = typer.Option(8, min=1, help="Video, images: samples on the contact sheet."),
-    output: Path = typer.Option(Path("sheet.png"), parser=user_path, help="Video, images: the contact sheet to write."),
+    count: int = typer.Option(8, min=1, help="With an encoder: samples on the contact sheet."),
+    output: Path = typer.Option(Path("sheet.png"), parser=user_path, help="With an encoder: the contact sheet."),
 ) -> None:
-    """Print a sample as text, or draw clips (a row each) or pictures as the encoder's decoder sees them."""
+    """Print a sample as text or numbers, or draw clips (a row each) or pictures as the encoder's decoder sees them."""
 
     def work() -> None:
         data = ShardFolder(str(folder))
         if not 0 <= index < len(data):
             raise DataError(f"--index {index}: {folder} has samples 0 to {len(data) - 1}")
-        if data.manifest.kind == "text":
-            tokenizer = Tokenizer.from_file(str(data.sidecar()))
-            print(tokenizer.decode(data.row(index).tolist(), skip_special_tokens=False))
+        if data.kind.text is not None:
+            print(data.kind.text(data.row(index), data))
+            return
+        if not data.manifest.encoder:
+            print(np.array2string(data.row(index), threshold=1000))
             return
         rows = np.stack([data.row(i) for i in range(index, min(index + count, len(data)))])
         if rows.ndim == 3:  # pictures: in a square of their own

@@ -24,8 +24,8 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from ebt_megatron.core.errors import DataError
+from ebt_megatron.core.files import sha256_of_all
 from ebt_megatron.data.description import Description
-from ebt_megatron.data.shards import sha256_of_all
 
 LONGEST = 77  # tokens, CLIP's own; longer captions are cut
 NOT_TOLD = -1

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from ebt_megatron.core.errors import DataError
-from ebt_megatron.core.files import write_whole
-from ebt_megatron.data.shards import read_manifest, sha256_of
+from ebt_megatron.core.files import sha256_of, write_whole
+from ebt_megatron.data.manifest import read_manifest
 
 
 class Description:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import itertools
 import json
 import tempfile
 import threading
@@ -17,26 +16,15 @@ from typing import Any
 import numpy as np
 
 from ebt_megatron.core.errors import DataError
+from ebt_megatron.core.files import sha256_of
 from ebt_megatron.data.description import Description
-from ebt_megatron.data.remote import Cache, RemoteError, in_background, stream_tar
-from ebt_megatron.data.shards import (
-    CAPTIONS,
-    LABELS,
-    ROWS_PER_MEMBER,
-    Manifest,
-    Member,
-    ShardInfo,
-    content_of,
-    is_remote,
-    member_kind,
-    out_of_range,
-    sample_shape,
-    sha256_of,
-)
+from ebt_megatron.data.kinds import Part, kind_of, part_name
+from ebt_megatron.data.manifest import ShardInfo
+from ebt_megatron.data.remote import Cache, RemoteError, content_of, in_background, is_remote, stream_tar
+from ebt_megatron.data.shards import Member
 
 VERIFY_BYTES = 512 << 20  # folders up to this size have their checksums verified when training starts
-SAMPLES_CHECKED = 20_000  # of a larger folder, whose tokens are compared with the vocabulary at start
-_MEMBERS = ("samples", LABELS, CAPTIONS)
+SAMPLES_CHECKED = 20_000  # of a larger folder, whose values are looked at when it is opened
 _OPEN_SHARDS = 256  # mapped at once: a map holds a file descriptor
 
 
@@ -56,18 +44,21 @@ def _npy(block: np.ndarray) -> np.ndarray:
 class _OpenShard:
     """The members of a tar, as arrays."""
 
-    def __init__(self, path: str | Path, members: list[Member], bytes_of: Any, manifest: Manifest):
-        """`bytes_of` gives a member's bytes (uint8)."""
-        self.path, self.bytes_of = path, bytes_of
-        self.members = {what: [m for m in members if member_kind(m.name) == what] for what in _MEMBERS}
-        self.shapes = {what: sample_shape(manifest, what) for what in _MEMBERS}
+    def __init__(self, path: str | Path, members: list[Member], bytes_of: Any, shapes: dict[str, list[int]]):
+        """`bytes_of` gives a member's bytes (uint8); `shapes`, that of a sample in each array, by the array's name."""
+        self.path, self.bytes_of, self.shapes = path, bytes_of, shapes
+        self.members: dict[str, list[Member]] = {name: [] for name in shapes}
+        for member in members:
+            if (name := part_name(member.name)) not in shapes:
+                raise DataError(f"member {member.name} of {path} is not what the manifest speaks of: prepare it again")
+            self.members[name].append(member)
         self.arrays: dict[str, list[np.ndarray | None]] = {k: [None] * len(v) for k, v in self.members.items()}
 
-    def block(self, what: str, index: int) -> np.ndarray:
-        """The array of member `index` of "samples", LABELS or CAPTIONS."""
-        array = self.arrays[what][index]
+    def block(self, name: str, index: int) -> np.ndarray:
+        """Member `index` of an array, by the array's name."""
+        array = self.arrays[name][index]
         if array is None:  # a member becomes an array when it is first asked for
-            array = self.arrays[what][index] = self._read(self.members[what][index], self.shapes[what])
+            array = self.arrays[name][index] = self._read(self.members[name][index], self.shapes[name])
         return array
 
     def _read(self, member: Member, shape: list[int]) -> np.ndarray:
@@ -75,7 +66,7 @@ class _OpenShard:
             array = _npy(self.bytes_of(member))
         except ValueError as error:
             raise DataError(
-                f"member {member.name} of {self.path} is not an array ({error}); run tools/shards.py verify"
+                f"member {member.name} of {self.path} is not an array ({error}); run ebt-shards verify"
             ) from None
         if list(array.shape) != [member.samples, *shape]:
             raise DataError(
@@ -97,9 +88,9 @@ class ShardFolder(Description):
         readers: remote shards read at a time.
 
     Raises:
-        DataError: no manifest, a shard missing or of the wrong size, a wrong checksum, tokens outside the
-            vocabulary or labels outside the classes (folders of up to VERIFY_BYTES are read whole; larger ones
-            as they are used, or by `tools/shards.py verify`).
+        DataError: no manifest, a kind of sample there is not, a shard missing or of the wrong size, a wrong checksum,
+            values that the kind rules out, such as tokens outside the vocabulary (folders of up to VERIFY_BYTES are
+            read whole; larger ones as they are used, or by `ebt-shards verify`).
     """
 
     def __init__(self, folder: str, cache: Cache | None = None, readers: int = 4):
@@ -109,7 +100,9 @@ class ShardFolder(Description):
         self.first = np.cumsum([0, *self.sizes])
         if not self.manifest.shards or not self.first[-1]:
             raise DataError(f"no shards at {folder}: the manifest lists none; prepare the data again")
-        self._rows = ROWS_PER_MEMBER[self.manifest.kind]
+        self.kind = kind_of(self.manifest.kind)
+        self.parts = self.kind.parts(self.manifest)
+        self._shapes = {name: list(part.shape(self.manifest) or []) for name, part in self.parts.items()}
         self._open: OrderedDict[int, _OpenShard] = OrderedDict()
         self._all_checked = False
         self._ahead: dict[int, Future[_OpenShard]] = {}
@@ -127,15 +120,16 @@ class ShardFolder(Description):
                 if not Path(self._at(name)).exists():
                     raise DataError(f"shard {self._at(name)} is missing: copy it again, or prepare the data again")
             self._check_tar(Path(self._at(shard.name)), shard, verify)
-        if self.manifest.kind == "video":
-            return
+        if all(part.bounds(self.manifest) is None for part in self.parts.values()):
+            return  # any value does
         if not verify:
             self._check_some()
             return
-        for number, what in itertools.product(range(len(self.sizes)), _MEMBERS):
+        for number in range(len(self.sizes)):
             opened = self._shard(number)
-            for member in range(len(opened.members[what])):
-                self._check_values(opened.block(what, member), what)
+            for part in self.parts.values():
+                for member in range(len(opened.members[part.name])):
+                    self._check_values(opened.block(part.name, member), part)
         self._all_checked = True
 
     def _check_some(self) -> None:
@@ -147,10 +141,9 @@ class ShardFolder(Description):
                 some = indices[begin : begin + 1024]
                 self.gather(some, np.empty((len(some), *self.manifest.shape), self.manifest.dtype))
 
-    def _check_values(self, block: np.ndarray, what: str) -> None:
-        problem = out_of_range(block, self.manifest, what)
-        if problem:
-            raise DataError(f"{self.folder} holds {problem} (tools/shards.py verify says where): prepare it again")
+    def _check_values(self, block: np.ndarray, part: Part) -> None:
+        if problem := part.problem(block, self.manifest):
+            raise DataError(f"{self.folder} holds {problem} (ebt-shards verify says where): prepare it again")
 
     @staticmethod
     def _check_tar(path: Path, shard: ShardInfo, verify: bool) -> None:
@@ -212,7 +205,7 @@ class ShardFolder(Description):
             content = np.memmap(path, mode="r", dtype=np.uint8)
         except FileNotFoundError:  # another process made room in the cache just now
             content = np.memmap(self._file(shard.name, shard.bytes, shard.sha256), mode="r", dtype=np.uint8)
-        return _OpenShard(path, members, lambda m: content[m.offset : m.offset + m.bytes], self.manifest)
+        return _OpenShard(path, members, lambda m: content[m.offset : m.offset + m.bytes], self._shapes)
 
     def _stream(self, shard: ShardInfo) -> _OpenShard:
         url = self._at(shard.name)
@@ -221,13 +214,13 @@ class ShardFolder(Description):
         except RemoteError as error:
             raise DataError(str(error)) from None
         blocks = {name: np.frombuffer(data, np.uint8) for name, data in content.items()}
-        left = dict.fromkeys(_MEMBERS, shard.samples)
+        left: dict[str, int] = {}
         members = []
         for name, block in blocks.items():
-            what = member_kind(name)
-            members.append(Member(name, 0, len(block), min(left[what], self._rows)))
-            left[what] -= members[-1].samples
-        return _OpenShard(url, members, lambda m: blocks[m.name], self.manifest)
+            of = part_name(name)
+            members.append(Member(name, 0, len(block), min(left.setdefault(of, shard.samples), self.kind.rows)))
+            left[of] -= members[-1].samples
+        return _OpenShard(url, members, lambda m: blocks[m.name], self._shapes)
 
     def _shard(self, number: int) -> _OpenShard:
         if number in self._open:
@@ -239,42 +232,36 @@ class ShardFolder(Description):
             self._open.popitem(last=False)
         return self._open[number]
 
-    def _take(self, what: str, indices: np.ndarray, out: np.ndarray) -> None:
+    def _take(self, part: Part, indices: np.ndarray, out: np.ndarray) -> None:
         numbers = np.searchsorted(self.first, indices, side="right") - 1
-        members, rows = np.divmod(indices - self.first[numbers], self._rows)
+        members, rows = np.divmod(indices - self.first[numbers], self.kind.rows)
         for i, (number, member, row) in enumerate(zip(numbers.tolist(), members.tolist(), rows.tolist(), strict=True)):
-            out[i] = self._shard(number).block(what, member)[row]
+            out[i] = self._shard(number).block(part.name, member)[row]
 
     def gather(self, indices: np.ndarray, out: np.ndarray) -> None:
         """Copy samples `indices` [N] to out [N, *manifest.shape], of any dtype that holds them."""
-        self._take("samples", indices, out)
+        self._take(self.kind.samples, indices, out)
         if not self._all_checked:
-            self._check_values(out, "samples")
+            self._check_values(out, self.kind.samples)
 
-    def gather_labels(self, indices: np.ndarray) -> np.ndarray:
-        """The labels int64 [N] of samples `indices`, of pictures that have classes."""
-        out = np.empty(len(indices), np.int64)
-        self._take(LABELS, indices, out)
-        self._check_values(out, LABELS)
+    def gather_beside(self, name: str, indices: np.ndarray) -> np.ndarray:
+        """What samples `indices` have beside them, by name ("labels"): [N, ...] of the dtype that the kind says."""
+        part = self.parts[name]
+        out = np.empty((len(indices), *self._shapes[name]), part.dtype(self.manifest))
+        self._take(part, indices, out)
+        self._check_values(out, part)
         return out
 
-    def gather_captions(self, indices: np.ndarray) -> np.ndarray:
-        """The captions [N, *shape] of samples `indices`, int64 tokens or float32 vectors, of pictures that have any."""
-        captions = self.manifest.captions
-        out = np.empty((len(indices), *captions["shape"]), np.int64 if captions.get("entries") else np.float32)
-        self._take(CAPTIONS, indices, out)
-        self._check_values(out, CAPTIONS)
-        return out
+    @property
+    def beside(self) -> list[str]:
+        """The names of what samples have beside them."""
+        return list(self.parts)[1:]
 
     def row(self, index: int) -> np.ndarray:
         """Sample `index`, 0 <= index < len(self): an array of manifest.shape, not copied."""
         number = int(np.searchsorted(self.first, index, side="right")) - 1
-        member, row = divmod(index - int(self.first[number]), self._rows)
-        return self._shard(number).block("samples", member)[row]
-
-    def label(self, index: int) -> int:
-        """The label of sample `index`."""
-        return int(self.gather_labels(np.array([index]))[0])
+        member, row = divmod(index - int(self.first[number]), self.kind.rows)
+        return self._shard(number).block(self.kind.array, member)[row]
 
     def rows(self) -> Iterable[np.ndarray]:
         """Every sample, in order."""

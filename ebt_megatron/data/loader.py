@@ -14,7 +14,7 @@ import queue
 import threading
 import time
 from collections.abc import Generator, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +25,9 @@ from torch import Tensor
 from ebt_megatron.config import Recipe
 from ebt_megatron.core.errors import DataError
 from ebt_megatron.data.folder import ShardFolder
+from ebt_megatron.data.manifest import Manifest
 from ebt_megatron.data.order import Blend
 from ebt_megatron.data.remote import Cache
-from ebt_megatron.data.shards import Manifest, caption_key
 
 VALIDATION_IDS = 1 << 50  # sample ids of validation samples start here, apart from training's
 
@@ -38,26 +38,24 @@ class MicroBatch:
 
     Attributes:
         sample_ids: int64 [B], each sample's global index in the run; fixes its noise.
-        tokens: int64 [B, S + 1] (of text; else None).
+        samples: [B, *shape of the manifest], int64 or float32 as their kind says: tokens [B, S + 1] of text, latents
+            [B, frames, patches, channels] of video, [B, patches, channels] of pictures.
         documents: int32 [B, S + 1], which document of its row each token belongs to, or None.
-        latents: float32 [B, frames, patches, channels] of video, [B, patches, channels] of pictures, or None.
-        labels: int64 [B], of pictures that have classes, or None.
-        captions: [B, ...] of pictures that have captions, int64 tokens or float32 vectors, or None.
+        beside: what else each sample has, by name [B, ...]: labels and captions of pictures that have them.
         counts: bool [B], of validation: False for samples that only fill the last micro-batch; else None.
     """
 
     sample_ids: Tensor
-    tokens: Tensor = None  # type: ignore[assignment]
+    samples: Tensor
     documents: Tensor | None = None
-    latents: Tensor | None = None
-    labels: Tensor | None = None
-    captions: Tensor | None = None
+    beside: dict[str, Tensor] = field(default_factory=dict)
     counts: Tensor | None = None
 
     def part(self, begin: int, end: int) -> MicroBatch:
         """Its samples begin .. end - 1."""
-        fields = (self.sample_ids, self.tokens, self.documents, self.latents, self.labels, self.captions, self.counts)
-        return MicroBatch(*(None if f is None else f[begin:end] for f in fields))  # type: ignore[arg-type]
+        documents, counts = (None if t is None else t[begin:end] for t in (self.documents, self.counts))
+        beside = {name: t[begin:end] for name, t in self.beside.items()}
+        return MicroBatch(self.sample_ids[begin:end], self.samples[begin:end], documents, beside, counts)
 
 
 def open_sources(recipe: Recipe, split: str) -> list[ShardFolder]:
@@ -75,21 +73,19 @@ def open_sources(recipe: Recipe, split: str) -> list[ShardFolder]:
         cache = Cache(Path(data.cache_dir), None if data.cache_gb is None else data.cache_gb * 1e9)
     sources = [ShardFolder(folder, cache, data.remote_readers) for folder in folders]
     _check_room(recipe, [s for s in sources if s.remote])
-    first = sources[0].manifest
-    sidecar = "tokenizer" if first.kind == "text" else "encoder"
+    first, kind = sources[0].manifest, sources[0].kind
     for source in sources:
         m = source.manifest
         if m.kind != first.kind:
             raise DataError(f"{source.folder} holds {m.kind}, {sources[0].folder} {first.kind}: give one kind")
-        if m.kind != "images" and m.sequence_length != recipe.data.sequence_length:
-            unit = "tokens" if m.kind == "text" else "frames"
+        if kind.unit and m.sequence_length != recipe.data.sequence_length:
             raise DataError(
-                f"{source.folder} has sequences of {m.sequence_length} {unit}, data.sequence_length is "
+                f"{source.folder} has sequences of {m.sequence_length} {kind.unit}, data.sequence_length is "
                 f"{recipe.data.sequence_length}: change the recipe, or prepare the data again"
             )
-        if m.sidecar["sha256"] != first.sidecar["sha256"]:
+        if m.sidecar.get("sha256") != first.sidecar.get("sha256"):
             raise DataError(
-                f"{source.folder} was made with another {sidecar} than {sources[0].folder}: prepare one again"
+                f"{source.folder} was made with another {kind.sidecar} than {sources[0].folder}: prepare one again"
             )
         if (m.shape, m.classes) != (first.shape, first.classes):
             raise DataError(
@@ -97,12 +93,15 @@ def open_sources(recipe: Recipe, split: str) -> list[ShardFolder]:
                 f"{sources[0].folder} of {first.shape} and {len(first.classes)}, or others: prepare one "
                 "again"
             )
-        if caption_key(m) != caption_key(first):
+        if m.caption_key != first.caption_key:
             raise DataError(
                 f"{source.folder} has captions of another encoder or length than {sources[0].folder}, or "
                 "one has none: prepare one again"
             )
-        source.sidecar()
+        if m.facts != first.facts:
+            raise DataError(f"{source.folder} has other facts than {sources[0].folder}: prepare one again")
+        if m.sidecar:
+            source.sidecar()
     return sources
 
 
@@ -163,8 +162,12 @@ class Loader:
         shuffle = recipe.data.shuffle and train
         sizes = [s.sizes for s in self.sources]
         self.blend = Blend(sizes, weights, recipe.training.seed, shuffle, recipe.data.shuffle_shards)
-        self.kind = self.sources[0].manifest.kind
-        self.end_of_text = self.sources[0].manifest.tokenizer.get("end_of_text", -1)
+        self.end_of_text: int = self.sources[0].manifest.tokenizer.get("end_of_text", -1)
+        if recipe.data.document_mask and self.end_of_text < 0:
+            raise DataError(
+                f"data.document_mask=true needs documents, and {self.sources[0].folder} does not say how they end: set "
+                "data.document_mask=false"
+            )
         self.consumed = 0
         self.wait_seconds = 0.0
         for source, weight, share in zip(self.sources, weights, self.blend.share.tolist(), strict=False):
@@ -241,37 +244,28 @@ class Loader:
             for number, shards in self.blend.shards(order).items():
                 if self.sources[number].remote:
                     self.sources[number].expect(shards)
-        manifest, text = self.sources[0].manifest, self.kind == "text"
-        rows = np.empty((len(positions), *manifest.shape), np.int64 if text else np.float32)
-        labels = np.empty(len(positions), np.int64)
-        captions: np.ndarray | None = None
+        first = self.sources[0]
+        rows = np.empty((len(positions), *first.manifest.shape), first.kind.dtype)
+        beside: dict[str, np.ndarray] = {}
         for number, at, samples in self.blend.locate_all(order):
             source, whole = self.sources[number], len(at) == len(rows)
-            mine = rows if whole else np.empty((len(at), *manifest.shape), rows.dtype)
+            mine = rows if whole else np.empty((len(at), *first.manifest.shape), rows.dtype)
             source.gather(samples, mine)
             if not whole:
                 rows[at] = mine
-            if manifest.classes:
-                labels[at] = source.gather_labels(samples)
-            if manifest.captions:
-                told = source.gather_captions(samples)
-                captions = np.empty((len(rows), *told.shape[1:]), told.dtype) if captions is None else captions
-                captions[at] = told
+            for name in first.beside:
+                found = source.gather_beside(name, samples)
+                beside.setdefault(name, np.empty((len(rows), *found.shape[1:]), found.dtype))[at] = found
         sample_ids, data = torch.from_numpy(order), torch.from_numpy(rows)
-        counts = None
+        counts = documents = None
         if self.split == "validation":
             counts = sample_ids < self.validation_samples
             sample_ids = sample_ids + VALIDATION_IDS
-        if not text:
-            classes = torch.from_numpy(labels) if manifest.classes else None
-            texts = None if captions is None else torch.from_numpy(captions)
-            return MicroBatch(sample_ids, latents=data, labels=classes, captions=texts, counts=counts)
-        documents = None
         if self.recipe.data.document_mask:
             # A document ends with its end-of-text token; the next token begins another.
             ends = (data == self.end_of_text).int()
             documents = (ends.cumsum(1) - ends).int()
-        return MicroBatch(sample_ids, data, documents, counts=counts)
+        return MicroBatch(sample_ids, data, documents, {k: torch.from_numpy(v) for k, v in beside.items()}, counts)
 
     def _plan(self) -> Iterator[tuple[list[int], int]]:
         """(positions of a micro-batch, samples consumed once it is taken), in order."""

@@ -209,3 +209,20 @@ def in_background(work: Callable[[], T], slots: threading.Semaphore) -> Future[T
 
     threading.Thread(target=run, daemon=True, name="shard").start()
     return future
+
+
+def is_remote(folder: str) -> bool:
+    """Whether it is a URL rather than a path."""
+    return "://" in folder
+
+
+def content_of(path: str) -> bytes:
+    """All bytes of a file (a path or a URL)."""
+    if not is_remote(path):
+        return Path(path).read_bytes()
+
+    def work() -> bytes:
+        with open_url(path) as stream:
+            return bytes(stream.read())
+
+    return retry(path, work)

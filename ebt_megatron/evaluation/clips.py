@@ -33,7 +33,7 @@ def rolled_out(run: TrainedRun, frames: Tensor, given: int, steps: int | None = 
         def keep(prediction: Any, made: list[Tensor] = made) -> None:
             made.append(prediction.y)
 
-        run.objective.evaluate(task.sample(MicroBatch(ids, latents=clip), frames.device), steps, keep)
+        run.objective.evaluate(task.sample(MicroBatch(ids, clip), frames.device), steps, keep)
         clip[:, frame] = task.tokens.join(made[-1].transpose(0, 1))[:, frame - 1]
     return clip
 
@@ -63,6 +63,6 @@ def spread_clips(run: TrainedRun, count: int) -> Tensor:
     """Up to `count` clips spread evenly over the validation data, [B, F, patches, channels]."""
     loader = run.data["validation"]
     number = loader.validation_samples
-    latents = loader.read(list(range(0, number, -(-number // count)))).latents
+    latents = loader.read(list(range(0, number, -(-number // count)))).samples
     assert latents is not None
     return latents

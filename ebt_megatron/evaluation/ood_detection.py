@@ -79,7 +79,7 @@ def ood_detection(run: TrainedRun, own: MicroBatch, others: MicroBatch, levels: 
         parts = [batch.part(i, i + size) for i in range(0, len(batch.sample_ids), size)]
         scores = [model_scores(run, part, levels) for part in parts]
         joined = {name: torch.cat([s[name] for s in scores]) for name in scores[0]}
-        assert batch.latents is not None
-        sides.append(joined | plain_scores(task.decoder, batch.latents))
+        assert batch.samples is not None
+        sides.append(joined | plain_scores(task.decoder, batch.samples))
     foreign = np.repeat([False, True], [len(b.sample_ids) for b in (own, others)])
     return {name: auroc(torch.cat([side[name].cpu() for side in sides]).numpy(), foreign) for name in sides[0]}

@@ -157,7 +157,7 @@ def denoising(run: TrainedRun, levels: Sequence[int], passes: Sequence[int], pic
     """
     task: Any = run.task
     batch = first_pictures(run, pictures)
-    clean = batch.latents
+    clean = batch.samples
     assert clean is not None
     out = {}
     for level in levels:
@@ -194,7 +194,7 @@ def made(
     untold = task.untold(conditions)
     if run.objective.thinks:
         nothing = torch.zeros(len(ids), task.length, task.channels)
-        sample = task.sample(MicroBatch(ids, latents=nothing, labels=labels, captions=captions), run.state.device)
+        sample = task.sample(MicroBatch(ids, nothing), run.state.device)
         sample.observed = conditions
         return thought_of(run, sample, passes, guidance, untold)[-1]
     last = task.options.schedule_steps - 1

@@ -36,12 +36,12 @@ def features(task: Any, model: Any, batch: MicroBatch, level: int) -> Tensor:
         batch: pictures.
         level: of the noise in them.
     """
-    assert batch.latents is not None
+    assert batch.samples is not None
     device = next(model.parameters()).device
     sample = task.sample(batch, device, level)
     observed = task.untold(sample.observed)
     ids = sample.sample_ids
-    noised = task.schedule.noised(batch.latents.to(device), task.noise(ids), torch.full_like(ids, level))
+    noised = task.schedule.noised(batch.samples.to(device), task.noise(ids), torch.full_like(ids, level))
     if task.recipe.model.architecture == "ebt":
         h = model.modality(noised)
         _, modulations = model.context(model.modality.context(observed), task.length, None, 0)
@@ -98,7 +98,7 @@ def probe(run: TrainedRun, levels: Sequence[int], training: int = 4000, test: in
         return on(layer, level, False), layer + 1, level, on(-1, levels[0], False)
 
     best, layer, level, last = chosen(run.model)
-    flat = [batch.latents.flatten(1).numpy() for batch in pictures]  # type: ignore[union-attr]
+    flat = [batch.samples.flatten(1).numpy() for batch in pictures]  # type: ignore[union-attr]
     return {
         "features": best,
         "layer": layer,
@@ -112,8 +112,7 @@ def probe(run: TrainedRun, levels: Sequence[int], training: int = 4000, test: in
 
 
 def _labels(batch: MicroBatch) -> np.ndarray:
-    assert batch.labels is not None
-    return batch.labels.numpy()
+    return batch.beside["labels"].numpy()
 
 
 def _features(task: Any, model: Any, batch: MicroBatch, level: int) -> np.ndarray:

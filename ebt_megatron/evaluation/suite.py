@@ -285,9 +285,9 @@ def _collect(run: TrainedRun, options: SuiteOptions, doing: Callable[[str], None
     for kind in CORRUPTIONS:
         doing(f"{run.recipe.name}: {kind} tokens")
         changed = [
-            corrupted(b.tokens, kind, _CORRUPTED_SHARE, task.vocab_size, _SEED + i) for i, b in enumerate(validation)
+            corrupted(b.samples, kind, _CORRUPTED_SHARE, task.vocab_size, _SEED + i) for i, b in enumerate(validation)
         ]
-        batches = [replace(b, tokens=tokens) for b, (tokens, _) in zip(validation, changed, strict=True)]
+        batches = [replace(b, samples=tokens) for b, (tokens, _) in zip(validation, changed, strict=True)]
         masks = np.concatenate([mask[:, 1:].t().reshape(-1).numpy() for _, mask in changed])
         wrong[kind] = scores(batches, trained), masks
     other = {}

@@ -167,8 +167,8 @@ class Images:
         What is observed is (level, class, caption), each told or not; the start is the noised picture, and the
         target the picture, or its noise for a DiT.
         """
-        assert batch.latents is not None
-        clean, ids = batch.latents.to(device), batch.sample_ids.to(device)
+        assert batch.samples is not None
+        clean, ids = batch.samples.to(device), batch.sample_ids.to(device)
         levels = self._levels(ids) if level is None else torch.full_like(ids, level)
         noise = self.noise(ids)
         observed = self._conditions(batch, ids, levels)
@@ -197,7 +197,7 @@ class Images:
     def _conditions(self, batch: MicroBatch, sample_ids: Tensor, levels: Tensor) -> Tensor:
         """What is told of each picture; of some in training neither class nor caption is."""
         device = sample_ids.device
-        told = self.conditions(levels, batch.labels, batch.captions).to(device)
+        told = self.conditions(levels, batch.beside.get("labels"), batch.beside.get("captions")).to(device)
         if batch.counts is not None or (not self.classes and self.captions is None):
             return told
         dropped = self._draw(sample_ids, CLASS_STREAM) < self.options.class_dropout

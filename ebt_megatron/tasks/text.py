@@ -68,7 +68,7 @@ class Text:
 
     def sample(self, batch: MicroBatch, device: torch.device) -> Sample:
         """Every token but the last is observed, and every one but the first is to be predicted."""
-        tokens, documents = batch.tokens, batch.documents
+        tokens, documents = batch.samples, batch.documents
         return Sample(
             observed=tokens[:, :-1].to(device),
             targets=tokens[:, 1:].to(device),

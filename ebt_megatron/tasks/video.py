@@ -72,8 +72,8 @@ class Video:
 
     def sample(self, batch: MicroBatch, device: torch.device) -> Sample:
         """Every frame but the last is observed, and every one but the first is to be predicted."""
-        assert batch.latents is not None
-        tokens = self.tokens.split(batch.latents.to(device))
+        assert batch.samples is not None
+        tokens = self.tokens.split(batch.samples.to(device))
         observed, targets = tokens[:, : self.length], tokens[:, self.tokens.count :]
         start = observed.transpose(0, 1) if self.from_last else None
         return Sample(observed, targets, batch.sample_ids.to(device), start=start)

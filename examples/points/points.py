@@ -4,28 +4,32 @@ from pathlib import Path
 
 import numpy as np
 
-from ebt_megatron.data.shards import Manifest, sha256_of, shard_infos, write_shard
+from ebt_megatron.data.kinds import Kind
+from ebt_megatron.data.manifest import Manifest
+from ebt_megatron.data.shards import shard_infos, write_shard
 from ebt_megatron.model.energy import EnergyTransformer
 from ebt_megatron.model.flops import cost
 from ebt_megatron.model.transformer import TransformerLM
 from ebt_megatron.tasks import NoMeter, Sample
 from ebt_megatron.tasks.latent_model import LatentEmbedding, LatentEmbeddings, LatentOutput
 
+POINTS = Kind("points", unit="points")  # a sample is [length + 1, 2], float32
+
 
 class Points:
-    """Next-point prediction, a `Task`: sequences of points (x, y), stored as clips of frames with one patch."""
+    """Next-point prediction, a `Task`: sequences of points (x, y)."""
 
-    kind = "video"
+    kind = "examples.points.points:POINTS"
 
-    def __init__(self, recipe, made_by=""):
-        self.recipe, self.length, self.identity = recipe, recipe.data.sequence_length, {"points": made_by}
+    def __init__(self, recipe):
+        self.recipe, self.length, self.identity = recipe, recipe.data.sequence_length, {}
 
     @classmethod
     def from_data(cls, recipe, source):
-        return cls(recipe, source.manifest.encoder["sha256"])
+        return cls(recipe)
 
     def sample(self, batch, device):
-        points = batch.latents.flatten(2).to(device)  # [B, S + 1, 2]
+        points = batch.samples.to(device)  # [B, S + 1, 2]
         return Sample(points[:, :-1], points[:, 1:], batch.sample_ids.to(device))
 
     def energy_model(self, config, kernels, first, last):
@@ -55,7 +59,5 @@ def write_points(folder: Path, count: int, length: int, seed: int) -> None:
     angle = draw.uniform(0, 6, (count, 1)) + draw.uniform(0.2, 0.8, (count, 1)) * np.arange(length + 1)
     circle = np.stack([np.cos(angle), np.sin(angle)], -1) * draw.uniform(0.5, 1.5, (count, 1, 1))
     points = circle + draw.normal(0, 0.5, (count, 1, 2))
-    write_shard(folder, 0, "video", points[:, :, None].astype(np.float16))
-    (folder / "points.txt").write_text("circles\n")
-    encoder = {"file": "points.txt", "sha256": sha256_of(folder / "points.txt"), "kind": "points"}
-    Manifest("video", [length + 1, 1, 2], "float16", count, shard_infos(folder, 1), {}, encoder=encoder).write(folder)
+    write_shard(folder, 0, Points.kind, points.astype(np.float32))
+    Manifest(Points.kind, [length + 1, 2], "float32", count, shard_infos(folder, 1), {"seed": seed}).write(folder)

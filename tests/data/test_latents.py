@@ -57,7 +57,7 @@ def global_batches(folder, size, batches, start=0):
         loader.consumed = start
         ranks.append(list(itertools.islice(iter(loader), batches * per_rank)))
     ordered = [rank[m] for m in range(batches * per_rank) for rank in ranks]
-    return torch.cat([b.sample_ids for b in ordered]).tolist(), torch.cat([b.latents for b in ordered])
+    return torch.cat([b.sample_ids for b in ordered]).tolist(), torch.cat([b.samples for b in ordered])
 
 
 @pytest.mark.parametrize("size", [1, 2, 4])
@@ -79,8 +79,8 @@ def test_a_run_goes_on_with_another_number_of_ranks(videos):
 
 def test_video_has_latents_and_no_tokens(videos):
     batch = next(iter(Loader(recipe(videos), "validation", 0, 1)))
-    assert batch.latents.shape == (2, 6, 4, 16) and batch.sample_ids.tolist() == [VALIDATION_IDS, VALIDATION_IDS + 1]
-    assert batch.tokens is None and batch.labels is None and batch.documents is None
+    assert batch.samples.shape == (2, 6, 4, 16) and batch.sample_ids.tolist() == [VALIDATION_IDS, VALIDATION_IDS + 1]
+    assert not batch.beside and batch.documents is None
 
 
 @pytest.mark.parametrize("labels", [{}, {"labels": np.arange(60) % 5}])
@@ -88,12 +88,13 @@ def test_pictures_have_the_labels_of_their_rows(tmp_path, labels):
     folder = pictures(tmp_path / "raw", labels)
     shards = ShardFolder(f"{folder}/train")
     batch = next(iter(Loader(recipe_for(folder, "data.modality=images", "data.shuffle=false"), "train", 0, 1)))
-    assert batch.latents.shape == (2, 4, 16) and batch.tokens is None
-    assert (batch.latents.numpy() == np.stack([shards.row(0), shards.row(1)]).astype(np.float32)).all()
+    assert batch.samples.shape == (2, 4, 16)
+    assert (batch.samples.numpy() == np.stack([shards.row(0), shards.row(1)]).astype(np.float32)).all()
     if labels:
-        assert batch.labels.dtype == torch.int64 and batch.labels.tolist() == [shards.label(0), shards.label(1)]
+        numbers = batch.beside["labels"]
+        assert numbers.dtype == torch.int64 and (numbers.numpy() == shards.gather_beside("labels", np.arange(2))).all()
     else:
-        assert batch.labels is None
+        assert not batch.beside
 
 
 def refusal(*folders, **overrides):
@@ -123,7 +124,7 @@ def test_video_of_the_same_encoder_is_blended(raw, videos, tmp_path):
     folders = f"data.train=[{videos}/train,{slower}/train]"
     loader = Loader(recipe(videos, folders), "train", 0, 1)
     assert len(loader.blend) == sum(len(ShardFolder(f"{f}/train")) for f in (videos, slower))
-    assert next(iter(loader)).latents.shape == (2, 6, 4, 16)
+    assert next(iter(loader)).samples.shape == (2, 6, 4, 16)
 
 
 def test_a_changed_encoder_is_refused(videos, tmp_path):

@@ -47,7 +47,7 @@ def recipe_for(folder, *overrides):
 
 
 def take(loader, micro_batches):
-    return [(b.sample_ids.tolist(), b.tokens) for b in itertools.islice(iter(loader), micro_batches)]
+    return [(b.sample_ids.tolist(), b.samples) for b in itertools.islice(iter(loader), micro_batches)]
 
 
 def global_order(folder, size, batches, start=0, **kwargs):
@@ -87,7 +87,7 @@ def test_three_epochs_with_stops_and_other_world_sizes_see_every_sample_once_an_
             for stream in streams:
                 batch = next(stream)
                 seen += batch.sample_ids.tolist()
-                rows += batch.tokens.tolist()
+                rows += batch.samples.tolist()
         states = [loader.state_dict() for loader in loaders]
         assert all(s == states[0] for s in states)
         state = states[0]
@@ -125,7 +125,7 @@ def test_targets_cover_every_token_once(shards):
 def test_document_masks_start_anew_after_an_end_of_text(shards):
     loader = Loader(recipe_for(shards, "data.document_mask=true"), "train", 0, 1)
     for batch in itertools.islice(iter(loader), 20):
-        for tokens, documents in zip(batch.tokens, batch.documents, strict=True):
+        for tokens, documents in zip(batch.samples, batch.documents, strict=True):
             changes = (documents[1:] - documents[:-1]).tolist()
             assert changes == (tokens[:-1] == loader.end_of_text).int().tolist()
 
@@ -236,7 +236,8 @@ def test_sources_in_another_order_and_other_shards_of_the_same_sizes_are_other_d
 
 def rewrite(folder, change):
     """The folder's rows changed, and everything that is said of them right again."""
-    from ebt_megatron.data.shards import read_manifest, shard_infos, write_shard
+    from ebt_megatron.data.manifest import read_manifest
+    from ebt_megatron.data.shards import shard_infos, write_shard
 
     data = ShardFolder(str(folder))
     rows = change(np.stack(list(data.rows())))
@@ -291,7 +292,7 @@ def test_validation_fills_the_last_micro_batches_with_samples_that_do_not_count(
             list(Loader(recipe_for(shards, "training.validation_samples=5"), "validation", r, size))
             for r in range(size)
         ]
-        assert len({len(b) for b in batches}) == 1 and all(len(b.tokens) == 2 for rank in batches for b in rank)
+        assert len({len(b) for b in batches}) == 1 and all(len(b.samples) == 2 for rank in batches for b in rank)
         counted = [i for rank in batches for b in rank for i in (b.sample_ids[b.counts] - (1 << 50)).tolist()]
         assert sorted(counted) == [0, 1, 2, 3, 4]
 

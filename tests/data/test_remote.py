@@ -46,7 +46,7 @@ def batches(recipe, rank=0, size=1, start=0, count=60):
     loader = Loader(recipe, "train", rank, size)
     loader.consumed = start
     stream = iter(loader)
-    taken = [(b.sample_ids.tolist(), b.tokens.tolist()) for b in itertools.islice(stream, count)]
+    taken = [(b.sample_ids.tolist(), b.samples.tolist()) for b in itertools.islice(stream, count)]
     stream.close()
     return taken
 

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from ebt_megatron.data.shards import read_manifest
+from ebt_megatron.data.manifest import read_manifest
 from ebt_megatron.data_prep import images, video
 from ebt_megatron.data_prep.files import find_files
 from tests.data_prep.media import moving_square, psnr, said

@@ -57,7 +57,7 @@ def folder(tmp_path_factory):
 def texts(shards):
     """The captions of a folder, decoded; with the label of each."""
     tokenizer = open_captions(shards).tokenizer
-    rows = shards.gather_captions(np.arange(len(shards)))
+    rows = shards.gather_beside("captions", np.arange(len(shards)))
     return [tokenizer.decode([t for t in row if t >= 0]) for row in rows.tolist()]
 
 
@@ -68,7 +68,7 @@ def test_captions_of_a_file_stay_beside_their_pictures(folder):
         m = shards.manifest
         assert m.captions["kind"] == "tokens" and m.captions["origin"] == str(folder / "captions.txt")
         assert not [p for s in m.shards for p in shard_problems(folder / "shards" / split, s, m)]
-        found |= {text: shards.label(i) for i, text in enumerate(texts(shards))}
+        found |= {text: shards.gather_beside("labels", np.array([i]))[0] for i, text in enumerate(texts(shards))}
     assert found == {f"{COLOURS[i % 3]} number {i}": i % 3 for i in range(60)}
 
 
@@ -77,8 +77,8 @@ def test_the_loader_gives_them_and_rewriting_keeps_them(folder, tmp_path):
     batch = next(
         iter(Loader(recipe_for(folder / "shards", "data.modality=images", "data.shuffle=false"), "train", 0, 1))
     )
-    assert torch.equal(batch.captions, torch.from_numpy(shards.gather_captions(np.arange(2))))
-    assert torch.equal(batch.part(1, 2).captions, batch.captions[1:])
+    assert torch.equal(batch.beside["captions"], torch.from_numpy(shards.gather_beside("captions", np.arange(2))))
+    assert torch.equal(batch.part(1, 2).captions, batch.beside["captions"][1:])
     rewrite([str(folder / "shards/train")], tmp_path / "again", 7, overwrite=False)
     assert texts(ShardFolder(str(tmp_path / "again"))) == texts(shards)
 
@@ -89,7 +89,7 @@ def test_another_text_is_put_as_the_captions_were(folder):
     shards.copy_to(folder / "kept")
     encoder = open_captions(Description(str(folder / "kept")))
     first = texts(shards)[0]
-    assert (encoder.encode([first])[0] == shards.gather_captions(np.arange(1))[0]).all()
+    assert (encoder.encode([first])[0] == shards.gather_beside("captions", np.arange(1))[0]).all()
     length = shards.manifest.captions["shape"][0]
     assert encoder.encode(["red " * 99]).shape == (1, length) and (encoder.encode(["red " * 99]) >= 0).all()
     with pytest.raises(DataError, match="has no token"):
@@ -106,7 +106,9 @@ def test_captions_are_generated_from_labels_and_named_so(folder, tmp_path):
     assert shards.manifest.captions["origin"] == "generated from labels"
     assert shards.manifest.classes == list(COLOURS)
     found = texts(shards)
-    assert all(COLOURS[shards.label(i)] in text for i, text in enumerate(found)) and len(set(found)) > len(COLOURS)
+    assert all(
+        COLOURS[shards.gather_beside("labels", np.array([i]))[0]] in text for i, text in enumerate(found)
+    ) and len(set(found)) > len(COLOURS)
 
 
 def test_captions_of_picture_files_go_by_name(tmp_path):
@@ -215,7 +217,7 @@ def test_captions_as_the_pooled_output_of_a_clip_on_disk(folder, tmp_path):
     given = tokenizer(told, padding="max_length", truncation=True, max_length=12, return_tensors="pt")
     with torch.no_grad():
         expected = model(**given).pooler_output.numpy()
-    np.testing.assert_allclose(shards.gather_captions(np.arange(4)), expected, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(shards.gather_beside("captions", np.arange(4)), expected, rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(open_captions(shards).encode(told), expected, rtol=1e-5, atol=1e-6)
     config = tmp_path / "clip/config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"attention_dropout": 0.1}))

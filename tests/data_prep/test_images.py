@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from ebt_megatron.data.folder import ShardFolder
-from ebt_megatron.data.shards import read_manifest
+from ebt_megatron.data.manifest import read_manifest
 from ebt_megatron.data_prep import images
 from ebt_megatron.data_prep.encoders import load_encoder, patches_of
 from tests.data_prep.media import contents, invoke, psnr, said
@@ -61,7 +61,8 @@ def decoded(output):
         encoder = load_encoder(shards.sidecar())
         for i in range(len(shards)):
             picture = encoder.to_frames(shards.row(i)[None])[0]
-            found[picture.tobytes()] = shards.label(i) if shards.manifest.classes else None
+            label = shards.gather_beside("labels", np.array([i]))[0] if shards.beside else None
+            found[picture.tobytes()] = label
         counts.append(len(shards))
     return found, counts
 
@@ -175,7 +176,8 @@ def test_stock_webdataset_reads_the_shards(tmp_path):
     blocks = list(webdataset.WebDataset(urls, shardshuffle=False, empty_check=False).decode())
     shards = ShardFolder(str(tmp_path / "out/train"))
     assert (np.concatenate([b["latents.npy"] for b in blocks]) == np.stack(list(shards.rows()))).all()
-    assert np.concatenate([b["labels.npy"] for b in blocks]).tolist() == [shards.label(i) for i in range(len(shards))]
+    labels = shards.gather_beside("labels", np.arange(len(shards)))
+    assert (np.concatenate([b["labels.npy"] for b in blocks]) == labels).all()
     assert len(blocks[0]["latents.npy"]) == 64
 
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from ebt_megatron.core.errors import DataError
 from ebt_megatron.data.folder import ShardFolder
-from ebt_megatron.data.shards import read_manifest
+from ebt_megatron.data.manifest import read_manifest
 from ebt_megatron.data_prep import text
 from ebt_megatron.data_prep.documents import SUFFIXES, Part, Tally, check_kinds, read_part, split_files, strip_html
 from ebt_megatron.data_prep.files import find_files

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from ebt_megatron.core.errors import DataError
 from ebt_megatron.data.folder import ShardFolder
-from ebt_megatron.data.shards import read_manifest
+from ebt_megatron.data.manifest import read_manifest
 from ebt_megatron.data_prep import text, tokens
 from ebt_megatron.data_prep.documents import SUFFIXES, Part, read_part, split_files, strip_html
 from ebt_megatron.data_prep.files import find_files

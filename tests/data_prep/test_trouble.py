@@ -13,7 +13,7 @@ from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizer
 
 from ebt_megatron.core.errors import DataError
 from ebt_megatron.data.folder import ShardFolder
-from ebt_megatron.data.shards import read_manifest
+from ebt_megatron.data.manifest import read_manifest
 from ebt_megatron.data_prep import images, text, text_passes, tokens
 from ebt_megatron.data_prep.passes import threshold
 from tests.data_prep.media import contents, invoke, said

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from ebt_megatron.data.folder import ShardFolder
-from ebt_megatron.data.shards import read_manifest
+from ebt_megatron.data.manifest import read_manifest
 from ebt_megatron.data_prep import video
 from ebt_megatron.data_prep.encoders import load_encoder
 from ebt_megatron.data_prep.files import InputFile

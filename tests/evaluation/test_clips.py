@@ -24,7 +24,7 @@ def test_a_clip_goes_on_from_its_own_frames(options):
     task = latents.task(recipe)
     model = builders.build(recipe, torch.float32, task)
     run = SimpleNamespace(recipe=recipe, task=task, objective=builders.objective(model, recipe, task))
-    frames = latents.clips(2).latents
+    frames = latents.clips(2).samples
     clip = rolled_out(run, frames, given=3)
     assert torch.equal(clip[:, :3], frames[:, :3])
     other = frames.clone()

@@ -23,9 +23,9 @@ def loader(count, labels=None):
     """What a probe needs of one: pictures whose class shifts their numbers, or has nothing to do with them."""
     batch = latents.pictures(count)
     if labels is None:
-        batch.latents = batch.latents + 2 * batch.labels[:, None, None]
+        batch.samples = batch.samples + 2 * batch.beside["labels"][:, None, None]
     else:
-        batch.labels = labels
+        batch.beside["labels"] = labels
     batch.counts = torch.ones(count, dtype=torch.bool)
     manifest = SimpleNamespace(classes=["a", "b", "c"])
     return SimpleNamespace(
@@ -59,9 +59,11 @@ def test_features_are_the_means_of_what_layers_put_out(kind, told):
     run, batch = opened(kind, *told), latents.pictures(4)
     untold = replace(
         batch,
-        labels=torch.full((4,), run.task.classes),
+        beside={
+            "labels": torch.full((4,), run.task.classes),
+            "captions": torch.full_like(batch.beside["captions"], NOT_TOLD),
+        },
         counts=torch.ones(4, dtype=torch.bool),
-        captions=torch.full_like(batch.captions, NOT_TOLD),
     )
     seen = []
     hooks = [layer.register_forward_hook(lambda m, given, out: seen.append(out)) for layer in run.model.layers]
@@ -105,7 +107,7 @@ def test_energies_are_those_of_the_picture_and_of_where_thinking_ends():
     run.objective.evaluate(sample, 3, lambda prediction: states.append(prediction.y.transpose(0, 1)))
     with torch.no_grad():
         first, last = energy(sample.start.transpose(0, 1)), energy(states[-1])
-        assert torch.allclose(scores["energy of the picture"], energy(batch.latents), atol=1e-5)
+        assert torch.allclose(scores["energy of the picture"], energy(batch.samples), atol=1e-5)
     assert torch.allclose(scores["final energy, level 50"], last, atol=1e-5)
     assert torch.allclose(scores["energy drop, level 50"], first - last, atol=1e-5)
 
@@ -124,7 +126,7 @@ def test_a_dits_score_is_its_loss_of_the_noise(learned):
 def test_strangers_are_told_by_what_is_strange_in_them():
     run, own, others = opened("EBT"), latents.pictures(50), latents.pictures(50, first=50)
     alike = ood_detection.ood_detection(run, own, others, [50, 99])
-    others.latents = 4 * others.latents
+    others.samples = 4 * others.samples
     different = ood_detection.ood_detection(run, own, others, [50, 99])
     assert alike.keys() == different.keys() and all(0.3 < value < 0.7 for value in alike.values())
     error = "reconstruction error, level 99"

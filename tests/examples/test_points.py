@@ -1,16 +1,20 @@
 """docs/extending.md: a modality is one module and one recipe; it trains, resumes and is evaluated."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from torch.nn.functional import smooth_l1_loss
+from typer.testing import CliRunner
 
 from ebt_megatron.config import load_recipe
 from ebt_megatron.data.loader import Loader
+from ebt_megatron.data.manifest import read_manifest
 from ebt_megatron.evaluate import evaluate
 from ebt_megatron.parallel.setup import shutdown
 from ebt_megatron.session import open_run
+from ebt_megatron.tools.shards import app
 from ebt_megatron.training.hooks import train_to_end
 from ebt_megatron.training.run import Run
 from examples.points.points import write_points
@@ -49,7 +53,7 @@ def repeated(data):
     """The loss of repeating the last point."""
     points = next(
         iter(Loader(load_recipe(HERE / "points.yaml", [f"data.train=[{data}/train]"]), "train", 0, 1))
-    ).latents
+    ).samples
     return smooth_l1_loss(points[:, :-1], points[:, 1:]).item()
 
 
@@ -67,6 +71,17 @@ def test_it_goes_on_where_it_stopped(data, tmp_path):
     train(data, tmp_path / "halves", "training.steps=60", "optimizer.decay_steps=120")
     assert [p.name for p in (tmp_path / "halves" / "checkpoints").glob("step-*")] == ["step-00000060"]
     assert train(data, tmp_path / "halves")[-1] == whole
+
+
+def test_its_kind_of_sample_is_a_kind_like_any_other(data, capsys):
+    folder = str(data / "train")
+    for command in ("verify", "stats", "sample"):
+        assert CliRunner().invoke(app, [command, folder]).exit_code == 0
+    manifest = read_manifest(folder)
+    (data / "lines").mkdir()
+    replace(manifest, kind="examples.points.points:LINES").write(data / "lines")
+    refused = CliRunner().invoke(app, ["verify", str(data / "lines")])
+    assert refused.exit_code == 2 and "there is no kind of sample 'examples.points.points:LINES'" in refused.output
 
 
 @pytest.mark.parametrize("name", ["points.py", "points.yaml"])

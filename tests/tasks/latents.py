@@ -68,7 +68,7 @@ def clips(count: int, first: int = 0) -> MicroBatch:
     """Random walks, float32 [count, FRAMES, *SHAPE]."""
     generator = torch.Generator().manual_seed(first)
     latents = torch.randn(count, FRAMES, *SHAPE, generator=generator).cumsum(1)
-    return MicroBatch(torch.arange(count) + first, latents=latents)
+    return MicroBatch(torch.arange(count) + first, latents)
 
 
 def pictures(count: int, first: int = 0) -> MicroBatch:
@@ -77,13 +77,15 @@ def pictures(count: int, first: int = 0) -> MicroBatch:
     latents = torch.randn(count, PATCHES, 2, generator=generator)
     tokens = torch.randint(0, TOKENS["entries"], (count, 5), generator=generator)
     tokens = tokens.where(torch.arange(5) <= torch.arange(count)[:, None] % 5, NOT_TOLD)
-    return MicroBatch(torch.arange(count) + first, latents=latents, labels=torch.arange(count) % 3, captions=tokens)
+    beside = {"labels": torch.arange(count) % 3, "captions": tokens}
+    return MicroBatch(torch.arange(count) + first, latents, beside=beside)
 
 
 def with_vectors(batch: MicroBatch) -> MicroBatch:
     """The same with a vector for each caption."""
     generator = torch.Generator().manual_seed(int(batch.sample_ids[0]))
-    return replace(batch, captions=torch.randn(len(batch.sample_ids), 6, generator=generator))
+    vectors = torch.randn(len(batch.sample_ids), 6, generator=generator)
+    return replace(batch, beside={**batch.beside, "captions": vectors})
 
 
 def sample(recipe, micro_batch: MicroBatch, dtype=torch.float64):

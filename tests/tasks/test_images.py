@@ -118,10 +118,11 @@ def test_noise_levels_and_classes_are_drawn_by_sample():
     levels, classes = whole.observed.unbind(1)
     assert levels.unique().tolist() == list(range(10, 20))
     told = classes < 3
-    assert told.float().mean() == pytest.approx(0.5, abs=0.1) and torch.equal(classes[told], batch.labels[told])
+    assert told.float().mean() == pytest.approx(0.5, abs=0.1)
+    assert torch.equal(classes[told], batch.beside["labels"][told])
     assert torch.equal(part.start, whole.start[:, 100:110]) and torch.equal(part.observed, whole.observed[100:110])
     batch.counts = torch.ones(400, dtype=torch.bool)  # of validation
-    assert torch.equal(task.sample(batch, torch.device("cpu")).observed[:, 1], batch.labels)
+    assert torch.equal(task.sample(batch, torch.device("cpu")).observed[:, 1], batch.beside["labels"])
 
 
 @pytest.mark.parametrize(("name", "nothing"), [("tokens", -1), ("vectors", 0)])
@@ -132,10 +133,10 @@ def test_some_captions_are_not_told_in_training(name, nothing):
     observed = task.sample(batch, torch.device("cpu")).observed
     told = (observed[:, 2:] != nothing).any(1)
     assert told.float().mean() == pytest.approx(0.5, abs=0.1) and not observed[:, 1].any()
-    assert torch.equal(observed[told, 2:], batch.captions[told]) and (observed[~told, 2:] == nothing).all()
+    assert torch.equal(observed[told, 2:], batch.beside["captions"][told]) and (observed[~told, 2:] == nothing).all()
     assert torch.equal(task.untold(observed)[:, 0], observed[:, 0])
     batch.counts = torch.ones(400, dtype=torch.bool)  # of validation
-    assert torch.equal(task.sample(batch, torch.device("cpu")).observed[:, 2:], batch.captions)
+    assert torch.equal(task.sample(batch, torch.device("cpu")).observed[:, 2:], batch.beside["captions"])
 
 
 @pytest.mark.parametrize(
@@ -148,7 +149,7 @@ def test_some_captions_are_not_told_in_training(name, nothing):
 )
 def test_pictures_without_labels_or_captions_are_told_none(overrides, columns):
     task, batch = latents.task(latents.pictures_recipe(*overrides)), latents.pictures(2)
-    batch.labels = batch.captions = None
+    batch.beside = {}
     observed = task.sample(batch, torch.device("cpu")).observed
     assert observed[:, 1:].tolist() == [columns] * 2 and torch.equal(task.untold(observed), observed)
 
@@ -172,7 +173,7 @@ def test_a_noised_picture_has_the_schedules_variances():
     kept = task.schedule.kept[99].item()
     assert kept == pytest.approx(0.8969, abs=1e-3)  # prod of 1 - linspace(1e-4, 0.02, 1000) over 100 steps
     assert torch.allclose(
-        sample.start.transpose(0, 1), kept**0.5 * batch.latents + (1 - kept) ** 0.5 * sample.targets, atol=1e-5
+        sample.start.transpose(0, 1), kept**0.5 * batch.samples + (1 - kept) ** 0.5 * sample.targets, atol=1e-5
     )
     assert sample.targets.std() == pytest.approx(1, rel=0.02)
 
@@ -259,7 +260,7 @@ def test_validation_knows_the_psnr_of_every_step():
     batch.counts = torch.tensor([True, True, True, False])
     measures = validate(builders.objective(model, recipe, task), [batch], 3).measures
     assert len(measures["psnr"]) == 3
-    error = 20 * (task.sample(batch, torch.device("cpu")).start.transpose(0, 1)[:3] - batch.latents[:3])
+    error = 20 * (task.sample(batch, torch.device("cpu")).start.transpose(0, 1)[:3] - batch.samples[:3])
     assert measures["noised_psnr"] == pytest.approx(
         20 * torch.log10(255 / error.square().mean().sqrt()).item(), abs=0.1
     )

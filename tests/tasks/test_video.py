@@ -160,7 +160,7 @@ def test_validation_knows_losses_by_position_and_simple_predictors(architecture,
     batch = latents.clips(4)
     batch.counts = torch.tensor([True, True, True, False])
     result = validate(objective, [batch], 3)
-    measures, frames = result.measures, batch.latents[:3].flatten(2)
+    measures, frames = result.measures, batch.samples[:3].flatten(2)
     by_position = measures["loss_by_position"]
     steps = 3 if architecture == "ebt" else 1
     assert [sum(row) / len(row) for row in by_position["steps"]][:steps] == pytest.approx(

@@ -17,7 +17,7 @@ def events_of(stages):
     )
     trainer = Trainer(recipe, Text(recipe, builders.VOCAB))
     tokens = torch.randint(builders.VOCAB, (8, 11), generator=torch.Generator().manual_seed(0))
-    batches = [MicroBatch(sample_ids=torch.arange(i, i + 2), tokens=tokens[i : i + 2]) for i in range(0, 8, 2)]
+    batches = [MicroBatch(sample_ids=torch.arange(i, i + 2), samples=tokens[i : i + 2]) for i in range(0, 8, 2)]
     trainer.train_step(batches, 0)
     pipeline = trainer.objective.pipeline
     order = pipeline.schedule.order[pipeline.stage]

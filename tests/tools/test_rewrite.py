@@ -9,8 +9,10 @@ import pytest
 from typer.testing import CliRunner
 
 from ebt_megatron.core.errors import DataError
+from ebt_megatron.core.files import sha256_of
 from ebt_megatron.data.folder import ShardFolder
-from ebt_megatron.data.shards import Manifest, OutputLock, sha256_of, shard_infos, write_shard
+from ebt_megatron.data.manifest import Manifest
+from ebt_megatron.data.shards import OutputLock, shard_infos, write_shard
 from ebt_megatron.data_prep.encoders import PixelEncoder
 from ebt_megatron.tools.rewrite import rewrite
 from ebt_megatron.tools.shards import app
@@ -31,7 +33,7 @@ def pictures(folder, seed, count=10, classes=("cat", "dog")):
     encoder = PixelEncoder(8, 8, 4)
     encoder.normalise_by(np.zeros(48), np.ones(48))
     latents = encoder.encode(generator.integers(0, 256, (count, 8, 8, 3), np.uint8))
-    write_shard(folder, 0, "images", encoder.to_samples(latents), generator.integers(0, 2, count))
+    write_shard(folder, 0, "images", encoder.to_samples(latents), labels=generator.integers(0, 2, count))
     encoder.save(folder / "encoder.npz")
     Manifest(
         kind="images",
@@ -78,9 +80,9 @@ def test_merging_adds_up(text, tmp_path):
 def test_labels_stay_with_their_pictures(tmp_path):
     folders = [pictures(tmp_path / "a", 1), pictures(tmp_path / "b", 2)]
     rewrite([str(f) for f in folders], tmp_path / "out", 7, False)
-    labels = [ShardFolder(str(f)).label(i) for f in folders for i in range(10)]
+    labels = [ShardFolder(str(f)).gather_beside("labels", np.array([i]))[0] for f in folders for i in range(10)]
     merged = ShardFolder(str(tmp_path / "out"))
-    assert [merged.label(i) for i in range(20)] == labels and 0 < sum(labels) < 20
+    assert [merged.gather_beside("labels", np.array([i]))[0] for i in range(20)] == labels and 0 < sum(labels) < 20
     assert np.array_equal(samples(tmp_path / "out"), samples(*folders))
 
 

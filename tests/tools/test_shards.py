@@ -11,7 +11,8 @@ from typer.testing import CliRunner
 
 from ebt_megatron.core.errors import DataError
 from ebt_megatron.data.folder import ShardFolder
-from ebt_megatron.data.shards import Manifest, made_in, read_manifest, shard_infos, write_shard
+from ebt_megatron.data.manifest import Manifest, read_manifest
+from ebt_megatron.data.shards import made_in, shard_infos, write_shard
 from ebt_megatron.tools.shards import app
 from tests.builders import text_shards
 
@@ -95,7 +96,7 @@ def rewritten(folder, kind, change, **manifest):
     old = read_manifest(str(folder))
     for path in made_in(folder):
         path.unlink()
-    write_shard(folder, 0, kind, samples, labels)
+    write_shard(folder, 0, kind, samples, labels=labels)
     made = {**vars(old), "kind": kind, "shards": shard_infos(folder, 1), **manifest}
     Manifest(**made).write(folder)
 

@@ -60,7 +60,7 @@ def micro_batches_of(trainer, step: int) -> list[MicroBatch]:
     micro_batches = []
     for m in range(8 // (size * micro)):
         slots = torch.arange(micro) + (m * size + rank) * micro
-        micro_batches.append(MicroBatch(sample_ids=slots + 8 * step, tokens=whole[slots]))
+        micro_batches.append(MicroBatch(sample_ids=slots + 8 * step, samples=whole[slots]))
     return micro_batches
 
 

@@ -1,0 +1,131 @@
+"""The manifest of a folder of shards: what its samples are, and what made them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ebt_megatron.core.errors import DataError
+from ebt_megatron.core.files import write_whole
+from ebt_megatron.data.remote import content_of
+
+SCHEMA_VERSION = 2
+
+
+def index_name(shard: str) -> str:
+    """The name of the offset index beside a tar."""
+    return shard.removesuffix(".tar") + ".index.json"
+
+
+@dataclass
+class ShardInfo:
+    """What the manifest says of one tar."""
+
+    name: str
+    samples: int
+    bytes: int
+    sha256: str
+    index_sha256: str
+
+    @property
+    def index_name(self) -> str:
+        """The offset index beside the tar."""
+        return index_name(self.name)
+
+
+@dataclass
+class Manifest:
+    """What a folder of shards holds.
+
+    Attributes:
+        kind: a name of `data.kinds.KINDS`, or package.module:NAME of one's own.
+        shape: of one sample: [sequence_length + 1] tokens, [frames, patches, channels] of a clip,
+            [patches, channels] of a picture.
+        dtype: of the stored samples.
+        samples: in all shards.
+        provenance: where the data came from and how it was made.
+        tokenizer: of text: {"file", "sha256", "end_of_text", "vocab_size", "bytes_per_token"}; the
+            file lies beside the manifest.
+        encoder: of frames and pictures: {"file", "sha256", "kind", "patch", "height", "width", "mean",
+            "std"}; samples are (encoding - mean) / std, by channel.
+        classes: names of the labels, where pictures have labels.
+        captions: where pictures have captions: {"kind", "shape", "sha256", "origin", ...}; see `data.captions`.
+        facts: what else is true of all samples, for a kind of one's own; folders that are read together share it.
+    """
+
+    kind: str
+    shape: list[int]
+    dtype: str
+    samples: int
+    shards: list[ShardInfo]
+    provenance: dict[str, Any]
+    tokenizer: dict[str, Any] = field(default_factory=dict)
+    encoder: dict[str, Any] = field(default_factory=dict)
+    classes: list[str] = field(default_factory=list)
+    captions: dict[str, Any] = field(default_factory=dict)
+    facts: dict[str, Any] = field(default_factory=dict)
+    schema_version: int = SCHEMA_VERSION
+
+    @property
+    def sequence_length(self) -> int:
+        """Tokens or frames predicted per sample."""
+        return self.shape[0] - 1
+
+    @property
+    def vocab_size(self) -> int:
+        """Entries of the tokenizer; 0 without one."""
+        return self.tokenizer.get("vocab_size", 0)
+
+    @property
+    def sidecar(self) -> dict[str, Any]:
+        """The tokenizer or the encoder: what turns samples back into text or pixels; empty where there is none."""
+        return self.tokenizer or self.encoder
+
+    @property
+    def caption_key(self) -> list[Any]:
+        """What captions must have in common to be given to one model."""
+        return [self.captions.get(key) for key in ("kind", "shape", "sha256")]
+
+    def write(self, folder: Path) -> None:
+        """Publish: written last and renamed into place, so that a folder with a manifest is complete."""
+        data = asdict(self)
+        if not self.facts:
+            del data["facts"]
+        data["checksum"] = _checksum(data)
+        write_whole(folder / "manifest.json", json.dumps(data, indent=1) + "\n")
+
+
+def _checksum(manifest: dict[str, Any]) -> str:
+    """Of everything else a manifest says."""
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+
+
+def read_manifest(folder: str) -> Manifest:
+    """Read a shard folder's manifest (a path or a URL).
+
+    Raises:
+        DataError: if there is none, or it is not one of ours.
+    """
+    path = f"{folder.rstrip('/')}/manifest.json"
+    again = "copy it again, or prepare the data again"
+    try:
+        raw = json.loads(content_of(path))
+        recorded = raw.pop("checksum", None)
+    except FileNotFoundError:
+        raise DataError(f"no shards at {folder}: manifest.json is missing; make them with data_prep/") from None
+    except OSError as error:
+        raise DataError(f"no shards at {folder}: {error}") from None
+    except (ValueError, AttributeError, TypeError) as error:
+        raise DataError(f"{path} is not a manifest ({' '.join(str(error).split())}); {again}") from None
+    version = raw.get("schema_version")
+    if version != SCHEMA_VERSION:
+        raise DataError(
+            f"{path} has schema version {version}, this program reads {SCHEMA_VERSION}; prepare the data again"
+        )
+    if recorded != _checksum(raw):
+        raise DataError(f"{path} does not match its own checksum: it was damaged or edited; {again}")
+    shards = [ShardInfo(**s) for s in raw.pop("shards")]
+    return Manifest(shards=shards, **raw)
