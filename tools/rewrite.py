@@ -17,7 +17,15 @@ from ebt_megatron.core.errors import DataError
 from ebt_megatron.core.files import write_whole
 from ebt_megatron.data.folder import ShardFolder
 from ebt_megatron.data.manifest import Manifest, index_name
-from ebt_megatron.data.shards import OutputLock, clear_partial, clear_shards, made_in, shard_infos, shard_name, write_shard
+from ebt_megatron.data.shards import (
+    OutputLock,
+    clear_partial,
+    clear_shards,
+    made_in,
+    shard_infos,
+    shard_name,
+    write_shard,
+)
 
 
 def _common(sources: list[ShardFolder]) -> Manifest:

@@ -78,7 +78,7 @@ def test_the_loader_gives_them_and_rewriting_keeps_them(folder, tmp_path):
         iter(Loader(recipe_for(folder / "shards", "data.modality=images", "data.shuffle=false"), "train", 0, 1))
     )
     assert torch.equal(batch.beside["captions"], torch.from_numpy(shards.gather_beside("captions", np.arange(2))))
-    assert torch.equal(batch.part(1, 2).captions, batch.beside["captions"][1:])
+    assert torch.equal(batch.part(1, 2).beside["captions"], batch.beside["captions"][1:])
     rewrite([str(folder / "shards/train")], tmp_path / "again", 7, overwrite=False)
     assert texts(ShardFolder(str(tmp_path / "again"))) == texts(shards)
 
