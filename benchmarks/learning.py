@@ -39,6 +39,7 @@ MODELS = {
     "S1, quadratic energy": Model("quickstart_s1", (QUADRATIC, "thinking.learned_steps=null")),
     "S2": Model("quickstart_s2"),
     "S2, quadratic energy": Model("quickstart_s2", (QUADRATIC, "thinking.step_size=10")),
+    "EBT from its context": Model("quickstart_context"),
     "Transformer++": Model("quickstart_transformer"),
     "Transformer++, FLOPs of S1": Model("quickstart_transformer", flops_of="S1"),
     # A token costs 0.97 of what one costs S2 at three steps.

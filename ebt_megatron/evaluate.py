@@ -33,18 +33,22 @@ def evaluate(run: TrainedRun, steps: int | None = None, example: bool = True) ->
 
     objective, task = run.objective, run.task
     trained = run.recipe.thinking.max_steps if objective.thinks else 1
-    most = (steps or 2 * trained) if objective.thinks else 1
+    most = (2 * trained if steps is None else steps) if objective.thinks else 1
+    if not most and not objective.starts_at_context:
+        raise RecipeError(
+            "--steps 0: there is a prediction before any step only where thinking.initial=context; give at least 1"
+        )
     result = validate(objective, run.data["validation"], most)
     per_step = {name: values for name, values in result.measures.items() if isinstance(values, list)}
     rows = [
         {
-            "steps": i + 1,
+            "steps": taken,
             "loss": loss,
             **task.describe(loss),
-            "energy": result.energies[i].item() if objective.thinks else None,
+            "energy": result.energies[taken - 1].item() if objective.thinks and taken else None,
         }
         | {name: None if math.isnan(values[i]) else values[i] for name, values in per_step.items()}
-        for i, loss in enumerate(result.losses.tolist())
+        for i, (taken, loss) in enumerate(result.by_steps().items())
     ]
     out: dict[str, Any] = {
         "name": run.recipe.name,
@@ -56,7 +60,7 @@ def evaluate(run: TrainedRun, steps: int | None = None, example: bool = True) ->
         "thinking": rows,
     }
     out |= {name: value for name, value in result.measures.items() if name not in per_step}
-    if isinstance(objective, EnergyObjective) and example and run.state.world_size == 1:
+    if isinstance(objective, EnergyObjective) and example and most and run.state.world_size == 1:
         sample = task.sample(next(iter(run.data["validation"])), run.state.device)
         if (worked := task.example(sample, objective.thinker(sample), most)) is not None:
             out["example"] = worked
@@ -107,7 +111,7 @@ def main(
     run_dir: Path = typer.Argument(..., help="A training.output_dir."),
     overrides: list[str] = typer.Argument(None, help="key=value pairs, e.g. training.validation_samples=1024."),
     steps: int | None = typer.Option(
-        None, min=1, help="The most thinking steps or passes; default: twice those trained with (the suite: more)."
+        None, min=0, help="The most thinking steps or passes; default: twice those trained with (the suite: more)."
     ),
     output: Path | None = typer.Option(None, help="Where to write; default: RUN_DIR/evaluation.json, or suite.json."),
     example: bool = typer.Option(True, help="Work out one token, too."),

@@ -153,7 +153,8 @@ def double_backward(model, recipe: Recipe, batch: Batch | Sample, plan: Plan) ->
 
     context = model.modality.context(batch.observed)
     energies = engine.energies_of(model, context, batch.segments)
-    return engine.train(energies, new_descent(model, recipe, batch, plan))
+    hidden = engine.read_out(model, context, batch.segments) if model.starts_thinking else None
+    return engine.train(energies, new_descent(model, recipe, batch, plan), hidden)
 
 
 def gradients(model) -> dict[str, Tensor]:

@@ -76,10 +76,14 @@ def _as_meant(given: dict[Any, Any], cls: type) -> dict[str, Any]:
 def _with_today_names(given: dict[Any, Any]) -> dict[Any, Any]:
     """A recipe of an earlier version, with its settings under today's names; e.g. the recipe.yaml of an old run."""
     thinking = given.get("thinking")
-    if isinstance(thinking, dict) and "descend_on" in thinking:
+    if not isinstance(thinking, dict):
+        return given
+    if "descend_on" in thinking:
         rules = {"logits": "logit_descent", "probabilities": "probability_descent"}
         before = thinking.pop("descend_on")
         thinking["step_rule"] = rules.get(before, before)
+    if thinking.get("initial") == "zeros":
+        thinking |= {"initial": "noise", "initial_std": 0.0}
     return given
 
 

@@ -103,6 +103,11 @@ def _check_layout(recipe: Recipe) -> None:
             )
     if step_token and recipe.data.document_mask:
         raise RecipeError("model.conditioning=time_embed_sequence has no document masks: set data.document_mask=false")
+    if t.starts_at_context and m.conditioning in ("time_embed_sequence", "adaln_sequence"):
+        raise RecipeError(
+            f"model.conditioning={m.conditioning} computes the context anew for each step, and "
+            "thinking.initial=context starts at the prediction of one: set model.conditioning=time_embed"
+        )
     if t.engine == "double_backward" and p.tensor * p.pipeline > 1:
         raise RecipeError(
             "thinking.engine=double_backward is a single-process reference: "

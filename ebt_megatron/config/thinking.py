@@ -37,9 +37,11 @@ class ThinkingConfig:
     # to what: the prediction itself, or, of latents, what the model reads of it, which leaves the prediction as it is
     langevin_on: str = one_of("prediction", "embedding", default="prediction")
     langevin_in_evaluation: bool = True  # as the model was trained with it
+    # context: an output on the context stream, trained beside the steps, says where thinking starts
     # observed: of video, the last frame that is observed; of pictures, the noised one
-    initial: str = one_of("noise", "zeros", "observed", default="noise")
-    initial_std: float = at_least(0, 0.0)  # of the noise; 0: as zeros, which for text saves passes over the vocabulary
+    initial: str = one_of("noise", "context", "observed", default="noise")
+    initial_std: float = at_least(0, 0.0)  # of the noise; 0: zeros, which for text saves passes over the vocabulary
+    initial_loss_weight: float = positive(1.0)  # initial=context: of its loss, beside 1 for the steps' together
     engine: str = one_of("dual_stream", "double_backward", default="dual_stream")  # the latter: the slow reference
     reuse: bool = False  # learn takes activations and input gradients from propose (more memory)
     # bfloat16: half the memory; small steps of a logit round away
@@ -54,11 +56,28 @@ class ThinkingConfig:
         return self.initial == "noise" and self.initial_std > 0
 
     @property
+    def starts_at_context(self) -> bool:
+        """Whether predictions start at what the context stream's output gives."""
+        return self.initial == "context"
+
+    @property
     def noisy(self) -> bool:
         """Whether noise decides where thinking starts or goes, so that several starts differ."""
         return self.langevin_noise > 0 or self.starts_at_noise
 
     def check(self) -> None:
-        """Raise RecipeError unless there is a number of steps to draw."""
+        """Raise RecipeError unless there is a number of steps to draw, and where thinking starts fits how it steps."""
         if self.max_steps < self.min_steps:
             raise RecipeError(f"thinking.max_steps={self.max_steps} is below thinking.min_steps={self.min_steps}")
+        if not self.starts_at_context:
+            return
+        if self.step_rule == "probability_descent":
+            raise RecipeError(
+                "thinking.initial=context needs steps that add up, and thinking.step_rule=probability_descent replaces "
+                "the logits it starts at by their probabilities: set thinking.step_rule=mirror_descent"
+            )
+        if self.replay.enabled:
+            raise RecipeError(
+                "thinking.initial=context starts every sample at its own context's prediction, none at a replayed one: "
+                "set thinking.replay.enabled=false"
+            )

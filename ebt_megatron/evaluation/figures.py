@@ -114,13 +114,13 @@ def thinking(ebts: Sequence[RunFiles], baselines: Sequence[RunFiles]) -> Figure:
         axes.plot(run.final["steps"], run.final[what], "o", ms=12, mfc="none", color=colour)
     for run, colour in _coloured(baselines, BASELINE_COLOURS):
         axes.axhline(run.final[what], color=colour, ls="--", label=f"{run.label} (cannot think longer)")
-    most = max(len(run.evaluation["thinking"]) for run in ebts)
+    taken = [row["steps"] for run in ebts for row in run.evaluation["thinking"]]
     axes.set(
         xlabel="thinking steps (ring: as trained)",
         ylabel=f"validation {what}",
         yscale="log",
         title=f"{what.capitalize()} against thinking",
-        xticks=range(1, most + 1),
+        xticks=range(min(taken), max(taken) + 1),
     )
     axes.legend(frameon=False, fontsize=8)
     return figure

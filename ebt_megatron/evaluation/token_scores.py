@@ -101,7 +101,8 @@ def _score(objective: Any, sample: Sample, steps: int, start: int) -> list[np.nd
     else:
         moved_on = replace(sample, sample_ids=sample.sample_ids + start * _START)
         thinker = objective.thinker(moved_on, lambda prediction: record(prediction.logits, steps))
-        record(thinker.descent.prediction.logits, steps)
+        if not objective.starts_at_context:  # else the start is there later, and observed
+            record(thinker.descent.prediction.logits, steps)
         thought = thinker.think(steps + 1)  # one more than asked for: its energy is that of the last prediction
         loss, energy = thought.losses[:steps], thought.energies
         embedded = objective.model.modality.prediction_embedding(sample.targets).transpose(0, 1)

@@ -19,16 +19,23 @@ class Validation:
     """Means over all validation positions.
 
     Attributes:
-        losses: [n] after 1 .. n thinking steps (nats per token for text).
+        losses: after 1 .. n thinking steps (nats per token for text), [n]; before them the loss of none, [n + 1], where
+            thinking starts at the context's prediction.
         energies: [n] before each step; empty for a feed-forward model.
         positions: predictions the means are over.
-        measures: the task's own, by name: a number, or one per step.
+        measures: the task's own, by name: a number, or one for each of the losses.
+        first: the steps of the first loss, 1 or 0.
     """
 
     losses: Tensor
     energies: Tensor
     positions: int
     measures: dict[str, Any]
+    first: int = 1
+
+    def by_steps(self) -> dict[int, float]:
+        """Losses by the number of steps."""
+        return dict(enumerate(self.losses.tolist(), self.first))
 
 
 def validate(objective: Objective, micro_batches: Iterable[MicroBatch], steps: int, measure: bool = True) -> Validation:
@@ -39,21 +46,23 @@ def validate(objective: Objective, micro_batches: Iterable[MicroBatch], steps: i
     Args:
         objective: from `ebt_megatron.objectives`.
         micro_batches: this data-parallel rank's share; samples whose `counts` is False are left out.
-        steps: n.
+        steps: n; 0 where thinking starts at the context's prediction, for that alone.
         measure: also take the task's own measures.
     """
     state, task = objective.state, objective.task
     losses: Tensor | None = None
     energies: Tensor | None = None
     positions = torch.zeros(1, dtype=torch.float64, device=state.device)
-    meter = task.meter(steps, state.device)
+    first = 0 if objective.starts_at_context else 1
+    meter = task.meter(steps + 1 - first, state.device)
     for micro_batch in micro_batches:
         sample = task.sample(micro_batch, state.device)
         size = len(micro_batch.sample_ids)
         valid = torch.ones(size, dtype=torch.bool) if micro_batch.counts is None else micro_batch.counts
         observe = meter.watch(sample, valid.to(state.device)) if measure else None
         thought = objective.evaluate(sample, steps, observe)
-        parts = [thought.losses, thought.energies]
+        start = [] if thought.initial is None else [thought.initial[None].to(thought.losses)]
+        parts = [torch.cat([*start, thought.losses]), thought.energies]
         if not valid.all():
             zero = torch.zeros((), device=state.device)
             parts = [x.where(valid.to(state.device), zero.to(x.dtype)) for x in parts]
@@ -70,4 +79,4 @@ def validate(objective: Objective, micro_batches: Iterable[MicroBatch], steps: i
     for tensor in (losses, energies, *over_stages):
         dist.all_reduce(tensor, group=state.pipeline_group)
     measures = meter.results(int(positions), objective.thinks) if measure else {}
-    return Validation(losses / positions, energies / positions, int(positions), measures)
+    return Validation(losses / positions, energies / positions, int(positions), measures, first)

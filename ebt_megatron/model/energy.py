@@ -17,7 +17,7 @@ from ebt_megatron.config import Recipe
 from ebt_megatron.kernels import Kernels
 from ebt_megatron.model.backbone import Backbone, Landscapes
 from ebt_megatron.model.initialization import Draw, draw_of_embedding
-from ebt_megatron.model.layers import Attend, Modulation, TransformerLayer, modulate
+from ebt_megatron.model.layers import Attend, Modulation, RMSNorm, TransformerLayer, modulate
 from ebt_megatron.model.reuse import Tape
 from ebt_megatron.parallel.parameters import on_every_stage, replicated
 
@@ -66,6 +66,7 @@ class EnergyTransformer(Landscapes, Backbone):
         self.num_landscapes = thinking.max_steps
         self.context_sees_step = model.conditioning in ("time_embed_sequence", "adaln_sequence")
         self.step_tokens = int(model.conditioning == "time_embed_sequence")
+        self.starts_thinking = thinking.starts_at_context
         self.modality = modality
         width, dtype = config.hidden_size, config.params_dtype
         adaptive = model.conditioning.startswith("adaln")
@@ -78,6 +79,8 @@ class EnergyTransformer(Landscapes, Backbone):
                     self.hold_copy("step_embedding")
         if pre_process:
             self.add_step_size(thinking)
+            if self.starts_thinking:
+                self.context_norm = RMSNorm(config, kernels)
         self.add_layers()
         if post_process:
             if model.conditioning == "adaln_sequence":
@@ -114,6 +117,10 @@ class EnergyTransformer(Landscapes, Backbone):
             h, k, v = self.maybe_recomputed(layer.context, h, rotations, segments, condition)
             key_values.append((k, v))
         return h, key_values
+
+    def read_out(self, h: Tensor) -> Tensor:
+        """The context stream's last hidden states [S(/TP), B, D], normalised: what its output reads."""
+        return self.context_norm(h)
 
     def predict(
         self,

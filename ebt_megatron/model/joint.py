@@ -127,6 +127,7 @@ class JointEnergy(Landscapes, JointStage):
     separable = False
     step_tokens = 0
     context_rows = 1
+    starts_thinking = False
 
     def __init__(
         self,

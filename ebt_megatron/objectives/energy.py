@@ -40,6 +40,7 @@ class EnergyObjective:
 
     def __init__(self, model: Any, recipe: Recipe, task: Task, state: ParallelState, timers: Timing):
         self.model, self.recipe, self.task, self.state, self.timers = model, recipe, task, state, timers
+        self.starts_at_context = recipe.thinking.starts_at_context
         self.graphs = graphs_of(recipe, state)
         self.replaying = Replaying(recipe, state) if recipe.thinking.replay.enabled else None
 
@@ -75,15 +76,22 @@ class EnergyObjective:
             self.replaying.begun = True
         losses = torch.stack([t.losses.double().sum((1, 2)) for t in thoughts]).sum(0) / positions
         energies = torch.stack([t.energies.double().sum((1, 2)) for t in thoughts]).sum(0) / positions
-        loss = (losses * losses.new_tensor(plan.step_weights)).sum()
-        return BatchMetrics(losses, energies, loss, positions)
+        loss, initial = (losses * losses.new_tensor(plan.step_weights)).sum(), None
+        if plan.initial_weight is not None:
+            initial = (
+                torch.stack([t.initial.double().sum() for t in thoughts if t.initial is not None]).sum() / positions
+            )
+            loss = loss + plan.initial_weight * initial
+        return BatchMetrics(losses, energies, loss, positions, initial)
 
     def _train_one(self, sample: Sample, index: int, plan: Plan, positions: int, phase: Phase) -> ThinkingOutput:
         thinker = self._thinker(sample, plan, positions, random=True, phase=phase)
         if self.recipe.thinking.engine == "double_backward":
             context = self.model.modality.context(sample.observed)
             energies = double_backward.energies_of(self.model, context, sample.segments)
-            thought = double_backward.train(energies, thinker.descent)
+            starts = plan.initial_weight is not None
+            hidden = double_backward.read_out(self.model, context, sample.segments) if starts else None
+            thought = double_backward.train(energies, thinker.descent, hidden)
         else:
             thought = thinker.train()
         self._keep(sample, index, thinker.descent)
@@ -92,10 +100,11 @@ class EnergyObjective:
     def _train_recorded(self, graphs: Graphs, sample: Sample, plan: Plan, positions: int) -> ThinkingOutput:
         def work(
             observed: Tensor, targets: Tensor, sample_ids: Tensor, segments: Tensor | None, start: Tensor | None
-        ) -> tuple[Tensor, Tensor]:
+        ) -> tuple[Tensor, ...]:
             recorded = Sample(observed, targets, sample_ids, segments, start)
             thought = self._train_one(recorded, 0, plan, positions, nullcontext)  # a phase would wait for the device
-            return thought.losses, thought.energies
+            initial = () if thought.initial is None else (thought.initial,)
+            return thought.losses, thought.energies, *initial
 
         inputs = sample.observed, sample.targets, sample.sample_ids, sample.segments, sample.start
         with self.timers.phase("graph"):
@@ -125,13 +134,14 @@ class EnergyObjective:
 
         Args:
             sample: from the task.
-            steps: thinking steps.
-            observe: called with the prediction after each step (on the first pipeline stage).
+            steps: thinking steps; 0 where they start at the context's prediction, for that alone.
+            observe: called with the prediction after each step, and before the first where it starts there (on the
+                first pipeline stage).
         """
         thinker = self.thinker(sample, observe)
         if self.state.pipeline_size == 1:
             return thinker.think(steps)
-        (thought,) = self._pipeline([thinker], Plan.thinking(steps)).run()
+        (thought,) = self._pipeline([thinker], Plan.thinking(steps, self.model.starts_thinking)).run()
         return thought
 
     def thinker(self, sample: Sample, observe: Callable[[Prediction], None] | None = None) -> Thinker:

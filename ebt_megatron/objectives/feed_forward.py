@@ -31,7 +31,7 @@ class FeedForwardObjective:
         model, recipe, task, state, timers: as EnergyObjective.
     """
 
-    thinks = False
+    thinks = starts_at_context = False
 
     def __init__(self, model: Any, recipe: Recipe, task: Task, state: ParallelState, timers: Timing):
         self.model, self.recipe, self.task, self.state, self.timers = model, recipe, task, state, timers

@@ -40,12 +40,14 @@ class BatchMetrics:
         energies: [n] before each step; empty for a feed-forward model.
         loss: what is minimised.
         positions: predictions made, over all ranks.
+        initial: the loss where thinking starts, if the context says where.
     """
 
     losses: Tensor
     energies: Tensor
     loss: Tensor
     positions: int
+    initial: Tensor | None = None
 
 
 class Objective(Protocol):
@@ -53,11 +55,13 @@ class Objective(Protocol):
 
     Attributes:
         thinks: whether predictions are made in steps.
+        starts_at_context: whether they start at the context's own prediction, so that there is one after no step.
         task: the modality.
         state: the layout.
     """
 
     thinks: bool
+    starts_at_context: bool
     task: Task
     state: ParallelState
 

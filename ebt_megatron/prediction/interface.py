@@ -30,6 +30,8 @@ class EnergyModel(Protocol):
         step_tokens: how many positions the step itself takes before the sequence.
         context_rows: how many rows the context stream has where they are not the sample's positions (a condition: 1),
             whole on every rank; else None.
+        starts_thinking: whether an output on the context stream says where thinking starts, as with
+            `thinking.initial=context`.
     """
 
     config: TransformerConfig
@@ -42,11 +44,17 @@ class EnergyModel(Protocol):
     def step_tokens(self) -> int: ...  # noqa: D102
     @property
     def context_rows(self) -> int | None: ...  # noqa: D102
+    @property
+    def starts_thinking(self) -> bool: ...  # noqa: D102
 
     def parameters(self) -> Iterator[nn.Parameter]: ...  # noqa: D102
 
     def context(self, h: Tensor, length: int, segments: Tensor | None, step: int = 0) -> tuple[Tensor, KeyValues]:
         """Run the context stream: hidden states in and out, and what each layer's prediction stream reads of it."""
+        ...
+
+    def read_out(self, h: Tensor) -> Tensor:
+        """What the output on the context stream reads of its last hidden states [S(/TP), B, D]; on the first stage."""
         ...
 
     def predict(
@@ -70,8 +78,10 @@ class EnergyModel(Protocol):
 class Prediction(Protocol):
     """The state y of a micro-batch of predictions: where it starts, how it enters the model, steps and is judged.
 
-    `Descent` calls, for each step, `perturb`, `embed`, `refine`; then `slope`, `tangent` and `backward` if the step is
-    learned from; then `advance`. To train through steps it advances to the end, and goes back with `begin_adjoint`.
+    With `thinking.initial=context` `Descent` calls `begin` before anything else, and in training detached between steps
+    `begin_backward` next. It calls, for each step, `perturb`, `embed`, `refine`; then `slope`, `tangent` and
+    `backward` if the step is learned from; then `advance`. To train through steps it advances to the end, and goes
+    back with `begin_adjoint`.
 
     With s what the energy's gradient is taken by and b where a step starts, the step is y' = b(y) - alpha g,
     g = dE/ds; lambda stands for dloss/dy'.
@@ -83,6 +93,24 @@ class Prediction(Protocol):
 
     group: TensorGroup
     y: Tensor | None
+
+    # --- the start, where the context says it -------------------------------------------------
+
+    def begin(self, hidden: Tensor) -> Tensor:
+        """Start at what the output makes of the context's hidden states [S(/TP), B, D].
+
+        Returns:
+            The loss of the start per position, [S, B].
+        """
+        ...
+
+    def begin_backward(self, weight: Tensor) -> Tensor:
+        """Take the gradient of that loss, weighted by [S, B], to the output.
+
+        Returns:
+            The gradient by the hidden states, [S(/TP), B, D].
+        """
+        ...
 
     # --- a step ---------------------------------------------------------------------------
 
@@ -176,11 +204,19 @@ class PredictionAdjoint(Protocol):
         """The adjoint becomes that by y where g is a constant: through b alone."""
         ...
 
+    def begin_backward(self, weight: Tensor) -> Tensor:
+        """As `Prediction.begin_backward`, along the adjoint as well, which is that by the start."""
+        ...
+
 
 class PlainPrediction(Protocol):
     """A prediction for `ebt_megatron.thinking.double_backward`: differentiable functions of y, on one process."""
 
     start: Tensor
+
+    def begin(self, hidden: Tensor) -> Tensor:
+        """The start that the output makes of the context's hidden states [S, B, D]."""
+        ...
 
     def perturb(self, y: Tensor, step: int) -> Tensor:
         """Y with the noise before step `step`."""

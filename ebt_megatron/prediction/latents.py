@@ -70,6 +70,35 @@ class LatentMap:
         bias.add_(x_grad.to(bias.dtype).sum((0, 1)))
 
 
+@dataclass
+class LatentReadout:
+    """The linear output on the context stream, outside autograd.
+
+    Attributes:
+        weight, bias: [C, D] and [C].
+        group: the tensor-parallel group.
+    """
+
+    weight: nn.Parameter
+    bias: nn.Parameter
+    group: TensorGroup
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        """Hidden [S(/TP), B, D] -> latents [S, B, C], whole on every rank."""
+        return self.group.from_hidden(F.linear(hidden, self.weight.detach(), self.bias.detach()))
+
+    def backward(self, hidden: Tensor, grad: Tensor) -> Tensor:
+        """Add a gradient by the latents [S, B, C] to weight and bias; returns that by the hidden states.
+
+        Of this rank's positions alone: Megatron sums the output's gradients over a sequence-parallel group.
+        """
+        own = self.group.own_positions(grad)
+        weight, bias = gradient_buffer(self.weight), gradient_buffer(self.bias)
+        weight.add_(own.to(weight.dtype).flatten(0, 1).mT @ hidden.to(weight.dtype).flatten(0, 1))
+        bias.add_(own.to(bias.dtype).sum((0, 1)))
+        return own.to(self.weight.dtype) @ self.weight.detach()
+
+
 def _loss_gradient(y: Tensor, target: Tensor) -> Tensor:
     """dloss/dy, [S, B, C]."""
     return (y - target).clamp(-1, 1) / y.shape[-1]
@@ -95,6 +124,7 @@ class LatentPrediction:
         thinking: how it starts and steps; a step is one on y whatever the step rule, which is about logits.
         seed: the run's seed.
         start: [S, B, C] where it starts, or None: by `thinking.initial`.
+        output: on the context stream, whose change of `start`, or of 0, is where thinking starts.
     """
 
     def __init__(
@@ -106,7 +136,9 @@ class LatentPrediction:
         thinking: ThinkingConfig,
         seed: int,
         start: Tensor | None,
+        output: LatentReadout | None = None,
     ):
+        self.output = output
         self.kernels, self.map, self.group = kernels, embed, embed.group
         self.thinking, self.seed, self.sample_ids = thinking, seed, sample_ids
         dtype = torch.promote_types(embed.weight.dtype, torch.float32)
@@ -131,6 +163,25 @@ class LatentPrediction:
         if std <= 0 or on != self.thinking.langevin_on:
             return 0.0
         return self._noise(1 + step, std, len(self.map.weight) if on == "embedding" else None)
+
+    # --- the start, where the context says it -------------------------------------------------
+
+    def begin(self, hidden: Tensor) -> Tensor:
+        """See `Prediction`."""
+        assert self.output is not None
+        self._hidden = hidden
+        self.y = self._initial = self.y + self.output(hidden).to(self.y.dtype)
+        return F.smooth_l1_loss(self.y, self.target, reduction="none").mean(-1)
+
+    def begin_backward(self, weight: Tensor) -> Tensor:
+        """See `Prediction`."""
+        return self.begin_backward_along(torch.zeros_like(self._initial), weight)
+
+    def begin_backward_along(self, adjoint: Tensor, weight: Tensor) -> Tensor:
+        """The same, and along an adjoint by the start."""
+        assert self.output is not None
+        gradient = _loss_gradient(self._initial, self.target)
+        return self.output.backward(self._hidden, adjoint + weight[..., None].to(gradient.dtype) * gradient)
 
     # --- a step ---------------------------------------------------------------------------
 
@@ -183,7 +234,8 @@ class LatentPrediction:
     def plain(self) -> PlainLatents:
         """See `Prediction`; call it before the first step."""
         noise = self._langevin if self.thinking.langevin_noise > 0 else None
-        return PlainLatents(self.y, self.map.weight, self.map.bias, self.map.positions, self.target, noise)
+        output = None if self.output is None else (self.output.weight, self.output.bias)
+        return PlainLatents(self.y, self.map.weight, self.map.bias, self.map.positions, self.target, noise, output)
 
 
 class LatentAdjoint:
@@ -222,3 +274,7 @@ class LatentAdjoint:
 
     def past(self) -> None:
         """A step starts at y itself."""
+
+    def begin_backward(self, weight: Tensor) -> Tensor:
+        """See `PredictionAdjoint`."""
+        return self.prediction.begin_backward_along(self.value, weight)

@@ -11,6 +11,8 @@ embedded prediction x = p W, and by `thinking.step_rule`
     mirror_descent         y' = y - alpha g,    g = dE/dp
 
     p' = softmax(y'),    loss = -log p'[target],    lambda = dloss/dy' = p' - 1[target]
+
+With `thinking.initial=context`, y_0 = h U^T, with h the context's hidden states and U the output on its stream.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from ebt_megatron.config import ThinkingConfig
-from ebt_megatron.kernels import Kernels, RefineStats
+from ebt_megatron.kernels import Kernels, RefineStats, StepRule
 from ebt_megatron.parallel.collectives import TensorGroup
 from ebt_megatron.parallel.parameters import gradient_buffer
 from ebt_megatron.prediction.plain_logits import PlainText
@@ -78,7 +80,8 @@ class TextPrediction:
         table: this rank's rows of the prediction embedding W, [V / TP, D].
         vocab_size: tokens; the rest of V is padding.
         group: the tensor-parallel group.
-        targets, sample_ids, thinking, seed, start: as `TextModality.prediction` takes them.
+        targets, sample_ids, thinking, seed, start: as `Embeddings.prediction` takes them.
+        output: this rank's rows of U, [V / TP, D], where thinking starts at the context's prediction.
     """
 
     def __init__(
@@ -92,8 +95,9 @@ class TextPrediction:
         thinking: ThinkingConfig,
         seed: int,
         start: Tensor | None,
+        output: nn.Parameter | None = None,
     ):
-        self.kernels, self.table, self.group, self.vocab_size = kernels, table, group, vocab_size
+        self.kernels, self.table, self.group, self.vocab_size, self.output = kernels, table, group, vocab_size, output
         batch, length = targets.shape
         local = table.shape[0]
         offset = local * group.rank
@@ -101,7 +105,16 @@ class TextPrediction:
         target = targets.t().reshape(-1) - offset
         self.target = torch.where((target >= 0) & (target < self.valid), target, -1)
         self.stored = StoredLogits(
-            kernels, table, self.valid, offset, (length, batch), sample_ids, thinking, seed, start
+            kernels,
+            table,
+            self.valid,
+            offset,
+            (length, batch),
+            sample_ids,
+            thinking,
+            seed,
+            start,
+            None if output is None else output.detach(),
         )
         self.rows = Rows(length, batch, group, self.stored.dtype)
         self.rule, self.thinking = self.stored.rule, thinking
@@ -137,6 +150,53 @@ class TextPrediction:
         """The logits at the end of thinking as they are stored, [S, B, V / TP], for the replay buffer."""
         return self.rows.positions(self.stored.whole() if self.end is None else self.end)
 
+    # --- the start, where the context says it -----------------------------------------------
+
+    def _embedded_by(self, table: Tensor) -> tuple[Tensor, Tensor]:
+        """softmax(y) table of this rank's columns [S * B, D], and y's log-sum-exp over all."""
+        parts = [self.kernels.vocab_embed(y, table.detach(), self.valid) for _, y in self.stored.parts()]
+        x, own = (joined(t) for t in zip(*parts, strict=True))
+        lse = self.group.log_sum_exp(own)
+        return x * (own - lse).exp()[:, None], lse
+
+    def begin(self, hidden: Tensor) -> Tensor:
+        """See `Prediction.begin`; p W is what the first step embeds, if no noise comes before it."""
+        self.stored.begin(self.rows.flat(hidden))
+        embedded, self.lse_initial = self._embedded_by(self.table)
+        if self.thinking.langevin_noise == 0:
+            self.embedded = embedded, self.lse_initial
+        parts = [y.gather(1, self.target[t].clamp_min(0)[:, None])[:, 0] for t, y in self.stored.parts()]
+        at_target = torch.where(self.target >= 0, joined(parts).to(self.rows.dtype), 0.0)
+        return self.rows.positions(self.lse_initial - self.group.sum(at_target))
+
+    def begin_backward(self, weight: Tensor) -> Tensor:
+        """See `Prediction.begin_backward`: lambda U, and (weight lambda)^T h to U's gradient."""
+        assert self.output is not None and self.stored.hidden is not None
+        hidden, output, weight = self.stored.hidden, self.output.detach(), weight.flatten().to(self.rows.dtype)
+        embedded, lse = self._embedded_by(output)
+        weighted, zeros, ones = weight[:, None] * hidden, torch.zeros_like(lse), torch.ones_like(lse)
+        for t, y in self.stored.parts():  # a step of no size, from y to y
+            self.kernels.vocab_backward(
+                y,
+                lse[t],
+                output,
+                self.valid,
+                hidden[t],
+                zeros[t],
+                zeros[t],
+                self.target[t],
+                StepRule.MIRROR,
+                lse[t],
+                ones[t],
+                zeros[t],
+                None,
+                weighted[t],
+                gradient_buffer(self.output),
+                y,
+            )
+        at_target = (self.target >= 0)[:, None] * output[self.target.clamp_min(0)]
+        return self.rows.hidden(weight[:, None] * (embedded - at_target))
+
     # --- one step -----------------------------------------------------------------------
 
     def embed(self) -> Tensor:
@@ -152,10 +212,7 @@ class TextPrediction:
         elif self.embedded is not None:
             x, self.lse = self.embedded
         else:
-            parts = [self.kernels.vocab_embed(y, self.table.detach(), self.valid) for _, y in self.stored.parts()]
-            x, lse = (joined(t) for t in zip(*parts, strict=True))
-            self.lse = self.group.log_sum_exp(lse)
-            x = x * (lse - self.lse).exp()[:, None]
+            x, self.lse = self._embedded_by(self.table)
         self.embedded = None
         self.x = self.rows.hidden(x)
         return self.x.to(self.table.dtype)
@@ -276,14 +333,16 @@ class TextPrediction:
     def plain(self) -> PlainText:
         """See `Prediction.plain`; call it before the first step."""
         noise = self.thinking.langevin_noise > 0
+        shape = self.stored.rows.stop, len(self.table)
         return PlainText(
-            self.logits.flatten(0, 1),
+            self.table.new_zeros(shape) if self.output is not None else self.logits.flatten(0, 1),
             self.table,
             self.target,
             self.valid,
             self.rule,
             self.stored.stored,
             self.stored.add_langevin if noise else None,
+            self.output,
         )
 
 
@@ -326,10 +385,23 @@ class LogitsAdjoint:
         """+= weight * dloss/dy at the prediction after step `step`; weight [S, B]."""
         if self.stored.perturbed > step + 1:  # `rewind` to the step after it has put noise on it
             self.stored.unperturb(step + 1)
-        weight, lse_next = weight.flatten().to(self.prediction.rows.dtype), self.prediction.history[step][1]
+        self._add_loss_gradient(self.prediction.history[step][1], weight)
+
+    def _add_loss_gradient(self, lse: Tensor, weight: Tensor) -> None:
+        weight = weight.flatten().to(self.prediction.rows.dtype)
         for t, y in self.stored.parts():
-            target = self.prediction.target[t]
-            self.kernels.vocab_adjoint(y, lse_next[t], target, weight[t], self.valid, self.value[t])
+            self.kernels.vocab_adjoint(y, lse[t], self.prediction.target[t], weight[t], self.valid, self.value[t])
+
+    def begin_backward(self, weight: Tensor) -> Tensor:
+        """See `PredictionAdjoint.begin_backward`: adjoint U, and adjoint^T h to U's gradient."""
+        output, hidden = self.prediction.output, self.stored.hidden
+        assert output is not None and hidden is not None
+        self.stored.unperturb(0)
+        self._add_loss_gradient(self.prediction.lse_initial, weight)
+        adjoint, rows = self.value[:, : self.valid], output.detach()[: self.valid]
+        gradient = gradient_buffer(output)
+        gradient[: self.valid] += (adjoint.mT @ hidden).to(gradient.dtype)
+        return self.prediction.rows.hidden(adjoint @ rows.to(adjoint.dtype))
 
     def rewind(self, step: int) -> None:
         """Return to the prediction as it was before step `step`, with that step's noise."""

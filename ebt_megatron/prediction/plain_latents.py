@@ -23,6 +23,8 @@ class PlainLatents:
         positions: [S, D] added to x, or None.
         target: [S, B, C].
         noise: a step's Langevin noise on y, and, told "embedding", that on x; None: there is none.
+        output: weight [C, D] and bias [C] of the output on the context stream, whose change of `start` is where
+            thinking starts.
     """
 
     start: Tensor
@@ -31,7 +33,14 @@ class PlainLatents:
     positions: Tensor | None
     target: Tensor
     noise: Callable[..., Tensor | float] | None
+    output: tuple[Tensor, Tensor] | None = None
     taken: int = 0
+
+    def begin(self, hidden: Tensor) -> Tensor:
+        """See `PlainPrediction.begin`."""
+        assert self.output is not None
+        weight, bias = self.output
+        return self.start + torch.einsum("sbd,cd->sbc", hidden, weight) + bias
 
     def perturb(self, y: Tensor, step: int) -> Tensor:
         """Y with the noise before step `step`."""

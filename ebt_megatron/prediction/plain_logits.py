@@ -28,6 +28,7 @@ class PlainText:
         rule: how a step is made.
         stored: what y is rounded to between steps.
         add_noise: (y, step): adds that step's Langevin noise in place; None: there is none.
+        output: of the context's hidden states, [V, D], where thinking starts at its prediction.
     """
 
     start: Tensor
@@ -37,10 +38,17 @@ class PlainText:
     rule: StepRule
     stored: torch.dtype
     add_noise: Callable[[Tensor, int], None] | None
+    output: Tensor | None = None
 
     def _store(self, y: Tensor) -> Tensor:
         """What storing y rounds away, taken off; gradients do not see it."""
         return y if self.stored == y.dtype else y + (y.to(self.stored) - y).detach()
+
+    def begin(self, hidden: Tensor) -> Tensor:
+        """See `PlainPrediction.begin`."""
+        assert self.output is not None
+        logits = F.linear(hidden.flatten(0, 1), self.output[: self.valid])
+        return self._store(F.pad(logits, (0, len(self.output) - self.valid)))
 
     def perturb(self, y: Tensor, step: int) -> Tensor:
         """Y with the noise before step `step`."""

@@ -43,6 +43,8 @@ class StoredLogits:
         thinking: noise, step rule and storage.
         seed: the run's.
         start: [S, B, V / TP] initial logits instead of noise where not NaN.
+        output: this rank's rows of the output U on the context stream, [V / TP, D], which says where logits start;
+            there are none before `begin`.
 
     Attributes:
         uniform: whether every prediction is the uniform distribution, all of its logits 0.
@@ -63,9 +65,10 @@ class StoredLogits:
         thinking: ThinkingConfig,
         seed: int,
         start: Tensor | None,
+        output: Tensor | None = None,
     ):
         self.kernels, self.table, self.valid, self.column_offset = kernels, table, valid, column_offset
-        self.length, self.thinking, self.seed, self.start = shape[0], thinking, seed, start
+        self.length, self.thinking, self.seed, self.start, self.output = shape[0], thinking, seed, start, output
         self.sample_ids = sample_ids.to(table.device)
         self.dtype = torch.promote_types(table.dtype, torch.float32)
         self.stored = torch.bfloat16 if thinking.logits_dtype == "bfloat16" else self.dtype
@@ -75,11 +78,19 @@ class StoredLogits:
         self.steps: list[Step] = []
         self.perturbed = 0
         self.regenerated = thinking.regenerate > 0
-        self._starts_uniform = start is None and not thinking.noisy
+        self._starts_uniform = start is None and not thinking.noisy and output is None
         self.uniform = self._starts_uniform
-        self.y = self._first()
+        self.hidden: Tensor | None = None  # of the context, [T, D], from `begin`
+        self.y = self._first() if output is None else None
+        self.next: Tensor | None
         self.next = self._place() if self.y is not None and (thinking.reuse or self.uniform) else None
         self.moved = False
+
+    def begin(self, hidden: Tensor) -> None:
+        """Start at the logits U h of the context's hidden states h [T, D]."""
+        self.hidden = hidden
+        self.y = self._first()
+        self.next = self._place() if self.y is not None and self.thinking.reuse else None
 
     def _first(self) -> Tensor | None:
         """The logits before any step, as they are stored."""
@@ -104,6 +115,11 @@ class StoredLogits:
             y = torch.zeros(shape, dtype=self.stored, device=self.table.device)
         else:
             y = buffer[: shape[0]].zero_()
+        if self.hidden is not None:  # a step from 0 along -h U^T
+            assert self.output is not None
+            h = self.hidden[rows]
+            zeros = h.new_zeros(len(h))
+            self.kernels.vocab_update(y, zeros, self.output, self.valid, h, zeros, zeros - 1, StepRule.MIRROR)
         if self.thinking.starts_at_noise:
             self._add_noise(y, stream=0, std=self.thinking.initial_std, rows=rows)
         if self.start is not None:

@@ -6,7 +6,7 @@ import torch
 from megatron.core import parallel_state
 
 from ebt_megatron import kernels
-from ebt_megatron.config import Recipe
+from ebt_megatron.config import Recipe, RecipeError
 from ebt_megatron.model.fp8 import require_products
 from ebt_megatron.model.initialization import initialize_weights
 from ebt_megatron.model.sharding import StageModule
@@ -22,7 +22,8 @@ def build_model(recipe: Recipe, task: Task) -> StageModule:
         task: its modality.
 
     Raises:
-        RecipeError: for fp8 where torch or the device has no products in it.
+        RecipeError: for fp8 where torch or the device has no products in it, or thinking that starts at a context's
+            prediction where there is none.
     """
     config = transformer_config(recipe)
     config.has_cond_embedder = recipe.model.conditioning.startswith("adaln")
@@ -33,5 +34,10 @@ def build_model(recipe: Recipe, task: Task) -> StageModule:
         require_products(ops, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     build = task.energy_model if recipe.model.architecture == "ebt" else task.feed_forward_model
     model = build(config, ops, first, last)
+    if recipe.model.architecture == "ebt" and recipe.thinking.starts_at_context and not model.starts_thinking:
+        raise RecipeError(
+            f"thinking.initial=context needs an energy for each position, which data.modality={recipe.data.modality} "
+            "has not: set noise"
+        )
     initialize_weights(model, recipe.training.seed)
     return model

@@ -12,7 +12,7 @@ from ebt_megatron.kernels import Kernels
 from ebt_megatron.model.initialization import Draw
 from ebt_megatron.parallel.collectives import TensorGroup
 from ebt_megatron.parallel.parameters import replicated
-from ebt_megatron.prediction.latents import LatentMap, LatentPrediction
+from ebt_megatron.prediction.latents import LatentMap, LatentPrediction, LatentReadout
 
 
 class LinearMap(MegatronModule):
@@ -52,11 +52,25 @@ class LatentEmbedding(LinearMap):
 
 
 class LatentEmbeddings(LatentEmbedding):
-    """The EBT's view of frames, `Embeddings`: one map for observed and predicted alike, as in the paper."""
+    """The EBT's view of frames, `Embeddings`: one map for observed and predicted alike, as in the paper.
 
-    def __init__(self, config: TransformerConfig, channels: int, kernels: Kernels, places: Tensor | None = None):
+    Args:
+        config, channels, places: as `LatentEmbedding`.
+        kernels: for the noise.
+        output: whether an output on the context stream says where thinking starts.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        channels: int,
+        kernels: Kernels,
+        places: Tensor | None = None,
+        output: bool = False,
+    ):
         super().__init__(config, channels, places)
         self.kernels = kernels
+        self.output = LatentOutput(config, channels) if output else None
 
     def context(self, observed: Tensor) -> Tensor:
         """See `Embeddings`."""
@@ -68,7 +82,8 @@ class LatentEmbeddings(LatentEmbedding):
         """See `Embeddings`; `start` is whole, without NaN."""
         places = None if self.places is None else self.places.to(self.weight.device)
         embed = LatentMap(self.weight, self.bias, self.group, places)
-        return LatentPrediction(self.kernels, embed, targets, sample_ids, thinking, seed, start)
+        output = self.output and LatentReadout(self.output.weight, self.output.bias, self.group)
+        return LatentPrediction(self.kernels, embed, targets, sample_ids, thinking, seed, start, output)
 
 
 class LatentOutput(LinearMap):

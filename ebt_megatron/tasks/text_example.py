@@ -35,9 +35,14 @@ def worked_example(sample: Sample, thinker: Thinker, steps: int, tokenizer: Toke
     """
     prediction, model = thinker.descent.prediction, thinker.model
     assert isinstance(prediction, TextPrediction) and isinstance(model, EnergyTransformer)
+    sweeps = Plan.thinking(steps, model.starts_thinking).sweeps(model.context_sees_step)
+    if model.starts_thinking:
+        first = sweeps.index(("propose_forward", 0))
+        thinker.run(sweeps[:first])
+        sweeps = sweeps[first:]
     snapshots, before, after = [prediction.logits.clone()], [], []
     for step in range(steps):
-        thinker.run(sweep for sweep in Plan.thinking(steps).sweeps(model.context_sees_step) if sweep[1] == step)
+        thinker.run(sweep for sweep in sweeps if sweep[1] == step)
         snapshots.append(prediction.logits.clone())
         before.append(thinker.energies[-1])
         key_values = thinker.key_values(constant=True)

@@ -94,6 +94,7 @@ class TextEmbeddings(MegatronModule):
         self.prediction_embedding = _embedding_table(config, padded_vocab_size, scatter=False)
         draw = draw_of_predictions(vocab_size, config.hidden_size, recipe.thinking.step_size, rule)
         self.draws = {"prediction_embedding.weight": draw}
+        self.output = TextOutput(config, vocab_size, padded_vocab_size) if recipe.thinking.starts_at_context else None
 
     def prediction(
         self,
@@ -113,7 +114,10 @@ class TextEmbeddings(MegatronModule):
             start: [S, B, V / TP] initial logits instead of noise where not NaN (replayed samples).
         """
         table, group = self.prediction_embedding.weight, TensorGroup(bool(self.config.sequence_parallel))
-        return TextPrediction(self.kernels, table, self.vocab_size, group, targets, sample_ids, thinking, seed, start)
+        output = None if self.output is None else self.output.projection.weight
+        return TextPrediction(
+            self.kernels, table, self.vocab_size, group, targets, sample_ids, thinking, seed, start, output
+        )
 
     def start(self, sample_ids: Tensor, positions: Tensor, thinking: ThinkingConfig, seed: int) -> LogitsState:
         """Where predictions start at inference, of any positions of any samples, int64 [R]; see `LogitsState`."""

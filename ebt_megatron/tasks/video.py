@@ -57,9 +57,12 @@ class Video:
         if tokens.count > 1:
             self.identity["video.tokens_per_side"] = tokens.side
         thinks = recipe.model.architecture == "ebt"
-        change = recipe.thinking.initial == "observed" if thinks else recipe.video.predicts == "change"
+        if thinks and not recipe.thinking.starts_at_context:
+            change = recipe.thinking.initial == "observed"
+        else:
+            change = recipe.video.predicts == "change"
         self.from_last = change  # predictions go out from the last frame that is observed
-        if change and not thinks:
+        if change and recipe.thinking.initial != "observed":
             self.identity["video.predicts"] = "change"
 
     @classmethod
@@ -87,7 +90,8 @@ class Video:
     def energy_model(self, config: TransformerConfig, kernels: Kernels, first: bool, last: bool) -> EnergyTransformer:
         """See `Task`."""
         places = self._places(config.hidden_size)
-        embeddings = LatentEmbeddings(config, self.tokens.size, kernels, places) if first else None
+        output = self.recipe.thinking.starts_at_context
+        embeddings = LatentEmbeddings(config, self.tokens.size, kernels, places, output) if first else None
         return EnergyTransformer(config, self.recipe, kernels, embeddings, first, last, self.tokens.count)
 
     def feed_forward_model(self, config: TransformerConfig, kernels: Kernels, first: bool, last: bool) -> TransformerLM:

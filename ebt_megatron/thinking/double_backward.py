@@ -52,8 +52,8 @@ def _modulation(modulation: Any, condition: Tensor) -> tuple[Tensor, ...]:
     return F.linear(F.silu(condition)[None], modulation.weight, modulation.bias).split(len(condition), -1)
 
 
-def text_energies(model: Any, context: Tensor, segments: Tensor | None, step: int, x: Tensor) -> Tensor:
-    """Energies [S, B] of embedded predictions x [S, B, D] after embedded context [S, B, D].
+def text_streams(model: Any, context: Tensor, segments: Tensor | None, step: int, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Energies [S, B] of predictions after a context, and what the context's stream ends with, [S, B, D].
 
     Args:
         model: an EnergyTransformer.
@@ -117,14 +117,29 @@ def text_energies(model: Any, context: Tensor, segments: Tensor | None, step: in
     for layer in model.layers:
         h = branch(layer, 0, h, layer.norm1.weight, partial(attention, layer))
         h = branch(layer, 1, h, layer.norm2.weight, partial(mlp, layer))
-    h = h[length:]
+    context, h = h[:length], h[length:]
     n = _rms_norm(h, model.final_norm.weight, epsilon)
     if model.conditioning == "adaln_sequence":
         shift, scale = _modulation(model.final_modulation, condition)
         n = n * (1 + scale) + shift
     if model.energy_head == "linear":
-        return n @ model.head
-    return 5 / h.shape[-1] * (n @ model.head + h.square() @ model.curvature / 2)
+        return n @ model.head, context
+    return 5 / h.shape[-1] * (n @ model.head + h.square() @ model.curvature / 2), context
+
+
+def text_energies(model: Any, context: Tensor, segments: Tensor | None, step: int, x: Tensor) -> Tensor:
+    """The first of `text_streams`."""
+    return text_streams(model, context, segments, step, x)[0]
+
+
+def read_out(model: Any, context: Tensor, segments: Tensor | None) -> Tensor:
+    """What the output on the context stream reads, [S, B, D], where thinking starts at its prediction.
+
+    Args:
+        model, context, segments: as in `text_streams`.
+    """
+    hidden = text_streams(model, context, segments, 0, torch.zeros_like(context))[1]
+    return _rms_norm(hidden, model.context_norm.weight, model.config.layernorm_epsilon)
 
 
 def joint_energies(model: Any, condition: Tensor, segments: Tensor | None, step: int, x: Tensor) -> Tensor:
@@ -168,13 +183,14 @@ def energies_of(model: Any, context: Tensor, segments: Tensor | None) -> Callabl
     return partial(text_energies if model.separable else joint_energies, model, context, segments)
 
 
-def train(energies: Callable[[int, Tensor], Tensor], descent: Descent) -> ThinkingOutput:
+def train(energies: Callable[[int, Tensor], Tensor], descent: Descent, hidden: Tensor | None = None) -> ThinkingOutput:
     """Same meaning as Thinker.train: adds gradients to the parameters, returns losses and energies.
 
     Args:
         energies: (step, embedded prediction [S, B, D]) -> energies [S, B], differentiable twice; `energies_of` a
             model.
         descent: its prediction, before the first step, with step sizes, plan and weights; nothing else of it is used.
+        hidden: from `read_out`, where thinking starts at the context's prediction.
     """
     plan, weight, step_size = descent.plan, descent.weight, descent.step_size
     assert plan is not None and weight is not None
@@ -182,7 +198,12 @@ def train(energies: Callable[[int, Tensor], Tensor], descent: Descent) -> Thinki
     # alpha as a differentiable function of the scalar that is learned
     alpha = descent.alpha + descent.alpha_slope * (step_size - step_size.detach())
     losses, all_energies, total = [], [], torch.zeros((), dtype=alpha.dtype)
-    y = prediction.start.to(alpha.dtype)
+    y, initial = prediction.start.to(alpha.dtype), None
+    if hidden is not None:
+        assert plan.initial_weight is not None
+        y = prediction.begin(hidden)
+        loss = prediction.loss(y).view_as(weight)
+        total, initial = plan.initial_weight * (weight * loss).sum(), loss.detach()
     for step, step_weight in enumerate(plan.step_weights):
         y = y.detach() if plan.gradient == "detached" else y
         y = prediction.perturb(y, step).requires_grad_()
@@ -194,4 +215,4 @@ def train(energies: Callable[[int, Tensor], Tensor], descent: Descent) -> Thinki
         all_energies.append(energy.detach())
     total.backward()
     descent.prediction.y = y.detach()
-    return ThinkingOutput(torch.stack(losses), torch.stack(all_energies))
+    return ThinkingOutput(torch.stack(losses), torch.stack(all_energies), initial)

@@ -17,6 +17,9 @@ derivatives anywhere). The same backward pass gives the way back to y_i, for tra
 through several steps. The context stream depends on no prediction: it runs once, and
 is differentiated once, after every step has left its gradient on its keys and values.
 
+With `thinking.initial=context` y_0 is what an output on the context stream gives, with a loss of its own. Its gradient,
+and in training through several steps the adjoint that arrives at y_0, go back into that output and the context.
+
 The factors of a position (alpha, its weight in the loss, lambda's length) stand before lambda,
 on the tangent. Where a position's energy depends on its own prediction alone they may stand
 before its energy instead, and do: `split_factor`.
@@ -46,10 +49,17 @@ from ebt_megatron.thinking.plan import Plan
 
 @dataclass
 class ThinkingOutput:
-    """What came of a micro-batch: losses [n, S, B] after each step, energies [n, S, B] before it."""
+    """What came of a micro-batch.
+
+    Attributes:
+        losses: [n, S, B] after each step.
+        energies: [n, S, B] before it.
+        initial: [S, B], the loss where thinking started, if the context said where.
+    """
 
     losses: Tensor
     energies: Tensor
+    initial: Tensor | None = None
 
 
 def step_sizes(
@@ -113,7 +123,8 @@ class Descent:
         plan, weight: for training: what to learn from, and each position's weight [S, B] in the
             loss (usually 1 / the number of positions in the global batch).
         separable: as the model's.
-        observe: called with the prediction after each step that is not learned from.
+        observe: called with the prediction after each step that is not learned from; before the first as well where it
+            starts at the context's.
     """
 
     def __init__(
@@ -132,6 +143,8 @@ class Descent:
         self.alpha, self.alpha_slope = alpha, alpha_slope
         self.plan, self.weight, self.separable, self.observe = plan, weight, separable, observe
         self.losses: list[Tensor] = []
+        self.initial: Tensor | None = None  # the loss of the context's own prediction
+        self._initial_grad: Tensor  # of that loss, by the context's hidden states
         self._embedded: Tensor  # of the newest step
         self._adjoint: PredictionAdjoint  # on the way back, and the last step whose adjoint is known
         self._adjoint_step: int | None = None
@@ -140,6 +153,30 @@ class Descent:
     @property
     def _through(self) -> bool:
         return self.plan is not None and self.plan.gradient != "detached"
+
+    def begin(self, hidden: Tensor) -> None:
+        """Start at what the output gives for the context's hidden states [S(/TP), B, D]."""
+        self.initial = self.prediction.begin(hidden)
+        if self.observe is not None:
+            self.observe(self.prediction)
+        if self.plan is not None and not self._through:  # before a step writes over it
+            self._initial_grad = self.prediction.begin_backward(self._initial_weight)
+
+    def begin_backward(self) -> Tensor:
+        """The gradient by those hidden states, after the last step."""
+        assert self.plan is not None
+        if not self._through:
+            return self._initial_grad
+        self._go_back(0)
+        if 0 not in self.plan.learned:
+            self._adjoint.past()
+        return self._adjoint.begin_backward(self._initial_weight)
+
+    @property
+    def _initial_weight(self) -> Tensor:
+        """Of each position's loss where thinking starts, [S, B]."""
+        assert self.plan is not None and self.plan.initial_weight is not None and self.weight is not None
+        return self.plan.initial_weight * self.weight
 
     def propose_input(self, step: int) -> Tensor:
         """The embedded prediction [S(/TP), B, D] whose energy to descend."""
@@ -219,9 +256,11 @@ class Thinker:
     """Thinks, and learns, on one micro-batch on one pipeline stage, which may be the whole model.
 
     Six passes do all of it, in the order of `Plan.sweeps`: the context, proposals and learn passes, each forward and
-    backward. A pass is given what the neighbouring stage hands over, and returns what to hand on; at the ends of the
-    pipeline both are None. The prediction, its update and the loss are on the first stage, energies on the last. With
-    one stage, `think` and `train` run the passes; with more, `ebt_megatron.thinking.pipeline` does.
+    backward; and where thinking starts at the context's prediction two short ones on the first stage, from the
+    context's hidden states to that prediction and back. A pass is given what the neighbouring stage hands over, and
+    returns what to hand on; at the ends of the pipeline both are None. The prediction, its update and the loss are on
+    the first stage, energies on the last. With one stage, `think` and `train` run the passes; with more,
+    `ebt_megatron.thinking.pipeline` does.
 
     The context stream runs once, is read at every step, and is differentiated once; where it depends on the step
     (`EnergyModel.context_sees_step`) it is run anew, and differentiated, for each.
@@ -262,6 +301,8 @@ class Thinker:
         self._trained = [p for p in model.parameters() if p.requires_grad]
         self._context: tuple[Tensor, Tensor, list[Tensor], list[Tensor]]  # what went in and out; keys and values, as
         # the stream made them and as the prediction stream reads them
+        self._initial: tuple[Tensor, Tensor]  # the context's hidden states, and what the output reads of them
+        self._initial_grad: Tensor | None = None  # by the first, where this stage is the whole model
         self._pass: tuple[Tensor, Tensor]  # what went into the last forward pass of the prediction stream, and came out
 
     @property
@@ -291,11 +332,30 @@ class Thinker:
         h, out, tensors, leaves = self._context
         del self._context
         pairs = [(t, leaf.grad) for t, leaf in zip(tensors, leaves, strict=True) if leaf.grad is not None]
+        if grad is None:
+            grad, self._initial_grad = self._initial_grad, None
         if grad is not None:
             pairs.append((out, grad))
         if pairs:
             torch.autograd.backward([t for t, _ in pairs], [g for _, g in pairs])
         return h.grad if h.is_leaf else None
+
+    def initial_forward(self, step: int, h: Tensor | None = None) -> None:
+        """Start at the prediction of the context whose stream ended with h [S(/TP), B, D]."""
+        h = (self._context[1] if h is None else h).detach()
+        with torch.set_grad_enabled(bool(self.learned)):
+            read = self.model.read_out(h.requires_grad_(bool(self.learned)))
+        self._initial = h, read
+        self.descent.begin(read.detach())
+
+    def initial_backward(self, step: int) -> Tensor:
+        """The gradient by what the context's stream ended with."""
+        h, read = self._initial
+        del self._initial
+        read.backward(self.descent.begin_backward().to(read.dtype))
+        assert h.grad is not None
+        self._initial_grad = h.grad
+        return h.grad
 
     def key_values(self, constant: bool) -> list[tuple[Tensor, Tensor]]:
         """Keys and values of every layer; not `constant`: they collect gradients."""
@@ -364,7 +424,7 @@ class Thinker:
 
     def think(self, steps: int) -> ThinkingOutput:
         """Think without learning."""
-        self.run(Plan.thinking(steps).sweeps(self.model.context_sees_step))
+        self.run(Plan.thinking(steps, self.model.starts_thinking).sweeps(self.model.context_sees_step))
         return self.finish(steps)
 
     def train(self) -> ThinkingOutput:
@@ -380,5 +440,10 @@ class Thinker:
             with self.phase("learn"):
                 self._descent.finish()
         zeros = torch.zeros(steps, self.length, self.size, device=self.device)
-        losses = torch.stack(self._descent.losses) if self._descent is not None else zeros
-        return ThinkingOutput(losses, torch.stack(self.energies) if self.energies else zeros)
+        losses = self._descent.losses if self._descent is not None else []
+        initial = torch.zeros_like(zeros[0:1].sum(0)) if self.model.starts_thinking else None
+        if self._descent is not None and self._descent.initial is not None:
+            initial = self._descent.initial
+        return ThinkingOutput(
+            torch.stack(losses) if losses else zeros, torch.stack(self.energies) if self.energies else zeros, initial
+        )

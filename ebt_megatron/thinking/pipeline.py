@@ -151,11 +151,32 @@ class Pipeline:
         out = []
         if work.kind == "learn_forward" and work.stage == 0:
             out += [Message(work, "weight", stage) for stage in self._to_weigh if stage]
-        forward = work.kind in FORWARD
-        neighbour = work.stage + (1 if forward else -1)
-        if 0 <= neighbour < self.stages:
-            out.append(Message(work, "hidden", neighbour))
+        last = self.stages - 1
+        if work.kind == "initial_backward":
+            out.append(Message(work, "hidden", last))
+        elif work.kind == "context_forward" and work.stage == last and self.plan.initial_weight is not None:
+            out.append(Message(work, "hidden", 0))
+        elif work.kind != "initial_forward":
+            neighbour = work.stage + (1 if work.kind in FORWARD else -1)
+            if 0 <= neighbour <= last:
+                out.append(Message(work, "hidden", neighbour))
         return out
+
+    def _taken_by(self, work: StagePass) -> Message | None:
+        """The hidden states, or the gradient, that `work` begins with, where another stage sends them.
+
+        Where thinking starts at the context's prediction, what its stream ended with goes from the last stage to the
+        first, and the gradient back.
+        """
+        last = self.stages - 1
+        if work.kind == "initial_forward":
+            origin = replace(work, index=work.index - 1, kind="context_forward", stage=last)
+        elif work.kind == "context_backward" and work.stage == last and self.plan.initial_weight is not None:
+            origin = replace(work, index=work.index - 1, kind="initial_backward", stage=0)
+        else:
+            origin = replace(work, stage=work.stage - (1 if work.kind in FORWARD else -1))
+        taken = work.kind != "initial_backward" and 0 <= origin.stage <= last
+        return Message(origin, "hidden", self.stage) if taken else None
 
     def run(self) -> list[ThinkingOutput]:
         """Execute the schedule; thoughts are complete on the first stage (losses) and last (energies)."""
@@ -168,17 +189,17 @@ class Pipeline:
         self.mail.finish()
         return [m.finish(self.plan.steps) for m in self.micro_batches]
 
-    def _receive(self, work: StagePass, source: int, part: str) -> Tensor:
+    def _receive(self, message: Message) -> Tensor:
         with self.phase("communication"):
-            return self.mail.receive(Message(replace(work, stage=source), part, self.stage), source, self.device)
+            return self.mail.receive(message, message.work.stage, self.device)
 
     def _run(self, work: StagePass, batch: Thinker) -> None:
         given: list[Tensor] = []
-        source = self.stage - (1 if work.kind in FORWARD else -1)
-        if 0 <= source < self.stages:
-            given.append(self._receive(work, source, "hidden"))
+        taken = self._taken_by(work)
+        if taken is not None:
+            given.append(self._receive(taken))
             if work.kind == "learn_forward" and self.stage in self._to_weigh:
-                given.append(self._receive(work, 0, "weight"))
+                given.append(self._receive(Message(replace(work, stage=0), "weight", self.stage)))
         out = getattr(batch, work.kind)(work.step, *given)
         for message in self._sent_by(work):
             if message.part == "weight":

@@ -18,10 +18,12 @@ class Plan:
         step_weights: of each step's loss; its length is the number of steps.
         gradient: "detached" (y is a constant between steps), "full" (through every step) or
             "truncated" (through the last step's energy only; the step size sees every step).
+        initial_weight: of the loss where thinking starts, if the context says where (`thinking.initial=context`).
     """
 
     step_weights: tuple[float, ...]
     gradient: str
+    initial_weight: float | None = None
 
     @property
     def steps(self) -> int:
@@ -55,6 +57,8 @@ class Plan:
         """
         sweeps: list[tuple[str, int]] = []
         at_hand: int | None = None  # the step whose context is
+        if self.initial_weight is not None:
+            sweeps, at_hand = [("context_forward", 0), ("initial_forward", 0)], 0
         for kind, step in self.passes:
             if at_hand is None or (context_sees_step and at_hand != step):
                 sweeps.append(("context_forward", step))
@@ -63,14 +67,16 @@ class Plan:
             if context_sees_step and kind == "learn":
                 sweeps.append(("context_backward", step))
                 at_hand = None
+        if self.learned and self.initial_weight is not None:
+            sweeps.append(("initial_backward", 0))
         if self.learned and not context_sees_step:
             sweeps.append(("context_backward", 0))
         return sweeps
 
     @classmethod
-    def thinking(cls, steps: int) -> Plan:
-        """Steps that are not learned from."""
-        return cls((0.0,) * steps, "detached")
+    def thinking(cls, steps: int, from_context: bool = False) -> Plan:
+        """Steps that are not learned from, from the context's prediction or not; from it there may be none."""
+        return cls((0.0,) * steps, "detached", 0.0 if from_context else None)
 
     @classmethod
     def of(cls, options: ThinkingConfig, steps: int, drawn: Collection[int] | None = None) -> Plan:
@@ -82,13 +88,17 @@ class Plan:
             drawn: with thinking.loss=every: the steps whose losses are learned from; None: all. Thinking ends with
                 the last of them.
         """
-        gradient = options.gradient
-        if gradient == "truncated" and options.loss == "last" and not options.learn_step_size:
+        gradient, initial, share = options.gradient, None, 1.0
+        if options.starts_at_context:  # the mean of its loss and the steps', weighted
+            share = 1 / (1 + options.initial_loss_weight)
+            initial = options.initial_loss_weight * share
+        elif gradient == "truncated" and options.loss == "last" and not options.learn_step_size:
             gradient = "detached"  # the same, for less: nothing that is learned acts before the last step
         if options.loss == "last":
-            return cls((0.0,) * (steps - 1) + (1.0,), gradient)
+            return cls((0.0,) * (steps - 1) + (share,), gradient, initial)
         drawn = range(steps) if drawn is None else drawn
-        return cls(tuple(1 / len(drawn) if i in drawn else 0.0 for i in range(max(drawn) + 1)), gradient)
+        weights = tuple(share / len(drawn) if i in drawn else 0.0 for i in range(max(drawn) + 1))
+        return cls(weights, gradient, initial)
 
     @classmethod
     def draw(cls, options: ThinkingConfig, seed: int, iteration: int) -> Plan:

@@ -3,7 +3,8 @@
 A micro-batch is a chain of *sweeps*: the context goes forward through the stages, then for
 each step a proposal goes forward and its gradient comes back, a learning pass goes forward
 and its gradients come back; at last the context's gradients come back. Each sweep visits
-every stage, in order or in reverse. There is no flush between sweeps: a stage takes
+every stage, in order or in reverse, but for what is between the context and where thinking starts, which is the
+first stage's alone. There is no flush between sweeps: a stage takes
 whichever ready piece of work has the longest way still to go, so micro-batches at different
 steps fill the pipe together.
 
@@ -28,6 +29,8 @@ FLOP_DURATIONS = {
     "propose_backward": 1.0,
     "learn_forward": 2.0,
     "learn_backward": 4.0,
+    "initial_forward": 0.0,  # the vocabulary's alone
+    "initial_backward": 0.0,
 }
 
 
@@ -95,10 +98,11 @@ def simulate(
     extra = first_stage_extra or {}
     in_flight = min(in_flight or micro_batches, micro_batches)
     tasks: list[tuple[str, int, int]] = []  # (kind, step, stage) of a whole micro-batch, in order
-    for kind, step in sweeps:
-        order = range(stages) if kind in FORWARD else reversed(range(stages))
-        tasks += [(kind, step, stage) for stage in order]
-    sweep_of = [i // stages for i in range(len(tasks))]
+    sweep_of: list[int] = []
+    for i, (kind, step) in enumerate(sweeps):
+        visited = range(1 if kind.startswith("initial") else stages)
+        tasks += [(kind, step, stage) for stage in (visited if kind in FORWARD else reversed(visited))]
+        sweep_of += [i] * len(visited)
     cost = [durations[kind] + (extra.get(kind, 0.0) if stage == 0 else 0.0) for kind, _, stage in tasks]
     remaining = [0.0] * (len(tasks) + 1)
     for i in reversed(range(len(tasks))):

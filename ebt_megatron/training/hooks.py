@@ -167,6 +167,7 @@ class Recording(Hook):
             "step": run.step,
             "epoch": run.train_data.epoch,
             "loss": result.loss,
+            **({} if result.start_loss is None else {"start_loss": result.start_loss}),
             "initial_loss": result.step_losses[0],
             "final_step_loss": result.step_losses[-1],
             "step_losses": result.step_losses,
@@ -244,7 +245,10 @@ def validates(run: Run) -> bool:
 
 
 class Validating(Hook):
-    """Adds to a row the loss after the trained number of steps, and at one step (None for a feed-forward model)."""
+    """Adds to a row the loss after the trained number of steps, and at one step (None for a feed-forward model).
+
+    Where thinking starts at the context's prediction, the loss of that as well.
+    """
 
     def begin(self) -> None:
         """A run may have been ended between saving a step and recording it."""
@@ -262,9 +266,11 @@ class Validating(Hook):
         steps = run.recipe.thinking.max_steps if objective.thinks else 1
         with run.timers.phase("validation"):
             batches = (batch for some in iter(partial(run.read, iter(run.validation_data)), []) for batch in some)
-            losses = validate(objective, batches, steps, measure=False).losses
-        row["validation_loss"] = losses[-1].item()
-        row["validation_loss_one_step"] = losses[0].item() if objective.thinks else None
+            losses = validate(objective, batches, steps, measure=False).by_steps()
+        row["validation_loss"] = losses[steps]
+        row["validation_loss_one_step"] = losses[1] if objective.thinks else None
+        if 0 in losses:
+            row["validation_loss_no_step"] = losses[0]
         run.say(f"step {run.step}: validation loss {row['validation_loss']:.4f}")
 
 

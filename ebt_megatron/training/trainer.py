@@ -25,6 +25,7 @@ class StepResult:
 
     Attributes:
         loss: what is minimised; step_losses: after each thinking step; energies: before each.
+        start_loss: where thinking starts, if the context says where; else None.
         applied: whether the weights changed (no: something was not finite).
     """
 
@@ -36,6 +37,7 @@ class StepResult:
     lr: float
     positions: int
     applied: bool
+    start_loss: float | None = None
 
 
 class Trainer:
@@ -67,8 +69,8 @@ class Trainer:
         zero_gradients(self.chunks, self.optimizer)
         totals = self.objective.train_batch(list(micro_batches), iteration)
         with self.timers.phase("communication"):
-            loss, step_losses, energies, alpha = self._reduce(totals)
-        finite = all(map(torch.isfinite, [loss, *step_losses, *energies]))
+            loss, step_losses, energies, alpha, start = self._reduce(totals)
+        finite = all(map(torch.isfinite, [loss, *step_losses, *energies, *start]))
         with self.timers.phase("optimizer"):
             update = apply_gradients(self.chunks, self.optimizer, self.scheduler, skip=not finite)
         return StepResult(
@@ -80,6 +82,7 @@ class Trainer:
             update.lr,
             totals.positions,
             update.applied,
+            start.item() if len(start) else None,
         )
 
     def _reduce(self, totals: BatchMetrics) -> tuple[torch.Tensor, ...]:
@@ -90,9 +93,10 @@ class Trainer:
             totals.losses,
             totals.energies,
             alpha.to(totals.loss) / self.state.data_size,
+            totals.loss.new_zeros(0) if totals.initial is None else totals.initial.view(1),
         ]
         packed = torch.cat(parts)
         dist.all_reduce(packed, group=self.state.data_group)
         dist.all_reduce(packed, group=self.state.pipeline_group)
-        loss, losses, energies, alpha = packed.split([len(p) for p in parts])
-        return loss[0], losses, energies, alpha[0]
+        loss, losses, energies, alpha, start = packed.split([len(p) for p in parts])
+        return loss[0], losses, energies, alpha[0], start

@@ -24,7 +24,13 @@ def objective_giving(*thoughts, answers=()):
             observe(torch.tensor(answer))
         return next(left)
 
-    return SimpleNamespace(state=builders.state(recipe), task=Text(recipe, 5), evaluate=evaluate, thinks=bool(answers))
+    return SimpleNamespace(
+        state=builders.state(recipe),
+        task=Text(recipe, 5),
+        evaluate=evaluate,
+        thinks=bool(answers),
+        starts_at_context=False,
+    )
 
 
 def one_step(losses):

@@ -108,6 +108,7 @@ def micro_batch(number, documents):
             "data.document_mask=true",
         ),
         ("thinking.loss=last", "thinking.gradient=truncated", "model.conditioning=adaln_zero"),
+        ("thinking.initial=context", "thinking.step_rule=mirror_descent", "thinking.reuse=true"),
         ("model.architecture=transformer",),
     ],
     ids=" ".join,

@@ -38,6 +38,23 @@ MODES = {
     "full": (Plan((0.2, 0.3, 0.5), "full"), ("thinking.langevin_noise=0.5", "thinking.step_size_scale=2")),
     "truncated": (Plan((0.2, 0.3, 0.5), "truncated"), ("thinking.initial=zeros", "thinking.step_size_scale=2")),
     "reuse": (Plan((0.5, 0.5), "detached"), ("thinking.reuse=true", "thinking.step_size_scale=2")),
+    "from the context": (
+        Plan((0.2, 0.3), "detached", 0.5),
+        ("thinking.initial=context", "thinking.step_rule=mirror_descent", "thinking.reuse=true"),
+    ),
+    "from the context, full, changes": (
+        Plan((0.2, 0.3), "full", 0.5),
+        ("thinking.initial=context", "thinking.step_rule=mirror_descent", "video.predicts=change"),
+    ),
+    "from the context, truncated": (
+        Plan((0.2, 0.3), "truncated", 0.5),
+        (
+            "thinking.initial=context",
+            "thinking.step_rule=mirror_descent",
+            "video.tokens_per_side=2",
+            "thinking.langevin_noise=0.5",
+        ),
+    ),
     "2 x 2 tokens": (
         Plan((0.5, 0.5), "detached"),
         ("video.tokens_per_side=2", "thinking.initial=observed", "thinking.step_size_scale=2"),
@@ -131,6 +148,12 @@ RECIPES = {
         "model.conditioning=none",
     ),
     "2 x 2 tokens": ("thinking.max_steps=2", "video.tokens_per_side=2"),
+    "from the context": (
+        "thinking.max_steps=2",
+        "thinking.initial=context",
+        "thinking.step_rule=mirror_descent",
+        "video.predicts=change",
+    ),
     "Transformer++": ("model.architecture=transformer",),
     "Transformer++ of changes": ("model.architecture=transformer", "video.predicts=change", "video.tokens_per_side=2"),
 }

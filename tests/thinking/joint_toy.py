@@ -75,6 +75,7 @@ class JointToy(MegatronModule):
     separable = False
     context_sees_step = False
     context_rows = None
+    starts_thinking = False
     step_tokens = 0
 
     def __init__(self, recipe):

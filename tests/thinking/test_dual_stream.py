@@ -49,8 +49,13 @@ def compare(
         grads.append(builders.gradients(model))
     assert builders.relative_error(thoughts[1].losses, thoughts[0].losses) < 1e-10
     assert builders.relative_error(thoughts[1].energies, thoughts[0].energies) < 1e-10
+    if model.starts_thinking:
+        assert builders.relative_error(thoughts[1].initial, thoughts[0].initial) < 1e-10
     assert set(grads[0]) == set(grads[1])
+    learned = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     for name, reference in grads[0].items():
+        if name not in learned:
+            continue
         assert reference.abs().max() > 0, f"{name} gets no gradient: the comparison would be empty"
         assert builders.relative_error(grads[1][name], reference) < 1e-10, name
 
@@ -88,6 +93,53 @@ def test_every_mode_and_step_rule_in_every_storage(mode, rule, storage):
         f"model.conditioning={CONDITIONING[i % len(CONDITIONING)]}",
         ours=ours,
     )
+
+
+CONTEXT = ("thinking.initial=context", "thinking.initial_loss_weight=3")
+
+
+@pytest.mark.parametrize(("mode", "rule"), itertools.product(MODES, [StepRule.MIRROR, StepRule.LOGIT]))
+@pytest.mark.parametrize("storage", [*STORAGE, "torch", "reference"])
+def test_thinking_from_the_context_s_prediction(mode, rule, storage):
+    ours, both = STORAGE.get(storage, ((), (f"model.kernels={storage}",)))
+    i = MODES.index(mode) + list(RULES).index(rule)
+    compare(
+        *options_of(mode, rule),
+        *CONTEXT,
+        *both,
+        "thinking.langevin_noise=0.7" if i % 2 else "thinking.step_size_scale=2",
+        f"model.conditioning={['none', 'time_embed', 'adaln', 'adaln_zero'][i % 4]}",
+        "model.energy_head=quadratic",
+        documents=i % 3 == 0,
+        ours=ours,
+    )
+
+
+@pytest.mark.parametrize("gradient", ["detached", "full", "truncated"])
+@pytest.mark.parametrize("drawn", [(0,), (1,), (0, 2)])
+def test_thinking_from_the_context_s_prediction_with_drawn_losses_and_a_fixed_step_size(gradient, drawn):
+    compare(*options_of(("every", gradient), StepRule.MIRROR), *CONTEXT, "thinking.learn_step_size=false", drawn=drawn)
+
+
+def test_truncated_from_the_context_s_prediction_is_not_detached():
+    """The start is learned, and acts before the last step."""
+    compare(*options_of(("last", "truncated"), StepRule.MIRROR), *CONTEXT, "thinking.learn_step_size=false")
+
+
+def test_the_context_s_own_prediction_is_a_transformer_s():
+    """Zero steps: as Transformer++ with the same weights."""
+    recipe = builders.small_recipe(*CONTEXT, "thinking.step_rule=mirror_descent")
+    model, batch = builders.build(recipe), builders.text_batch()
+    baseline = builders.build(builders.small_recipe("model.architecture=transformer"))
+    ours = dict(model.named_parameters())
+    names = {"embedding": "modality.context", "final_norm": "context_norm", "output": "modality.output"}
+    with torch.no_grad():
+        for name, parameter in baseline.named_parameters():
+            part = name.partition(".")[0]
+            parameter.copy_(ours[name.replace(part, names.get(part, part), 1)])
+    thought = builders.new_thinker(model, recipe, batch).think(0)
+    assert thought.losses.shape == thought.energies.shape == (0, 10, 2)
+    torch.testing.assert_close(thought.initial, baseline(batch.observed, batch.targets).to(torch.float64))
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -20,6 +20,7 @@ S2 = (
 FULL = ("thinking.gradient=full", "thinking.max_steps=2", "model.conditioning=adaln_sequence")
 REUSE = ("thinking.reuse=true", "thinking.max_steps=2")
 SEQUENCE = ("model.conditioning=time_embed_sequence",)
+CONTEXT = ("thinking.initial=context", "thinking.step_rule=mirror_descent", "thinking.max_steps=2")
 TRANSFORMER = ("model.architecture=transformer",)
 RECIPES = {
     "S1": S1,
@@ -33,6 +34,13 @@ RECIPES = {
         "thinking.langevin_noise=0.5",
         "thinking.gradient=full",
         "thinking.regenerate=5",
+    ),
+    "from the context": CONTEXT,
+    "from the context, full": (
+        *CONTEXT,
+        "thinking.gradient=full",
+        "thinking.regenerate=5",
+        "thinking.learn_step_size=false",
     ),
     "Transformer++": TRANSFORMER,
 }
