@@ -42,6 +42,12 @@ MODELS = {
     "EBT from its context": Model("quickstart_context"),
     "Transformer++": Model("quickstart_transformer"),
     "Transformer++, FLOPs of S1": Model("quickstart_transformer", flops_of="S1"),
+    # The EBT from its context has 1.3 times the weights of its Transformer++: the prediction embedding.
+    "Transformer++, parameters of EBT from its context": Model("quickstart_transformer", ("model.hidden_size=116",)),
+    "Transformer++, FLOPs of EBT from its context": Model("quickstart_transformer", flops_of="EBT from its context"),
+    "Transformer++, inference FLOPs of EBT from its context": Model(
+        "quickstart_transformer", ("model.num_layers=3", "model.hidden_size=160", "optimizer.lr=2.4e-3")
+    ),
     # A token costs 0.97 of what one costs S2 at three steps.
     "Transformer++, inference FLOPs of S2": Model(
         "quickstart_transformer",
@@ -100,10 +106,15 @@ def run(recipe: Recipe, most_steps: int, starts: int = 0) -> dict[str, Any]:
     return evaluation | {"metrics": rows, "suite": suite}
 
 
+def steps_at(rows: list[dict[str, Any]], steps: int) -> int:
+    """The index of the row of so many thinking steps; the first row is of one, or of none where that predicts."""
+    return next(i for i, row in enumerate(rows) if row["steps"] == steps)
+
+
 def summary(name: str, results: list[dict[str, Any]], flops: float) -> dict[str, Any]:
     """One model's numbers over its seeds."""
-    trained = results[0]["trained_steps"]
-    thinking = []
+    steps, thinking = results[0]["trained_steps"], []
+    trained = steps_at(results[0]["thinking"], steps) + 1
     for rows in zip(*(r["thinking"] for r in results), strict=True):
         entry: dict[str, Any] = {"steps": rows[0]["steps"]}
         for key in ("loss", "perplexity", "accuracy", "changed"):
@@ -125,7 +136,8 @@ def summary(name: str, results: list[dict[str, Any]], flops: float) -> dict[str,
     return {
         "name": name,
         "seeds": len(results),
-        "trained_steps": trained,
+        "trained_steps": steps,
+        "parameters": results[0]["parameters"],
         "tokens": results[0]["tokens"],
         "flops": flops,
         "positions": results[0]["positions"],
@@ -152,14 +164,15 @@ def markdown(results: dict[str, Any]) -> str:
         f"Learning on {where['machine']}, torch {where['torch']}, {where['date']}. Mean ± half-width of the 95 % "
         "interval over seeds.",
         "",
-        "| model | tokens (M) | FLOPs (T) | s / step | trained steps | validation loss | gain over own first step "
-        "| perplexity above its best with more steps |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| model | weights (k) | tokens (M) | FLOPs (T) | s / step | trained steps | validation loss "
+        "| gain over own first row | perplexity above its best with more steps |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for row in results["models"]:
-        think = row["trained_steps"] > 1
+        think = len(row["thinking"]) > 1
         lines.append(
-            f"| {row['name']} | {row['tokens'] / 1e6:.2f} | {row['flops'] / 1e12:.1f} | {row['seconds_a_step']:.3f} | "
+            f"| {row['name']} | {row['parameters'] / 1e3:.0f} | {row['tokens'] / 1e6:.2f} | "
+            f"{row['flops'] / 1e12:.1f} | {row['seconds_a_step']:.3f} | "
             f"{row['trained_steps']} | {text_of(row['loss'])} | "
             f"{text_of(row['gain_over_first_step'], 1, 100, ' %') if think else '-'} | "
             f"{text_of(row['perplexity_over_best_with_more_steps'], 1, 100, ' %') if think else '-'} |"
@@ -179,7 +192,7 @@ def markdown(results: dict[str, Any]) -> str:
             cells = [text_of(row["gains"][n], 1, 100, " %") for n in names]
             lines.append(f"| {row['name']} | {' | '.join(cells)} |")
     for row in results["models"]:
-        if row["trained_steps"] == 1:
+        if len(row["thinking"]) == 1:
             continue
         lines += [
             "",
@@ -208,7 +221,7 @@ def plot(results: dict[str, Any], path: Path) -> None:
         per_token = row["flops"] / row["tokens"]
         (line,) = tokens.plot(seen, losses, "o-", ms=3, label=row["name"])
         flops.plot([s * per_token / 1e12 for s in seen], losses, "o-", ms=3, color=line.get_color())
-        if row["trained_steps"] > 1:
+        if len(row["thinking"]) > 1:
             steps = [t["steps"] for t in row["thinking"]]
             means = [t["loss"]["mean"] for t in row["thinking"]]
             halves = [0.0 if math.isnan(t["loss"]["half"]) else t["loss"]["half"] for t in row["thinking"]]
@@ -255,11 +268,9 @@ def main(
         thinks = recipe.thinking.max_steps
         flops[name] = recipe.training.steps * training_flops(recipe, cost(recipe, vocab_size))
         done[name].append(run(recipe, max(10, 3 * thinks), STARTS if ablation else 0))
-        console.print(
-            f"{name}, seed {seed}: loss {done[name][-1]['thinking'][thinks - 1]['loss']:.4f}"
-            if recipe.model.architecture == "ebt"
-            else f"{name}, seed {seed}: loss {done[name][-1]['thinking'][0]['loss']:.4f}"
-        )
+        rows = done[name][-1]["thinking"]
+        shown = rows[: steps_at(rows, thinks if recipe.model.architecture == "ebt" else 1) + 1]
+        console.print(f"{name}, seed {seed}: loss " + ", ".join(f"{row['loss']:.4f}" for row in shown))
     results = {"machine": machine(), "models": [summary(name, done[name], flops[name]) for name in model]}
     text = markdown(results)
     console.print(text, markup=False, highlight=False)

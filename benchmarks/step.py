@@ -80,6 +80,15 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "dual stream": {"overrides": []},
     "dual stream, reuse": {"overrides": ["thinking.reuse=true"]},
     "dual stream, reuse, one of two losses drawn": {"overrides": ["thinking.reuse=true", "thinking.learned_steps=1"]},
+    "dual stream, reuse, one step from the context": {
+        "overrides": [
+            "thinking.reuse=true",
+            "thinking.initial=context",
+            "thinking.step_rule=mirror_descent",
+            "thinking.min_steps=1",
+            "thinking.max_steps=1",
+        ]
+    },
     "dual stream, logits in bf16": {"overrides": ["thinking.logits_dtype=bfloat16"]},
     "dual stream, regenerated logits": {"overrides": ["thinking.regenerate=256"]},
     "dual stream, 8 steps": {

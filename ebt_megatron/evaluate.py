@@ -56,6 +56,7 @@ def evaluate(run: TrainedRun, steps: int | None = None, example: bool = True) ->
         "step": run.step,
         "tokens": run.tokens,
         "positions": result.positions,
+        "parameters": sum(p.numel() for p in run.model.parameters()) if run.state.world_size == 1 else None,
         "trained_steps": trained,
         "thinking": rows,
     }

@@ -79,7 +79,8 @@ def parameter_count(recipe: Recipe, vocab_size: int, channels: int = 768) -> flo
     pictures = recipe.data.modality == "images"  # a GELU MLP, and six modulations
     layer += m.hidden_size**2 + (2 if pictures else 3) * m.hidden_size * m.ffn_hidden_size
     layer += 6 * m.hidden_size**2 if pictures else 0
-    ends = 1 if m.architecture == "ebt" and recipe.data.modality != "text" else 2  # an EBT's output is an energy
+    ends = 1 if m.architecture == "ebt" and recipe.data.modality != "text" else 2  # an EBT's output is an energy,
+    ends += m.architecture == "ebt" and recipe.thinking.starts_at_context  # and one on its context where that says more
     return m.num_layers * layer + ends * width_of(recipe, vocab_size, channels) * m.hidden_size
 
 
@@ -120,6 +121,8 @@ def estimate(recipe: Recipe, vocab_size: int, gpus: int, hardware: Hardware, cha
     }
     if options.regenerate:  # on average half of the other steps are taken again in every pass over the vocabulary
         extra = {kind: u + (options.max_steps - 1) / 2 * (u > 0) for kind, u in extra.items()}
+    if options.starts_at_context:
+        extra["initial_forward"] = 3.0 + 2 * bool(options.regenerate)
     units = FLOP_DURATIONS | ({"learn_forward": 1.0, "learn_backward": 3.0} if reuse else {})
     durations = {kind: d * unit for kind, d in units.items()}
     vocabulary = {kind: u * product for kind, u in extra.items()} if ebt else {}
@@ -137,7 +140,8 @@ def estimate(recipe: Recipe, vocab_size: int, gpus: int, hardware: Hardware, cha
     hidden = tokens * m.hidden_size * width_bytes
     layers = m.num_layers / p.pipeline
     # A layer all-reduces twice forward and twice backward (ring: 2 (n-1)/n of the size) for each stream.
-    streams = mean(sum(2 if kind.startswith("learn") else 1 for kind, _ in sweeps) for _, sweeps in chains)
+    taken = {"learn": 2, "initial": 0}
+    streams = mean(sum(taken.get(kind.partition("_")[0], 1) for kind, _ in sweeps) for _, sweeps in chains)
     ring = 2 * (p.tensor - 1) / p.tensor
     tensor_traffic = micro_batches * layers * 2 * streams * hidden * ring
     pipeline_traffic = micro_batches * streams * hidden if p.pipeline > 1 else 0.0

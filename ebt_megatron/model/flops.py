@@ -55,12 +55,14 @@ class Cost:
         layers = 2 * steps + (4 if reuse else 6) * learned_steps
         return self._context + layers * self.layers + products * self.vocabulary
 
-    def inference(self, steps: int = 0) -> float:
+    def inference(self, steps: int = 0, from_context: bool = False) -> float:
         """One pass over a sample without learning: Transformer++ with 0 steps, an EBT with n.
 
-        In units of U: Transformer++'s output 1; each step embeds the prediction 1 and takes its gradient 1.
+        In units of U: Transformer++'s output 1, and that of an EBT that starts at its context's prediction; each step
+        embeds the prediction 1 and takes its gradient 1.
         """
-        return (1 + 2 * steps) * self.layers + (2 * steps or 1) * self.vocabulary
+        output = int(from_context or not steps)
+        return (1 + 2 * steps) * self.layers + (2 * steps + output) * self.vocabulary
 
     def double_backward(self, steps: int) -> float:
         """The public code's way; through the vocabulary forward 1, to y 1, and back through both 4."""

@@ -20,20 +20,28 @@ def vocabulary_products(recipe: Recipe, plan: Plan) -> int:
     Without `thinking.reuse` a step takes its gradient once more to move on, 1, except from a start at 0.
     With `thinking.regenerate` only a step that is learned from does, but each of its passes takes the steps before it
     again, 1 each.
-    Latents are embedded by one linear map, and hold their step: 2 a step, 3 more if it is learned from.
+    A start at the context's prediction takes the output's product and its two gradients, 3, and is embedded, 1, which
+    is the first step's embedding where no noise comes before it; with `thinking.regenerate` each pass takes it again.
+    Latents are embedded by one linear map, and hold their step: 2 a step, 3 more if it is learned from, and 3 for a
+    start at the context's prediction.
     """
-    if recipe.data.modality != "text":
-        return 2 * plan.steps + 3 * len(plan.learned)
     options = recipe.thinking
-    uniform = int(not options.noisy)
+    starts = int(options.starts_at_context)
+    if recipe.data.modality != "text":
+        return 2 * plan.steps + 3 * len(plan.learned) + 3 * starts
+    uniform = int(not options.noisy and not starts)
     handed_on = options.langevin_noise == 0 and not StepRule(options.step_rule).by_logits
     products = 2 * plan.steps + 2 * len(plan.learned) - uniform * (0 in plan.learned)
+    products += starts * (4 + 2 * bool(options.regenerate))
     for step in range(plan.steps):
-        embedded = 1 - uniform if step == 0 else int(not handed_on)
+        if step == 0:
+            embedded = int(options.langevin_noise > 0) if starts else 1 - uniform
+        else:
+            embedded = int(not handed_on)
         products += embedded
         if options.regenerate:
             learned = int(step in plan.learned)
-            products += learned + step * (embedded + 1 + learned)
+            products += learned + (step + starts) * (embedded + 1 + learned)
         elif not options.reuse:
             products += 1 - uniform * (step == 0)
     return products
@@ -52,7 +60,8 @@ def sample_flops(recipe: Recipe, per_sample: Cost) -> float:
 
     def of(plan: Plan) -> float:
         if options.engine == "double_backward":
-            return per_sample.double_backward(plan.steps)
+            start = per_sample.transformer() if options.starts_at_context else 0.0
+            return per_sample.double_backward(plan.steps) + start
         products = vocabulary_products(recipe, plan)
         return per_sample.dual_stream(plan.steps, len(plan.learned), products, options.reuse)
 

@@ -152,28 +152,29 @@ class TextPrediction:
 
     # --- the start, where the context says it -----------------------------------------------
 
-    def _embedded_by(self, table: Tensor) -> tuple[Tensor, Tensor]:
-        """softmax(y) table of this rank's columns [S * B, D], and y's log-sum-exp over all."""
-        parts = [self.kernels.vocab_embed(y, table.detach(), self.valid) for _, y in self.stored.parts()]
-        x, own = (joined(t) for t in zip(*parts, strict=True))
+    def _embedded_by(self, table: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """softmax(y) table of this rank's columns [S * B, D], y's log-sum-exp over all, y at this rank's targets."""
+        parts = [
+            (*self.kernels.vocab_embed(y, table.detach(), self.valid), y.gather(1, self.target[t, None].clamp_min(0)))
+            for t, y in self.stored.parts()
+        ]
+        x, own, at_target = (joined(t) for t in zip(*parts, strict=True))
         lse = self.group.log_sum_exp(own)
-        return x * (own - lse).exp()[:, None], lse
+        return x * (own - lse).exp()[:, None], lse, torch.where(self.target >= 0, at_target[:, 0].to(lse.dtype), 0.0)
 
     def begin(self, hidden: Tensor) -> Tensor:
         """See `Prediction.begin`; p W is what the first step embeds, if no noise comes before it."""
         self.stored.begin(self.rows.flat(hidden))
-        embedded, self.lse_initial = self._embedded_by(self.table)
+        embedded, self.lse_initial, at_target = self._embedded_by(self.table)
         if self.thinking.langevin_noise == 0:
             self.embedded = embedded, self.lse_initial
-        parts = [y.gather(1, self.target[t].clamp_min(0)[:, None])[:, 0] for t, y in self.stored.parts()]
-        at_target = torch.where(self.target >= 0, joined(parts).to(self.rows.dtype), 0.0)
         return self.rows.positions(self.lse_initial - self.group.sum(at_target))
 
     def begin_backward(self, weight: Tensor) -> Tensor:
         """See `Prediction.begin_backward`: lambda U, and (weight lambda)^T h to U's gradient."""
         assert self.output is not None and self.stored.hidden is not None
         hidden, output, weight = self.stored.hidden, self.output.detach(), weight.flatten().to(self.rows.dtype)
-        embedded, lse = self._embedded_by(output)
+        embedded, lse, _ = self._embedded_by(output)
         weighted, zeros, ones = weight[:, None] * hidden, torch.zeros_like(lse), torch.ones_like(lse)
         for t, y in self.stored.parts():  # a step of no size, from y to y
             self.kernels.vocab_backward(
@@ -212,7 +213,7 @@ class TextPrediction:
         elif self.embedded is not None:
             x, self.lse = self.embedded
         else:
-            x, self.lse = self._embedded_by(self.table)
+            x, self.lse, _ = self._embedded_by(self.table)
         self.embedded = None
         self.x = self.rows.hidden(x)
         return self.x.to(self.table.dtype)

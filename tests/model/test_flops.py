@@ -5,7 +5,7 @@ import pytest
 from benchmarks.step import counted_flops, least_flops, training_step
 from ebt_megatron.config import load_recipe
 from ebt_megatron.model.flops import cost
-from ebt_megatron.objectives.flops import training_flops
+from ebt_megatron.objectives.flops import training_flops, vocabulary_products
 from ebt_megatron.tasks.images import Images
 from ebt_megatron.thinking.plan import Plan
 
@@ -61,6 +61,26 @@ def test_products_over_the_vocabulary_are_counted_exactly(loss, storage, other):
     )
     per_sample = cost(recipe, VOCAB)
     assert others - flops == pytest.approx(training_flops(recipe, per_sample) - training_flops(base, per_sample))
+
+
+@pytest.mark.parametrize("loss", ["every", "last"])
+@pytest.mark.parametrize("storage", ["thinking.reuse=true", "thinking.reuse=false", "thinking.regenerate=100"])
+@pytest.mark.parametrize("rule", ["mirror_descent", "logit_descent thinking.langevin_noise=1"])
+def test_products_from_the_context_s_prediction_are_counted_exactly(loss, storage, rule):
+    """The layers do not see the vocabulary's size."""
+    options = f"{storage} thinking.initial=context thinking.step_rule={rule} thinking.loss={loss}"
+    recipe = load_recipe(None, [*SIZE, *thinking(3, *options.split())])
+    small, large = (counted_flops(training_step(recipe, vocab)) for vocab in (VOCAB, 2 * VOCAB))
+    said = [training_flops(recipe, cost(recipe, vocab)) for vocab in (VOCAB, 2 * VOCAB)]
+    assert large - small == pytest.approx(said[1] - said[0])
+
+
+def test_a_step_from_the_context_s_prediction_takes_eight_products():
+    """The output and its two gradients, p W, G W^T, p' W, and the embedding's two gradients."""
+    context = ["thinking.reuse=true", "thinking.initial=context", "thinking.step_rule=mirror_descent"]
+    recipe = load_recipe(None, [*SIZE, *thinking(1, *context)])
+    (plan,) = (plan for _, plan in Plan.distribution(recipe.thinking))
+    assert vocabulary_products(recipe, plan) == 8
 
 
 def test_products_with_the_numbers_of_a_patch_are_counted_exactly():
