@@ -17,6 +17,7 @@ from tokenizers import Tokenizer
 
 from ebt_megatron.core.errors import DataError
 from ebt_megatron.core.files import write_whole
+from ebt_megatron.core.lines import lines_of, text_of, value_of
 from ebt_megatron.data.captions import LONGEST, CaptionEncoder, CaptionTokens, ClipCaptions
 from ebt_megatron.data_prep.files import content_of
 from ebt_megatron.data_prep.pieces import place_of
@@ -83,15 +84,18 @@ def read_captions(path: str, pictures: Sequence[str]) -> CaptionTexts:
         DataError: if it cannot be read, a picture has no caption, or a caption no picture.
     """
     try:
-        lines = content_of(path).decode().splitlines()
-    except (OSError, UnicodeDecodeError) as error:
+        lines = lines_of(text_of(content_of(path), f"--captions {path}"))
+    except OSError as error:
         raise DataError(f"--captions {path} cannot be read ({error})") from None
     given: dict[str, str] = {}
     for number, line in enumerate(lines):
+        where = f"line {number + 1} of {path}"
         name, tab, text = line.partition("\t") if pictures else (str(number), "\t", line)
-        if not tab or not text.strip():
+        if not pictures or not tab:
+            text = value_of(line, where)
+        if not tab or not isinstance(text, str) or not text.strip():
             needed = "FILE<TAB>CAPTION" if pictures else "a caption"
-            raise DataError(f"line {number + 1} of {path} has no caption: every line is {needed}")
+            raise DataError(f"{where} has no caption: every line is {needed}")
         given.setdefault(name, text.strip())  # of several captions the first
     known = set(pictures)
     if pictures and (more := [name for name in given if name not in known]):

@@ -56,7 +56,7 @@ def strip_html(page: str) -> str:
     parser = _Text()
     parser.feed(page)
     parser.close()  # gives out what might have been half a tag or entity
-    lines = (" ".join(line.split()) for line in "".join(parser.parts).splitlines())
+    lines = (" ".join(line.split()) for line in "".join(parser.parts).split("\n"))
     return "\n".join(line for line in lines if line)
 
 
@@ -172,8 +172,8 @@ def _no_text(head: bytes, suffix: str) -> bool:
         return True
     if suffix in (*_TEXT, *_LINES):
         return False
-    text = head.decode("utf-8", errors="replace")
-    odd = sum(c == "\ufffd" or (c < " " and c not in "\t\n\r\f") for c in text)
+    text = head.decode("utf-8", errors="surrogateescape")  # U+FFFD is a character that may be there
+    odd = sum("\udc80" <= c <= "\udcff" or (c < " " and c not in "\t\n\r\f") for c in text)
     return odd > 0.3 * len(text)
 
 
@@ -300,7 +300,7 @@ def read_part(part: Part, text_key: str = "text", tally: Tally | None = None) ->
             elif _no_text((data := stream.read())[:_HEAD], suffix):
                 tally.broken(_refusal(part.path))
             else:
-                text = tally.decode(data)
+                text = tally.decode(data.removeprefix(_BOM))
                 del data
                 yield strip_html(text) if suffix in _PAGES else text
     except DAMAGED as error:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 
 from ebt_megatron.core.errors import DataError
-from ebt_megatron.core.files import replacing, sha256_of_all
+from ebt_megatron.core.files import replacing, sha256_of_model
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -257,14 +257,13 @@ class _ModelEncoder(Encoder):
             return function(tensor).float().cpu().numpy()
 
 
-@functools.cache
 def _digest(kind: str, folder: str) -> str:
     """Of a model's configuration and weights."""
     files = [p for p in sorted(Path(folder).glob("*")) if p.suffix in (".json", ".safetensors", ".bin")]
     if not (Path(folder) / "config.json").exists():
         package = KINDS[kind].package
         raise DataError(f"--model {folder!r}: no config.json there; a {kind} encoder needs a folder saved by {package}")
-    return sha256_of_all(files)
+    return sha256_of_model(files)
 
 
 @functools.cache

@@ -9,6 +9,7 @@ import os
 import zlib
 from collections import Counter
 from collections.abc import Iterator
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -101,11 +102,42 @@ def _below(folder: Path, above: tuple[Path, ...] = ()) -> Iterator[Path]:
             yield from _below(path, (*above, here)) if path.is_dir() else [path]
 
 
+def _folders(folder: Path, above: tuple[Path, ...] = ()) -> Iterator[Path]:
+    """A folder and those below it but hidden ones, links followed; a link to one that it is in leads nowhere."""
+    here = folder.resolve()
+    if here not in above:
+        yield folder
+        for path in sorted(folder.iterdir()):
+            if path.is_dir() and not path.name.startswith("."):
+                yield from _folders(path, (*above, here))
+
+
+def _glob(pattern: str) -> list[Path]:
+    """The paths that a pattern matches as glob.glob's do with `recursive`, which goes round in loops of links."""
+    named = Path(pattern)
+    found = {Path(named.anchor)}
+    parts = named.parts[1:] if named.anchor else named.parts
+    for number, part in enumerate(parts):
+        folders = [path for path in found if path.is_dir()]
+        if part == "**":
+            found = {below for path in folders for below in _folders(path)}
+            if number == len(parts) - 1:  # all files: to search the folders, too, would find them again
+                inside = (path for folder in found for path in folder.iterdir())
+                found = {path for path in inside if not path.name.startswith(".") and not path.is_dir()}
+        elif glob.has_magic(part):
+            hidden = part.startswith(".")
+            inside = (path for folder in folders for path in folder.iterdir())
+            found = {p for p in inside if fnmatchcase(p.name, part) and hidden == p.name.startswith(".")}
+        else:
+            found = {path / part for path in folders if os.path.lexists(path / part)}
+    return sorted(found)
+
+
 def _local(pattern: str, suffixes: tuple[str, ...]) -> tuple[list[InputFile], dict[str, str]]:
     """The files of a glob, file or folder, and the kinds, by path, of what folders have besides."""
     pattern = os.path.expanduser(pattern)
     named = Path(pattern)  # also where brackets in its name look like a pattern
-    paths = [named] if named.exists() else [Path(p) for p in glob.glob(pattern, recursive=True)]
+    paths = [named] if named.exists() else _glob(pattern)
     files, besides = [p for p in paths if not p.is_dir()], {}
     for path in (p for folder in paths if folder.is_dir() for p in _below(folder)):
         if _matches(path.name, suffixes):

@@ -8,6 +8,8 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import math
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,14 +17,23 @@ from pathlib import Path
 import numpy as np
 
 from ebt_megatron.core.errors import DataError
-from ebt_megatron.core.files import replacing, sha256_of
+from ebt_megatron.core.files import sha256_of, write_whole
 from ebt_megatron.core.options import option
 from ebt_megatron.data.manifest import Manifest
 from ebt_megatron.data.shards import shard_infos, write_shard
 from ebt_megatron.data_prep.documents import Tally, read_part
 from ebt_megatron.data_prep.options import path_or_name
 from ebt_megatron.data_prep.passes import Settings, Shard, Unit, WorkFolder, save, threshold, write_skipped
-from ebt_megatron.data_prep.tokens import END_OF_TEXT, dtype_of, encode, entries, load_tokenizer, train_bpe
+from ebt_megatron.data_prep.tokens import (
+    END_OF_TEXT,
+    Lacking,
+    dtype_of,
+    encode,
+    entries,
+    load_tokenizer,
+    train_bpe,
+    written,
+)
 
 _BPE_CHARACTERS = 1 << 30  # a tokenizer is trained on no more than this
 
@@ -38,6 +49,7 @@ class TextSettings(Settings):
         samples_per_shard: in every tar but the last.
         text_key: of JSONL and Parquet.
         max_bytes: text after this many bytes is left out; 0: none is.
+        most_unknown: the share of tokens that may be the tokenizer's unknown one; it changes nothing of what is made.
     """
 
     tokenizer: str | None = option(
@@ -48,6 +60,12 @@ class TextSettings(Settings):
     samples_per_shard: int = option(8192, min=1, help="Samples in each tar.")
     text_key: str = option("text", help="Key or column of the text in JSONL and Parquet.")
     max_bytes: int = option(0, min=0, help="Stop after this many bytes of text (0: all).")
+    most_unknown: float = option(
+        0.05,
+        min=0.0,
+        max=1.0,
+        help="Share of text that the tokenizer may have no token for (it becomes its unknown one).",
+    )
 
 
 @dataclass(frozen=True)
@@ -81,7 +99,7 @@ class Documents:
             data = document.encode()
             key = hashlib.blake2b(data, digest_size=16, salt=salt).digest()
             rows.append((*np.frombuffer(key, dtype="<u8"), len(data) if document.strip() else 0))
-        self.work.file("tally", unit.key, "json").write_text(json.dumps(tally.counts()))
+        write_whole(self.work.file("tally", unit.key, "json"), json.dumps(tally.counts()))
         save(self.file(unit), np.array(rows, dtype="<u8").reshape(-1, 3))
 
     def choose(self, units: list[Unit]) -> None:
@@ -155,8 +173,8 @@ class TokenShards:
 
         given = self.settings.tokenizer
         tokenizer = load_tokenizer(given) if given else train_bpe(some(), self.settings.train_bpe)
-        with replacing(path) as partial:
-            tokenizer.save(str(partial))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(path, written(tokenizer))
 
     def tokens(self, unit: Unit) -> Path:
         """The file that shows a unit is tokenized."""
@@ -165,10 +183,19 @@ class TokenShards:
     def tokenize(self, unit: Unit) -> None:
         """Second pass: the tokens of the documents that are kept."""
         tokenizer = load_tokenizer(self.work.whole("tokenizer.json"))
-        streams, lengths = [np.zeros(0, dtype_of(entries(tokenizer)))], []
-        for tokens in encode(tokenizer, (document for _, document in self.documents.kept(unit))):
+        streams, lengths, lacking = [np.zeros(0, dtype_of(entries(tokenizer)))], [], Lacking(tokenizer)
+        unknown, waiting = [], deque[str]()
+
+        def documents() -> Iterator[str]:
+            for _, document in self.documents.kept(unit):
+                waiting.append(document)  # until its tokens come
+                yield document
+
+        for tokens in encode(tokenizer, documents()):
             streams.append(tokens)
             lengths.append(len(tokens))
+            unknown.append(lacking.count(waiting.popleft(), tokens))
+        save(self.work.of_whole("unknown", unit.number), np.array(unknown, dtype=np.int64))
         save(self.work.of_whole("lengths", unit.number), np.array(lengths, dtype=np.int64))
         save(self.tokens(unit), np.concatenate(streams))
 
@@ -178,6 +205,7 @@ class TokenShards:
         stream-SPLIT.npy: (unit, offset in its tokens, position in the stream) of each document, and a last row that
         ends it.
         """
+        self._check_unknown(units)
         shards = []
         for split, name in enumerate(self.settings.splits):
             rows, position = [np.zeros((0, 3), np.int64)], 0
@@ -199,6 +227,28 @@ class TokenShards:
             save(self.work.whole(f"stream-{name}.npy"), np.concatenate([*rows, [[-1, 0, position]]]))
             shards += [(name, k) for k in range(-(-samples // self.settings.samples_per_shard))]
         return shards
+
+    def unknown(self, units: list[Unit], split: int) -> int:
+        """How often a split has something that the tokenizer has no token for."""
+        total = 0
+        for unit in units:
+            splits = self.documents.splits(unit)
+            counts = np.load(self.work.of_whole("unknown", unit.number))
+            total += int(counts[splits[splits >= 0] == split].sum())
+        return total
+
+    def _check_unknown(self, units: list[Unit]) -> None:
+        """Whether the tokenizer knows the text; raises DataError."""
+        unknown = sum(self.unknown(units, split) for split in range(len(self.settings.splits)))
+        tokens = sum(int(np.load(self.work.of_whole("lengths", unit.number)).sum()) for unit in units)
+        if Lacking(load_tokenizer(self.work.whole("tokenizer.json"))).unknown is None:
+            tokens += unknown  # which are none of them
+        share = unknown / max(tokens, 1)
+        if share > self.settings.most_unknown:
+            raise DataError(
+                f"the tokenizer has no token for {share:.1%} of the text: choose another --tokenizer, or allow it with "
+                f"--most-unknown {math.ceil(100 * share) / 100:g}"
+            )
 
     def write(self, item: Shard) -> None:
         """Third pass: one shard, cut from its split's stream."""
@@ -231,8 +281,7 @@ class TokenShards:
         manifests = {}
         for split, name in enumerate(self.settings.splits):
             folder = self.work.output / name
-            with replacing(folder / "tokenizer.json") as partial:
-                tokenizer.save(str(partial))
+            write_whole(folder / "tokenizer.json", written(tokenizer))
             stream = np.load(self.work.whole(f"stream-{name}.npy"), mmap_mode="r")
             tokens, bytes_ = int(stream[-1, 2]), int(size[kept == split].sum())
             infos = shard_infos(folder, sum(s == name for s, _ in shards))
@@ -256,6 +305,7 @@ class TokenShards:
                     "bytes": bytes_,
                     "seed": self.settings.seed,
                     **self.documents.left_out(units),
+                    **({"unknown": unknown} if (unknown := self.unknown(units, split)) else {}),
                 },
             )
         for name, manifest in manifests.items():

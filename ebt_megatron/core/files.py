@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import os
 from collections.abc import Iterable, Iterator
@@ -41,3 +42,13 @@ def sha256_of_all(paths: Iterable[Path]) -> str:
     for path in paths:
         digest.update(bytes.fromhex(sha256_of(path)))
     return digest.hexdigest()
+
+
+def sha256_of_model(paths: Iterable[Path]) -> str:
+    """As sha256_of_all, of large files: they are read again only where one has another size or time of change."""
+    return _sha256_as_of(tuple((path, path.stat().st_size, path.stat().st_mtime_ns) for path in paths))
+
+
+@functools.cache
+def _sha256_as_of(files: tuple[tuple[Path, int, int], ...]) -> str:
+    return sha256_of_all(path for path, _, _ in files)

@@ -24,7 +24,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from ebt_megatron.core.errors import DataError
-from ebt_megatron.core.files import sha256_of_all
+from ebt_megatron.core.files import sha256_of_model
 from ebt_megatron.data.description import Description
 
 LONGEST = 77  # tokens, CLIP's own; longer captions are cut
@@ -112,12 +112,11 @@ class ClipCaptions:
         return {"kind": "clip", "shape": [self.network.config.hidden_size], "sha256": self.sha256, "model": self.model}
 
 
-@functools.cache
 def _digest(folder: str) -> str:
     files = [p for p in sorted(Path(folder).glob("*")) if p.suffix in (".json", ".safetensors", ".bin", ".txt")]
     if not (Path(folder) / "config.json").exists():
         raise DataError(f"no CLIP model at {folder!r}: config.json is missing; give a folder saved by transformers")
-    return sha256_of_all(files)
+    return sha256_of_model(files)
 
 
 @functools.cache

@@ -12,7 +12,7 @@ from ebt_megatron.data.captions import open_captions
 from ebt_megatron.data.description import Description
 from ebt_megatron.data.folder import ShardFolder
 from ebt_megatron.data.loader import Loader
-from ebt_megatron.data_prep import images
+from ebt_megatron.data_prep import captions, images
 from ebt_megatron.tools.rewrite import rewrite
 from ebt_megatron.tools.shards import shard_problems
 from tests.data.test_loader import recipe_for
@@ -223,3 +223,27 @@ def test_captions_as_the_pooled_output_of_a_clip_on_disk(folder, tmp_path):
     config.write_text(json.dumps(json.loads(config.read_text()) | {"attention_dropout": 0.1}))
     with pytest.raises(DataError, match="is not the one the captions were made with"):
         open_captions(shards)
+
+
+@pytest.mark.parametrize("odd", ["\u2028", "\x85", "\x0c", "\x1c"])
+def test_a_line_of_captions_ends_at_a_line_feed_alone(tmp_path, odd):
+    (tmp_path / "a.txt").write_bytes(f'\ufeffone{odd}two\r\n"three"\n'.encode())
+    assert list(captions.read_captions(str(tmp_path / "a.txt"), []).given.values()) == [f"one{odd}two", "three"]
+    (tmp_path / "b.tsv").write_bytes(f"\ufeffa.png\tone{odd}two\n".encode())
+    assert captions.read_captions(str(tmp_path / "b.tsv"), ["a.png"]).given == {"a.png": f"one{odd}two"}
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ('one\n"two",\n', "line 2 of .*begins like JSON and is none .a comma at its end"),
+        ('["one", "two"]\n', "line 1 of .*has no caption: every line is a caption"),
+        ('one\n{"caption": "two"}\n', "line 2 of .*has no caption"),
+    ],
+)
+def test_captions_that_are_json_are_named(tmp_path, text, line):
+    (tmp_path / "a.txt").write_text(text)
+    with pytest.raises(DataError, match=line):
+        captions.read_captions(str(tmp_path / "a.txt"), [])
+    with pytest.raises(DataError, match=r"FILE<TAB>CAPTION|is none"):
+        captions.read_captions(str(tmp_path / "a.txt"), ["a.png"])

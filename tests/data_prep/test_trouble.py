@@ -372,3 +372,97 @@ def test_pictures_of_32_bits_are_refused(tmp_path):
     save(tmp_path / "raw", "a.tif", np.linspace(0, 1, 256, dtype=np.float32).reshape(16, 16))
     result = prepare_images(tmp_path / "raw", tmp_path / "out", "--validation-fraction", 0)
     assert result.exit_code == 2 and "a.tif cannot be decoded (its values have 32 bits" in said(result)
+
+
+# --- what a tokenizer does not know, and characters that are no fault ----------------------------------
+
+
+def small_tokenizer(path, model):
+    tokenizer = Tokenizer(model)
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.add_special_tokens([tokens.END_OF_TEXT])
+    tokenizer.save(str(path))
+    return path
+
+
+def with_tokenizer(raw, output, path, *more):
+    given = ("--input", raw, "--output", output, "--tokenizer", path, "--sequence-length", 4)
+    return invoke(text.main, *given, "--validation-fraction", 0, *more)
+
+
+@pytest.mark.parametrize("kind", ["its unknown token", "nothing"])
+def test_a_tokenizer_that_knows_next_to_nothing_is_refused_and_counted_where_it_is_allowed(tmp_path, kind):
+    """Six words and [UNK]; or letters of which those that are none are left out without a word."""
+    words = ["the", "a", "of", "file", "has", "document"]
+    model = models.WordLevel({w: i for i, w in enumerate([*words, "[UNK]"])}, unk_token="[UNK]")
+    if kind == "nothing":
+        model = models.BPE({c: i for i, c in enumerate("abcdefghij0123456789")}, [])
+    path = small_tokenizer(tmp_path / "words.json", model)
+    (tmp_path / "raw").mkdir()
+    (tmp_path / "raw/a.txt").write_text("a file has words that nobody knows " * 9)
+    result = with_tokenizer(tmp_path / "raw", tmp_path / "out", path)
+    assert result.exit_code == 2 and "has no token for" in said(result) and "--most-unknown" in said(result)
+    result = with_tokenizer(tmp_path / "raw", tmp_path / "out", path, "--most-unknown", 0.7, "--resume")
+    assert result.exit_code == 0, result.output
+    made = read_manifest(str(tmp_path / "out/train")).provenance
+    assert made["unknown"] == 9 * (4 if kind == "its unknown token" else 17) and "unknown to the tokenizer" in said(
+        result
+    )
+
+
+def test_one_unknown_character_is_the_unknown_token_and_counted(tmp_path):
+    path = small_tokenizer(tmp_path / "a.json", models.Unigram([("<unk>", 0.0), ("a", -1.0), ("b", -1.0)], 0, False))
+    (tmp_path / "raw").mkdir()
+    (tmp_path / "raw/a.txt").write_text("ab" * 40 + "\u00df" + "ba" * 40)
+    result = with_tokenizer(tmp_path / "raw", tmp_path / "out", path)
+    assert result.exit_code == 0, result.output
+    assert read_manifest(str(tmp_path / "out/train")).provenance["unknown"] == 1
+
+
+@pytest.mark.parametrize("end", [".txt", ".html", ".txt.gz"])
+def test_a_byte_order_mark_is_none_of_a_document(tmp_path, end):
+    import gzip
+
+    from ebt_megatron.data_prep.documents import Part, read_part
+
+    for name, mark in (("a", b""), ("b", b"\xef\xbb\xbf")):
+        data = mark + "one text, \ufeff and more".encode()
+        (tmp_path / f"{name}{end}").write_bytes(gzip.compress(data) if end.endswith("gz") else data)
+    one, other = (list(read_part(Part(str(tmp_path / f"{name}{end}")))) for name in "ab")
+    assert one == other == ["one text, \ufeff and more"]
+
+
+def test_a_replacement_character_that_is_in_a_file_is_no_fault(tmp_path):
+    (tmp_path / "raw").mkdir()
+    (tmp_path / "raw/a.log").write_text("\ufffd\ufffd\ufffd a" * 40)
+    done = prepare(tmp_path / "raw/a.log", tmp_path / "out", "--validation-fraction", 0)
+    assert done.exit_code == 0, done.output
+    assert read_manifest(str(tmp_path / "out/train")).provenance["replaced"] == 0
+    (tmp_path / "raw/b.log").write_bytes(b"\xff\xfe\xfd a \x80\x81" * 40)
+    assert "b.log is no text in UTF-8" in said(prepare(tmp_path / "raw/b.log", tmp_path / "other"))
+
+
+# --- links, names and disks ---------------------------------------------------------------------------
+
+
+def test_a_pattern_does_not_go_round_in_links(tmp_path, monkeypatch):
+    """As a folder: `lp/**/*.jsonl`, with a link to itself and one to its parent, matches each file once."""
+    from ebt_megatron.data_prep.files import find_files
+
+    raw = corpus(tmp_path / "lp", files=1)
+    (raw / "deep/er").mkdir(parents=True)
+    (raw / "deep/er/1.jsonl").write_text("{}")
+    (raw / ".hidden").mkdir()
+    (raw / ".hidden/2.jsonl").write_text("{}")
+    for name, to in (("self", raw), ("up", tmp_path), ("deep/loop", raw / "deep"), ("gone", tmp_path / "nowhere")):
+        (raw / name).symlink_to(to)
+    names = [str(raw / n) for n in ("0.jsonl", "deep/er/1.jsonl")]
+    for pattern in ("**/*.jsonl", "**/**/*.jsonl", "**/?.jsonl"):
+        found = {os.path.realpath(f.path) for f in find_files([str(raw / pattern)], (".jsonl",)).files}
+        assert found == set(names), pattern
+    assert [f.path for f in find_files([f"{raw}/**/*.jsonl"], (".jsonl",)).files] == names
+    assert [f.path for f in find_files([f"{raw}/**"], (".jsonl",)).files] == names
+    monkeypatch.chdir(tmp_path)
+    assert [f.path for f in find_files(["lp/de*/er/[0-1].jsonl"], (".jsonl",)).files] == ["lp/deep/er/1.jsonl"]
+    with pytest.raises(DataError, match="matches no file"):
+        find_files([f"{raw}/**/*.hidden.jsonl"], (".jsonl",))
