@@ -6,7 +6,7 @@ BIN     = $(VENV)/bin
 TORCH  ?= torch==2.13.0
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart video images test test-slow test-gpu lint format bench bench-learning ablation bench-thinking bench-images bench-captions bench-video bench-inference bench-data validate-gpu clean
+.PHONY: help install quickstart video images test test-slow test-gpu lint format docs bench bench-learning ablation bench-thinking bench-images bench-captions bench-video bench-inference bench-data validate-gpu clean
 
 help:            ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 16
@@ -47,6 +47,10 @@ lint: install    ## ruff, mypy and the import contracts of pyproject.toml
 format: install  ## reformat
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+docs: install    ## the documentation's site in build/site, an API page for each module; a broken link is an error
+	$(BIN)/python -m pip install --quiet -e ".[docs]"
+	NO_MKDOCS_2_WARNING=1 DISABLE_MKDOCS_2_WARNING=true $(BIN)/mkdocs build --strict
 
 bench: install   ## training-step time and memory: dual stream, double backward, Transformer++
 	$(BIN)/python -m benchmarks.step

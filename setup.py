@@ -56,6 +56,13 @@ setup(
         "wandb": ["wandb>=0.18"],  # training.metrics=[jsonl,tensorboard,wandb]
         "encoders": ["diffusers>=0.30", "transformers>=4.45"],  # a VAE or DINOv2 from your disk
         "lm-eval": ["lm_eval>=0.4.9"],  # ebt-lm-eval
+        "docs": [
+            "mkdocs>=1.6,<2",
+            "mkdocs-material>=9.6",
+            "mkdocs-gen-files",
+            "mkdocs-literate-nav",
+            "mkdocstrings[python]>=0.29",
+        ],
         "dev": [
             "pytest>=8.3",
             "pytest-timeout>=2.3",

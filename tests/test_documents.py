@@ -125,3 +125,13 @@ def test_a_command_of_the_documents(document, command, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     try_command(shlex.split(command, comments=True), monkeypatch)
     assert not list(tmp_path.iterdir()), "nothing is made where the command was given"
+
+
+LINKING = [*DOCUMENTS, ROOT / "CHANGELOG.md", *sorted((ROOT / "benchmarks/results").glob("*.md"))]
+
+
+@pytest.mark.parametrize("document", LINKING, ids=lambda path: path.name)
+def test_links_of_the_documents_lead_somewhere(document):
+    targets = re.findall(r"\]\(([^)#\s]+)", document.read_text())
+    missing = [t for t in targets if "://" not in t and not (document.parent / t).exists()]
+    assert not missing
