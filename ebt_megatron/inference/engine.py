@@ -112,7 +112,7 @@ class Engine(Reader):
         modality = model.modality if stages.first else None
         super().__init__(model, recipe, stages, window, modality and modality.context)
         self.vocabulary, self.modality = vocabulary, modality
-        self.landscapes = int(model.num_landscapes)
+        self.landscapes, self.starts = int(model.num_landscapes), bool(model.starts_thinking)
         size = model.step_size.detach().clamp_min(recipe.thinking.step_size_min) if stages.first else torch.zeros(())
         self.step_size = float(stages.share(size.float().view(1), from_last=False))
 
@@ -154,6 +154,7 @@ class Engine(Reader):
         options: ThinkingOptions,
         sample_ids: Tensor | None = None,
         seed: int | None = None,
+        hidden: Tensor | None = None,
     ) -> Conclusion:
         """Predict what follows positions of a context, R of them.
 
@@ -163,6 +164,8 @@ class Engine(Reader):
             options: how.
             sample_ids: int64 [R], which fix the noise; default: the rows.
             seed: of the noise; default: the run's.
+            hidden: [R, 1, D] what `read` gave at these positions; needed where thinking starts at the context's
+                prediction.
 
         Raises:
             RecipeError: for a budget that does not pay for one step of each token.
@@ -170,16 +173,22 @@ class Engine(Reader):
         count, candidates = len(rows), options.candidates
         starts = torch.cat([self._sample_ids(rows if sample_ids is None else sample_ids, m) for m in range(candidates)])
         rows, positions = rows.repeat(candidates), positions.repeat(candidates)
+        if self.starts:
+            assert hidden is not None
+            hidden = self.stages.share(hidden, from_last=True).to(self.dtype).repeat(candidates, 1, 1)
         state: State = Elsewhere(len(rows), rows.device)  # type: ignore[assignment]
         if self.modality is not None:
             seed = self.recipe.training.seed if seed is None else seed
-            state = self.modality.start(starts, positions, self.recipe.thinking, seed)
+            read = self.model.read_out(hidden) if self.starts else None
+            state = self.modality.start(starts, positions, self.recipe.thinking, seed, read)
         queries = Queries(rows, positions + context.sinks)
         tokens, schedule = Tokens(state, queries), options.schedule(self.landscapes)
-        flops = self._descend(context, tokens, schedule, options)
+        flops = self.starts * self._cost(queries, layers=0, vocabulary=1)
+        flops += self._descend(context, tokens, schedule, options)
         state = tokens.end()
+        tokens.energy[tokens.steps == 0] = torch.nan  # it is known only after a pass
         if options.verifies:
-            tokens.energy = self.energies(context, queries, state, schedule[-1])
+            tokens.energy = self.energies(context, queries, state, schedule[-1] if schedule else 0)
             flops += self._cost(queries, layers=1, vocabulary=1)
         return self._choose(Conclusion(state, tokens.energy, tokens.steps, flops), tokens.first, count, options)
 
@@ -188,6 +197,9 @@ class Engine(Reader):
         spent = 0.0
         for step, landscape in enumerate(schedule):
             noise = options.noise(self.recipe.thinking, step)
+            if options.confidence is not None and (step or self.starts):
+                confidence = self.stages.share(tokens.state.confidence(), from_last=False)
+                tokens.stop(confidence >= options.confidence)
             if options.flops is not None:
                 self._afford(tokens, options.flops - spent, step, options)
             if not len(tokens.alive):
@@ -266,7 +278,7 @@ class Engine(Reader):
         count = tokens * options.candidates
         last = torch.full((count,), length - 1 + self.sinks, device=self.device)
         needed = float(self._step_flops(Queries(last, last), 0, options).sum())
-        if options.flops is not None and needed > options.flops:
+        if options.flops is not None and needed > options.flops and not self.starts:
             raise RecipeError(
                 f"flops={options.flops:g} does not pay for one step of a batch of {count} tokens: "
                 f"give at least {needed:.3g}"
@@ -277,7 +289,7 @@ class Engine(Reader):
         each = self._step_flops(tokens.queries, step, options)
         order = torch.argsort(tokens.fell[tokens.alive], descending=True, stable=True)
         paid = each[order].cumsum(0) <= left
-        if step == 0 and not paid.all():
+        if step == 0 and not paid.all() and not self.starts:
             raise RecipeError(
                 f"flops={options.flops:g} does not pay for one step of a batch of {len(each)} tokens: "
                 f"give at least {float(each.sum()):.3g}"

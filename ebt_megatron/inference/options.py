@@ -26,7 +26,11 @@ class ThinkingOptions:
         final_energy: take the energy of what thinking ends with, too: one forward pass more.
     """
 
-    steps: int | None = _option(None, "The most steps for a token; default: as many as the run was trained with.")
+    steps: int | None = _option(
+        None,
+        "The most steps for a token; default: as many as the run was trained with; 0: the context's own prediction, "
+        "where thinking starts there.",
+    )
     more_steps: str = _option(
         "last", "Where steps beyond those trained go: 'last' landscape, or 'every' one, evenly and in order."
     )
@@ -35,6 +39,11 @@ class ThinkingOptions:
     )
     prediction_tolerance: float | None = _option(
         None, "A token stops when a step moves its prediction by no more than this (text: total variation, 0 to 1)."
+    )
+    confidence: float | None = _option(
+        None,
+        "A token stops when its most likely answer has this probability; before the first step as well where thinking "
+        "starts at the context's own prediction.",
     )
     flops: float | None = _option(
         None,
@@ -66,7 +75,7 @@ class ThinkingOptions:
 
     def check(self) -> None:
         """Raise RecipeError for the first option that does not do."""
-        for name, least in (("steps", 1), ("candidates", 1)):
+        for name, least in (("steps", 0), ("candidates", 1)):
             value = getattr(self, name)
             if value is not None and value < least:
                 raise RecipeError(f"{name}={value}: must be at least {least}")
@@ -81,6 +90,8 @@ class ThinkingOptions:
             value = getattr(self, name)
             if value is not None and not (value > 0 and math.isfinite(value)):
                 raise RecipeError(f"{name}={value}: must be a finite number greater than 0")
+        if self.confidence is not None and not 0 <= self.confidence <= 1:
+            raise RecipeError(f"confidence={self.confidence}: must be from 0 to 1")
         for name in ("energy_tolerance", "prediction_tolerance", "langevin_noise"):
             value = getattr(self, name)
             if value is not None and not (value >= 0 and math.isfinite(value)):

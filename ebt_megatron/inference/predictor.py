@@ -155,7 +155,7 @@ class EnergyPredictor(_Reading):
         self, h: Tensor, context: Context, rows: Tensor, positions: Tensor, sample_ids: Tensor, seed: int | None
     ) -> Forecast:
         engine = self.engine
-        thought = engine.think(context, rows, positions, self.options, sample_ids, seed)
+        thought = engine.think(context, rows, positions, self.options, sample_ids, seed, h)
         if engine.stages.first:
             assert isinstance(thought.state, LogitsState)
             log_p = thought.state.log_probabilities()
@@ -226,6 +226,11 @@ def build_predictor(
     stages, vocabulary = Stages(state, model.config), task.cost().vocabulary / task.length
     if recipe.model.architecture == "ebt":
         options.check()
+        if options.steps == 0 and not recipe.thinking.starts_at_context:
+            raise RecipeError(
+                f"steps=0: {where} has no prediction before its first step: give steps=1, or train with "
+                "thinking.initial=context"
+            )
         noisy = replace(recipe.thinking, langevin_noise=options.noise(recipe.thinking)).noisy
         if options.candidates > 1 and not noisy:
             raise RecipeError(

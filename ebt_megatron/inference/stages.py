@@ -91,6 +91,10 @@ class Elsewhere:
         """See `State`."""
         return torch.zeros(self.rows, device=self.device)
 
+    def confidence(self) -> Tensor:
+        """See `State`."""
+        return torch.zeros(self.rows, device=self.device)
+
     def take(self, rows: Tensor) -> Elsewhere:
         """See `State`."""
         return Elsewhere(len(rows), self.device)

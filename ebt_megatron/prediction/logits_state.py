@@ -73,6 +73,11 @@ class LogitsState:
     def _add_noise(self, y: Tensor, stream: int, std: float) -> None:
         self.kernels.add_noise_(y, keys_of(self.sample_ids, self.positions, stream), self.offset, std, self.seed)
 
+    def begin(self, hidden: Tensor, output: Tensor) -> None:
+        """Start at the logits that an output [V / TP, D] makes of the context's hidden states [R, D]."""
+        wide = hidden.to(compute_dtype(self.y, self.table))
+        self.y[:, : self.valid] = _product(wide, output.detach()[: self.valid].mT).to(self.y.dtype)
+
     def perturb(self, step: int, std: float) -> None:
         """See `State`."""
         self._add_noise(self.y, 1 + step, std)
@@ -108,6 +113,10 @@ class LogitsState:
     def distance(self, other: Self) -> Tensor:
         """Total variation: half the sum of the probabilities' differences, from 0 to 1."""
         return self.group.sum((self._log_p().exp() - other._log_p().exp()).abs().sum(1)) / 2
+
+    def confidence(self) -> Tensor:
+        """See `State`."""
+        return self.group.max(self._log_p().amax(1)).exp()
 
     def take(self, rows: Tensor) -> Self:
         """See `State`; what was embedded may take its step."""

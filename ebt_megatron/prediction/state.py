@@ -27,6 +27,10 @@ class State(Protocol):
         """How far each prediction is from another state's, [R]."""
         ...
 
+    def confidence(self) -> Tensor:
+        """The probability of each prediction's most likely answer, [R]."""
+        ...
+
     def take(self, rows: Tensor) -> Self:
         """A copy of some rows, int64 indices."""
         ...

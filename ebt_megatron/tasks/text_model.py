@@ -119,7 +119,21 @@ class TextEmbeddings(MegatronModule):
             self.kernels, table, self.vocab_size, group, targets, sample_ids, thinking, seed, start, output
         )
 
-    def start(self, sample_ids: Tensor, positions: Tensor, thinking: ThinkingConfig, seed: int) -> LogitsState:
-        """Where predictions start at inference, of any positions of any samples, int64 [R]; see `LogitsState`."""
+    def start(
+        self,
+        sample_ids: Tensor,
+        positions: Tensor,
+        thinking: ThinkingConfig,
+        seed: int,
+        hidden: Tensor | None = None,
+    ) -> LogitsState:
+        """Where predictions start at inference, of any positions of any samples, int64 [R]; see `LogitsState`.
+
+        `hidden` [R, 1, D] is what the output on the context stream reads, where that says where.
+        """
         table, group = self.prediction_embedding.weight, TensorGroup()
-        return LogitsState(self.kernels, table, self.vocab_size, group, sample_ids, positions, thinking, seed)
+        state = LogitsState(self.kernels, table, self.vocab_size, group, sample_ids, positions, thinking, seed)
+        if self.output is not None:
+            assert hidden is not None
+            state.begin(hidden[:, 0], self.output.projection.weight)
+        return state

@@ -42,6 +42,47 @@ def test_thinking_is_that_of_training(conditioning, rule):
         assert thought.steps.tolist() == [steps] * 20
 
 
+CONTEXT = ("thinking.initial=context", "thinking.step_rule=mirror_descent")
+
+
+@pytest.mark.parametrize("logits", ["float32", "bfloat16"])
+def test_thinking_from_the_context_s_prediction_is_that_of_training(logits):
+    recipe = builders.small_recipe(*CONTEXT, f"thinking.logits_dtype={logits}")
+    run, sample = run_of(recipe), builders.sample(recipe)
+    trained = run.objective.evaluate(sample, 2)
+    rows, positions, targets = everywhere(sample.targets)
+    for steps, expected in enumerate([trained.initial, *trained.losses]):
+        predict = predictor_of(run, ThinkingOptions(steps=steps))
+        context = predict.context(2, 10, 10)
+        every = torch.ones_like(rows, dtype=torch.bool)
+        forecast = predict(context, rows, positions, sample.observed.flatten(), every, sample.sample_ids)
+        loss = -forecast.log_p.gather(1, targets[:, None])[:, 0].view(2, 10).T
+        torch.testing.assert_close(loss, expected, rtol=1e-9, atol=1e-9)
+        assert forecast.steps.tolist() == [steps] * 20
+        assert forecast.energy.isnan().all() == (steps == 0)
+
+
+def test_a_token_stops_before_the_first_step_where_the_context_is_confident():
+    recipe = builders.small_recipe(*CONTEXT)
+    run, sample = run_of(recipe), builders.sample(recipe)
+    rows, positions, _ = everywhere(sample.targets)
+
+    def forecast(**options):
+        predict = predictor_of(run, ThinkingOptions(**options))
+        every = torch.ones_like(rows, dtype=torch.bool)
+        return predict(predict.context(2, 10, 10), rows, positions, sample.observed.flatten(), every, sample.sample_ids)
+
+    start, end = forecast(steps=0), forecast(steps=1)
+    sure = start.log_p.amax(1).exp()
+    some = forecast(steps=1, confidence=sure.median().item())
+    stopped = sure >= sure.median()
+    assert torch.equal(some.steps, (~stopped).long()) and 0 < stopped.sum() < 20
+    torch.testing.assert_close(some.log_p, torch.where(stopped[:, None], start.log_p, end.log_p))
+    assert start.flops < some.flops < end.flops
+    free = forecast(steps=1, flops=1.0)  # a budget that pays for no step leaves the context's answers
+    assert free.steps.sum() == 0 and torch.equal(free.log_p, start.log_p)
+
+
 @pytest.mark.parametrize("architecture", ["ebt", "transformer"])
 @pytest.mark.parametrize("chunk", [1, 7, 10])
 def test_logits_are_those_of_the_whole_text_at_once(architecture, chunk):
