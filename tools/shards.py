@@ -8,7 +8,6 @@ ebt-shards merge FOLDER FOLDER --output OUT
 from __future__ import annotations
 
 import io
-import json
 import sys
 import tarfile
 from pathlib import Path
@@ -24,6 +23,7 @@ from tokenizers import Tokenizer
 from ebt_megatron.core.cli import guarded, user_path
 from ebt_megatron.core.errors import DataError
 from ebt_megatron.core.files import replacing, sha256_of
+from ebt_megatron.data.agreement import manifest_problems, members_of
 from ebt_megatron.data.folder import ShardFolder
 from ebt_megatron.data.kinds import Bounds, kind_of, part_name
 from ebt_megatron.data.manifest import Manifest, ShardInfo, read_manifest
@@ -95,7 +95,11 @@ def shard_problems(folder: Path, shard: ShardInfo, manifest: Manifest) -> list[s
     if sha256_of(index) != shard.index_sha256:
         return [*problems, f"{index}: checksum differs"]
     seen: set[str] = set()
-    expected = {m[0]: Member(*m) for m in json.loads(index.read_text())["members"]}
+    try:
+        members = members_of(index.read_text(), shard, manifest)
+    except DataError as error:
+        return [*problems, f"{folder}: {error}"]
+    expected = {member.name: member for member in members}
     try:
         with tarfile.open(path) as tar:
             for entry in tar:
@@ -105,6 +109,8 @@ def shard_problems(folder: Path, shard: ShardInfo, manifest: Manifest) -> list[s
                 if entry.name not in expected:
                     problems.append(f"{path}: member {entry.name} is not in the index")
                     continue
+                if (entry.offset_data, entry.size) != expected[entry.name][1:3]:
+                    problems.append(f"{path}: member {entry.name} is at byte {entry.offset_data}, the index says else")
                 stream = tar.extractfile(entry)
                 problem = _member_problem(stream.read() if stream else b"", expected[entry.name], manifest)
                 if problem:
@@ -158,10 +164,7 @@ def verify(folder: Path = FOLDER) -> None:
                 problems.append(f"{beside}: missing, or not the one the shards were made with")
             elif "file" in recorded and recorded is m.tokenizer:
                 problems += _vocabulary_problems(beside, m)
-        if sum(s.samples for s in m.shards) != m.samples:
-            problems.append(
-                f"{folder}/manifest.json: {m.samples} samples, its shards have {sum(s.samples for s in m.shards)}"
-            )
+        problems += [f"{folder}/manifest.json: {problem}" for problem in manifest_problems(m)]
         for problem in problems:
             console.print(problem)
         if problems:

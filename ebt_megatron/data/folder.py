@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 import tempfile
 import threading
 from collections import OrderedDict
@@ -17,6 +16,7 @@ import numpy as np
 
 from ebt_megatron.core.errors import DataError
 from ebt_megatron.core.files import sha256_of
+from ebt_megatron.data.agreement import layout_problems, manifest_problems, members_of
 from ebt_megatron.data.description import Description
 from ebt_megatron.data.kinds import Part, kind_of, part_name
 from ebt_megatron.data.manifest import ShardInfo
@@ -100,6 +100,8 @@ class ShardFolder(Description):
         self.first = np.cumsum([0, *self.sizes])
         if not self.manifest.shards or not self.first[-1]:
             raise DataError(f"no shards at {folder}: the manifest lists none; prepare the data again")
+        if problems := manifest_problems(self.manifest):
+            raise DataError(f"{folder}/manifest.json contradicts itself: {problems[0]}; prepare the data again")
         self.kind = kind_of(self.manifest.kind)
         self.parts = self.kind.parts(self.manifest)
         self._shapes = {name: list(part.shape(self.manifest) or []) for name, part in self.parts.items()}
@@ -121,6 +123,8 @@ class ShardFolder(Description):
                     raise DataError(f"shard {self._at(name)} is missing: copy it again, or prepare the data again")
             self._check_tar(Path(self._at(shard.name)), shard, verify)
         if all(part.bounds(self.manifest) is None for part in self.parts.values()):
+            for number in range(len(self.sizes) if verify else 0):
+                self._shard(number)
             return  # any value does
         if not verify:
             self._check_some()
@@ -199,27 +203,35 @@ class ShardFolder(Description):
         index = self._file(shard.index_name, None, shard.index_sha256)
         if sha256_of(index) != shard.index_sha256:
             raise DataError(f"index {index} does not match its checksum in manifest.json: copy it again")
-        members = [Member(*m) for m in json.loads(index.read_text())["members"]]
+        members = members_of(index.read_text(), shard, self.manifest)
         path = self._file(shard.name, shard.bytes, shard.sha256)
         try:
             content = np.memmap(path, mode="r", dtype=np.uint8)
         except FileNotFoundError:  # another process made room in the cache just now
             content = np.memmap(self._file(shard.name, shard.bytes, shard.sha256), mode="r", dtype=np.uint8)
+        for member in members:  # the header before each says whose the bytes are
+            header = content[member.offset - 512 : member.offset].tobytes()
+            if header[:100].rstrip(b"\0") != member.name.encode() or not header[124:135].strip(b"\0 ").isdigit():
+                raise DataError(f"{path} has no member {member.name} where its index says: prepare the data again")
+            if int(header[124:135], 8) != member.bytes:
+                raise DataError(f"member {member.name} of {path} is not as long as its index says: prepare it again")
         return _OpenShard(path, members, lambda m: content[m.offset : m.offset + m.bytes], self._shapes)
 
     def _stream(self, shard: ShardInfo) -> _OpenShard:
         url = self._at(shard.name)
         try:
-            content = dict(stream_tar(url, shard.bytes, shard.sha256))
+            content = stream_tar(url, shard.bytes, shard.sha256)
         except RemoteError as error:
             raise DataError(str(error)) from None
-        blocks = {name: np.frombuffer(data, np.uint8) for name, data in content.items()}
+        blocks = {name: np.frombuffer(data, np.uint8) for name, data in content}
         left: dict[str, int] = {}
         members = []
-        for name, block in blocks.items():
+        for name, data in content:
             of = part_name(name)
-            members.append(Member(name, 0, len(block), min(left.setdefault(of, shard.samples), self.kind.rows)))
+            members.append(Member(name, 0, len(data), min(left.setdefault(of, shard.samples), self.kind.rows)))
             left[of] -= members[-1].samples
+        if problems := list(layout_problems(members, shard, self.manifest)):
+            raise DataError(f"{url} does not fit the manifest: {problems[0]}; prepare the data again")
         return _OpenShard(url, members, lambda m: blocks[m.name], self._shapes)
 
     def _shard(self, number: int) -> _OpenShard:

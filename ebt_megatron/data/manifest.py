@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -127,5 +127,27 @@ def read_manifest(folder: str) -> Manifest:
         )
     if recorded != _checksum(raw):
         raise DataError(f"{path} does not match its own checksum: it was damaged or edited; {again}")
-    shards = [ShardInfo(**s) for s in raw.pop("shards")]
-    return Manifest(shards=shards, **raw)
+    try:
+        shards = [ShardInfo(**_checked(s, ShardInfo, "shard")) for s in raw.pop("shards", [])]
+        return Manifest(**_checked({**raw, "shards": shards}, Manifest, "manifest"))
+    except (TypeError, AttributeError, ValueError) as error:
+        raise DataError(f"{path} is not a manifest ({error}); {again}") from None
+
+
+_TYPES = {"int": int, "str": str, "list[int]": list, "list[str]": list, "list[ShardInfo]": list, "dict[str, Any]": dict}
+
+
+def _checked(values: dict[str, Any], of: type[Any], what: str) -> dict[str, Any]:
+    """The values of a dataclass's fields.
+
+    Raises:
+        ValueError: a key that is unknown or missing, or a value of another type.
+    """
+    known = {field.name: field for field in fields(of)}
+    needed = {name for name, f in known.items() if f.default is MISSING and f.default_factory is MISSING}
+    if wrong := sorted((set(values) - set(known)) | (needed - set(values))):
+        raise ValueError(f"{what} keys that are unknown or missing: {', '.join(wrong)}")
+    for name, value in values.items():
+        if not isinstance(value, _TYPES[str(known[name].type)]) or isinstance(value, bool):
+            raise ValueError(f"{name} of a {what} is {value!r}")
+    return values
