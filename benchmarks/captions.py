@@ -117,7 +117,7 @@ class Judge:
         self._spread = float(np.mean([of.std(0).mean() for of in real]))
 
     def of(self, made: np.ndarray) -> dict[str, float]:
-        """Of pictures [classes, each, height, width, 3] the share that show their class, and how they differ in one."""
+        """Judge pictures [classes, each, height, width, 3]: how many show their class, how they differ in one."""
         grey = made.mean(-1).reshape(*made.shape[:2], -1) / 255
         said = self._classifier.predict(grey.reshape(-1, grey.shape[-1])).reshape(made.shape[:2])
         shown = (said == np.arange(len(made))[:, None]).mean()

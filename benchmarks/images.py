@@ -61,7 +61,7 @@ def recipe_of(name: str, seed: int, runs: Path, steps: int) -> Recipe:
 
 
 def flops(recipe: Recipe) -> float:
-    """That a training takes."""
+    """Return the FLOPs that a training takes."""
     _, channels = read_manifest(recipe.data.train[0]).shape
     return recipe.training.steps * training_flops(recipe, joint_cost(recipe, channels))
 

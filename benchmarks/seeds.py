@@ -32,7 +32,7 @@ class Model:
 
 
 def run_folder(runs: Path, name: str, seed: int) -> Path:
-    """Where the run of a model with a seed is."""
+    """Return the folder of the run of a model with a seed."""
     return runs / f"{name.lower().replace('++', 'pp').replace(',', '').replace(' ', '-')}-{seed}"
 
 
@@ -68,7 +68,7 @@ class Interval:
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Interval:
-        """Of one value a seed."""
+        """Return the interval of values, one for each seed."""
         mean, n = statistics.fmean(values), len(values)
         half = STUDENT_T[n - 1] * statistics.stdev(values) / math.sqrt(n) if n > 1 else math.nan
         return cls(mean, half)

@@ -164,7 +164,7 @@ def draws(recipe: Recipe) -> list[tuple[float, int]]:
 
 
 def least_flops(recipe: Recipe, width: int) -> float:
-    """Of one micro-batch: the least a first-order method needs, in the mean over what training draws."""
+    """Count what a first-order method needs at least for one micro-batch, in the mean over what training draws."""
     from ebt_megatron.objectives.flops import minimum_flops
 
     return recipe.training.micro_batch_size * minimum_flops(recipe, _task(recipe, width).cost())
@@ -194,7 +194,7 @@ def counted_flops(step: Callable[[int], float], seed: int = 0) -> int:
 
 
 def median_seconds(step: Callable[[int], float], seeds: Iterable[int]) -> float:
-    """Of steps with these seeds, after those that were run before."""
+    """Return the median time of steps with these seeds, after those that were run before."""
     seconds = []
     for seed in seeds:
         begin = time.perf_counter()

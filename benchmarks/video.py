@@ -39,7 +39,7 @@ MODELS = {
 
 
 def _flops_of(recipe: Recipe) -> float:
-    """That a training takes."""
+    """Return the FLOPs that a training takes."""
     from ebt_megatron.objectives.flops import training_flops
     from ebt_megatron.tasks import open_task
 
@@ -171,7 +171,7 @@ def markdown(results: dict[str, Any]) -> str:
 
 
 def plot(results: dict[str, Any], path: Path) -> None:
-    """For each set of held-out films the loss against the last frame again: by thinking steps, by observed frames."""
+    """Plot the loss against the last frame again, for each held-out set: by thinking steps, by observed frames."""
     import matplotlib.pyplot as plt
 
     from ebt_megatron.evaluation.figures import png_of

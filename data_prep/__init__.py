@@ -1,1 +1,1 @@
-"""Raw text, video and images to WebDataset shards: `ebt-prepare --help`."""
+"""Preparation of raw text, video and images as WebDataset shards: `ebt-prepare --help`."""

@@ -69,7 +69,7 @@ class CaptionTexts:
         return list(self.given.values()) or [t.format(n) for n in self.names for t in TEMPLATES]
 
     def digest(self) -> str:
-        """Of all that is told, for the job's record."""
+        """Return the digest of all that is told, for the job's record."""
         return hashlib.sha256(json.dumps([self.given, self.names]).encode()).hexdigest()
 
 
@@ -127,7 +127,7 @@ class Captions:
 
     @classmethod
     def make(cls, texts: CaptionTexts, encoder: str) -> Captions:
-        """With the tokenizer or the model that `encoder` names; raises DataError where it cannot be had."""
+        """Make captions with the tokenizer or model that `encoder` names; raise DataError where it cannot be had."""
         kind, _, given = encoder.partition(":")
         given = os.path.expanduser(given)
         if kind == "clip":
@@ -152,5 +152,5 @@ class Captions:
         return {**self.open().describe(), "origin": self.texts.origin}
 
     def record(self) -> list[object]:
-        """For the job's record."""
+        """Return what the job's record says of them."""
         return [self.encoder, self.open().describe(), self.texts.origin, self.texts.digest()]

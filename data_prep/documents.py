@@ -117,7 +117,7 @@ class Tally:
             )
 
     def counts(self) -> dict[str, Any]:
-        """As JSON."""
+        """Return the counts as JSON has them."""
         return {k: v for k, v in asdict(self).items() if k != "skip"}
 
 

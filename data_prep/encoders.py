@@ -240,12 +240,12 @@ class _ModelEncoder(Encoder):
             )
 
     def settings(self) -> dict[str, Any]:
-        """With the folder and the checksum of its files."""
+        """The settings, with the folder and the checksum of its files."""
         return {**super().settings(), "model": self.model, "sha256": self.sha256}
 
     @abstractmethod
     def _geometry(self, patch: int | None) -> tuple[int, int]:
-        """(patch, channels)."""
+        """Return (patch, channels)."""
 
     def _run(self, function: Callable[[Tensor], Tensor], array: np.ndarray) -> np.ndarray:
         """function of a float32 tensor [N, C, H, W] from the array [N, H, W, C]; the result is an array."""
@@ -258,7 +258,7 @@ class _ModelEncoder(Encoder):
 
 
 def _digest(kind: str, folder: str) -> str:
-    """Of a model's configuration and weights."""
+    """Return the digest of a model's configuration and weights."""
     files = [p for p in sorted(Path(folder).glob("*")) if p.suffix in (".json", ".safetensors", ".bin")]
     if not (Path(folder) / "config.json").exists():
         package = KINDS[kind].package

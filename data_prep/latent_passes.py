@@ -55,14 +55,14 @@ class LatentSettings(Settings):
 
 @dataclass(frozen=True)
 class ClipSettings(LatentSettings):
-    """Of video: shards of another size."""
+    """Settings of video, whose shards have another size."""
 
     samples_per_shard: int = option(512, "--clips-per-shard", min=1, help="Clips in each tar.")
 
 
 @dataclass(frozen=True)
 class PictureSettings(LatentSettings):
-    """Of pictures: shards of another size."""
+    """Settings of pictures, whose shards have another size."""
 
     samples_per_shard: int = option(8192, "--pictures-per-shard", min=1, help="Samples in each tar.")
 
@@ -85,7 +85,7 @@ class Pieces:
                 skipped.append(str(error))
 
     def place(self, piece: Piece) -> float:
-        """In [0, 1); pieces of the lowest are held out."""
+        """Return a piece's place in [0, 1); pieces of the lowest places are held out."""
         return place_of(self.settings.seed, piece.content)
 
     def wants(self, sample: np.ndarray) -> bool:
@@ -144,7 +144,7 @@ class Fitting:
     frames: int
 
     def file(self, unit: Unit) -> Path:
-        """Where the frames of a unit are."""
+        """Return the file of the frames of a unit."""
         return self.work.file("sample", key_of(unit.key, self.frames, self.held_out))
 
     def sample(self, unit: Unit) -> None:
@@ -200,7 +200,7 @@ class Latents:
     captions: Captions | None = None
 
     def key(self, unit: Unit) -> str:
-        """Of what the encoder makes of a unit."""
+        """Return the key of what the encoder makes of a unit."""
         return key_of(unit.key, self.fitted)
 
     def file(self, unit: Unit) -> Path:
@@ -260,7 +260,7 @@ class Latents:
             write_whole(self.work.file("skipped", key, "json"), json.dumps(skipped))
 
     def held_out(self, units: list[Unit]) -> float:
-        """As `Pieces` says, now that it is known which pieces are whole."""
+        """Do what `Pieces` says, now that it is known which pieces are whole."""
         places = np.concatenate([np.load(self.work.file("pieces", self.key(u)))[:, 0] for u in units])
         return threshold(places, self.pieces.settings.validation_fraction, f"whole {self.pieces.source.piece}")
 
@@ -278,7 +278,7 @@ class Latents:
         return found
 
     def shape(self, encoder: Encoder) -> list[int]:
-        """Of a sample."""
+        """Return the shape of a sample."""
         frames = self.pieces.source.frames
         return [frames, *encoder.shape] if frames else encoder.shape
 
@@ -308,7 +308,7 @@ class LatentShards:
         return np.where(np.isnan(hashes), -1, hashes < self.held_out).astype(np.int8)
 
     def moments(self, unit: Unit) -> Path:
-        """Where the moments of a unit are."""
+        """Return the file of the moments of a unit."""
         return self.work.of_whole("moments", unit.number)
 
     def measure(self, unit: Unit) -> None:

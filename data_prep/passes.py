@@ -59,7 +59,7 @@ class Unit:
 
     @property
     def key(self) -> str:
-        """Of its files as they are now."""
+        """The key of its files as they are now."""
         return key_of(*map(tuple, self.parts))
 
 
@@ -70,7 +70,7 @@ def units_of(parts: Sequence[Sequence[Any]]) -> list[Unit]:
 
 @dataclass(frozen=True)
 class WorkFolder:
-    """Where every process finds the files of a preparation.
+    """The folder in which every process finds the files of a preparation.
 
     Attributes:
         output: folder of the splits.
@@ -82,7 +82,7 @@ class WorkFolder:
 
     @classmethod
     def of(cls, output: Path, units: Sequence[Unit]) -> WorkFolder:
-        """Of a preparation of some pieces of work."""
+        """Return the work folder of a preparation of some pieces of work."""
         return cls(output, key_of(*(u.key for u in units)))
 
     def file(self, what: str, key: str, suffix: str = "npy") -> Path:
@@ -123,7 +123,7 @@ class Shards(Protocol):
 
     @property
     def work(self) -> WorkFolder:
-        """Where files are."""
+        """The folder of the files."""
 
     def write(self, item: Shard) -> None:
         """Write one shard."""

@@ -39,7 +39,7 @@ class Source(Protocol):
 
     @property
     def kind(self) -> str:
-        """Of the manifest."""
+        """The kind that the manifest will have."""
 
     @property
     def piece(self) -> str:
@@ -47,7 +47,7 @@ class Source(Protocol):
 
     @property
     def frames(self) -> int | None:
-        """Of a sample of video, none of a picture."""
+        """The frames of a sample of video; None for a picture."""
 
     @property
     def least_motion(self) -> float:
@@ -55,11 +55,11 @@ class Source(Protocol):
 
     @property
     def height(self) -> int:
-        """Of a frame."""
+        """The height of a frame."""
 
     @property
     def width(self) -> int:
-        """Of a frame."""
+        """The width of a frame."""
 
     @property
     def classes(self) -> list[str]:
@@ -89,6 +89,6 @@ def fingerprint(file: InputFile) -> bytes:
 
 
 def place_of(seed: int, content: bytes) -> float:
-    """In [0, 1): a piece of a lower place is held out first."""
+    """Return a place in [0, 1): a piece of a lower place is held out first."""
     digest = hashlib.blake2b(content, digest_size=6, salt=seed.to_bytes(16, "little")).digest()
     return int.from_bytes(digest, "little") / 2.0**48

@@ -111,7 +111,7 @@ def entries(tokenizer: Tokenizer) -> int:
 
 
 def _cut(document: str, begin: int, split: Callable[[str], list[Any]]) -> int:
-    """Where the piece from `begin` on ends: after about _PIECE characters, at a place that splitting does not see.
+    """Return where the piece from `begin` on ends: after about _PIECE characters, where splitting does not see the cut.
 
     That is an end of a word around which `split` gives the same with the cut and without it. It is shown a text
     and the same without its first character, so that what goes by position is found out. A tokenizer for which

@@ -52,7 +52,7 @@ def _av() -> Any:
 
 
 def at_rate(frames: Iterator[Any], rate: Fraction) -> Iterator[Any]:
-    """Of frames in order those shown at 0, 1 / rate, 2 / rate ... seconds after the first.
+    """Give the frames that are shown at 0, 1 / rate, 2 / rate ... seconds after the first, of frames in order.
 
     A frame is repeated where the video is slower.
     """
@@ -168,7 +168,7 @@ class VideoSource:
 
     @property
     def _stride(self) -> int:
-        """From one frame of a clip to the next, in frames read: at a rate, in those that are shown at its times."""
+        """The frames read from one of a clip to the next; at a rate, only those shown at its times count."""
         return 1 if self.frame_rate else self.stride
 
     @property

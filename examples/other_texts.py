@@ -34,7 +34,7 @@ _EXCERPT = 2000  # characters of a document
 
 
 def _documents(path: Path) -> Iterator[str]:
-    """As preparation reads the file."""
+    """Give the documents of a file as preparation reads it."""
     from ebt_megatron.data_prep.documents import Part, read_part
 
     return iter(read_part(Part(str(path))))

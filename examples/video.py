@@ -33,7 +33,7 @@ ebt-train video/s1_xxs data.train=[data/films/train] data.validation=[data/films
 
 
 def result_of(run_dir: Path, held: str) -> Path:
-    """Where a run's evaluation on a set of held-out films is."""
+    """Return the file of a run's evaluation on a set of held-out films."""
     return run_dir / f"evaluation-{held.replace(' ', '-')}.json"
 
 

@@ -218,7 +218,7 @@ def _channel_stats(data: ShardFolder, top: int, console: Console) -> None:
 
 @app.command()
 def stats(folder: Path = FOLDER, top: int = typer.Option(10, help="Integers or channels to show.")) -> None:
-    """Of integers: unigram entropy and the most frequent ones. Of other samples: means by channel, and classes."""
+    """Show unigram entropy and the most frequent integers; of other samples, means by channel and classes."""
 
     def work() -> None:
         data, console = ShardFolder(str(folder)), _console()

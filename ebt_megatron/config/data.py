@@ -1,4 +1,4 @@
-"""Where samples come from."""
+"""The part of a recipe that says where samples come from."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from ebt_megatron.core.errors import RecipeError
 
 @dataclass
 class DataConfig:
-    """Where samples come from."""
+    """The part of a recipe that says where samples come from."""
 
     modality: str = "text"  # a name of ebt_megatron.tasks, or package.module:Class of your own (docs/extending.md)
     train: list[str] = paths()  # shard folders (with manifest.json) or URLs

@@ -16,7 +16,7 @@ from ebt_megatron.core.errors import RecipeError
 
 @dataclass
 class Recipe:
-    """One run."""
+    """A recipe: everything that one run is."""
 
     name: str = "run"
     model: ModelConfig = field(default_factory=ModelConfig)

@@ -43,7 +43,7 @@ class ParallelConfig:
 
 @dataclass
 class TrainingConfig:
-    """The loop."""
+    """The part of a recipe that says how the loop runs."""
 
     steps: int = positive(1000)
     global_batch_size: int = positive(64)  # fresh samples per optimizer step, over all ranks

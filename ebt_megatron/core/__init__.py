@@ -1,1 +1,1 @@
-"""What stands below everything: errors, the command lines' shared behaviour, launchers, randomness."""
+"""What every package may use: errors, command lines, launchers, randomness, whole files, options, timers."""

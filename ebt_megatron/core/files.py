@@ -45,7 +45,7 @@ def sha256_of_all(paths: Iterable[Path]) -> str:
 
 
 def sha256_of_model(paths: Iterable[Path]) -> str:
-    """As sha256_of_all, of large files: they are read again only where one has another size or time of change."""
+    """Hash large files as sha256_of_all does; read them again only if one has another size or time of change."""
     return _sha256_as_of(tuple((path, path.stat().st_size, path.stat().st_mtime_ns) for path in paths))
 
 

@@ -13,7 +13,7 @@ from ebt_megatron.core.errors import RecipeError
 
 @dataclass(frozen=True)
 class Launch:
-    """Where the launcher placed this process, and how the ranks find each other.
+    """The place of this process as its launcher says it, and how the ranks find each other.
 
     `master` is "host:port" of a store that rank 0 serves, "env" when torchrun's variables say it all, or
     "mpi" when rank 0 picks a port and tells the others through MPI.

@@ -1,4 +1,4 @@
-"""Where time goes."""
+"""Timers say where time goes."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Loaders over WebDataset shards, with exact, layout-free resume."""
+"""Shards, the global order of samples, remote folders and the loader, which resumes exactly on any layout."""

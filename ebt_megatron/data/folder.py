@@ -181,7 +181,7 @@ class ShardFolder(Description):
 
     @cached_property
     def _temporary(self) -> tempfile.TemporaryDirectory[str]:
-        """Where a remote folder's sidecars are without a cache, for as long as this object lives."""
+        """The folder of a remote folder's sidecars where there is no cache, for as long as this object lives."""
         return tempfile.TemporaryDirectory(prefix="ebt-megatron-")
 
     def expect(self, numbers: list[int]) -> None:

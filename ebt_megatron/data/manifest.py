@@ -99,7 +99,7 @@ class Manifest:
 
 
 def _checksum(manifest: dict[str, Any]) -> str:
-    """Of everything else a manifest says."""
+    """Return the checksum of everything else that a manifest says."""
     return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 

@@ -112,7 +112,7 @@ class Blend:
         return int(self.share.sum())
 
     def _new_turns(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """Whose turn it is at every position of an epoch [N], and how often it was each one's before every block."""
+        """Say whose turn it is at every position of an epoch [N], and how often it was whose before every block."""
         whose = np.repeat(np.arange(len(self.sources), dtype=np.uint16), self.share)
         if self.shuffle:
             np.random.Generator(np.random.Philox(stable_seed(self.seed, "epoch", epoch))).shuffle(whose)
@@ -137,7 +137,7 @@ class Blend:
         return sources, places
 
     def _by_source(self, positions: np.ndarray) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
-        """Of positions in order, source by source: (source, where its positions are, places in its sequence)."""
+        """Sort positions by source: (source, where its positions are, places in its sequence), each in order."""
         size, parts, rest = len(self), [], positions
         while len(rest):
             epoch = int(rest[0]) // size
@@ -159,7 +159,7 @@ class Blend:
         return source, int(samples[0])
 
     def shards(self, positions: np.ndarray) -> dict[int, list[int]]:
-        """Of each source that these positions (in order) need: its shards for them, then those that come next."""
+        """Return, for each source that these ordered positions need, its shards for them, then the next ones."""
         return {
             i: self.sources[i].shards(int(places[0]), int(places[-1])) for i, _, places in self._by_source(positions)
         }

@@ -136,7 +136,7 @@ class Cache:
         self.folder, self.limit_bytes = folder, limit_bytes
 
     def path(self, url: str) -> Path:
-        """Where the file of a URL is, or will be."""
+        """Return where the file of a URL is, or will be."""
         parent, name = url.rsplit("/", 1)
         return self.folder / hashlib.sha256(parent.encode()).hexdigest()[:_KEY] / name
 

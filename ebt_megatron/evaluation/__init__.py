@@ -1,1 +1,1 @@
-"""Perplexity against thinking, generation, uncertainty and reports."""
+"""Validation, the evaluation suites of text and pictures, their statistics and figures, and the report."""

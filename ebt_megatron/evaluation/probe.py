@@ -55,7 +55,7 @@ def features(task: Any, model: Any, batch: MicroBatch, level: int) -> Tensor:
 
 
 def accuracy(train: tuple[np.ndarray, np.ndarray], test: tuple[np.ndarray, np.ndarray]) -> float:
-    """Of logistic regression on standardised numbers [N, D] with classes [N]."""
+    """Return the accuracy of logistic regression on standardised numbers [N, D] with classes [N]."""
     classifier = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000))
     return float(classifier.fit(*train).score(*test))
 

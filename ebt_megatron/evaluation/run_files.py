@@ -54,12 +54,12 @@ class RunFiles:
 
     @property
     def tokens(self) -> int:
-        """Trained on."""
+        """The tokens it was trained on."""
         return self.metrics[-1]["tokens"]
 
     @property
     def flops_a_token(self) -> float:
-        """Of training."""
+        """The training FLOPs of a token."""
         row = self.metrics[-1]
         return row["model_flops_per_second"] / row["tokens_per_second"]
 

@@ -54,7 +54,7 @@ class SuiteOptions:
 
 
 def _perplexity(losses: np.ndarray) -> float:
-    """Of a mean over positions."""
+    """Return the perplexity of a mean over positions."""
     return perplexity(float(losses.mean()))
 
 
@@ -304,7 +304,7 @@ def _collect(run: TrainedRun, options: SuiteOptions, doing: Callable[[str], None
     cost, length = task.cost(), task.length
 
     def flops_of(taken: float) -> float:
-        """Of a position: linear in the steps it takes."""
+        """Return the FLOPs of a position, which are linear in the steps it takes."""
         one = cost.inference(1) if run.objective.thinks else cost.inference()
         more = cost.inference(2) - cost.inference(1) if run.objective.thinks else 0.0
         return (one + (taken - 1) * more) / length

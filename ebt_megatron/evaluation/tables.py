@@ -18,7 +18,7 @@ class Table:
     rows: list[list[str]]
 
     def rich(self) -> rich.table.Table:
-        """For the terminal."""
+        """Return the table as the terminal shows it."""
         table = rich.table.Table(title=self.title, title_justify="left")
         for i, name in enumerate(self.head):
             table.add_column(name, justify="right" if i else "left")
@@ -40,12 +40,12 @@ class Table:
 
 
 def number(value: float | None, digits: int = 3) -> str:
-    """With thousands' commas; "-" for none."""
+    """Write a number with commas for thousands; "-" for none."""
     return "-" if value is None else f"{value:,.{digits}f}"
 
 
 def percent(value: float | None) -> str:
-    """A share."""
+    """Write a share in percent."""
     return "-" if value is None else f"{100 * value:.1f} %"
 
 

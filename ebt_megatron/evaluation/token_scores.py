@@ -18,7 +18,7 @@ _START = 1 << 44  # sample ids of another start are so far away, apart from thos
 
 @dataclass
 class TokenScores:
-    """Of P positions; n thinking steps (1 for a feed-forward model).
+    """Scores of P positions after each of n thinking steps (1 for a feed-forward model).
 
     Attributes:
         target: int64 [P], the token that comes.

@@ -1,1 +1,1 @@
-"""Using a trained model: thinking over a cached context, and what generates and scores text with it."""
+"""The use of a trained model: thinking over a cached context, generation, scoring, lm-evaluation-harness."""

@@ -65,7 +65,7 @@ class Tokens:
         self._aside: list[tuple[Tensor, State]] = []
 
     def begin_step(self, keep: bool) -> None:
-        """With `keep`, `start` stays as it is while `state` changes."""
+        """Begin a step. With `keep`, `start` stays as it is while `state` changes."""
         self.start = self.state
         if keep:
             self.state = self.start.take(torch.arange(len(self.alive), device=self.alive.device))
@@ -242,11 +242,11 @@ class Engine(Reader):
         return ~better
 
     def _sample_ids(self, sample_ids: Tensor, candidate: int) -> Tensor:
-        """Of a candidate: the first one's are those of training's evaluation."""
+        """Return the sample ids of a candidate; the first one's are those of training's evaluation."""
         return sample_ids ^ stable_seed("candidate", candidate) if candidate else sample_ids
 
     def _choose(self, thought: Conclusion, first: Tensor, count: int, options: ThinkingOptions) -> Conclusion:
-        """Of each token's candidates keep one, or mix them."""
+        """Keep one of each token's candidates, or mix them."""
         if options.candidates == 1:
             return thought
         energy, steps = thought.energy.view(-1, count), thought.steps.view(-1, count)

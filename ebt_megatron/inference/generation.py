@@ -131,7 +131,7 @@ class _Batch:
         self.drafts = [Continuation(n) for n in self.numbers for _ in range(options.continuations)]
 
     def run(self, watch: Watch | None) -> list[list[Continuation]]:
-        """Of each prompt, all its continuations."""
+        """Return, for each prompt, all its continuations."""
         several, device = self.options.continuations, self.device
         rows = len(self.prompts)
         chunk = self.options.chunk

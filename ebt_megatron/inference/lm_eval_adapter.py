@@ -91,7 +91,7 @@ class RunLM(TemplateLM):
         return results
 
     def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> list[float]:
-        """Of whole texts, from the end of a text on, in windows of the trained length."""
+        """Score whole texts, each after the end of a text, in windows of the trained length."""
         results = []
         for request in requests:
             (text,) = request.args

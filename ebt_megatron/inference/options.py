@@ -120,7 +120,7 @@ class ThinkingOptions:
 
     @classmethod
     def of(cls, given: dict[str, Any]) -> ThinkingOptions:
-        """From what a command or a program was given by name; checked.
+        """Check and return the options that a command or a program was given by name.
 
         Raises:
             RecipeError: for a name there is not, or a value that does not do.

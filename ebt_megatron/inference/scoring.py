@@ -16,7 +16,7 @@ Request = tuple[Sequence[int], Sequence[int]]  # tokens of a context, one at lea
 
 @dataclass(frozen=True)
 class Score:
-    """Of a continuation.
+    """The score of a continuation.
 
     Attributes:
         log_p: of each of its tokens, given those before it.

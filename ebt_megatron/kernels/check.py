@@ -134,7 +134,7 @@ def vocab_case(op: str, tokens: int, columns: int, valid: int, width: int, seed:
     rule = next((rule for rule in StepRule if rule in options), StepRule.LOGIT)
 
     def stored(*positions: int) -> tuple[int, ...]:
-        """Where y and y' are, if they are in the table's precision."""
+        """Return which inputs are y and y', if they are in the table's precision."""
         return positions if "narrow" in options else ()
 
     y, table = 2 * randn(tokens, columns), randn(columns, width) / math.sqrt(width)

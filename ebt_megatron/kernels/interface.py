@@ -82,7 +82,7 @@ class RefineStats:
 
     @classmethod
     def join(cls, parts: Sequence[RefineStats]) -> RefineStats:
-        """Of neighbouring rows, one after another."""
+        """Join the sums of neighbouring rows, one after another."""
         if len(parts) == 1:
             return parts[0]
         return cls(*(torch.cat([getattr(part, f.name) for part in parts]) for f in fields(cls)))

@@ -215,7 +215,7 @@ def _beside(x: Tensor, r: slice, tangent: bool, first: int) -> Tensor:
 
 
 def _packed(heads: Tensor, bias: Tensor, r: slice, tangent: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Of heads [S, R*, 3, H] and biases [R, 3, H]: [q' q] / sqrt(H), [k k'] and [v' v]; without a tangent q, k, v."""
+    """Pack heads [S, R*, 3, H] + biases [R, 3, H]: [q' q] / sqrt(H), [k k'] and [v' v]; without a tangent q, k, v."""
     size = heads.shape[-1]
     q, k, v = (_beside(heads[:, :, i], r, tangent, i != 1) for i in range(3))
     for i, value in enumerate((q[..., -size:], k[..., :size], v[..., -size:])):

@@ -71,7 +71,7 @@ def _hide(
 
 @triton.jit
 def _range(block, S, CAUSAL: tl.constexpr, SEGMENTS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
-    """For a block of queries: keys before the first number are seen by all of them, from the second on by none."""
+    """Bound the keys of a block of queries: all of them see keys before the first number, none from the second on."""
     end = S
     whole = S // BN * BN
     if CAUSAL:

@@ -28,7 +28,7 @@ class RowStats:
 
     @classmethod
     def empty(cls, like: Tensor) -> RowStats:
-        """Of no columns."""
+        """Return the sums over no columns."""
         zeros = like.new_zeros(3, len(like))
         zeros[0].fill_(-math.inf)
         return cls(*zeros)

@@ -57,12 +57,12 @@ def draws_of(model: nn.Module) -> dict[str, Draw]:
 
 
 def draw_of_embedding(rows: int, width: int, rule: str) -> Draw:
-    """Of a table looked up by token or by step; `rule` is `model.initialization`."""
+    """Return the draw of a table looked up by token or by step; `rule` is `model.initialization`."""
     return Draw(1.0) if rule == "paper" else Draw.xavier(rows, width)
 
 
 def draw_of_predictions(vocab_size: int, width: int, step_size: float, rule: str) -> Draw:
-    """Of the prediction embedding W [V, D].
+    """Return the draw of the prediction embedding W [V, D].
 
     With "unit_logits" the first step's logits -alpha G W^T have a standard deviation of about 1 at any
     vocabulary and width: the energy's gradient G has entries of about 1 at the start (docs/design.md has the

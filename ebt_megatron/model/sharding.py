@@ -39,7 +39,7 @@ class StageModule(MegatronModule):
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
     ) -> dict[str, Any]:
-        """As megatron-core's, with each layer under its global number."""
+        """Return megatron-core's sharded state, with each layer under its global number."""
         layers = self.layers
         del self._modules["layers"]  # the default would store the list's weights as if they were replicated
         try:

@@ -1,4 +1,4 @@
-"""What a training step computes for each architecture, and what it costs."""
+"""What a training step computes for an energy model and for a feed-forward model, and the FLOPs it takes."""
 
 from __future__ import annotations
 

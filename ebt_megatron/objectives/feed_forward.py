@@ -75,7 +75,7 @@ class FeedForwardObjective:
         return [graphs.run(positions, work, *_given(s))[0] for s in samples]
 
     def train_batch(self, micro_batches: list[MicroBatch], iteration: int) -> BatchMetrics:
-        """As EnergyObjective.train_batch."""
+        """Add the gradients of this rank's micro-batches of one optimizer step, forward and backward once each."""
         positions = self.recipe.training.global_batch_size * self.task.length
         samples = [self.task.sample(micro_batch, self.state.device) for micro_batch in micro_batches]
         if self.graphs is not None:

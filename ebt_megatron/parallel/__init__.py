@@ -1,1 +1,1 @@
-"""Megatron bring-up, the CPU backend, pipeline sweeps and layout-free randomness."""
+"""Megatron's process groups and configuration, collectives, its attributes of parameters, and the CPU backend."""

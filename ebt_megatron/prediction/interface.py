@@ -193,11 +193,11 @@ class PredictionAdjoint(Protocol):
         ...
 
     def tangent(self) -> tuple[Tensor, Tensor]:
-        """As `Prediction.tangent`, along the adjoint."""
+        """Give the direction to learn along as `Prediction.tangent` does, along the adjoint."""
         ...
 
     def backward(self, x_grad: Tensor, xt_grad: Tensor) -> None:
-        """As `Prediction.backward`; the adjoint becomes that by y: through b, `embed` and `tangent`."""
+        """Do what `Prediction.backward` does; the adjoint becomes that by y: through b, `embed` and `tangent`."""
         ...
 
     def past(self) -> None:
@@ -205,7 +205,7 @@ class PredictionAdjoint(Protocol):
         ...
 
     def begin_backward(self, weight: Tensor) -> Tensor:
-        """As `Prediction.begin_backward`, along the adjoint as well, which is that by the start."""
+        """Do what `Prediction.begin_backward` does, along the adjoint as well, which is that by the start."""
         ...
 
 

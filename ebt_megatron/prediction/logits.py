@@ -423,7 +423,7 @@ class LogitsAdjoint:
         return self.prediction.rows.positions(slope)
 
     def tangent(self) -> tuple[Tensor, Tensor]:
-        """As `Prediction.tangent`, along the adjoint; call after `rewind`, `slope` and `embed`."""
+        """Do what `Prediction.tangent` does, along the adjoint; call after `rewind`, `slope` and `embed`."""
         prediction, rows = self.prediction, self.prediction.rows
         parts = [
             self.kernels.vocab_tangent(y, prediction.lse[t], self.table.detach(), self.valid, self.rule, self.value[t])
@@ -439,7 +439,7 @@ class LogitsAdjoint:
         return self.xt.to(self.table.dtype), rows.positions(norm)
 
     def backward(self, x_grad: Tensor, xt_grad: Tensor) -> None:
-        """As `Prediction.backward`, without advancing; the adjoint becomes that before the step."""
+        """Do what `Prediction.backward` does, without advancing; the adjoint becomes that before the step."""
         prediction = self.prediction
         x, xt, x_grad, xt_grad = (prediction.rows.flat(h) for h in (prediction.x, self.xt, x_grad, xt_grad))
         for t, y in self.stored.parts():
@@ -460,7 +460,7 @@ class LogitsAdjoint:
             )
 
     def past(self) -> None:
-        """As `backward`, of a step whose energy gradient is a constant."""
+        """Do what `backward` does for a step whose energy gradient is a constant."""
         if self.rule.from_probabilities:
             for t, y in self.stored.parts():
                 lse = self.prediction.step.lse[t]

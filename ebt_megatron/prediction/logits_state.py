@@ -107,7 +107,7 @@ class LogitsState:
         return y - self.group.log_sum_exp(y.logsumexp(1))[:, None]
 
     def log_probabilities(self) -> Tensor:
-        """Of the whole vocabulary, [R, V], on every tensor-parallel rank."""
+        """Return them for the whole vocabulary, [R, V], on every tensor-parallel rank."""
         return self.group.columns(self._log_p())[:, : self.vocab_size]
 
     def distance(self, other: Self) -> Tensor:

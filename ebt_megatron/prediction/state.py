@@ -44,5 +44,5 @@ class State(Protocol):
         ...
 
     def mixed(self, weights: Tensor) -> Self:
-        """Of M R' rows, M after M: the R' mixtures of the M predictions with weights [M, R'] that sum to 1."""
+        """Return the R' mixtures of M predictions, given M R' rows, M after M, with weights [M, R'] that sum to 1."""
         ...

@@ -26,7 +26,7 @@ class Step:
     alpha: Tensor  # [T]
 
     def of(self, rows: slice) -> Step:
-        """Of some rows."""
+        """Return the step of some rows."""
         return Step(self.lse[rows], self.energy_grad[rows], self.centre[rows], self.alpha[rows])
 
 

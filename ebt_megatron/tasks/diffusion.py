@@ -85,7 +85,7 @@ class NoiseSchedule:
         fresh: Tensor | None = None,
         v: Tensor | None = None,
     ) -> Tensor:
-        """From a level to a lower one (arXiv 2010.02502, eq. 12).
+        """Go from a level to a lower one (arXiv 2010.02502, eq. 12).
 
         Args:
             noised: pictures [B, S, C] at `level` [B].

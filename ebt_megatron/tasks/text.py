@@ -96,7 +96,7 @@ class Text:
         return TextMeter(steps, self.vocab_size, device)
 
     def describe(self, loss: float) -> dict[str, float]:
-        """Its perplexity."""
+        """Return the perplexity of a loss."""
         return {"perplexity": perplexity(loss)}
 
     def example(self, sample: Sample, thinker: Thinker, steps: int) -> dict[str, Any] | None:

@@ -127,7 +127,7 @@ class TextEmbeddings(MegatronModule):
         seed: int,
         hidden: Tensor | None = None,
     ) -> LogitsState:
-        """Where predictions start at inference, of any positions of any samples, int64 [R]; see `LogitsState`.
+        """Return the start of predictions at inference, at any positions of any samples, int64 [R]; see `LogitsState`.
 
         `hidden` [R, 1, D] is what the output on the context stream reads, where that says where.
         """

@@ -82,7 +82,7 @@ class Video:
         return Sample(observed, targets, batch.sample_ids.to(device), start=start)
 
     def _places(self, width: int) -> Tensor | None:
-        """Where in its frame each token is, [S, D]; None where a frame is one."""
+        """Return where each token is in its frame, [S, D]; None where a frame is one token."""
         if self.tokens.count == 1:
             return None
         return positions_2d(self.tokens.side, self.tokens.side, width).repeat(self.recipe.data.sequence_length, 1)

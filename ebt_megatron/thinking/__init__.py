@@ -1,1 +1,1 @@
-"""The optimisation over predictions: propose, learn, the replay buffer, inference."""
+"""Thinking and learning: plan, dual stream, pipeline and its schedule, replay, and double backward as the judge."""

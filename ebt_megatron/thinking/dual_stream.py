@@ -174,7 +174,7 @@ class Descent:
 
     @property
     def _initial_weight(self) -> Tensor:
-        """Of each position's loss where thinking starts, [S, B]."""
+        """Return the weight of each position's loss where thinking starts, [S, B]."""
         assert self.plan is not None and self.plan.initial_weight is not None and self.weight is not None
         return self.plan.initial_weight * self.weight
 

@@ -1,1 +1,1 @@
-"""The training loop, optimizer, checkpoints, metrics and fault handling."""
+"""The training step, the run, the loop and its hooks, the optimizer, metrics and faults."""

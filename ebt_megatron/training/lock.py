@@ -31,7 +31,7 @@ def _machine() -> str:
 
 
 def _started(pid: int) -> float | None:
-    """When a process of this machine started; None if it is not alive."""
+    """Return when a process of this machine started; None if it is not alive."""
     try:
         process = psutil.Process(pid)
         return None if process.status() == psutil.STATUS_ZOMBIE else round(process.create_time(), 1)
