@@ -19,8 +19,7 @@ from rich.table import Table
 
 from ebt_megatron.config import Recipe, check, load_recipe
 from ebt_megatron.core.cli import guarded
-from ebt_megatron.model.flops import Cost, cost, joint_cost
-from ebt_megatron.tasks.text import padded
+from ebt_megatron.tasks import Task, task_class
 from ebt_megatron.thinking.plan import Plan
 from ebt_megatron.thinking.schedule import FLOP_DURATIONS, feed_forward_sweeps, gpt_bubble, simulate
 
@@ -58,41 +57,14 @@ class Estimate:
     tokens_per_second: float
 
 
-def width_of(recipe: Recipe, vocab_size: int, channels: int) -> int:
-    """Numbers that are predicted at a position, as they are stored: logits, padded, or those of a frame or a patch."""
-    return padded(vocab_size, recipe.model.vocab_multiple) if recipe.data.modality == "text" else channels
-
-
-def parts_of(recipe: Recipe, vocab_size: int, channels: int) -> Cost:
-    """FLOPs of the parts of a sample, by modality."""
-    if recipe.data.modality == "images":
-        return joint_cost(recipe, channels)
-    return cost(recipe, vocab_size if recipe.data.modality == "text" else channels)
-
-
-def parameter_count(recipe: Recipe, vocab_size: int, channels: int = 768) -> float:
-    """Weights of the whole model: layers, and the two tables or maps of what is predicted; no biases or norms."""
-    m = recipe.model
-    assert m.hidden_size and m.num_layers and m.ffn_hidden_size and m.num_attention_heads and m.num_query_groups
-    head = m.hidden_size // m.num_attention_heads
-    layer = m.hidden_size * head * (m.num_attention_heads + 2 * m.num_query_groups)
-    pictures = recipe.data.modality == "images"  # a GELU MLP, and six modulations
-    layer += m.hidden_size**2 + (2 if pictures else 3) * m.hidden_size * m.ffn_hidden_size
-    layer += 6 * m.hidden_size**2 if pictures else 0
-    ends = 1 if m.architecture == "ebt" and recipe.data.modality != "text" else 2  # an EBT's output is an energy,
-    ends += m.architecture == "ebt" and recipe.thinking.starts_at_context  # and one on its context where that says more
-    return m.num_layers * layer + ends * width_of(recipe, vocab_size, channels) * m.hidden_size
-
-
-def estimate(recipe: Recipe, vocab_size: int, gpus: int, hardware: Hardware, channels: int = 768) -> Estimate:
+def estimate(recipe: Recipe, task: Task, gpus: int, hardware: Hardware) -> Estimate:
     """Cost of the recipe's layout on `gpus` ranks.
 
     Args:
         recipe: resolved.
-        vocab_size: of text.
+        task: its modality, which says what the parts cost (`Task.of_size`).
         gpus: how many.
         hardware: its figures.
-        channels: of video and images: the numbers of a frame or a patch.
 
     Raises:
         RecipeError: if the layout does not fit.
@@ -109,7 +81,7 @@ def estimate(recipe: Recipe, vocab_size: int, gpus: int, hardware: Hardware, cha
         if ebt
         else [(1.0, feed_forward_sweeps())]
     )
-    parts = parts_of(recipe, vocab_size, channels)
+    parts = task.cost()
     unit = t.micro_batch_size * parts.layers / (p.tensor * p.pipeline) / (hardware.tflops * 1e12)  # C on one stage
     product = t.micro_batch_size * parts.vocabulary / p.tensor / (hardware.tflops * 1e12)  # U
     reuse, through = options.reuse, options.gradient != "detached"
@@ -136,7 +108,7 @@ def estimate(recipe: Recipe, vocab_size: int, gpus: int, hardware: Hardware, cha
         return sum(chance * value for (chance, _), value in zip(chains, values, strict=True))
 
     width_bytes = 4 if t.precision == "fp32" else 2
-    tokens = t.micro_batch_size * recipe.data.sequence_length
+    tokens = t.micro_batch_size * task.length
     hidden = tokens * m.hidden_size * width_bytes
     layers = m.num_layers / p.pipeline
     # A layer all-reduces twice forward and twice backward (ring: 2 (n-1)/n of the size) for each stream.
@@ -145,8 +117,7 @@ def estimate(recipe: Recipe, vocab_size: int, gpus: int, hardware: Hardware, cha
     ring = 2 * (p.tensor - 1) / p.tensor
     tensor_traffic = micro_batches * layers * 2 * streams * hidden * ring
     pipeline_traffic = micro_batches * streams * hidden if p.pipeline > 1 else 0.0
-    parameters = parameter_count(recipe, vocab_size, channels)
-    local = parameters / (p.tensor * p.pipeline)
+    local = parts.parameters / (p.tensor * p.pipeline)
     data_traffic = 4 * local * 2 * (data - 1) / data
     optimizer_bytes = 8 * local / (data if p.distributed_optimizer else 1)
     master = 4 * local / (data if p.distributed_optimizer else 1) if width_bytes == 2 else 0.0
@@ -157,8 +128,8 @@ def estimate(recipe: Recipe, vocab_size: int, gpus: int, hardware: Hardware, cha
     kept = (2 if m.recompute_layers else 16) * hidden / p.tensor
     activations = live * layers * kept + layers * 2 * per_layer
     if ebt:
-        split = p.tensor if recipe.data.modality == "text" else 1
-        row = width_of(recipe, vocab_size, channels) / split * (2 if options.logits_dtype == "bfloat16" else 4)
+        split = p.tensor if parts.distribution else 1
+        row = parts.width / split * (2 if options.logits_dtype == "bfloat16" else 4)
         if options.regenerate:
             activations += min(options.regenerate, tokens) * row + live * tokens * row * through
         else:
@@ -175,14 +146,14 @@ def estimate(recipe: Recipe, vocab_size: int, gpus: int, hardware: Hardware, cha
         micro_batches,
         mean(s.bubble for s in schedules),
         gpt_bubble(p.pipeline, micro_batches),
-        parameters,
+        parts.parameters,
         (width_bytes + 4) * local + optimizer_bytes + master,
         activations,
         tensor_traffic,
         pipeline_traffic,
         data_traffic,
         seconds,
-        t.global_batch_size * recipe.data.sequence_length / seconds,
+        t.global_batch_size * task.length / seconds,
     )
 
 
@@ -198,7 +169,7 @@ def rows(e: Estimate) -> list[tuple[str, str]]:
         ("pipeline traffic per rank", f"{e.pipeline_traffic / 1e9:.3f} GB"),
         ("gradient traffic per rank", f"{e.data_traffic / 1e9:.2f} GB"),
         ("step", f"{e.step_seconds:.3f} s"),
-        ("tokens (frames, patches) per second", f"{e.tokens_per_second:,.0f}"),
+        ("positions per second", f"{e.tokens_per_second:,.0f}"),
     ]
 
 
@@ -212,7 +183,7 @@ def main(
     gpus: int = typer.Option(8, help="Number of ranks."),
     vocab_size: int = typer.Option(50277, help="Entries of the tokenizer (GPT-NeoX-20B has 50,277)."),
     channels: int = typer.Option(
-        768, min=1, help="Of video and images: numbers of a frame or a patch (16 x 16 pixels have 768)."
+        768, min=1, help="Where there is no vocabulary: numbers of a position (16 x 16 pixels have 768)."
     ),
     tflops: float = typer.Option(400.0, help="Matrix rate one GPU reaches, TFLOP/s."),
     bandwidth: float = typer.Option(300.0, help="GB/s between tensor-parallel ranks."),
@@ -226,7 +197,8 @@ def main(
         table = Table(title=f"estimate: {resolved.name} on {gpus} GPUs, {hardware}", title_justify="left")
         table.add_column("what")
         table.add_column("value", justify="right")
-        for row in rows(estimate(resolved, vocab_size, gpus, hardware, channels)):
+        task = task_class(resolved.data.modality).of_size(resolved, vocab_size, channels)
+        for row in rows(estimate(resolved, task, gpus, hardware)):
             table.add_row(*row)
         Console().print(table)
 

@@ -1,4 +1,4 @@
-"""Floating-point operations of a training step, counted from the sizes (one multiply-add is two).
+"""Floating-point operations of a training step, and weights, counted from the sizes (one multiply-add is two).
 
 Unit of the design: C, one forward pass of the layers over the S tokens of a sample. A
 linear layer's backward pass is 2 C (gradients of input and of weight). With n steps:
@@ -29,11 +29,18 @@ class Cost:
         layers: C, the linear layers and attention of one forward pass of S positions.
         vocabulary: U, one product of S x D with D x V (of latents: with the channels of a position).
         context: one forward pass of the context stream; None: as `layers`.
+        distribution: whether predictions are logits over V, which are embedded and stepped by products with a table,
+            and divided over tensor-parallel ranks; False: values that one linear map embeds.
+        width: numbers that are stored of one position's prediction.
+        parameters: weights of the whole model, in layers and tables; without biases and norms.
     """
 
     layers: float
     vocabulary: float
     context: float | None = None
+    distribution: bool = True
+    width: int = 0
+    parameters: float = 0.0
 
     @property
     def _context(self) -> float:
@@ -70,33 +77,62 @@ class Cost:
         return 6 * steps * (self.layers + context + self.vocabulary)
 
 
-def cost(recipe: Recipe, vocab_size: int, block: int = 1) -> Cost:
-    """FLOPs of the recipe's parts for one sample.
+def padded(vocab_size: int, multiple: int) -> int:
+    """The vocabulary's size in the tables: the same for every tensor-parallel size that divides `multiple`."""
+    return -(-vocab_size // multiple) * multiple
+
+
+def _ends(recipe: Recipe, distribution: bool) -> int:
+    """Tables or maps of what is predicted: that of the input, and another of predictions or of the output.
+
+    An EBT embeds observed and predicted values with one map, and its output is an energy, and one on its context where
+    thinking starts at what that says.
+    """
+    ebt = recipe.model.architecture == "ebt"
+    return (2 if distribution or not ebt else 1) + (ebt and recipe.thinking.starts_at_context)
+
+
+def cost(recipe: Recipe, vocab_size: int, block: int = 1, distribution: bool = True) -> Cost:
+    """What the parts of a causal model cost for one sample.
 
     Args:
         recipe: a resolved recipe.
-        vocab_size: 0 for modalities without a vocabulary.
+        vocab_size: numbers predicted at a position: V, or the channels of a latent.
         block: positions for each one of data.sequence_length; they see each other.
+        distribution: as in `Cost`.
     """
-    length = block * recipe.data.sequence_length
-    assert recipe.model.hidden_size
+    m, length = recipe.model, block * recipe.data.sequence_length
+    assert m.hidden_size and m.num_layers
     visible = (length + block) / 2
-    return Cost(length * position_flops(recipe, visible), 2 * length * recipe.model.hidden_size * vocab_size)
+    width = padded(vocab_size, m.vocab_multiple) if distribution else vocab_size
+    return Cost(
+        length * position_flops(recipe, visible),
+        2 * length * m.hidden_size * vocab_size,
+        distribution=distribution,
+        width=width,
+        parameters=m.num_layers * _layer_weights(recipe) + _ends(recipe, distribution) * width * m.hidden_size,
+    )
+
+
+def _layer_weights(recipe: Recipe) -> int:
+    """Of a causal layer's linear maps: queries, keys, values, output, and a gated feed-forward network."""
+    m = recipe.model
+    assert m.hidden_size and m.num_attention_heads and m.num_query_groups and m.ffn_hidden_size
+    head = m.hidden_size // m.num_attention_heads
+    qkv = m.hidden_size * head * (m.num_attention_heads + 2 * m.num_query_groups)
+    return qkv + m.hidden_size**2 + 3 * m.hidden_size * m.ffn_hidden_size
 
 
 def position_flops(recipe: Recipe, visible: float) -> float:
     """FLOPs of one forward pass of the layers at one position that sees `visible` keys."""
     m = recipe.model
-    assert m.hidden_size and m.num_attention_heads and m.num_query_groups and m.ffn_hidden_size and m.num_layers
-    head = m.hidden_size // m.num_attention_heads
-    qkv = m.hidden_size * head * (m.num_attention_heads + 2 * m.num_query_groups)
-    linear = qkv + m.hidden_size**2 + 3 * m.hidden_size * m.ffn_hidden_size
+    assert m.hidden_size and m.num_layers
     attention = 2 * m.hidden_size * visible  # scores and their product with the values
-    return 2 * m.num_layers * (linear + attention)
+    return 2 * m.num_layers * (_layer_weights(recipe) + attention)
 
 
 def joint_cost(recipe: Recipe, channels: int) -> Cost:
-    """FLOPs of the parts of a model of whole pictures (`ebt_megatron.model.joint`), for one sample.
+    """What the parts of a bidirectional model (`ebt_megatron.model.joint`) cost for one sample.
 
     Args:
         recipe: a resolved recipe.
@@ -106,5 +142,12 @@ def joint_cost(recipe: Recipe, channels: int) -> Cost:
     assert m.hidden_size and m.ffn_hidden_size and m.num_layers
     linear = 4 * m.hidden_size**2 + 2 * m.hidden_size * m.ffn_hidden_size
     attention = 2 * m.hidden_size * length
-    condition = 2 * m.num_layers * 6 * m.hidden_size**2
-    return Cost(2 * m.num_layers * length * (linear + attention), 2 * length * m.hidden_size * channels, condition)
+    modulations = 6 * m.hidden_size**2
+    return Cost(
+        2 * m.num_layers * length * (linear + attention),
+        2 * length * m.hidden_size * channels,
+        context=2 * m.num_layers * modulations,
+        distribution=False,
+        width=channels,
+        parameters=m.num_layers * (linear + modulations) + _ends(recipe, False) * channels * m.hidden_size,
+    )

@@ -11,7 +11,7 @@ from ebt_megatron.objectives.replaying import Replaying
 from ebt_megatron.thinking.plan import Plan
 
 
-def vocabulary_products(recipe: Recipe, plan: Plan) -> int:
+def vocabulary_products(recipe: Recipe, plan: Plan, distribution: bool = True) -> int:
     """Products over the vocabulary of a micro-batch, in units of U (`Cost.vocabulary`), detached between steps.
 
     A step embeds the prediction, 1, takes its gradient, 1, and embeds where that leads, 1, which is the next step's
@@ -22,12 +22,12 @@ def vocabulary_products(recipe: Recipe, plan: Plan) -> int:
     again, 1 each.
     A start at the context's prediction takes the output's product and its two gradients, 3, and is embedded, 1, which
     is the first step's embedding where no noise comes before it; with `thinking.regenerate` each pass takes it again.
-    Latents are embedded by one linear map, and hold their step: 2 a step, 3 more if it is learned from, and 3 for a
-    start at the context's prediction.
+    Values (`Cost.distribution` is False) are embedded by one linear map, and hold their step: 2 a step, 3 more if it is
+    learned from, and 3 for a start at the context's prediction.
     """
     options = recipe.thinking
     starts = int(options.starts_at_context)
-    if recipe.data.modality != "text":
+    if not distribution:
         return 2 * plan.steps + 3 * len(plan.learned) + 3 * starts
     uniform = int(not options.noisy and not starts)
     handed_on = options.langevin_noise == 0 and not StepRule(options.step_rule).by_logits
@@ -62,7 +62,7 @@ def sample_flops(recipe: Recipe, per_sample: Cost) -> float:
         if options.engine == "double_backward":
             start = per_sample.transformer() if options.starts_at_context else 0.0
             return per_sample.double_backward(plan.steps) + start
-        products = vocabulary_products(recipe, plan)
+        products = vocabulary_products(recipe, plan, per_sample.distribution)
         return per_sample.dual_stream(plan.steps, len(plan.learned), products, options.reuse)
 
     return sum(probability * of(plan) for probability, plan in Plan.distribution(options))

@@ -12,7 +12,7 @@ from torch import Tensor
 from ebt_megatron.config import Recipe, RecipeError
 from ebt_megatron.core.errors import DataError
 from ebt_megatron.core.randomness import CLASS_STREAM, LEVEL_STREAM, PICTURE_NOISE_STREAM, uniform
-from ebt_megatron.data.captions import NOT_TOLD
+from ebt_megatron.data.captions import LONGEST, NOT_TOLD
 from ebt_megatron.data.decoder import Decoder, psnr
 from ebt_megatron.data.description import Description
 from ebt_megatron.data.loader import MicroBatch
@@ -158,6 +158,14 @@ class Images:
         grid = encoder["height"] // encoder["patch"], encoder["width"] // encoder["patch"]
         classes = len(manifest.classes)
         return cls(recipe, manifest.shape, encoder["sha256"], decoder_of(source), classes, grid, manifest.captions)
+
+    @classmethod
+    def of_size(cls, recipe: Recipe, vocab_size: int, channels: int) -> Images:
+        """See `Task`; `channels` are the numbers of a patch, and classes and captions as many and as long as any."""
+        options, length = recipe.images, recipe.data.sequence_length
+        captions = {"shape": [LONGEST], "entries": vocab_size, "sha256": ""} if options.captions else None
+        classes = 1000 if options.classes else 0
+        return cls(recipe, [length, channels], classes=classes, grid=(1, length), captions=captions)
 
     # --- what a model sees ----------------------------------------------------------------------
 

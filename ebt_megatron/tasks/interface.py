@@ -91,7 +91,7 @@ class Task(Protocol):
     """A modality: what a batch means, the models of it, and what its evaluation is.
 
     Attributes:
-        kind: of the shards it reads ("text", "video", "images").
+        kind: of the samples it reads: a name of `data.kinds.KINDS`, or package.module:NAME of your own.
         length: S, the positions predicted in a sample.
         identity: what a checkpoint must share with the run that loads it, by name.
     """
@@ -103,6 +103,11 @@ class Task(Protocol):
     @classmethod
     def from_data(cls, recipe: Recipe, source: Description) -> Task:
         """The task of a recipe, by what its data says; raises DataError where they do not fit."""
+        ...
+
+    @classmethod
+    def of_size(cls, recipe: Recipe, vocab_size: int, channels: int) -> Task:
+        """The task without data, to plan with: of a vocabulary, or of so many numbers at a position."""
         ...
 
     def sample(self, batch: MicroBatch, device: torch.device) -> Sample:
@@ -118,7 +123,7 @@ class Task(Protocol):
         ...
 
     def cost(self) -> Cost:
-        """FLOPs of the parts of a training step, per sample."""
+        """FLOPs of the parts of a training step, per sample, and what the model holds."""
         ...
 
     def meter(self, steps: int, device: torch.device) -> Meter:

@@ -16,7 +16,7 @@ from ebt_megatron.data.description import Description
 from ebt_megatron.data.loader import MicroBatch
 from ebt_megatron.kernels import Kernels
 from ebt_megatron.model.energy import EnergyTransformer
-from ebt_megatron.model.flops import Cost, cost
+from ebt_megatron.model.flops import Cost, cost, padded
 from ebt_megatron.model.transformer import TransformerLM
 from ebt_megatron.prediction.logits import TextPrediction, most_likely
 from ebt_megatron.tasks.interface import Sample
@@ -27,11 +27,6 @@ from ebt_megatron.thinking.dual_stream import Thinker
 def perplexity(loss: float) -> float:
     """Exp of a mean loss per token (of the mean, not a mean of exponentials)."""
     return math.exp(min(loss, 700.0))
-
-
-def padded(vocab_size: int, multiple: int) -> int:
-    """The vocabulary's size in the tables: the same for every tensor-parallel size that divides `multiple`."""
-    return -(-vocab_size // multiple) * multiple
 
 
 class Text:
@@ -65,6 +60,11 @@ class Text:
             )
         manifest = source.manifest
         return cls(recipe, manifest.vocab_size, (source.sidecar(), manifest.tokenizer["sha256"]))
+
+    @classmethod
+    def of_size(cls, recipe: Recipe, vocab_size: int, channels: int) -> Text:
+        """See `Task`."""
+        return cls(recipe, vocab_size)
 
     def sample(self, batch: MicroBatch, device: torch.device) -> Sample:
         """Every token but the last is observed, and every one but the first is to be predicted."""

@@ -73,6 +73,12 @@ class Video:
         tokens = FrameTokens(rows, columns, channels, recipe.video.tokens_per_side)
         return cls(recipe, tokens, encoder["sha256"], decoder_of(source))
 
+    @classmethod
+    def of_size(cls, recipe: Recipe, vocab_size: int, channels: int) -> Video:
+        """See `Task`; `channels` are the numbers of a token."""
+        side = recipe.video.tokens_per_side
+        return cls(recipe, FrameTokens(side, side, channels, side))
+
     def sample(self, batch: MicroBatch, device: torch.device) -> Sample:
         """Every frame but the last is observed, and every one but the first is to be predicted."""
         assert batch.samples is not None
@@ -102,7 +108,7 @@ class Video:
 
     def cost(self) -> Cost:
         """See `Task`; what is a product with the vocabulary for text is one with the channels of a token."""
-        return cost(self.recipe, self.tokens.size, self.tokens.count)
+        return cost(self.recipe, self.tokens.size, self.tokens.count, distribution=False)
 
     def meter(self, steps: int, device: torch.device) -> VideoMeter:
         """See `Task`."""

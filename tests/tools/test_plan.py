@@ -3,7 +3,8 @@
 import pytest
 
 from ebt_megatron.config import RecipeError, load_recipe
-from ebt_megatron.tools.plan import Hardware, estimate, parameter_count, parts_of
+from ebt_megatron.tasks import task_class
+from ebt_megatron.tools.plan import Hardware, estimate
 
 HARDWARE = Hardware(tflops=100, bandwidth=100, network=10)
 
@@ -22,7 +23,7 @@ def test_parameters_are_those_of_the_model():
     r = recipe("model.conditioning=none")
     initialize(r.parallel, 0)
     built = sum(p.numel() for p in build_model(r, Text(r, 1000)).parameters() if p.dim() == 2)
-    assert parameter_count(r, 1000) == built
+    assert Text(r, 1000).cost().parameters == built
 
 
 @pytest.mark.parametrize("architecture", ["ebt", "transformer"])
@@ -39,20 +40,30 @@ def test_so_are_those_of_a_model_of_pictures(architecture):
         f"model.architecture={architecture}",
     )
     initialize(r.parallel, 0)
-    named = build_model(r, Images(r, [16, 48])).named_parameters()
+    task = Images.of_size(r, 0, 48)
+    named = build_model(r, task).named_parameters()
     built = sum(p.numel() for name, p in named if p.dim() == 2 and not name.startswith(("final", "condition")))
-    assert parameter_count(r, 0, 48) == built
+    assert task.cost().parameters == built
 
 
-def test_pictures_cost_what_their_task_says():
-    from ebt_megatron.tasks.images import Images
+def planned(r, vocab_size, gpus, channels=768):
+    return estimate(r, task_class(r.data.modality).of_size(r, vocab_size, channels), gpus, HARDWARE)
 
-    r = recipe("data.modality=images", "data.sequence_length=16", "model.conditioning=none")
-    assert parts_of(r, 50000, 48) == Images(r, [16, 48]).cost()
+
+def test_a_recipe_of_pictures_that_are_told_something_is_planned_without_data():
+    """And a DiT that learns its variance predicts two numbers for each of a patch."""
+    pictures = ("data.modality=images", "data.sequence_length=16", "model.conditioning=none")
+    told = planned(recipe(*pictures, "images.classes=true"), 1000, 8)
+    assert told.parameters == planned(recipe(*pictures, "images.captions=true"), 1000, 8).parameters
+    plain, both = (
+        planned(recipe(*pictures, "model.architecture=transformer", f"images.learn_sigma={learned}"), 1000, 8)
+        for learned in ("false", "true")
+    )
+    assert both.parameters > plain.parameters
 
 
 def test_pipeline_stages_divide_weights_and_add_a_bubble():
-    one, two = (estimate(recipe(f"parallel.pipeline={n}"), 1000, 8, HARDWARE) for n in (1, 2))
+    one, two = (planned(recipe(f"parallel.pipeline={n}"), 1000, 8) for n in (1, 2))
     assert one.bubble == pytest.approx(0) and 0 < two.bubble < 0.5
     assert two.weight_bytes == pytest.approx(one.weight_bytes / 2)
     assert one.pipeline_traffic == 0 < two.pipeline_traffic
@@ -61,37 +72,35 @@ def test_pipeline_stages_divide_weights_and_add_a_bubble():
 def test_learning_drawn_steps_saves_time():
     """10 C instead of 15 C with the context's 3, but for the vocabulary."""
     two = ("thinking.max_steps=2", "thinking.reuse=true", "data.sequence_length=1024", "model.conditioning=none")
-    both, one = (estimate(recipe(*two, *more), 128, 8, HARDWARE) for more in ((), ("thinking.learned_steps=1",)))
+    both, one = (planned(recipe(*two, *more), 128, 8) for more in ((), ("thinking.learned_steps=1",)))
     compute = [e.step_seconds - e.data_traffic / 10e9 for e in (both, one)]
     assert compute[1] / compute[0] == pytest.approx(10 / 15, rel=0.01)
 
 
 def test_levers_save_memory():
-    base = estimate(recipe("parallel.pipeline=2"), 1000, 8, HARDWARE)
+    base = planned(recipe("parallel.pipeline=2"), 1000, 8)
     assert (
-        estimate(
-            recipe("parallel.pipeline=2", "parallel.micro_batches_in_flight=2"), 1000, 8, HARDWARE
-        ).activation_bytes
+        planned(recipe("parallel.pipeline=2", "parallel.micro_batches_in_flight=2"), 1000, 8).activation_bytes
         < base.activation_bytes
     )
     assert (
-        estimate(recipe("parallel.pipeline=2", "model.recompute_layers=true"), 1000, 8, HARDWARE).activation_bytes
+        planned(recipe("parallel.pipeline=2", "model.recompute_layers=true"), 1000, 8).activation_bytes
         < base.activation_bytes
     )
     assert (
-        estimate(recipe("parallel.pipeline=2", "thinking.logits_dtype=bfloat16"), 1000, 8, HARDWARE).activation_bytes
+        planned(recipe("parallel.pipeline=2", "thinking.logits_dtype=bfloat16"), 1000, 8).activation_bytes
         < base.activation_bytes
     )
     assert (
-        estimate(recipe("parallel.pipeline=2", "thinking.regenerate=256"), 1000, 8, HARDWARE).activation_bytes
+        planned(recipe("parallel.pipeline=2", "thinking.regenerate=256"), 1000, 8).activation_bytes
         < base.activation_bytes
     )
     assert (
-        estimate(recipe("parallel.pipeline=2", "parallel.distributed_optimizer=true"), 1000, 8, HARDWARE).weight_bytes
+        planned(recipe("parallel.pipeline=2", "parallel.distributed_optimizer=true"), 1000, 8).weight_bytes
         < base.weight_bytes
     )
 
 
 def test_a_layout_that_does_not_fit_is_refused():
     with pytest.raises(RecipeError, match="number of ranks=3"):
-        estimate(recipe("parallel.pipeline=2"), 1000, 3, HARDWARE)
+        planned(recipe("parallel.pipeline=2"), 1000, 3)
