@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,58 +13,9 @@ from ebt_megatron.core.errors import RecipeError
 from ebt_megatron.core.files import write_whole
 
 if TYPE_CHECKING:
-    from ebt_megatron.evaluation.suite import SuiteOptions
-    from ebt_megatron.session import TrainedRun
+    from ebt_megatron.evaluation.interface import SuiteOptions
 
 app = typer.Typer(add_completion=False)
-
-
-def evaluate(run: TrainedRun, steps: int | None = None, example: bool = True) -> dict[str, Any]:
-    """Validation loss, energy, and what the task measures, at every number of thinking steps.
-
-    Args:
-        run: opened with its validation data.
-        steps: the most thinking steps; default: twice those trained with.
-        example: also follow one prediction (one process only).
-    """
-    from ebt_megatron.evaluation.validation import validate
-    from ebt_megatron.objectives.energy import EnergyObjective
-
-    objective, task = run.objective, run.task
-    trained = run.recipe.thinking.max_steps if objective.thinks else 1
-    most = (2 * trained if steps is None else steps) if objective.thinks else 1
-    if not most and not objective.starts_at_context:
-        raise RecipeError(
-            "--steps 0: there is a prediction before any step only where thinking.initial=context; give at least 1"
-        )
-    result = validate(objective, run.data["validation"], most)
-    per_step = {name: values for name, values in result.measures.items() if isinstance(values, list)}
-    rows = [
-        {
-            "steps": taken,
-            "loss": loss,
-            **task.describe(loss),
-            "energy": result.energies[taken - 1].item() if objective.thinks and taken else None,
-        }
-        | {name: None if math.isnan(values[i]) else values[i] for name, values in per_step.items()}
-        for i, (taken, loss) in enumerate(result.by_steps().items())
-    ]
-    out: dict[str, Any] = {
-        "name": run.recipe.name,
-        "architecture": run.recipe.model.architecture,
-        "step": run.step,
-        "tokens": run.tokens,
-        "positions": result.positions,
-        "parameters": sum(p.numel() for p in run.model.parameters()) if run.state.world_size == 1 else None,
-        "trained_steps": trained,
-        "thinking": rows,
-    }
-    out |= {name: value for name, value in result.measures.items() if name not in per_step}
-    if isinstance(objective, EnergyObjective) and example and most and run.state.world_size == 1:
-        sample = task.sample(next(iter(run.data["validation"])), run.state.device)
-        if (worked := task.example(sample, objective.thinker(sample), most)) is not None:
-            out["example"] = worked
-    return out
 
 
 def _line(row: dict[str, Any]) -> str:
@@ -84,25 +34,14 @@ def _suite(run_dir: Path, overrides: list[str], options: SuiteOptions, target: P
     """Write the suite's numbers, and show what they come to."""
     from rich.console import Console
 
-    from ebt_megatron.evaluation import picture_report
-    from ebt_megatron.evaluation.picture_suite import evaluate_pictures
-    from ebt_megatron.evaluation.suite import evaluate_suite
-    from ebt_megatron.evaluation.tables import suite_tables
+    from ebt_megatron.evaluation.interface import evaluation_of
     from ebt_megatron.session import recipe_of
-    from ebt_megatron.tasks import task_class
 
-    kind = task_class(recipe_of(run_dir, overrides).data.modality).kind
-    suites: dict[str, tuple[Any, Any]] = {
-        "text": (evaluate_suite, suite_tables),
-        "images": (evaluate_pictures, lambda of: picture_report.tables({of["name"]: of}, every=True)),
-    }
-    if kind not in suites:
-        raise RecipeError(f"--suite is about {' and '.join(suites)}, {run_dir} is about {kind}: leave it out")
-    evaluate_all, tables = suites[kind]
-    numbers = evaluate_all(run_dir, overrides, options)
+    evaluation = evaluation_of(recipe_of(run_dir, overrides).data.modality)
+    numbers = evaluation.suite(run_dir, overrides, options)
     write_whole(target, json.dumps(numbers, indent=1) + "\n")
     console = Console(soft_wrap=True, highlight=False)
-    for table in tables(numbers):
+    for table in evaluation.tables(numbers):
         console.print(table.rich())
     console.print(f"{target} has all numbers")
 
@@ -146,11 +85,12 @@ def main(
             raise RecipeError(f"--shift {wrong[0]}: give NAME=FOLDER")
         quiet_libraries()
         if suite:
-            from ebt_megatron.evaluation.suite import SuiteOptions
+            from ebt_megatron.evaluation.interface import SuiteOptions
 
             shifts = dict(item.split("=", 1) for item in shift)
             _suite(run_dir, overrides or [], SuiteOptions(steps, starts, baselines, shifts), target)
             return
+        from ebt_megatron.evaluation.evaluate import evaluate
         from ebt_megatron.session import open_run
 
         with open_run(run_dir, overrides or []) as run:

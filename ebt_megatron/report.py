@@ -1,4 +1,4 @@
-"""A report of runs beside each other, as the quickstart makes one: `python -m ebt_megatron.report RUN ...`."""
+"""A report of runs beside each other, as the quickstarts make one: `python -m ebt_megatron.report RUN ...`."""
 
 from __future__ import annotations
 
@@ -7,36 +7,35 @@ from pathlib import Path
 import typer
 from rich.console import Console
 
-from ebt_megatron.core.cli import guarded
+from ebt_megatron.core.cli import guarded, quiet_libraries
+from ebt_megatron.core.errors import RecipeError
 
 app = typer.Typer(add_completion=False)
-
-NEXT_STEPS = """\
-# your own text (txt, HTML, JSONL, Parquet; also .gz and .zst)
-ebt-prepare text --input 'corpus/**/*.jsonl.zst' --tokenizer EleutherAI/gpt-neox-20b --output data/text
-# the paper's S1 recipe at its xxs size on 8 GPUs, tensor parallel 2
-torchrun --nproc-per-node 8 -m ebt_megatron.train text/s1_xxs parallel.tensor=2
-# think longer than in training
-ebt-evaluate runs/ebt-s1-xxs --steps 8
-# every key a recipe may have
-ebt-train --help"""
 
 
 @app.command()
 def main(
-    runs: list[Path] = typer.Argument(..., help="Each run's training.output_dir, trained and evaluated; of any kind."),
+    runs: list[Path] = typer.Argument(..., help="Each run's training.output_dir, evaluated; of one modality."),
     output: Path = typer.Option(Path("report"), help="Folder for report.html, report.md and the plots."),
     title: str = typer.Option("Energy-Based Transformers", help="Heading."),
 ) -> None:
-    """Write what evaluated runs show: losses, thinking, energies, examples, speed and memory.
+    """Write what evaluated runs of one modality show.
 
-    Runs that were evaluated with --suite add compute, starts, uncertainty, landscapes and samples.
+    Text: losses, thinking, energies, examples, speed and memory; with suite.json of ebt-evaluate --suite also compute,
+    starts, uncertainty, landscapes and samples. Video: losses by steps, observed frames and frames ahead, and clips.
+    Images: pictures denoised (of runs with suite.json) and made (of the others).
     """
 
     def work() -> None:
-        from ebt_megatron.evaluation.report import write_report
+        from ebt_megatron.evaluation.interface import evaluation_of
+        from ebt_megatron.session import recipe_of
 
-        paths = write_report(runs, output, title, NEXT_STEPS)
+        modalities = {path: recipe_of(path).data.modality for path in runs}
+        if len(set(modalities.values())) > 1:
+            said = ", ".join(f"{path}: {modality}" for path, modality in modalities.items())
+            raise RecipeError(f"a report is about one modality ({said}): give runs of one")
+        quiet_libraries()
+        paths = evaluation_of(modalities[runs[0]]).report(runs, output, title, "")
         Console(soft_wrap=True, highlight=False).print(f"report: {paths['html']} and {paths['markdown']}")
 
     guarded(work)

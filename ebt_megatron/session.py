@@ -30,6 +30,17 @@ _ONE_PROCESS = (
 )
 
 
+def bring_up(recipe: Recipe) -> ParallelState:
+    """Join the other ranks in the recipe's layout; once for each session.
+
+    Raises:
+        RecipeError: where layout and recipe do not fit the number of ranks.
+    """
+    state = initialize(recipe.parallel, recipe.training.seed)
+    check(recipe, state.world_size)
+    return state
+
+
 @dataclass
 class Session:
     """A recipe on its ranks, with its data.
@@ -49,19 +60,25 @@ class Session:
     task: Task
 
     @classmethod
-    def open(cls, recipe: Recipe, splits: Sequence[str], source: Description | None = None) -> Session:
+    def open(
+        cls,
+        recipe: Recipe,
+        splits: Sequence[str],
+        source: Description | None = None,
+        state: ParallelState | None = None,
+    ) -> Session:
         """Join the other ranks and open the data.
 
         Args:
             recipe: resolved.
             splits: "train", "validation"; at least one without `source`.
             source: what describes the data; default: the first split.
+            state: what `bring_up` gave, where that is done.
 
         Raises:
             RecipeError, DataError: where layout or data do not do.
         """
-        state = initialize(recipe.parallel, recipe.training.seed)
-        check(recipe, state.world_size)
+        state = state or bring_up(recipe)
         data = {split: Loader(recipe, split, state.data_rank, state.data_size) for split in splits}
         source = source or data[splits[0]].sources[0]
         task = open_task(recipe, source)

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import typer
 
-from ebt_megatron.report import NEXT_STEPS
 from examples.steps import PROCESSES, Steps
 
 DATA = Path("data/quickstart")
@@ -64,6 +63,7 @@ def main(processes: int = PROCESSES, megabytes: int = typer.Option(16, help="How
         for name in RECIPES:
             step.evaluate(len(RECIPES) + 2, name, RUNS / name)
         from ebt_megatron.evaluation.report import write_report
+        from ebt_megatron.evaluation.text_evaluation import NEXT_STEPS
 
         title = "EBT and Transformer++ on real text, on this machine"
         runs = {"EBT, S1": RUNS / "s1", "EBT, S2": RUNS / "s2", "Transformer++": RUNS / "transformer"}

@@ -102,7 +102,7 @@ def import_weights(source: Path, recipe: Path, output: Path, overrides: list[str
     # A checkpoint fits every layout, so one process writes it; the run keeps the recipe's layout.
     run = Run(load_recipe(recipe, [*overrides, *_ONE_PROCESS]))
     manifest = run.train_data.sources[0].manifest
-    needed = fingerprint(resolved, run.task.identity) | {"vocab_size": manifest.vocab_size}
+    needed = fingerprint(resolved, run.session.task.identity) | {"vocab_size": manifest.vocab_size}
     if manifest.encoder:
         needed["latent_scale"] = latent_scale(manifest.encoder) or "none (the train split's statistics)"
     check_fingerprint(source, metadata, needed)

@@ -34,11 +34,12 @@ def make(run_dir: Path, captions: list[str], labels: list[int], each: int, passe
     from ebt_megatron.data_prep.encoders import load_encoder
     from ebt_megatron.evaluation.pictures import made
     from ebt_megatron.session import open_run
+    from ebt_megatron.tasks import task_as
     from ebt_megatron.tasks.images import Images
 
     with open_run(run_dir, splits=()) as run:
-        task = run.task
-        if not isinstance(task, Images) or (run.objective.thinks and task.denoises):
+        task = task_as(run.task, Images)
+        if run.objective.thinks and task.denoises:
             raise RecipeError(f"{run_dir} makes no pictures: give a run of images that starts at noise")
         if labels and not all(0 <= label < task.classes for label in labels):
             raise RecipeError(f"--label {labels}: {run.recipe.name} is told {task.classes} classes, from 0 on")

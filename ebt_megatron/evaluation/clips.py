@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ebt_megatron.data.loader import MicroBatch
 from ebt_megatron.session import TrainedRun
+from ebt_megatron.tasks import task_as
 from ebt_megatron.tasks.video import Video
 
 
@@ -23,7 +24,7 @@ def rolled_out(run: TrainedRun, frames: Tensor, given: int, steps: int | None = 
         given: frames to go on from, at least 1.
         steps: thinking steps of each frame; default: those trained with.
     """
-    steps, task = steps or run.recipe.thinking.max_steps, cast(Video, run.task)
+    steps, task = steps or run.recipe.thinking.max_steps, task_as(run.task, Video)
     clip = torch.zeros_like(frames)  # what is not there yet is not seen: the model is causal
     clip[:, :given] = frames[:, :given]
     ids = torch.arange(len(frames)) + (1 << 51)  # apart from training's and validation's
@@ -63,6 +64,4 @@ def spread_clips(run: TrainedRun, count: int) -> Tensor:
     """Up to `count` clips spread evenly over the validation data, [B, F, patches, channels]."""
     loader = run.data["validation"]
     number = loader.validation_samples
-    latents = loader.read(list(range(0, number, -(-number // count)))).samples
-    assert latents is not None
-    return latents
+    return loader.read(list(range(0, number, -(-number // count)))).samples

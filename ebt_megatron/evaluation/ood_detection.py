@@ -17,6 +17,8 @@ from ebt_megatron.data.loader import MicroBatch
 from ebt_megatron.evaluation.pictures import noise_in
 from ebt_megatron.evaluation.statistics import auroc
 from ebt_megatron.session import TrainedRun
+from ebt_megatron.tasks import task_as
+from ebt_megatron.tasks.images import Images
 
 
 def plain_scores(decoder: Decoder, latents: Tensor) -> dict[str, Tensor]:
@@ -42,14 +44,14 @@ def model_scores(run: TrainedRun, batch: MicroBatch, levels: Sequence[int]) -> d
         batch: pictures.
         levels: of noise.
     """
-    task: Any = run.task
+    task = task_as(run.task, Images)
     model: Any = run.model
     steps, out = run.recipe.thinking.max_steps, {}
     for level in levels:
         sample = task.sample(batch, run.state.device, level)
         sample.observed = task.untold(sample.observed)
         if not run.objective.thinks:
-            noise, _ = noise_in(model, sample.observed, sample.start.transpose(0, 1))
+            noise, _ = noise_in(model, sample.observed, sample.first)
             out[f"denoising loss, level {level}"] = (noise - sample.targets).square().mean((1, 2))
             continue
         if not out:
@@ -72,14 +74,13 @@ def ood_detection(run: TrainedRun, own: MicroBatch, others: MicroBatch, levels: 
         own, others: pictures.
         levels: of noise.
     """
-    task: Any = run.task
+    task = task_as(run.task, Images)
     size = 128
     sides = []
     for batch in (own, others):
         parts = [batch.part(i, i + size) for i in range(0, len(batch.sample_ids), size)]
         scores = [model_scores(run, part, levels) for part in parts]
         joined = {name: torch.cat([s[name] for s in scores]) for name in scores[0]}
-        assert batch.samples is not None
-        sides.append(joined | plain_scores(task.decoder, batch.samples))
+        sides.append(joined | plain_scores(task.shown, batch.samples))
     foreign = np.repeat([False, True], [len(b.sample_ids) for b in (own, others)])
     return {name: auroc(torch.cat([side[name].cpu() for side in sides]).numpy(), foreign) for name in sides[0]}

@@ -12,11 +12,13 @@ from rich.progress import Progress
 from ebt_megatron.config import RecipeError
 from ebt_megatron.core.errors import DataError
 from ebt_megatron.data.loader import Loader, MicroBatch
+from ebt_megatron.evaluation.interface import SuiteOptions
 from ebt_megatron.evaluation.ood_detection import ood_detection
 from ebt_megatron.evaluation.pictures import denoising, first_pictures
 from ebt_megatron.evaluation.probe import probe
-from ebt_megatron.evaluation.suite import SuiteOptions
 from ebt_megatron.session import TrainedRun, open_run
+from ebt_megatron.tasks import task_as
+from ebt_megatron.tasks.images import Images
 
 PASSES = (1, 2, 3, 5, 10, 30, 100)  # of a DiT, which can take any number
 _OOD_PICTURES = 512  # pictures of each kind that are looked at
@@ -49,7 +51,7 @@ def _others(run: TrainedRun, folder: str) -> MicroBatch:
     recipe = replace(run.recipe, data=replace(run.recipe.data, validation=[folder]))
     loader = Loader(recipe, "validation", 0, 1)
     manifest, own = loader.sources[0].manifest, run.data["validation"].sources[0].manifest
-    if manifest.kind != "images" or manifest.sidecar["sha256"] != own.sidecar["sha256"]:
+    if manifest.kind != own.kind or manifest.sidecar.get("sha256") != own.sidecar["sha256"]:
         raise DataError(
             f"{folder} was not made with the run's encoder: prepare it with --encoder "
             f"{run.data['validation'].sources[0].folder}/{own.sidecar['file']}"
@@ -72,7 +74,7 @@ def evaluate_pictures(run_dir: Path, overrides: Sequence[str], options: SuiteOpt
     if options.baselines:
         raise RecipeError("--baseline is for text: pictures' models are evaluated one by one")
     with open_run(run_dir, overrides, ("validation", "train")) as run, Progress(transient=True) as progress:
-        task: Any = run.task
+        task = task_as(run.task, Images)
         doing = progress.add_task("", total=2 + len(options.shifts or {}))
         out: dict[str, Any] = {
             "name": run.recipe.name,

@@ -13,7 +13,10 @@ from ebt_megatron.core.errors import DataError
 from ebt_megatron.data.captions import open_captions
 from ebt_megatron.data.decoder import Decoder, psnr
 from ebt_megatron.data.loader import MicroBatch
+from ebt_megatron.objectives.energy import EnergyObjective
 from ebt_megatron.session import TrainedRun
+from ebt_megatron.tasks import task_as
+from ebt_megatron.tasks.images import Images
 
 _WINDOW = 7  # of SSIM, in pixels
 
@@ -70,7 +73,7 @@ def sampled(
     Returns:
         Pictures [B, S, C].
     """
-    task: Any = run.task
+    task = task_as(run.task, Images)
     model: Any = run.model
     schedule, x = task.schedule, noised
     levels = schedule.levels(first, passes)
@@ -109,7 +112,8 @@ def thought_of(run: TrainedRun, sample: Any, steps: int, guidance: float = 0.0, 
         untold: conditions [B, ...] without class and caption, for guidance.
     """
     model: Any = run.model
-    descent, length = run.objective.thinker(sample).descent, run.task.length  # type: ignore[attr-defined]
+    assert isinstance(run.objective, EnergyObjective)
+    descent, length = run.objective.thinker(sample).descent, run.task.length
     prediction, alpha = descent.prediction, descent.alpha
     sides = [(1 + guidance, sample.observed)]
     if guidance and untold is not None:
@@ -137,13 +141,12 @@ def denoised(
     run: TrainedRun, batch: MicroBatch, level: int, passes: Sequence[int], ancestral: bool = False
 ) -> list[Tensor]:
     """Pictures [B, S, C] after each number of passes, from `level`."""
-    task: Any = run.task
+    task = task_as(run.task, Images)
     sample = task.sample(batch, run.state.device, level)
     if run.objective.thinks:
         thoughts = thought_of(run, sample, max(passes))
         return [thoughts[n - 1] for n in passes]
-    start = sample.start.transpose(0, 1)
-    return [sampled(run, sample.observed, start, sample.sample_ids, level, n, ancestral) for n in passes]
+    return [sampled(run, sample.observed, sample.first, sample.sample_ids, level, n, ancestral) for n in passes]
 
 
 def denoising(run: TrainedRun, levels: Sequence[int], passes: Sequence[int], pictures: int = 128) -> dict[str, Any]:
@@ -155,19 +158,18 @@ def denoising(run: TrainedRun, levels: Sequence[int], passes: Sequence[int], pic
         passes: of a DiT no more than a level has are run.
         pictures: how many to look at, at most.
     """
-    task: Any = run.task
+    task = task_as(run.task, Images)
     batch = first_pictures(run, pictures)
     clean = batch.samples
-    assert clean is not None
-    out = {}
+    out: dict[str, Any] = {}
     for level in levels:
         sample = task.sample(batch, run.state.device, level)
         counts = [n for n in passes if run.objective.thinks or n <= level + 1]
         rows = [
-            {"passes": n} | quality(task.decoder, latents, clean)
+            {"passes": n, **quality(task.shown, latents, clean)}
             for n, latents in zip(counts, denoised(run, batch, level, counts), strict=True)
         ]
-        noised = quality(task.decoder, sample.start.transpose(0, 1), clean)
+        noised = quality(task.shown, sample.first, clean)
         out[str(level)] = {"noised": noised, "passes": rows}
     return out
 
@@ -187,7 +189,7 @@ def made(
     Raises:
         DataError: for captions to a model that is not told any, or without the encoder they need.
     """
-    task: Any = run.task
+    task = task_as(run.task, Images)
     ids = torch.arange(len(told)) + (1 << 51)  # apart from training's and validation's
     labels, captions = (told, None) if isinstance(told, Tensor) else (None, captions_for(run, told))
     conditions = task.conditions(torch.zeros_like(ids), labels, captions)
@@ -203,7 +205,7 @@ def made(
 
 def captions_for(run: TrainedRun, texts: Sequence[str]) -> Tensor:
     """What stands for texts, as for the captions of the run's data; raises DataError as `made`."""
-    if run.task.captions is None:  # type: ignore[attr-defined]
+    if task_as(run.task, Images).captions is None:
         raise DataError(f"{run.recipe.name} is not told captions: images.captions=false")
     return torch.from_numpy(open_captions(run.source).encode(texts))
 

@@ -21,13 +21,15 @@ from torch import Tensor
 from ebt_megatron.core.errors import DataError
 from ebt_megatron.data.loader import MicroBatch
 from ebt_megatron.session import TrainedRun
+from ebt_megatron.tasks import task_as
 from ebt_megatron.tasks.build import build_model
+from ebt_megatron.tasks.images import Images
 
 _BATCH = 256  # pictures that go through a network at once
 
 
 @torch.no_grad()
-def features(task: Any, model: Any, batch: MicroBatch, level: int) -> Tensor:
+def features(task: Images, model: Any, batch: MicroBatch, level: int) -> Tensor:
     """The mean over patches of every layer's output, [layers, B, D].
 
     Args:
@@ -36,7 +38,6 @@ def features(task: Any, model: Any, batch: MicroBatch, level: int) -> Tensor:
         batch: pictures.
         level: of the noise in them.
     """
-    assert batch.samples is not None
     device = next(model.parameters()).device
     sample = task.sample(batch, device, level)
     observed = task.untold(sample.observed)
@@ -80,12 +81,12 @@ def probe(run: TrainedRun, levels: Sequence[int], training: int = 4000, test: in
         raise DataError(f"{run.recipe.data.validation[0]} has no labels, which a probe needs: prepare it with them")
     data = [(run.data["train"], training), (run.data["validation"], test)]
     pictures = [loader.read(list(range(min(count, len(loader.blend))))) for loader, count in data]
-    labels = [_labels(batch) for batch in pictures]
+    labels, task = [_labels(batch) for batch in pictures], task_as(run.task, Images)
     fitted = len(labels[0]) * 4 // 5
 
     def chosen(model: Any) -> tuple[float, int, int, float]:
         """Accuracy, layer and level, and the accuracy of the last layer at the first level."""
-        made = {level: [_features(run.task, model, batch, level) for batch in pictures] for level in levels}
+        made = {level: [_features(task, model, batch, level) for batch in pictures] for level in levels}
 
         def on(layer: int, level: int, held_out: bool) -> float:
             train, other = (f[layer] for f in made[level])
@@ -115,7 +116,7 @@ def _labels(batch: MicroBatch) -> np.ndarray:
     return batch.beside["labels"].numpy()
 
 
-def _features(task: Any, model: Any, batch: MicroBatch, level: int) -> np.ndarray:
+def _features(task: Images, model: Any, batch: MicroBatch, level: int) -> np.ndarray:
     parts = [batch.part(i, i + _BATCH) for i in range(0, len(batch.sample_ids), _BATCH)]
     return torch.cat([features(task, model, part, level) for part in parts], 1).float().cpu().numpy()
 

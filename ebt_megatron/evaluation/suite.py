@@ -18,39 +18,17 @@ from ebt_megatron.config import RecipeError
 from ebt_megatron.core.errors import DataError
 from ebt_megatron.data.loader import Loader, MicroBatch
 from ebt_megatron.evaluation import statistics
+from ebt_megatron.evaluation.interface import SuiteOptions
 from ebt_megatron.evaluation.token_scores import CORRUPTIONS, TokenScores, corrupted, score
 from ebt_megatron.evaluation.token_trace import token_trace
 from ebt_megatron.objectives.flops import training_flops
 from ebt_megatron.session import TrainedRun, open_run
-from ebt_megatron.tasks.text import perplexity
+from ebt_megatron.tasks import task_as
+from ebt_megatron.tasks.text import Text, perplexity
 
 Numbers = dict[str, Any]
 TOLERANCES = (0.6, 0.5, 0.4, 0.3, 0.2, 0.1, 0.05, 0.03, 0.02, 0.01, 0.005)
 _CORRUPTED_SHARE, _SEED = 0.15, 0
-
-
-@dataclass
-class SuiteOptions:
-    """What the suite looks at.
-
-    Attributes:
-        steps: the most thinking steps; None: three times those trained.
-        starts: the most starts to choose among.
-        baselines: feed-forward runs to set beside the model; the first says how far a shift is.
-        shifts: other text by name: folders of shards made with the model's tokenizer.
-    """
-
-    steps: int | None = None
-    starts: int = 8
-    baselines: Sequence[Path] = ()
-    shifts: dict[str, str] | None = None
-
-    def check(self) -> None:
-        """Raise RecipeError for numbers that mean nothing."""
-        if self.steps is not None and self.steps < 1:
-            raise RecipeError(f"--steps {self.steps}: at least 1")
-        if self.starts < 1:
-            raise RecipeError(f"--starts {self.starts}: at least 1")
 
 
 def _perplexity(losses: np.ndarray) -> float:
@@ -229,8 +207,8 @@ def evaluate_suite(run_dir: Path, overrides: Sequence[str], options: SuiteOption
 
         doing(f"{run_dir}")
         with open_run(run_dir, overrides) as run:
-            if run.recipe.data.modality != "text" or run.state.world_size > 1:
-                raise RecipeError(f"{run_dir}: the suite is for text, on one process")
+            if run.state.world_size > 1:
+                raise RecipeError(f"{run_dir}: the suite is for one process")
             ours = _collect(run, options, doing)
         baselines: dict[str, _Collected] = {}
         for folder in options.baselines:
@@ -267,7 +245,7 @@ class _Collected:
 
 
 def _collect(run: TrainedRun, options: SuiteOptions, doing: Callable[[str], None]) -> _Collected:
-    task: Any = run.task
+    task = task_as(run.task, Text)
     trained = run.recipe.thinking.max_steps if run.objective.thinks else 1
     looked_at = max(options.steps or 3 * trained, trained) if run.objective.thinks else 1
 

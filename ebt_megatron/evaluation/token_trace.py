@@ -14,7 +14,9 @@ from ebt_megatron.inference.predictor import EnergyPredictor, predictor_of
 from ebt_megatron.inference.sampling import Sampling
 from ebt_megatron.inference.texts import Texts
 from ebt_megatron.session import TrainedRun
+from ebt_megatron.tasks import task_as
 from ebt_megatron.tasks.interface import Sample
+from ebt_megatron.tasks.text import Text
 
 _TOP, _GRID, _MARGIN, _LANDSCAPES, _SAMPLES = 4, 33, 0.35, 2, 3
 
@@ -40,7 +42,7 @@ def token_trace(run: TrainedRun, sample: Sample, settled: float = 0.1) -> dict[s
         None if sample.segments is None else sample.segments[:1],
     )
     predictions: list[Tensor] = []
-    size = run.task.vocab_size  # type: ignore[attr-defined]
+    size = task_as(run.task, Text).vocab_size
 
     def watch(prediction: Any) -> None:
         predictions.append(prediction.logits[:, 0, :size].float().softmax(-1))

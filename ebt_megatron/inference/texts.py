@@ -8,6 +8,8 @@ from tokenizers import Tokenizer
 
 from ebt_megatron.core.errors import DataError, RecipeError
 from ebt_megatron.session import TrainedRun
+from ebt_megatron.tasks import task_as
+from ebt_megatron.tasks.text import Text
 
 
 class Texts:
@@ -24,7 +26,7 @@ class Texts:
     """
 
     def __init__(self, run: TrainedRun):
-        file = getattr(run.task, "tokenizer_file", None)
+        file = task_as(run.task, Text).tokenizer_file
         if file is None:
             raise RecipeError(f"{run.recipe.training.output_dir}: its data has no tokenizer, so no text can be read")
         self.tokenizer = Tokenizer.from_file(str(file))

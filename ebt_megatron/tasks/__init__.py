@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import importlib
+from typing import TypeVar
 
 from ebt_megatron.config import Recipe
 from ebt_megatron.core.errors import DataError, RecipeError
 from ebt_megatron.data.description import Description
 from ebt_megatron.tasks.interface import Meter, NoMeter, Sample, Task
 
-__all__ = ["TASKS", "Meter", "NoMeter", "Sample", "Task", "open_task", "task_class"]
+__all__ = ["TASKS", "Meter", "NoMeter", "Sample", "Task", "open_task", "task_as", "task_class"]
 
+T = TypeVar("T")
 TASKS = {
     "text": "ebt_megatron.tasks.text:Text",
     "images": "ebt_megatron.tasks.images:Images",
@@ -35,6 +37,17 @@ def task_class(modality: str) -> type[Task]:
         raise RecipeError(
             f"data.modality={modality}: choose one of {', '.join(TASKS)}, or package.module:Class of your own{why}"
         ) from None
+
+
+def task_as(task: Task, wanted: type[T]) -> T:
+    """The task, where it is a `wanted`.
+
+    Raises:
+        RecipeError: where it is about something else.
+    """
+    if not isinstance(task, wanted):
+        raise RecipeError(f"this is about {wanted.__name__.lower()}, and the run about {type(task).__name__.lower()}")
+    return task
 
 
 def open_task(recipe: Recipe, source: Description) -> Task:

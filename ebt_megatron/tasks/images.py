@@ -71,6 +71,7 @@ class Images:
     """
 
     kind = "images"
+    evaluation = "ebt_megatron.evaluation.picture_evaluation:PictureEvaluation"
 
     def __init__(
         self,
@@ -235,6 +236,13 @@ class Images:
         out[:, 2:] = NOT_TOLD if self.captions is not None and self.captions.entries else 0
         return out
 
+    @property
+    def shown(self) -> Decoder:
+        """The decoder; raises DataError where there is none."""
+        if self.decoder is None:
+            raise DataError("nothing shows these latents: their encoder has no linear decoder")
+        return self.decoder
+
     # --- models ---------------------------------------------------------------------------------
 
     def energy_model(self, config: TransformerConfig, kernels: Kernels, first: bool, last: bool) -> JointEnergy:
@@ -278,7 +286,7 @@ class Images:
         return {}
 
     def example(self, sample: Sample, thinker: Thinker, steps: int) -> None:
-        """Pictures are shown by `examples.images`."""
+        """Pictures are shown by the report."""
 
 
 class PictureMeter:

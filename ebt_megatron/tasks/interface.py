@@ -38,6 +38,12 @@ class Sample:
     segments: Tensor | None = None
     start: Tensor | None = None
 
+    @property
+    def first(self) -> Tensor:
+        """Where predictions start, [B, S, ...]; of a task whose samples say so."""
+        assert self.start is not None
+        return self.start.transpose(0, 1)
+
 
 class Embeddings(Protocol):
     """How an energy model's first stage sees a modality; a module, `EnergyModel.modality`."""
@@ -92,6 +98,8 @@ class Task(Protocol):
 
     Attributes:
         kind: of the samples it reads: a name of `data.kinds.KINDS`, or package.module:NAME of your own.
+        evaluation: package.module:Class of its `evaluation.interface.Evaluation`, a name so that no task imports one;
+            a task without this has no suite, and the report of any run.
         length: S, the positions predicted in a sample.
         identity: what a checkpoint must share with the run that loads it, by name.
     """

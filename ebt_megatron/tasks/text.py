@@ -39,6 +39,7 @@ class Text:
     """
 
     kind = "text"
+    evaluation = "ebt_megatron.evaluation.text_evaluation:TextEvaluation"
 
     def __init__(self, recipe: Recipe, vocab_size: int, tokenizer: tuple[Path | None, str] = (None, "")):
         self.recipe, self.vocab_size = recipe, vocab_size

@@ -43,6 +43,7 @@ class Video:
     """
 
     kind = "video"
+    evaluation = "ebt_megatron.evaluation.video_evaluation:VideoEvaluation"
 
     def __init__(self, recipe: Recipe, tokens: FrameTokens, encoder: str = "", decoder: Decoder | None = None):
         check_latents(recipe)
@@ -119,7 +120,7 @@ class Video:
         return {}
 
     def example(self, sample: Sample, thinker: Thinker, steps: int) -> None:
-        """Clips are shown by `examples.video`."""
+        """Clips are shown by the report."""
 
 
 def extrapolated(observed: Tensor) -> Tensor:

@@ -9,8 +9,8 @@ import torch
 import torch.distributed as dist
 
 from ebt_megatron.checkpoint.history import step_of
-from ebt_megatron.evaluation.validation import validate
 from ebt_megatron.objectives.flops import training_flops
+from ebt_megatron.objectives.validation import validate
 from ebt_megatron.training.faults import SpikeDetector, StopSignal, Watchdog
 from ebt_megatron.training.lock import RunLock
 from ebt_megatron.training.loop import Hook, Moment, train
@@ -133,7 +133,7 @@ class Recording(Hook):
         """See `Hook`."""
         run = self.run
         self.waited, self.steps = run.train_data.wait_seconds, 0
-        self.flops = training_flops(run.recipe, run.task.cost())
+        self.flops = training_flops(run.recipe, run.session.task.cost())
         parameters = sum(p.numel() for p in run.trainer.model.parameters())
         run.say(
             f"{run.recipe.name}: {parameters / 1e6:.2f} M parameters a rank, {run.state.world_size} ranks (tensor "

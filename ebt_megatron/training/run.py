@@ -13,13 +13,12 @@ import torch.distributed as dist
 
 from ebt_megatron.checkpoint.checkpoints import Checkpoints
 from ebt_megatron.checkpoint.history import begin_anew
-from ebt_megatron.config import Recipe, RecipeError, check, to_yaml
+from ebt_megatron.config import Recipe, RecipeError, to_yaml
 from ebt_megatron.core import cli
 from ebt_megatron.core.files import write_whole
 from ebt_megatron.core.launch import attempts
 from ebt_megatron.data.loader import Loader, MicroBatch, identity
-from ebt_megatron.parallel.setup import initialize
-from ebt_megatron.session import DATA, Session
+from ebt_megatron.session import DATA, Session, bring_up
 from ebt_megatron.training.faults import BadSteps, BrokenOff, agree
 from ebt_megatron.training.metrics import Clock, last_step
 from ebt_megatron.training.optimizer import schedule_change, schedule_of
@@ -44,15 +43,15 @@ class Run:
 
     def __init__(self, recipe: Recipe):
         self.recipe, self.folder = recipe, Path(recipe.training.output_dir)
-        self.state = initialize(recipe.parallel, recipe.training.seed)
-        check(recipe, self.state.world_size)
+        self.state = bring_up(recipe)
         self.is_main = self.state.rank == 0
         self.on_main(partial(_check_writable, self.folder))
-        session = Session.open(recipe, ["train", "validation"] if recipe.training.validation_interval else ["train"])
-        self.task, self.source, self.train_data = session.task, session.source, session.data["train"]
-        self.validation_data: Loader | None = session.data.get("validation")
+        splits = ["train", "validation"] if recipe.training.validation_interval else ["train"]
+        self.session = Session.open(recipe, splits, state=self.state)
+        self.train_data = self.session.data["train"]
+        self.validation_data: Loader | None = self.session.data.get("validation")
         self._look_at_amounts()
-        self.trainer = Trainer(recipe, session.task)
+        self.trainer = Trainer(recipe, self.session.task, self.state)
         self.timers = self.trainer.timers
         self.step = self.tokens = 0
         self.bad = BadSteps(recipe.training.max_bad_steps)
@@ -60,7 +59,7 @@ class Run:
         self.checkpoints = Checkpoints(
             self.folder / "checkpoints",
             recipe.training.keep_checkpoints,
-            session.identity,
+            self.session.identity,
             recipe.training.async_save,
             self.warn,
         )
@@ -125,7 +124,7 @@ class Run:
             self.say(f"resumed from {newest}")
         # Only now: a run that does not fit the folder must leave it as it is.
         self.checkpoints.go_on_from(self.step)
-        self.on_main(partial(self.source.copy_to, self.folder / DATA))
+        self.on_main(partial(self.session.source.copy_to, self.folder / DATA))
         self.on_main(partial(write_whole, self.folder / "recipe.yaml", to_yaml(self.recipe)))
         logged = self.on_main(partial(last_step, self.folder))
         if logged > self.step:

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from ebt_megatron.config import Recipe, check
+from ebt_megatron.config import Recipe
 from ebt_megatron.core.timing import Timers
 from ebt_megatron.data.loader import MicroBatch
 from ebt_megatron.objectives import build_objective
 from ebt_megatron.objectives.interface import BatchMetrics
-from ebt_megatron.parallel.setup import initialize
+from ebt_megatron.parallel.setup import ParallelState
 from ebt_megatron.tasks.build import build_model
 from ebt_megatron.tasks.interface import Task
 from ebt_megatron.training.optimizer import apply_gradients, build_optimizer, build_scheduler, wrap, zero_gradients
@@ -46,12 +46,11 @@ class Trainer:
     Args:
         recipe: the run.
         task: its modality.
+        state: this rank's place in its layout.
     """
 
-    def __init__(self, recipe: Recipe, task: Task):
-        self.recipe = recipe
-        self.state = initialize(recipe.parallel, recipe.training.seed)
-        check(recipe, self.state.world_size)
+    def __init__(self, recipe: Recipe, task: Task, state: ParallelState):
+        self.recipe, self.state = recipe, state
         self.timers = Timers()
         self.model = build_model(recipe, task).to(self.state.device)
         self.objective = build_objective(self.model, recipe, task, self.state, self.timers)

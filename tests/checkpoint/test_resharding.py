@@ -42,7 +42,7 @@ def new_trainer(folder, name, layout):
         *RECIPES[name],
         *layout,
     )
-    return Trainer(recipe, Text(recipe, builders.VOCAB)), Checkpoints(folder / name, 1, {})
+    return Trainer(recipe, Text(recipe, builders.VOCAB), builders.state(recipe)), Checkpoints(folder / name, 1, {})
 
 
 def go_on(trainer, first, steps=2):

@@ -12,7 +12,7 @@ from ebt_megatron.config import RecipeError
 from ebt_megatron.data.captions import NOT_TOLD
 from ebt_megatron.data.decoder import Decoder
 from ebt_megatron.evaluation import ood_detection, picture_report, picture_suite, probe
-from ebt_megatron.evaluation.suite import SuiteOptions
+from ebt_megatron.evaluation.interface import SuiteOptions
 from tests import builders
 from tests.tasks import latents
 

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 from ebt_megatron.config import load_recipe
 from ebt_megatron.data.loader import Loader
 from ebt_megatron.data.manifest import read_manifest
-from ebt_megatron.evaluate import evaluate
+from ebt_megatron.evaluation.evaluate import evaluate
 from ebt_megatron.parallel.setup import shutdown
 from ebt_megatron.session import open_run
 from ebt_megatron.tools.shards import app

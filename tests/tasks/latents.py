@@ -118,7 +118,7 @@ def losses(overrides: tuple[str, ...], batches, steps: int = 4) -> list[float]:
         "training.global_batch_size=4", "training.micro_batch_size=2", *overrides
     )
     with unless_zero():
-        trainer = Trainer(made, task(made))
+        trainer = Trainer(made, task(made), builders.state(made))
     size, rank, out = trainer.state.data_size, trainer.state.data_rank, []
     for step in range(steps):
         whole = batches(4, 4 * step)

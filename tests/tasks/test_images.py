@@ -7,7 +7,7 @@ from torch.distributions import Normal, kl_divergence
 from ebt_megatron.config import ImagesConfig, RecipeError
 from ebt_megatron.core.errors import DataError
 from ebt_megatron.data.decoder import Decoder
-from ebt_megatron.evaluation.validation import validate
+from ebt_megatron.objectives.validation import validate
 from ebt_megatron.tasks.diffusion import NoiseSchedule
 from ebt_megatron.tasks.images import Images
 from ebt_megatron.thinking.plan import Plan

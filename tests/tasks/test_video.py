@@ -12,7 +12,7 @@ from ebt_megatron.config import RecipeError
 from ebt_megatron.core.errors import DataError
 from ebt_megatron.data.decoder import Decoder
 from ebt_megatron.data_prep.encoders import new_encoder
-from ebt_megatron.evaluation.validation import validate
+from ebt_megatron.objectives.validation import validate
 from ebt_megatron.tasks.frames import FrameTokens
 from ebt_megatron.tasks.interface import Sample
 from ebt_megatron.tasks.video import Video, VideoMeter

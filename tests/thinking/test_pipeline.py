@@ -15,7 +15,7 @@ def events_of(stages):
     recipe = builders.small_recipe(
         "model.num_layers=4", f"parallel.pipeline={stages}", "thinking.max_steps=2", "training.global_batch_size=8"
     )
-    trainer = Trainer(recipe, Text(recipe, builders.VOCAB))
+    trainer = Trainer(recipe, Text(recipe, builders.VOCAB), builders.state(recipe))
     tokens = torch.randint(builders.VOCAB, (8, 11), generator=torch.Generator().manual_seed(0))
     batches = [MicroBatch(sample_ids=torch.arange(i, i + 2), samples=tokens[i : i + 2]) for i in range(0, 8, 2)]
     trainer.train_step(batches, 0)

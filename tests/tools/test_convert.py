@@ -109,7 +109,7 @@ def test_every_layout_exports_the_same(recipe, weights, tmp_path, overrides):
 
 
 def test_runs_start_from_it(recipe, weights, tmp_path, capfd):
-    from ebt_megatron.evaluate import evaluate
+    from ebt_megatron.evaluation.evaluate import evaluate
     from ebt_megatron.session import open_run
     from ebt_megatron.training.hooks import train_to_end
     from ebt_megatron.training.run import Run

@@ -290,7 +290,7 @@ def test_files_that_are_not_such_checkpoints(tmp_path):
 
 
 def test_from_the_command_line_to_an_evaluation(tmp_path):
-    from ebt_megatron.evaluate import evaluate
+    from ebt_megatron.evaluation.evaluate import evaluate
     from ebt_megatron.session import open_run
     from ebt_megatron.tools.convert import app as convert_app
 

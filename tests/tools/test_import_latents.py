@@ -245,7 +245,7 @@ def test_settings_of_pictures_become_a_recipe(tmp_path):
 def test_pictures_from_the_command_line_to_an_evaluation(tmp_path):
     """Of data that were multiplied by the scale they were trained with; others are refused."""
     from ebt_megatron.data_prep import images
-    from ebt_megatron.evaluate import evaluate
+    from ebt_megatron.evaluation.evaluate import evaluate
     from ebt_megatron.session import open_run
     from ebt_megatron.tools.convert import app as convert_app
     from tests.data_prep.media import invoke

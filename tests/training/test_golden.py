@@ -109,7 +109,7 @@ def micro_batches(iteration: int) -> list[MicroBatch]:
 def numbers(overrides: tuple[str, ...]) -> dict[str, list[float]]:
     """Train for two steps, evaluate, and tell what was computed."""
     recipe = builders.small_recipe(*BASE, *overrides)
-    trainer = Trainer(recipe, Text(recipe, builders.VOCAB))
+    trainer = Trainer(recipe, Text(recipe, builders.VOCAB), builders.state(recipe))
     masked = trainer.recipe.data.document_mask
     out: dict[str, list[float]] = {}
     for iteration in range(2):

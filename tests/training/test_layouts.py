@@ -86,7 +86,7 @@ def losses_of(overrides: tuple[str, ...], steps: int) -> list[float]:
         "data.sequence_length=8",
         *overrides,
     )
-    trainer = Trainer(recipe, Text(recipe, builders.VOCAB))
+    trainer = Trainer(recipe, Text(recipe, builders.VOCAB), builders.state(recipe))
     return [trainer.train_step(micro_batches_of(trainer, step), step).loss for step in range(steps)]
 
 

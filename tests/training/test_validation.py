@@ -2,6 +2,7 @@
 
 import pytest
 
+from tests import builders
 from tests.builders import small_recipe, text_shards
 from tests.distributed_utils import run_ranks
 from tests.training.runs import DOCUMENTS
@@ -17,7 +18,7 @@ def data(tmp_path_factory):
 def _losses(data, layouts):
     """Per layout, per number of samples: losses, energies, the targets' entropy, and right and changed answers."""
     from ebt_megatron.data.loader import Loader
-    from ebt_megatron.evaluation.validation import validate
+    from ebt_megatron.objectives.validation import validate
     from ebt_megatron.parallel import setup
     from ebt_megatron.tasks.text import Text
     from ebt_megatron.training.trainer import Trainer
@@ -31,7 +32,7 @@ def _losses(data, layouts):
             "training.global_batch_size=12",
             "training.micro_batch_size=3",
         )
-        trainer = Trainer(recipe, Text(recipe, 300))
+        trainer = Trainer(recipe, Text(recipe, 300), builders.state(recipe))
         loader = Loader(recipe, "validation", trainer.state.data_rank, trainer.state.data_size)
         steps = 2 if recipe.model.architecture == "ebt" else 1
         for count in counts:

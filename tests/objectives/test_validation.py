@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 
 from ebt_megatron.data.loader import MicroBatch
-from ebt_megatron.evaluation.validation import validate
+from ebt_megatron.objectives.validation import validate
 from ebt_megatron.prediction.logits import most_likely
 from ebt_megatron.tasks.text import Text
 from ebt_megatron.thinking.dual_stream import ThinkingOutput
