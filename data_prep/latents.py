@@ -24,10 +24,10 @@ from ebt_megatron.data_prep.latent_passes import (
     Fitting,
     Latents,
     LatentSettings,
-    LatentShards,
     Pieces,
     fitted_on,
 )
+from ebt_megatron.data_prep.latent_shards import LatentShards
 from ebt_megatron.data_prep.passes import WorkFolder, finish, units_of
 from ebt_megatron.data_prep.pieces import Source
 

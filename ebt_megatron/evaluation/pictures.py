@@ -133,6 +133,7 @@ def thought_of(run: TrainedRun, sample: Any, steps: int, guidance: float = 0.0, 
             total += weight * gradient
         prediction.refine(total, alpha)
         prediction.advance(keep=False)
+        assert prediction.y is not None
         out.append(prediction.y.transpose(0, 1).detach())
     return torch.stack(out)
 

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 SIMPLE = {"repeat_last": "the last frame again", "extrapolation": "extrapolation"}
 DASHES = {"repeat_last": "--", "extrapolation": ":"}
-GIVEN = 8  # frames that a rolled-out clip begins with, at most half of a clip
+GIVEN = 8  # frames that a rolled-out clip begins with, at most
 SHOWN, MEASURED = 4, 96  # clips of each set
 NEXT_STEPS = """ebt-prepare video --input 'films/**/*.mp4' --output data/films --height 224 --width 224 \\
     --frame-rate 4 --encoder vae --model FOLDER
@@ -46,6 +46,11 @@ class VideoEvaluation(Evaluation):
         named = runs if isinstance(runs, Mapping) else {recipe_of(path).name: path for path in runs}
         sets = {Path(folder).name: folder for folder in recipe_of(next(iter(named.values()))).data.validation}
         return write_report(named, sets, output, title, next_steps or NEXT_STEPS)
+
+
+def given_of(frames: int) -> int:
+    """How many of a clip's frames are given: half of them, at most GIVEN."""
+    return max(2, min(GIVEN, frames // 2))
 
 
 def evaluated(run_dir: Path, held: str, shards: str) -> dict[str, Any]:
@@ -68,8 +73,9 @@ def clips_of(run_dir: Path, sets: Mapping[str, str]) -> tuple[Any, Any, dict[str
         with open_run(run_dir, [f"data.validation=[{shards}]", "training.validation_samples=1000000"]) as run:
             task = task_as(run.task, Video)
             frames = spread_clips(run, MEASURED)
-            clips = rolled_out(run, frames, GIVEN)
-            ahead[held] = by_horizon(clips, frames, GIVEN)
+            given = given_of(frames.shape[1])
+            clips = rolled_out(run, frames, given)
+            ahead[held] = by_horizon(clips, frames, given)
             moving = frames.diff(dim=1).abs().mean((1, 2, 3)).argsort(descending=True)
             chosen = moving[:: max(1, len(moving) // (2 * SHOWN))][:SHOWN]
             for kept, values in zip(shown, (clips, frames), strict=True):
@@ -87,7 +93,7 @@ def animation(rows: list[Any], scale: int = 3) -> bytes:
     for t in range(rows[0].shape[1]):
         picture = np.concatenate([np.concatenate(list(row[:, t]), 1) for row in rows], 0)
         picture = picture.repeat(scale, 0).repeat(scale, 1)
-        if t >= GIVEN:  # a mark: these are predicted
+        if t >= given_of(rows[0].shape[1]):  # a mark: these are predicted
             picture[:4] = (200, 68, 45)
         frames.append(Image.fromarray(picture))
     out = io.BytesIO()
@@ -127,6 +133,7 @@ def write_report(
 
     rolled = {name: clips_of(path, sets) for name, path in runs.items()}
     first = next(iter(results))
+    given = given_of(recipe_of(runs[first]).data.sequence_length + 1)
 
     def panels(draw: Callable[[Any, str], None], x: str, y: str) -> Figure:
         """One plot for each set."""
@@ -177,13 +184,13 @@ def write_report(
             horizons,
             "frames ahead",
             "loss",
-            f"Rolled out: after {GIVEN} frames each is predicted from those predicted before it; {MEASURED} clips.",
+            f"Rolled out: after {given} frames each is predicted from those predicted before it; {MEASURED} clips.",
         ),
     ):
         page.figure(figure, caption, partial(panels, draw, x, y))
     order = ["the truth", *runs]
     caption = (
-        f"Held-out clips, from above: {', '.join(order)}; {SHOWN} each of {', '.join(sets)}. {GIVEN} frames are "
+        f"Held-out clips, from above: {', '.join(order)}; {SHOWN} each of {', '.join(sets)}. {given} frames are "
         "given; under the red line every frame is predicted from those predicted before it."
     )
     if rolled[first][1] is not None:

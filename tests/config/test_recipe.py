@@ -1,8 +1,14 @@
 """A recipe that cannot run is refused at once, with one line that names the key and the fix."""
 
+import ast
+import re
+import typing
+from pathlib import Path
+
 import pytest
 
-from ebt_megatron.config import MODEL_SIZES, RecipeError, all_keys, check, load_recipe, to_yaml
+from ebt_megatron.config import MODEL_SIZES, Recipe, RecipeError, all_keys, check, load_recipe, to_yaml
+from ebt_megatron.config.thinking import ReplayConfig
 
 
 def test_sizes_fill_in_layers_heads_width_and_learning_rate():
@@ -130,22 +136,62 @@ def test_the_layout_must_fit_the_number_of_ranks():
 
 
 def test_every_shipped_recipe_loads():
-    from pathlib import Path
-
     recipes = sorted(Path(__file__).parents[2].glob("recipes/*/*.yaml"))
     assert len(recipes) >= 5
     for recipe in recipes:
         load_recipe(recipe)
 
 
-def test_every_key_is_read_somewhere():
-    """No flag that nothing reads."""
-    from pathlib import Path
+ROOT = Path(__file__).parents[2]
 
-    sources = Path(__file__).parents[2].glob("ebt_megatron/**/*.py")
-    text = "".join(p.read_text() for p in sources if p.parent.name != "config")
-    unread = [key for key in all_keys() if f".{key.split('.')[-1]}" not in text and key not in ("model.size",)]
-    assert not unread
+
+def last(node) -> str:
+    """The last name of a chain: `thinking` of `recipe.thinking`."""
+    return node.attr if isinstance(node, ast.Attribute) else node.id if isinstance(node, ast.Name) else ""
+
+
+def keys_read(source: str, sections: dict[str, str]) -> set[tuple[str, str]]:
+    """(section, key) of every attribute that is read of a section's own name, of what it was assigned to, or of what is
+    annotated as its class.
+
+    Args:
+        source: of a module.
+        sections: the class of each.
+    """
+    tree = ast.parse(source)
+    names = {section: {section} for section in sections}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Assign):
+            for target in node.targets:
+                both = isinstance(target, ast.Tuple) and isinstance(node.value, ast.Tuple)
+                pairs = zip(target.elts, node.value.elts, strict=False) if both else [(target, node.value)]
+                for to, value in pairs:
+                    if isinstance(value, ast.Attribute) and value.attr in sections:
+                        names.setdefault(last(to), set()).add(value.attr)
+        elif isinstance(node, ast.arg | ast.AnnAssign) and node.annotation is not None:
+            name = node.arg if isinstance(node, ast.arg) else last(node.target)
+            names.setdefault(name, set()).update(s for s, cls in sections.items() if cls == last(node.annotation))
+    chains = [node for node in ast.walk(tree) if isinstance(node, ast.Attribute)]
+    return {(section, chain.attr) for chain in chains for section in names.get(last(chain.value), ())}
+
+
+def test_every_key_is_read_somewhere():
+    """No flag that nothing reads: `recipe.thinking.reuse`, or `options.reuse` where options = recipe.thinking."""
+    types = typing.get_type_hints(Recipe) | {"replay": ReplayConfig}
+    sections = {key: types[key].__name__ for full in all_keys() for key in full.split(".")[:-1]}
+    files = [p for p in ROOT.glob("ebt_megatron/**/*.py") if p.parent.name != "config"]
+    read = set().union(*(keys_read(p.read_text(), sections) for p in files))
+    unread = [key for key in all_keys() if "." in key and tuple(key.split(".")[-2:]) not in read]
+    assert unread == ["model.size"]  # it says what other keys are
+    other = "recipe.thinking.reuse; options = recipe.data; options.prefetch; run.speed"
+    assert keys_read(other, sections) >= {("thinking", "reuse"), ("data", "prefetch")}
+    assert not [key for key in keys_read("timer.reuse, run.prefetch", sections) if key[1] in ("reuse", "prefetch")]
+
+
+def test_every_key_is_in_a_recipe_or_a_document():
+    pages = [*ROOT.glob("docs/*.md"), ROOT / "README.md", *ROOT.glob("recipes/**/*.yaml")]
+    text = "".join(page.read_text() for page in pages)
+    assert not [key for key in all_keys() if not re.search(rf"\b{key.split('.')[-1]}\b", text)]
 
 
 def test_a_run_of_an_earlier_version_keeps_its_step_rule(tmp_path):
