@@ -19,7 +19,7 @@ POINTS = Kind("points", unit="points")  # a sample is [length + 1, 2], float32
 class Points:
     """Next-point prediction, a `Task`: sequences of points (x, y)."""
 
-    kind = "examples.points.points:POINTS"
+    kind, size = "examples.points.points:POINTS", 2
 
     def __init__(self, recipe):
         self.recipe, self.length, self.identity = recipe, recipe.data.sequence_length, {}
@@ -28,20 +28,25 @@ class Points:
     def from_data(cls, recipe, source):
         return cls(recipe)
 
+    @classmethod
+    def of_size(cls, recipe, vocab_size, channels):
+        return cls(recipe)
+
     def sample(self, batch, device):
         points = batch.samples.to(device)  # [B, S + 1, 2]
         return Sample(points[:, :-1], points[:, 1:], batch.sample_ids.to(device))
 
     def energy_model(self, config, kernels, first, last):
-        embeddings = LatentEmbeddings(config, 2, kernels) if first else None
+        embeddings = LatentEmbeddings(config, self.size, kernels) if first else None
         return EnergyTransformer(config, self.recipe, kernels, embeddings, first, last)
 
     def feed_forward_model(self, config, kernels, first, last):
-        embedding, output = (LatentEmbedding(config, 2) if first else None), (LatentOutput(config, 2) if last else None)
+        embedding = LatentEmbedding(config, self.size) if first else None
+        output = LatentOutput(config, self.size) if last else None
         return TransformerLM(config, self.recipe, kernels, embedding, output, first, last)
 
     def cost(self):
-        return cost(self.recipe, 2, distribution=False)
+        return cost(self.recipe, self.size, distribution=False)
 
     def meter(self, steps, device):
         return NoMeter()

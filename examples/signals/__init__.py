@@ -1,0 +1,1 @@
+"""A kind of sample of one's own: see docs/extending.md."""
