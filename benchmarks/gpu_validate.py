@@ -300,8 +300,8 @@ def training_speed(rates: dict[str, float]) -> list[dict[str, Any]]:
         **({"dual stream, reuse, fp8": ["thinking.reuse=true", "training.precision=fp8"]} if HOPPER else {}),
         "dual stream, reuse, CUDA graph": ["thinking.reuse=true", "training.cuda_graphs=true"],
         "double backward": ["thinking.engine=double_backward"],
-        "Transformer++": ["model.architecture=transformer"],
-        "Transformer++, CUDA graph": ["model.architecture=transformer", "training.cuda_graphs=true"],
+        "Transformer++": ["model.architecture=baseline"],
+        "Transformer++, CUDA graph": ["model.architecture=baseline", "training.cuda_graphs=true"],
     }
     for size in ("xxs", "small", "medium"):
         for length in (256, 1024, 4096):

@@ -52,9 +52,9 @@ MEASURED = {
     "EBT, prefix 1,024": ("ebt", 1024, 1),
     "EBT, prefix 2,048": ("ebt", 2048, 1),
     "EBT, prefix 1,024, 8 candidates": ("ebt", 1024, 8),
-    "Transformer++, prefix 128": ("transformer", 128, 1),
-    "Transformer++, prefix 1,024": ("transformer", 1024, 1),
-    "Transformer++, prefix 2,048": ("transformer", 2048, 1),
+    "Transformer++, prefix 128": ("baseline", 128, 1),
+    "Transformer++, prefix 1,024": ("baseline", 1024, 1),
+    "Transformer++, prefix 2,048": ("baseline", 2048, 1),
 }
 # What is divided by what, and the most it may be.
 RATIOS = (

@@ -76,7 +76,7 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 VARIANTS: dict[str, dict[str, Any]] = {
-    "Transformer++": {"overrides": ["model.architecture=transformer"]},
+    "Transformer++": {"overrides": ["model.architecture=baseline"]},
     "dual stream": {"overrides": []},
     "dual stream, reuse": {"overrides": ["thinking.reuse=true"]},
     "dual stream, reuse, one of two losses drawn": {"overrides": ["thinking.reuse=true", "thinking.learned_steps=1"]},

@@ -1,4 +1,4 @@
-"""Pictures made by a trained run, told captions or classes: `ebt-pictures RUN --caption 'a bag' --output made.png`."""
+"""Pictures made by a trained run from captions or classes: `ebt-pictures RUN --caption 'a bag' --output made.png`."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ def make(run_dir: Path, captions: list[str], labels: list[int], each: int, passe
 
     Args:
         run_dir: a training.output_dir; its data are not needed.
-        captions, labels: what is told; one of them.
+        captions, labels: the conditions; one of them.
         each: pictures of a row.
         passes: of the model; None: an EBT's thinking.max_steps, 50 of a DiT.
         guidance: see `ebt_megatron.evaluation.pictures`.
 
     Raises:
-        RecipeError: for a run that does not make pictures, or is not told that.
+        RecipeError: for a run that does not make pictures, or is not conditional on that.
         DataError: for captions that cannot be put as its data's were, or an encoder without a decoder.
     """
     import torch
@@ -42,15 +42,15 @@ def make(run_dir: Path, captions: list[str], labels: list[int], each: int, passe
         if run.objective.thinks and task.denoises:
             raise RecipeError(f"{run_dir} makes no pictures: give a run of images that starts at noise")
         if labels and not all(0 <= label < task.classes for label in labels):
-            raise RecipeError(f"--label {labels}: {run.recipe.name} is told {task.classes} classes, from 0 on")
+            raise RecipeError(f"--label {labels}: {run.recipe.name} knows {task.classes} classes, from 0 on")
         if not captions and not labels and (task.captions or task.classes):
             raise RecipeError(
-                f"{run.recipe.name} is told {'captions' if task.captions else 'classes'}: give "
+                f"{run.recipe.name} is conditional on {'captions' if task.captions else 'classes'}: give "
                 f"--{'caption' if task.captions else 'label'}"
             )
-        told = [text for text in captions for _ in range(each)] or torch.tensor(labels or [0]).repeat_interleave(each)
+        given = [text for text in captions for _ in range(each)] or torch.tensor(labels or [0]).repeat_interleave(each)
         passes = passes or (run.recipe.thinking.max_steps if run.objective.thinks else 50)
-        latents = made(run, told, passes, guidance).cpu().numpy()
+        latents = made(run, given, passes, guidance).cpu().numpy()
         frames = load_encoder(run.source.sidecar()).to_frames(latents)
     return torch.from_numpy(frames).unflatten(0, (-1, each))
 
@@ -63,7 +63,7 @@ def main(
     output: Path = typer.Option("made.png", parser=user_path, help="PNG to write."),
     each: int = typer.Option(8, min=1, help="Pictures of each caption or class."),
     passes: int | None = typer.Option(None, min=1, help="Steps of an EBT [thinking.max_steps], passes of a DiT [50]."),
-    guidance: float = typer.Option(0.0, min=0.0, help="How much more told than untold; 0: just told."),
+    guidance: float = typer.Option(0.0, min=0.0, help="w of conditional + w (conditional - unconditional)."),
 ) -> None:
     """Make pictures from noise."""
 

@@ -344,6 +344,8 @@ def fingerprint(recipe: Recipe, identity: dict[str, Any]) -> dict[str, Any]:
     model = asdict(recipe.model)
     for key in ("size", "kernels", "recompute_layers", "initialization"):
         del model[key]
+    if model["architecture"] == "baseline":
+        model["architecture"] = "transformer"  # as checkpoints of every version say
     out = {f"model.{key}": value for key, value in model.items()} | identity
     if recipe.model.architecture == "ebt":
         out["thinking.max_steps"] = recipe.thinking.max_steps

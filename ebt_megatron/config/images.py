@@ -21,11 +21,11 @@ class ImagesConfig:
     beta_last: float = positive(0.02)
     lowest_level: int = at_least(0, 99)  # an EBT is trained to denoise levels drawn from these; a DiT from all
     highest_level: int = at_least(0, 99)
-    see_level: bool = True  # an EBT that denoises is told the level; a DiT always is
+    see_level: bool = True  # an EBT that denoises is conditional on the level; a DiT always is
     learn_sigma: bool = False  # a DiT learns the variance of a random step, too (arXiv 2102.09672)
-    classes: bool = False  # told the class of the picture, from the labels of the shards
-    captions: bool = False  # told the caption of the picture, as the shards have it
-    class_dropout: float = fraction(0.1)  # share of training samples that are told neither, for guidance
+    classes: bool = False  # conditional on the class of the picture, from the labels of the shards
+    captions: bool = False  # conditional on the caption of the picture, as the shards have it
+    class_dropout: float = fraction(0.1)  # share of training samples that are unconditional, for guidance
 
     def check(self) -> None:
         """Raise RecipeError unless the schedule has the levels."""
@@ -36,7 +36,7 @@ class ImagesConfig:
             )
         if self.classes and self.captions:
             raise RecipeError(
-                "images.classes=true and images.captions=true: a picture is told one of them, set the other to false"
+                "images.classes=true and images.captions=true: a picture has one condition, set one to false"
             )
         if not self.beta_first <= self.beta_last < 1:
             raise RecipeError(

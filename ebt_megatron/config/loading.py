@@ -18,6 +18,7 @@ from omegaconf.errors import InterpolationKeyError, OmegaConfBaseException
 
 from ebt_megatron.config.catalog import find_recipe
 from ebt_megatron.config.recipe import Recipe, resolve
+from ebt_megatron.core.cli import say
 from ebt_megatron.core.errors import RecipeError
 
 
@@ -73,8 +74,12 @@ def _as_meant(given: dict[Any, Any], cls: type) -> dict[str, Any]:
     return out
 
 
-def _with_today_names(given: dict[Any, Any]) -> dict[Any, Any]:
+def _with_today_names(given: dict[Any, Any], where: str) -> dict[Any, Any]:
     """A recipe of an earlier version, with its settings under today's names; e.g. the recipe.yaml of an old run."""
+    model = given.get("model")
+    if isinstance(model, dict) and model.get("architecture") == "transformer":
+        say(f"warning: {where}: model.architecture=transformer is baseline since 0.2; the old name goes with 0.3")
+        model["architecture"] = "baseline"
     thinking = given.get("thinking")
     if not isinstance(thinking, dict):
         return given
@@ -135,7 +140,7 @@ def load_recipe(path: str | Path | None, overrides: Sequence[str] = ()) -> Recip
         given = OmegaConf.to_container(layer)
         if not isinstance(given, dict):
             raise RecipeError(f"{where}: a recipe is a mapping of keys to values")
-        given = _with_today_names(given)
+        given = _with_today_names(given, where)
         _check_keys(given, where)
         try:
             merged = OmegaConf.unsafe_merge(merged, OmegaConf.create(_as_meant(given, Recipe)))  # no copy each time

@@ -25,7 +25,7 @@ MODEL_SIZES: dict[str, tuple[int, int, int, float]] = {
 class ModelConfig:
     """What the network is."""
 
-    architecture: str = one_of("ebt", "transformer", default="ebt")  # transformer: Transformer++
+    architecture: str = one_of("ebt", "baseline", default="ebt")  # baseline: Transformer++; of images a DiT
     size: str | None = None  # a name of MODEL_SIZES; explicit fields below win over it
     num_layers: int | None = positive(None)
     num_attention_heads: int | None = positive(None)

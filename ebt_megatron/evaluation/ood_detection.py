@@ -49,7 +49,7 @@ def model_scores(run: TrainedRun, batch: MicroBatch, levels: Sequence[int]) -> d
     steps, out = run.recipe.thinking.max_steps, {}
     for level in levels:
         sample = task.sample(batch, run.state.device, level)
-        sample.observed = task.untold(sample.observed)
+        sample.observed = task.unconditional(sample.observed)
         if not run.objective.thinks:
             noise, _ = noise_in(model, sample.observed, sample.first)
             out[f"denoising loss, level {level}"] = (noise - sample.targets).square().mean((1, 2))

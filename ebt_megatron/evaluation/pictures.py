@@ -56,7 +56,7 @@ def sampled(
     passes: int,
     ancestral: bool = False,
     guidance: float = 0.0,
-    untold: Tensor | None = None,
+    unconditional: Tensor | None = None,
 ) -> Tensor:
     """What a DiT makes of noised pictures.
 
@@ -67,8 +67,8 @@ def sampled(
         sample_ids: int64 [B], which fix the noise of ancestral sampling.
         first, passes: the levels are `NoiseSchedule.levels(first, passes)`.
         ancestral: with DDPM's fresh noise, of learned variance if the run learned one; else by DDIM.
-        guidance: w of classifier-free guidance: noise(told) + w (noise(told) - noise(untold)).
-        untold: conditions without class and caption, for guidance.
+        guidance: w of classifier-free guidance: noise(conditional) + w (noise(conditional) - noise(unconditional)).
+        unconditional: conditions without class and caption, for guidance.
 
     Returns:
         Pictures [B, S, C].
@@ -85,8 +85,8 @@ def sampled(
             return noise_in(model, torch.cat([now[:, None].to(conditions.dtype), conditions[:, 1:]], 1), x)
 
         predicted, v = noise(conditions)
-        if guidance and untold is not None:
-            predicted = predicted + guidance * (predicted - noise(untold)[0])
+        if guidance and unconditional is not None:
+            predicted = predicted + guidance * (predicted - noise(unconditional)[0])
         fresh = task.noise(sample_ids, 1 + i) if ancestral else None
         x = schedule.step(x, predicted, now, to, fresh, v)
     return x
@@ -101,23 +101,25 @@ def noise_in(model: Any, conditions: Tensor, noised: Tensor) -> tuple[Tensor, Te
     return noise, v
 
 
-def thought_of(run: TrainedRun, sample: Any, steps: int, guidance: float = 0.0, untold: Tensor | None = None) -> Tensor:
+def thought_of(
+    run: TrainedRun, sample: Any, steps: int, guidance: float = 0.0, unconditional: Tensor | None = None
+) -> Tensor:
     """What an EBT makes of pictures, after each step, [steps, B, S, C].
 
     Args:
         run: of an EBT.
         sample: from its task.
         steps: of thinking.
-        guidance: w: descends E(told) + w (E(told) - E(untold)), the energy's counterpart of classifier-free guidance.
-        untold: conditions [B, ...] without class and caption, for guidance.
+        guidance: w of classifier-free guidance: descends E(conditional) + w (E(conditional) - E(unconditional)).
+        unconditional: conditions [B, ...] without class and caption, for guidance.
     """
     model: Any = run.model
     assert isinstance(run.objective, EnergyObjective)
     descent, length = run.objective.thinker(sample).descent, run.task.length
     prediction, alpha = descent.prediction, descent.alpha
     sides = [(1 + guidance, sample.observed)]
-    if guidance and untold is not None:
-        sides.append((-guidance, untold))
+    if guidance and unconditional is not None:
+        sides.append((-guidance, unconditional))
     out = []
     for step in range(steps):
         prediction.perturb(step)
@@ -176,38 +178,38 @@ def denoising(run: TrainedRun, levels: Sequence[int], passes: Sequence[int], pic
 
 
 def made(
-    run: TrainedRun, told: Tensor | Sequence[str], passes: int, guidance: float = 0.0, ancestral: bool = True
+    run: TrainedRun, given: Tensor | Sequence[str], passes: int, guidance: float = 0.0, ancestral: bool = True
 ) -> Tensor:
     """Pictures [B, S, C] made from noise; an EBT's by `passes` steps.
 
     Args:
         run: of a model that makes pictures.
-        told: classes int64 [B], or the captions of a model that is told them.
+        given: classes int64 [B], or captions of a model that is conditional on them.
         passes: of the model.
         guidance: w, as in `thought_of` and `sampled`.
         ancestral: as in `sampled`.
 
     Raises:
-        DataError: for captions to a model that is not told any, or without the encoder they need.
+        DataError: for captions to a model that is not conditional on any, or without the encoder they need.
     """
     task = task_as(run.task, Images)
-    ids = torch.arange(len(told)) + (1 << 51)  # apart from training's and validation's
-    labels, captions = (told, None) if isinstance(told, Tensor) else (None, captions_for(run, told))
+    ids = torch.arange(len(given)) + (1 << 51)  # apart from training's and validation's
+    labels, captions = (given, None) if isinstance(given, Tensor) else (None, captions_for(run, given))
     conditions = task.conditions(torch.zeros_like(ids), labels, captions)
-    untold = task.untold(conditions)
+    unconditional = task.unconditional(conditions)
     if run.objective.thinks:
         nothing = torch.zeros(len(ids), task.length, task.channels)
         sample = task.sample(MicroBatch(ids, nothing), run.state.device)
         sample.observed = conditions
-        return thought_of(run, sample, passes, guidance, untold)[-1]
+        return thought_of(run, sample, passes, guidance, unconditional)[-1]
     last = task.options.schedule_steps - 1
-    return sampled(run, conditions, task.noise(ids), ids, last, passes, ancestral, guidance, untold)
+    return sampled(run, conditions, task.noise(ids), ids, last, passes, ancestral, guidance, unconditional)
 
 
 def captions_for(run: TrainedRun, texts: Sequence[str]) -> Tensor:
     """What stands for texts, as for the captions of the run's data; raises DataError as `made`."""
     if task_as(run.task, Images).captions is None:
-        raise DataError(f"{run.recipe.name} is not told captions: images.captions=false")
+        raise DataError(f"{run.recipe.name} is not conditional on captions: images.captions=false")
     return torch.from_numpy(open_captions(run.source).encode(texts))
 
 

@@ -40,7 +40,7 @@ def features(task: Images, model: Any, batch: MicroBatch, level: int) -> Tensor:
     """
     device = next(model.parameters()).device
     sample = task.sample(batch, device, level)
-    observed = task.untold(sample.observed)
+    observed = task.unconditional(sample.observed)
     ids = sample.sample_ids
     noised = task.schedule.noised(batch.samples.to(device), task.noise(ids), torch.full_like(ids, level))
     if task.recipe.model.architecture == "ebt":

@@ -144,7 +144,7 @@ class Images:
             ),
             (
                 self.options.learn_sigma and model.architecture == "ebt",
-                "images.learn_sigma is about a DiT's random steps: set it to false, or model.architecture=transformer",
+                "images.learn_sigma is about a DiT's random steps: set it to false, or model.architecture=baseline",
             ),
             (self.recipe.training.precision == "fp8", "training.precision=fp8 has no layers for pictures: set bf16"),
         ):
@@ -173,7 +173,7 @@ class Images:
     def sample(self, batch: MicroBatch, device: torch.device, level: int | None = None) -> Sample:
         """Pictures with noise at a level drawn for each, or at `level`.
 
-        What is observed is (level, class, caption), each told or not; the start is the noised picture, and the
+        What is observed is (level, class, caption), conditional or not; the start is the noised picture, and the
         target the picture, or its noise for a DiT.
         """
         assert batch.samples is not None
@@ -204,18 +204,18 @@ class Images:
         return low + (self._draw(sample_ids, LEVEL_STREAM) * (high - low + 1)).long()
 
     def _conditions(self, batch: MicroBatch, sample_ids: Tensor, levels: Tensor) -> Tensor:
-        """What is told of each picture; of some in training neither class nor caption is."""
+        """The condition of each picture; some in training are without class and caption."""
         device = sample_ids.device
-        told = self.conditions(levels, batch.beside.get("labels"), batch.beside.get("captions")).to(device)
+        conditional = self.conditions(levels, batch.beside.get("labels"), batch.beside.get("captions")).to(device)
         if batch.counts is not None or (not self.classes and self.captions is None):
-            return told
+            return conditional
         dropped = self._draw(sample_ids, CLASS_STREAM) < self.options.class_dropout
-        return torch.where(dropped[:, None], self.untold(told), told)
+        return torch.where(dropped[:, None], self.unconditional(conditional), conditional)
 
     def conditions(self, levels: Tensor, labels: Tensor | None = None, captions: Tensor | None = None) -> Tensor:
-        """Conditions [B, 2 + a caption's size] of levels, labels [B] and captions, as far as the model is told them.
+        """Conditions [B, 2 + a caption's size] of levels, labels [B] and captions, those that the model takes.
 
-        Without labels, or captions, pictures are told none.
+        Without labels, or captions, they are unconditional.
         """
         zero = torch.zeros_like(levels)
         level, label = levels if self.told_level else zero, zero + self.classes
@@ -229,7 +229,7 @@ class Images:
             captions = torch.full((len(levels), self.captions.size), nothing)
         return torch.cat([out.to(captions.dtype), captions.to(levels.device)], 1)
 
-    def untold(self, conditions: Tensor) -> Tensor:
+    def unconditional(self, conditions: Tensor) -> Tensor:
         """Conditions with the same levels, without class and caption."""
         out = conditions.clone()
         out[:, 1] = self.classes

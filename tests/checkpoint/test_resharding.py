@@ -15,7 +15,7 @@ S2 = (
     "thinking.replay.enabled=true",
     "thinking.replay.capacity=2",
 )
-RECIPES = {"S2": S2, "Transformer++": ("model.architecture=transformer",)}
+RECIPES = {"S2": S2, "Transformer++": ("model.architecture=baseline",)}
 SAVED = (4, ("parallel.tensor=2", "parallel.pipeline=2"))
 LAYOUTS = {  # (TP, PP, DP): (ranks, overrides)
     "(1, 1, 1)": (1, ()),

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from ebt_megatron.checkpoint.checkpoints import fingerprint
 from ebt_megatron.config import MODEL_SIZES, Recipe, RecipeError, all_keys, check, load_recipe, to_yaml
 from ebt_megatron.config.thinking import ReplayConfig
 
@@ -192,6 +193,16 @@ def test_every_key_is_in_a_recipe_or_a_document():
     pages = [*ROOT.glob("docs/*.md"), ROOT / "README.md", *ROOT.glob("recipes/**/*.yaml")]
     text = "".join(page.read_text() for page in pages)
     assert not [key for key in all_keys() if not re.search(rf"\b{key.split('.')[-1]}\b", text)]
+
+
+def test_the_baseline_was_called_transformer(tmp_path, capsys):
+    saved = tmp_path / "recipe.yaml"
+    saved.write_text("model: {size: tiny, architecture: transformer}\n")
+    assert load_recipe(saved).model.architecture == "baseline"
+    said = capsys.readouterr()
+    assert said.out.count("is baseline since 0.2") + said.err.count("is baseline since 0.2") == 1
+    recipe = load_recipe(None, ["model.size=tiny", "model.architecture=transformer"])
+    assert fingerprint(recipe, {})["model.architecture"] == "transformer"  # so that old checkpoints fit
 
 
 def test_a_run_of_an_earlier_version_keeps_its_step_rule(tmp_path):

@@ -15,8 +15,8 @@ from tests.tasks import latents
     [
         ("thinking.max_steps=2", "thinking.initial=observed"),
         ("thinking.max_steps=2", "video.tokens_per_side=2"),
-        ("model.architecture=transformer",),
-        ("model.architecture=transformer", "video.predicts=change"),
+        ("model.architecture=baseline",),
+        ("model.architecture=baseline", "video.predicts=change"),
     ],
 )
 def test_a_clip_goes_on_from_its_own_frames(options):

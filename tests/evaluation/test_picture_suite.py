@@ -16,7 +16,7 @@ from ebt_megatron.evaluation.interface import SuiteOptions
 from tests import builders
 from tests.tasks import latents
 
-KINDS = {"EBT": ("model.conditioning=none",), "DiT": ("model.architecture=transformer",)}
+KINDS = {"EBT": ("model.conditioning=none",), "DiT": ("model.architecture=baseline",)}
 
 
 def loader(count, labels=None):
@@ -57,7 +57,7 @@ def opened(kind, *overrides):
 @pytest.mark.parametrize("kind", KINDS)
 def test_features_are_the_means_of_what_layers_put_out(kind, told):
     run, batch = opened(kind, *told), latents.pictures(4)
-    untold = replace(
+    unconditional = replace(
         batch,
         beside={
             "labels": torch.full((4,), run.task.classes),
@@ -67,7 +67,7 @@ def test_features_are_the_means_of_what_layers_put_out(kind, told):
     )
     seen = []
     hooks = [layer.register_forward_hook(lambda m, given, out: seen.append(out)) for layer in run.model.layers]
-    run.objective.evaluate(run.task.sample(untold, torch.device("cpu"), 50), 1)
+    run.objective.evaluate(run.task.sample(unconditional, torch.device("cpu"), 50), 1)
     for hook in hooks:
         hook.remove()
     found = probe.features(run.task, run.model, batch, 50)

@@ -71,20 +71,20 @@ def test_thoughts_are_those_of_the_engine():
     assert torch.allclose(pictures.thought_of(run, sample, 5), torch.stack(expected), atol=1e-5)
 
 
-def test_guidance_descends_further_from_the_untold_class():
-    """The step is linear in the energy: with guidance w it is (1 + w) times that told minus w times that untold."""
+def test_guidance_descends_further_from_the_unconditional_energy():
+    """A step is linear in the energy: with guidance w, (1 + w) the conditional minus w the unconditional."""
     run = opened()
     sample = run.task.sample(latents.pictures(4), torch.device("cpu"), level=50)
-    untold = torch.stack([sample.observed[:, 0], torch.full((4,), 3)], 1)
+    unconditional = torch.stack([sample.observed[:, 0], torch.full((4,), 3)], 1)
 
     def move(observed, *guidance):
         sample.observed = observed
         return pictures.thought_of(run, sample, 1, *guidance)[0] - sample.start.transpose(0, 1)
 
     told = sample.observed
-    expected = 3 * move(told) - 2 * move(untold)
-    assert not torch.allclose(move(told), move(untold), atol=1e-4)
-    assert torch.allclose(move(told, 2.0, untold), expected, atol=1e-5)
+    expected = 3 * move(told) - 2 * move(unconditional)
+    assert not torch.allclose(move(told), move(unconditional), atol=1e-4)
+    assert torch.allclose(move(told, 2.0, unconditional), expected, atol=1e-5)
 
 
 class Oracle:
@@ -135,12 +135,12 @@ def test_ancestral_sampling_alone_uses_learned_variances(ancestral):
     assert torch.allclose(plain, lower, atol=1e-5) and torch.allclose(lower, upper, atol=1e-5) == (not ancestral)
 
 
-@pytest.mark.parametrize("setting", ["ebt", "transformer", "learned variances"])
+@pytest.mark.parametrize("setting", ["ebt", "baseline", "learned variances"])
 def test_pictures_are_made_by_class(setting):
     settings = {
         "ebt": ("thinking.initial=noise",),
-        "transformer": ("model.architecture=transformer",),
-        "learned variances": ("model.architecture=transformer", "images.learn_sigma=true"),
+        "baseline": ("model.architecture=baseline",),
+        "learned variances": ("model.architecture=baseline", "images.learn_sigma=true"),
     }
     run = opened(*settings[setting])
     labels = torch.tensor([0, 1, 0])

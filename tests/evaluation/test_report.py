@@ -76,7 +76,7 @@ def suite():
 @pytest.fixture
 def runs(tmp_path):
     folders = {}
-    for name in ("ebt", "transformer"):
+    for name in ("ebt", "baseline"):
         folder = folders[name] = tmp_path / name
         folder.mkdir()
         rows = [
@@ -127,7 +127,7 @@ def runs(tmp_path):
 
 
 def test_html_and_markdown(runs, tmp_path):
-    labels = {"S1": runs["ebt"], "S2": runs["ebt"], "Transformer++": runs["transformer"]}
+    labels = {"S1": runs["ebt"], "S2": runs["ebt"], "Transformer++": runs["baseline"]}
     paths = write_report(labels, tmp_path / "report", "A title", "do this next")
     html, markdown = paths["html"].read_text(), paths["markdown"].read_text()
     assert html.count("data:image/png;base64,") == 2 * len(PLAIN)  # by day and by night
@@ -157,7 +157,7 @@ def test_a_run_that_was_not_evaluated_says_how_to(runs):
 
 
 def test_the_command_writes_it_or_says_what_is_missing(runs, tmp_path):
-    command = [str(runs["ebt"]), str(runs["transformer"]), "--output", str(tmp_path / "page")]
+    command = [str(runs["ebt"]), str(runs["baseline"]), "--output", str(tmp_path / "page")]
     done = CliRunner().invoke(app, command)
     assert done.exit_code == 0 and (tmp_path / "page" / "report.html").exists(), done.output
     (runs["ebt"] / "evaluation.json").unlink()

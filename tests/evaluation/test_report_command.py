@@ -55,7 +55,7 @@ def test_of_video_it_shows_losses_and_clips(films, tmp_path):
     sizes = ("data.sequence_length=5",)
     runs = [
         saved(recipe, films, tmp_path / "ebt", *sizes),
-        saved(recipe, films, tmp_path / "plain", *sizes, "model.architecture=transformer"),
+        saved(recipe, films, tmp_path / "plain", *sizes, "model.architecture=baseline"),
     ]
     result, files = reported(tmp_path, *runs)
     assert result.exit_code == 0, result.output

@@ -116,7 +116,7 @@ def test_corrupted_text_says_what_is_wrong_in_it(kind):
 
 
 @pytest.mark.parametrize(
-    "overrides", [(), ("model.conditioning=time_embed_sequence",), ("model.architecture=transformer",)]
+    "overrides", [(), ("model.conditioning=time_embed_sequence",), ("model.architecture=baseline",)]
 )
 def test_scores_are_those_of_validation(overrides):
     recipe = builders.small_recipe("thinking.initial_std=1", *overrides)

@@ -57,7 +57,7 @@ def repeated(data):
     return smooth_l1_loss(points[:, :-1], points[:, 1:]).item()
 
 
-@pytest.mark.parametrize("architecture", ["ebt", "transformer"])
+@pytest.mark.parametrize("architecture", ["ebt", "baseline"])
 def test_it_trains_and_is_evaluated(architecture, data, tmp_path):
     halfway, end = train(data, tmp_path, f"model.architecture={architecture}")
     assert end < halfway and end < 0.8 * repeated(data)

@@ -83,7 +83,7 @@ def test_a_token_stops_before_the_first_step_where_the_context_is_confident():
     assert free.steps.sum() == 0 and torch.equal(free.log_p, start.log_p)
 
 
-@pytest.mark.parametrize("architecture", ["ebt", "transformer"])
+@pytest.mark.parametrize("architecture", ["ebt", "baseline"])
 @pytest.mark.parametrize("chunk", [1, 7, 10])
 def test_logits_are_those_of_the_whole_text_at_once(architecture, chunk):
     """Texts of uneven lengths, read in chunks in one batch, against each alone and uncached; fp32."""

@@ -21,7 +21,7 @@ def runs(tmp_path_factory):
 
     folder = tmp_path_factory.mktemp("runs")
     data = builders.text_shards(folder, DOCUMENTS, 10, 500)
-    for architecture in ("ebt", "transformer"):
+    for architecture in ("ebt", "baseline"):
         setup.shutdown()
         overrides = f"model.architecture={architecture}", "training.steps=1", "training.async_save=false"
         train_to_end(Run(recipe_of(data, folder / architecture, *overrides)))
@@ -33,7 +33,7 @@ def call(*arguments, stdin=None):
     return CliRunner().invoke(generate.app, [str(a) for a in arguments], input=stdin)
 
 
-@pytest.mark.parametrize("architecture", ["ebt", "transformer"])
+@pytest.mark.parametrize("architecture", ["ebt", "baseline"])
 def test_json_lines_of_prompts_from_a_file(architecture, runs, tmp_path):
     prompts = tmp_path / "prompts"
     prompts.write_text('Document 3\n{"prompt": "says word5"}\n"word"\n')
@@ -104,5 +104,5 @@ def test_bad_input_is_one_line(arguments, line, runs, tmp_path):
 def test_runs_that_do_not_do(runs, tmp_path):
     done = call(tmp_path, "--prompt", "a")
     assert done.exit_code == 2 and "is not a run directory: recipe.yaml is missing" in done.stderr
-    done = call(runs / "transformer", "--prompt", "a", "--steps", 3)
-    assert done.exit_code == 2 and "is a transformer, which does not think: leave out steps" in done.stderr
+    done = call(runs / "baseline", "--prompt", "a", "--steps", 3)
+    assert done.exit_code == 2 and "is a baseline, which does not think: leave out steps" in done.stderr

@@ -31,7 +31,7 @@ def continuations(predict, letters, prompts=PROMPTS, watch=None, **options):
     return list(generate(predict, letters, [letters.prompt(p, 1) for p in prompts], how, watch))
 
 
-@pytest.mark.parametrize("architecture", ["ebt", "transformer"])
+@pytest.mark.parametrize("architecture", ["ebt", "baseline"])
 def test_a_batch_of_uneven_prompts_is_each_alone(architecture, letters):
     recipe = builders.small_recipe(f"model.architecture={architecture}", "thinking.langevin_noise=0.5")
     run = run_of(recipe)
@@ -102,7 +102,7 @@ def test_of_several_continuations_one_is_kept(letters):
     kept = continuations(lowest, letters, ["a"], continuations=3)[0]
     assert kept.energies == [0.0, -1.0, -1.0, -1.0]
     assert continuations(lowest, letters, ["a"], continuations=3, keep="log_p")[0].energies == [0.0, 3.0, 3.0, 3.0]
-    plain = predictor(run_of(builders.small_recipe("model.architecture=transformer")))
+    plain = predictor(run_of(builders.small_recipe("model.architecture=baseline")))
     several = [continuations(plain, letters, ["a"], continuations=n, keep="log_p")[0] for n in (1, 4)]
     assert sum(several[1].log_p) > sum(several[0].log_p)
     with pytest.raises(RecipeError, match="keep=energy: the model has no energies"):

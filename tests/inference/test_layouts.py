@@ -15,7 +15,7 @@ CASES = [  # overrides, and how to think
         ("thinking.initial_std=1",),
         {"steps": 6, "prediction_tolerance": 0.1, "flops": 4e7, "candidates": 2, "choose": "mixture"},
     ),
-    (("model.architecture=transformer",), {}),
+    (("model.architecture=baseline",), {}),
 ]
 
 

@@ -15,9 +15,9 @@ from tests.inference.models import END, predictor, run_of, texts_of
 
 RECIPES = {
     "ebt": builders.small_recipe("thinking.langevin_noise=0.5"),
-    "transformer": builders.small_recipe("model.architecture=transformer"),
+    "baseline": builders.small_recipe("model.architecture=baseline"),
 }
-STEPS = {"ebt": {"steps": 4}, "transformer": {}}
+STEPS = {"ebt": {"steps": 4}, "baseline": {}}
 
 
 def direct(run, context, rest, steps):

@@ -109,7 +109,7 @@ def micro_batch(number, documents):
         ),
         ("thinking.loss=last", "thinking.gradient=truncated", "model.conditioning=adaln_zero"),
         ("thinking.initial=context", "thinking.step_rule=mirror_descent", "thinking.reuse=true"),
-        ("model.architecture=transformer",),
+        ("model.architecture=baseline",),
     ],
     ids=" ".join,
 )
@@ -138,7 +138,7 @@ def test_a_recording_serves_any_data(overrides, graphs):
         for ours, expected in zip(results[1], results[0], strict=True):
             assert torch.equal(ours, expected)
     recorded = [r for r in graphs._recordings.values() if r is not None]
-    plans = 1 if recipe.model.architecture == "transformer" else 2  # two steps and three
+    plans = 1 if recipe.model.architecture == "baseline" else 2  # two steps and three
     assert len(recorded) == len(graphs._recordings) == plans
     assert sum(r.graph.replays for r in recorded) == 8 - plans
 

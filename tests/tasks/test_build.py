@@ -22,14 +22,14 @@ def model_of(*overrides):
 
 def test_the_architecture_chooses_the_class():
     assert isinstance(model_of(), EnergyTransformer)
-    assert isinstance(model_of("model.architecture=transformer"), TransformerLM)
+    assert isinstance(model_of("model.architecture=baseline"), TransformerLM)
 
 
 def test_ebt_and_transformer_have_the_same_layers():
     def layers(model):
         return {n: p.shape for n, p in model.named_parameters() if n.startswith("layers.")}
 
-    assert layers(model_of()) == layers(model_of("model.architecture=transformer")) != {}
+    assert layers(model_of()) == layers(model_of("model.architecture=baseline")) != {}
 
 
 @pytest.mark.parametrize("modality", ["txt", "ebt_megatron.tasks.text:Txet", "no.such.module:Task"])

@@ -93,9 +93,9 @@ RECIPES = {
         "thinking.initial=noise",
     ),
     "S1, captions": ("thinking.max_steps=2", *latents.CAPTIONS, "images.class_dropout=0.3"),
-    "DiT": ("model.architecture=transformer",),
-    "DiT, captions": ("model.architecture=transformer", *latents.CAPTIONS, "images.class_dropout=0.3"),
-    "DiT, learned variances": ("model.architecture=transformer", "images.learn_sigma=true"),
+    "DiT": ("model.architecture=baseline",),
+    "DiT, captions": ("model.architecture=baseline", *latents.CAPTIONS, "images.class_dropout=0.3"),
+    "DiT, learned variances": ("model.architecture=baseline", "images.learn_sigma=true"),
 }
 
 
@@ -134,7 +134,7 @@ def test_some_captions_are_not_told_in_training(name, nothing):
     told = (observed[:, 2:] != nothing).any(1)
     assert told.float().mean() == pytest.approx(0.5, abs=0.1) and not observed[:, 1].any()
     assert torch.equal(observed[told, 2:], batch.beside["captions"][told]) and (observed[~told, 2:] == nothing).all()
-    assert torch.equal(task.untold(observed)[:, 0], observed[:, 0])
+    assert torch.equal(task.unconditional(observed)[:, 0], observed[:, 0])
     batch.counts = torch.ones(400, dtype=torch.bool)  # of validation
     assert torch.equal(task.sample(batch, torch.device("cpu")).observed[:, 2:], batch.beside["captions"])
 
@@ -151,7 +151,7 @@ def test_pictures_without_labels_or_captions_are_told_none(overrides, columns):
     task, batch = latents.task(latents.pictures_recipe(*overrides)), latents.pictures(2)
     batch.beside = {}
     observed = task.sample(batch, torch.device("cpu")).observed
-    assert observed[:, 1:].tolist() == [columns] * 2 and torch.equal(task.untold(observed), observed)
+    assert observed[:, 1:].tolist() == [columns] * 2 and torch.equal(task.unconditional(observed), observed)
 
 
 def test_a_caption_is_its_tokens_in_their_order_and_nothing_after_them():
@@ -167,7 +167,7 @@ def test_a_caption_is_its_tokens_in_their_order_and_nothing_after_them():
 
 
 def test_a_noised_picture_has_the_schedules_variances():
-    recipe = latents.pictures_recipe("model.architecture=transformer")
+    recipe = latents.pictures_recipe("model.architecture=baseline")
     task, batch = latents.task(recipe), latents.pictures(2000)
     sample = task.sample(batch, torch.device("cpu"), level=99)
     kept = task.schedule.kept[99].item()
@@ -240,7 +240,7 @@ def test_a_random_step_has_the_learned_variance_and_ddpms_mean(fresh):
 @pytest.mark.parametrize("told", [(), ("name=vectors", *latents.CAPTIONS)], ids=["classes", "captions"])
 def test_learning_a_variance_leaves_the_learning_of_the_noise_alone(told):
     """Its mean is a constant: the rows of the noise get the gradient of the mean squared error alone."""
-    recipe = latents.pictures_recipe("model.architecture=transformer", "images.learn_sigma=true", *told)
+    recipe = latents.pictures_recipe("model.architecture=baseline", "images.learn_sigma=true", *told)
     model = builders.build(recipe, task=latents.task(recipe))
     sample = latents.sample(recipe, latents.pictures(2))
     noise = model.predicted(sample.observed, sample.start)[..., :2]
@@ -285,7 +285,7 @@ def test_what_does_not_fit_is_refused(overrides, arguments, why):
 
 
 def test_class_and_caption_at_once_are_refused():
-    with pytest.raises(RecipeError, match=r"images.classes=true and images.captions=true: a picture is told one"):
+    with pytest.raises(RecipeError, match=r"images.classes=true and images.captions=true: a picture has one condition"):
         latents.pictures_recipe("images.captions=true")
 
 

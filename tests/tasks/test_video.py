@@ -104,7 +104,7 @@ def test_tokens_of_a_frame_see_it_whole_and_no_later_one():
 
 
 def test_a_transformer_of_changes_starts_at_the_last_frame():
-    recipe = latents.recipe("model.architecture=transformer", "video.predicts=change")
+    recipe = latents.recipe("model.architecture=baseline", "video.predicts=change")
     model = builders.build(recipe, task=latents.task(recipe))
     batch = latents.sample(recipe, latents.clips(2))
     torch.nn.init.zeros_(model.output.weight), torch.nn.init.zeros_(model.output.bias)
@@ -154,8 +154,8 @@ RECIPES = {
         "thinking.step_rule=mirror_descent",
         "video.predicts=change",
     ),
-    "Transformer++": ("model.architecture=transformer",),
-    "Transformer++ of changes": ("model.architecture=transformer", "video.predicts=change", "video.tokens_per_side=2"),
+    "Transformer++": ("model.architecture=baseline",),
+    "Transformer++ of changes": ("model.architecture=baseline", "video.predicts=change", "video.tokens_per_side=2"),
 }
 
 
@@ -173,7 +173,7 @@ def test_losses_do_not_depend_on_the_layout(layout, single):
 
 
 @pytest.mark.parametrize("side", [1, 2])
-@pytest.mark.parametrize("architecture", ["ebt", "transformer"])
+@pytest.mark.parametrize("architecture", ["ebt", "baseline"])
 def test_validation_knows_losses_by_position_and_simple_predictors(architecture, side):
     recipe = latents.recipe(f"model.architecture={architecture}", f"video.tokens_per_side={side}")
     task = latents.task(recipe)

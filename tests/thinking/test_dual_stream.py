@@ -130,7 +130,7 @@ def test_the_context_s_own_prediction_is_a_transformer_s():
     """Zero steps: as Transformer++ with the same weights."""
     recipe = builders.small_recipe(*CONTEXT, "thinking.step_rule=mirror_descent")
     model, batch = builders.build(recipe), builders.text_batch()
-    baseline = builders.build(builders.small_recipe("model.architecture=transformer"))
+    baseline = builders.build(builders.small_recipe("model.architecture=baseline"))
     ours = dict(model.named_parameters())
     names = {"embedding": "modality.context", "final_norm": "context_norm", "output": "modality.output"}
     with torch.no_grad():

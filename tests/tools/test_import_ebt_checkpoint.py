@@ -213,7 +213,7 @@ def test_the_baseline(tmp_path):
     """Losses and the gradient of every weight of the public code's Transformer++."""
     original, batch, dtype = Baseline().double(), text_batch(), torch.float64
     model, recipe = imported(original, tmp_path, None, dtype, model_name="baseline_transformer")
-    assert recipe.model.architecture == "transformer"
+    assert recipe.model.architecture == "baseline"
     theirs = original(batch.observed, batch.targets)
     ours = model(batch.observed, batch.targets)
     weight = position_weight(batch, dtype)

@@ -53,7 +53,7 @@ def run_of(folder, *overrides):
     return folder / "run"
 
 
-@pytest.mark.parametrize("model", [("thinking.initial=noise",), ("model.architecture=transformer",)])
+@pytest.mark.parametrize("model", [("thinking.initial=noise",), ("model.architecture=baseline",)])
 def test_pictures_are_made_from_captions(model, tmp_path):
     run, output = run_of(tmp_path, *model), tmp_path / "made.png"
 
@@ -64,8 +64,8 @@ def test_pictures_are_made_from_captions(model, tmp_path):
     assert done.exit_code == 0, done.output
     assert Image.open(output).size == (2 * 3 * 18, 2 * 2 * 18)
     for more, why in (
-        ((), "is told captions: give --caption"),
-        (("--label", "1"), "is told 0 classes"),
+        ((), "is conditional on captions: give --caption"),
+        (("--label", "1"), "knows 0 classes"),
         (("--caption", "a", "--label", "1"), "give either"),
         (("--caption", ""), "has no token"),
     ):

@@ -26,7 +26,7 @@ def test_parameters_are_those_of_the_model():
     assert Text(r, 1000).cost().parameters == built
 
 
-@pytest.mark.parametrize("architecture", ["ebt", "transformer"])
+@pytest.mark.parametrize("architecture", ["ebt", "baseline"])
 def test_so_are_those_of_a_model_of_pictures(architecture):
     from ebt_megatron.parallel.setup import initialize
     from ebt_megatron.tasks.build import build_model
@@ -56,7 +56,7 @@ def test_a_recipe_of_pictures_that_are_told_something_is_planned_without_data():
     told = planned(recipe(*pictures, "images.classes=true"), 1000, 8)
     assert told.parameters == planned(recipe(*pictures, "images.captions=true"), 1000, 8).parameters
     plain, both = (
-        planned(recipe(*pictures, "model.architecture=transformer", f"images.learn_sigma={learned}"), 1000, 8)
+        planned(recipe(*pictures, "model.architecture=baseline", f"images.learn_sigma={learned}"), 1000, 8)
         for learned in ("false", "true")
     )
     assert both.parameters > plain.parameters

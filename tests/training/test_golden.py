@@ -81,7 +81,7 @@ RECIPES = {
     "bf16 logits": ("thinking.logits_dtype=bfloat16",),
     "double backward": ("thinking.engine=double_backward",),
     "documents, recomputed": ("data.document_mask=true", "model.recompute_layers=true"),
-    "Transformer++": ("model.architecture=transformer",),
+    "Transformer++": ("model.architecture=baseline",),
 }
 
 

@@ -21,7 +21,7 @@ FULL = ("thinking.gradient=full", "thinking.max_steps=2", "model.conditioning=ad
 REUSE = ("thinking.reuse=true", "thinking.max_steps=2")
 SEQUENCE = ("model.conditioning=time_embed_sequence",)
 CONTEXT = ("thinking.initial=context", "thinking.step_rule=mirror_descent", "thinking.max_steps=2")
-TRANSFORMER = ("model.architecture=transformer",)
+TRANSFORMER = ("model.architecture=baseline",)
 RECIPES = {
     "S1": S1,
     "S2": S2,

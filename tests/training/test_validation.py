@@ -46,7 +46,7 @@ def _losses(data, layouts):
     return out
 
 
-EBT, TRANSFORMER = "model.architecture=ebt", "model.architecture=transformer"
+EBT, TRANSFORMER = "model.architecture=ebt", "model.architecture=baseline"
 TENSOR, PIPELINE, FEW = "parallel.tensor=2", "parallel.pipeline=2", (2, 5, 20)
 
 

@@ -23,8 +23,8 @@ from ebt_megatron.tools.public_code.settings import (
 )
 from ebt_megatron.tools.public_code.source import Source, interleaved
 
-_TRUNK = {"ebt": "model.transformer", "transformer": "model.diffusion_transformer"}
-_NAMES = {"ebt": "ebt", "dit": "transformer"}
+_TRUNK = {"ebt": "model.transformer", "baseline": "model.diffusion_transformer"}
+_NAMES = {"ebt": "ebt", "dit": "baseline"}
 _SUPPORTED: Supported = {"model_name": tuple(_NAMES), "image_task": ("denoising", "t2i")}
 _EBT: Supported = {"clamp_futures_grad": (False,), "mcmc_replay_buffer": (False,)}
 _INITIAL = {"random_noise": "noise", "zeros": "zeros"}

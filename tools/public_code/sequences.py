@@ -102,7 +102,7 @@ def _describe(hyper: Hyper, source: Source, ebt: Supported) -> tuple[Recipe, boo
         landscapes = {"mcmc_num_steps": source.shape(_STEPS)[0]} if m.conditioning != "none" else {}
         describe_thinking(recipe, hyper | landscapes, source)
     else:
-        m.architecture = "transformer"
+        m.architecture = "baseline"
     describe_training(recipe, hyper)
     return recipe, thinks
 
@@ -118,7 +118,7 @@ def weights_of_text(source: Source, recipe: Recipe) -> dict[str, Tensor]:
         return torch.cat([rows, rows.new_zeros(padding, width)])
 
     observed = table(source.take("model.embeddings.weight", vocab, width))
-    if m.architecture == "transformer":
+    if m.architecture == "baseline":
         output = table(source.take("model.output.weight", vocab, width))
         return {"embedding.table.weight": observed, "output.projection.weight": output} | _trunk(source, recipe)
     predicted = source.take("model.vocab_to_embed.weight", width, vocab)
