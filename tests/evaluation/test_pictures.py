@@ -102,13 +102,20 @@ class Oracle:
         return torch.cat(parts, -1).transpose(0, 1)
 
 
+def task_with(schedule, noise):
+    """A task of pictures with a schedule and a noise of the test's own."""
+    task = latents.task(latents.pictures_recipe())
+    task.schedule, task.noise = schedule, noise
+    return task
+
+
 @pytest.mark.parametrize("ancestral", [False, True])
 @pytest.mark.parametrize("passes", [1, 4, 30])
 def test_who_knows_the_noise_gets_the_picture_in_any_number_of_passes(ancestral, passes):
     schedule, clean = NoiseSchedule(ImagesConfig()), torch.randn(2, 4, 2)
     noise = lambda ids, stream=0: torch.randn(2, 4, 2)  # noqa: E731
     oracle, ids = Oracle(schedule, clean), torch.arange(2)
-    run = SimpleNamespace(model=oracle, task=SimpleNamespace(schedule=schedule, noise=noise))
+    run = SimpleNamespace(model=oracle, task=task_with(schedule, noise))
     noised = schedule.noised(clean, noise(ids), torch.full((2,), 99))
     out = pictures.sampled(run, torch.zeros(2, 2, dtype=torch.int64), noised, ids, 99, passes, ancestral)
     assert torch.allclose(out, clean, atol=1e-4)
@@ -119,7 +126,7 @@ def test_who_knows_the_noise_gets_the_picture_in_any_number_of_passes(ancestral,
 def test_ancestral_sampling_alone_uses_learned_variances(ancestral):
     schedule, clean, ids = NoiseSchedule(ImagesConfig()), torch.zeros(2, 4, 2), torch.arange(2)
     fixed = torch.randn(2, 4, 2)
-    task = SimpleNamespace(schedule=schedule, noise=lambda ids, stream=0: fixed)
+    task = task_with(schedule, lambda ids, stream=0: fixed)
     seen = []
 
     class Watched(Oracle):

@@ -79,6 +79,7 @@ def runs(tmp_path):
     for name in ("ebt", "baseline"):
         folder = folders[name] = tmp_path / name
         folder.mkdir()
+        (folder / "recipe.yaml").write_text("model: {size: tiny}\n")
         rows = [
             {
                 "step": s,
