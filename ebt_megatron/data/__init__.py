@@ -1,1 +1,1 @@
-"""Shards, the global order of samples, remote folders and the loader, which resumes exactly on any layout."""
+"""Kinds of sample, shards, the global order, remote folders, and the loader, which resumes exactly on any layout."""

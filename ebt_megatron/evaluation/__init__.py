@@ -1,1 +1,1 @@
-"""Validation, the evaluation suites of text and pictures, their statistics and figures, and the report."""
+"""A run at every number of steps, the suites of text and pictures, and a report for each modality."""

@@ -1,4 +1,4 @@
-"""What a training step computes for an energy model and for a feed-forward model, and the FLOPs it takes."""
+"""What a training step and validation compute for an energy model and a feed-forward one, and their FLOPs."""
 
 from __future__ import annotations
 
