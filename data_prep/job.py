@@ -122,7 +122,7 @@ class Job:
 
     @property
     def _splits(self) -> list[Path]:
-        return [self.output / "train", self.output / "validation"]
+        return [self.output / split for split in ("train", "validation", "harder")]
 
     @property
     def complete(self) -> bool:

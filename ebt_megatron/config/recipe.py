@@ -8,6 +8,7 @@ from ebt_megatron.config.data import DataConfig
 from ebt_megatron.config.fields import check_values, expand_paths, require_divides
 from ebt_megatron.config.images import ImagesConfig
 from ebt_megatron.config.model import ModelConfig
+from ebt_megatron.config.puzzles import PuzzlesConfig
 from ebt_megatron.config.thinking import ThinkingConfig
 from ebt_megatron.config.training import OptimizerConfig, ParallelConfig, TrainingConfig
 from ebt_megatron.config.video import VideoConfig
@@ -24,6 +25,7 @@ class Recipe:
     data: DataConfig = field(default_factory=DataConfig)
     images: ImagesConfig = field(default_factory=ImagesConfig)
     video: VideoConfig = field(default_factory=VideoConfig)
+    puzzles: PuzzlesConfig = field(default_factory=PuzzlesConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)

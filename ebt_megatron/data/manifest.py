@@ -43,14 +43,15 @@ class Manifest:
     Attributes:
         kind: a name of `data.kinds.KINDS`, or package.module:NAME of one's own.
         shape: of one sample: [sequence_length + 1] tokens, [frames, patches, channels] of a clip,
-            [patches, channels] of a picture.
+            [patches, channels] of a picture, [2, cells] of a puzzle and its answer.
         dtype: of the stored samples.
         samples: in all shards.
         provenance: where the data came from and how it was made.
         tokenizer: of text: {"file", "sha256", "end_of_text", "vocab_size", "bytes_per_token"}; the
             file lies beside the manifest.
         encoder: of frames and pictures: {"file", "sha256", "kind", "patch", "height", "width", "mean",
-            "std"}; samples are (encoding - mean) / std, by channel.
+            "std"}; samples are (encoding - mean) / std, by channel. Of puzzles: {"file", "sha256", "kind", "height",
+            "width", "symbols"}, what their cells are.
         classes: names of the labels, where pictures have labels.
         captions: where pictures have captions: {"kind", "shape", "sha256", "origin", ...}; see `data.captions`.
         facts: what else is true of all samples, for a kind of one's own; folders that are read together share it.

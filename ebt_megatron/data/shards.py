@@ -23,7 +23,7 @@ from ebt_megatron.data.kinds import Kind, kind_of
 from ebt_megatron.data.manifest import ShardInfo, index_name
 
 _SHARD = r"shard-\d{6,}\.(tar|index\.json)"
-_PARTIAL = rf"({_SHARD}|manifest\.json|tokenizer\.json|captions\.json|encoder\.npz)(\.\d+)?\.partial"
+_PARTIAL = rf"({_SHARD}|manifest\.json|tokenizer\.json|puzzle\.json|captions\.json|encoder\.npz)(\.\d+)?\.partial"
 _MADE = re.compile(rf"{_SHARD}|manifest\.json|{_PARTIAL}")
 _LEFT = re.compile(rf"{_PARTIAL}|(job\.json|skipped\.txt|rewrite\.json)\.\d+\.partial")
 

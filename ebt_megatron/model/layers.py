@@ -220,13 +220,40 @@ class TransformerLayer(MegatronModule):
         Returns:
             The same shape as h.
         """
+        return self._branches(h, lambda mixed: attend(*self._heads(mixed, rotations)), tangent, condition, tape)
+
+    def _branches(
+        self,
+        h: Tensor,
+        mix: Callable[[Tensor], Tensor],
+        tangent: bool,
+        condition: Tensor | None,
+        tape: Tape | None,
+    ) -> Tensor:
+        """H plus attention, where `mix` makes what the heads read [S, B*, N*H] of qkv's output, plus the MLP."""
         shift1, scale1, gate1, shift2, scale2, gate2 = self._modulation(condition)
         n = modulate(self.norm1(h, tangent), shift1, scale1, tangent)
-        o = attend(*self._heads(self._linear("qkv", n, tangent, tape), rotations))
+        o = mix(self._linear("qkv", n, tangent, tape))
         h = h + gated(self._linear("proj", o, tangent, tape), gate1, tangent)
         n = modulate(self.norm2(h, tangent), shift2, scale2, tangent)
         hidden = self.kernels.swiglu(self._linear("fc1", n, tangent, tape), self.ffn_block, tangent=tangent)
         return h + gated(self._linear("fc2", hidden, tangent, tape), gate2, tangent)
+
+    def joint(self, h: Tensor, *, tangent: bool = False, tape: Tape | None = None) -> Tensor:
+        """A stream in which every position sees every other, without rotation; a query group for each head.
+
+        Args:
+            h, tangent, tape: as in `stream`.
+
+        Returns:
+            The same shape as h.
+        """
+
+        def mix(mixed: Tensor) -> Tensor:
+            no_bias = mixed.new_zeros(mixed.shape[-1])
+            return self.kernels.full_attention(mixed, no_bias, self.head_size, tangent=tangent)
+
+        return self._branches(h, mix, tangent, None, tape)
 
     def context(
         self, h: Tensor, rotations: Tensor, segments: Tensor | None = None, condition: Tensor | None = None

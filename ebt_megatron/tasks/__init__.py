@@ -17,6 +17,7 @@ TASKS = {
     "text": "ebt_megatron.tasks.text:Text",
     "images": "ebt_megatron.tasks.images:Images",
     "video": "ebt_megatron.tasks.video:Video",
+    "puzzles": "ebt_megatron.tasks.puzzles:Puzzles",
 }
 
 

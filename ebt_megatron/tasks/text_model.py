@@ -19,7 +19,8 @@ from ebt_megatron.prediction.logits import TextPrediction
 from ebt_megatron.prediction.logits_state import LogitsState
 
 
-def _embedding_table(config: TransformerConfig, padded_vocab_size: int, scatter: bool) -> VocabParallelEmbedding:
+def embedding_table(config: TransformerConfig, padded_vocab_size: int, scatter: bool) -> VocabParallelEmbedding:
+    """Rows of D for the entries of a padded vocabulary, cut over tensor-parallel ranks."""
     return VocabParallelEmbedding(
         padded_vocab_size,
         config.hidden_size,
@@ -34,7 +35,7 @@ class TokenEmbedding(MegatronModule):
 
     def __init__(self, config: TransformerConfig, vocab_size: int, padded_vocab_size: int, initialization: str):
         super().__init__(config)
-        self.table = _embedding_table(config, padded_vocab_size, bool(config.sequence_parallel))
+        self.table = embedding_table(config, padded_vocab_size, bool(config.sequence_parallel))
         self.draws = {"table.weight": draw_of_embedding(vocab_size, config.hidden_size, initialization)}
 
     def forward(self, tokens: Tensor) -> Tensor:
@@ -91,7 +92,7 @@ class TextEmbeddings(MegatronModule):
         rule = recipe.model.initialization
         self.context = TokenEmbedding(config, vocab_size, padded_vocab_size, rule)
         # Never looked up by token: the vocabulary kernels multiply distributions with its weight.
-        self.prediction_embedding = _embedding_table(config, padded_vocab_size, scatter=False)
+        self.prediction_embedding = embedding_table(config, padded_vocab_size, scatter=False)
         draw = draw_of_predictions(vocab_size, config.hidden_size, recipe.thinking.step_size, rule)
         self.draws = {"prediction_embedding.weight": draw}
         self.output = TextOutput(config, vocab_size, padded_vocab_size) if recipe.thinking.starts_at_context else None

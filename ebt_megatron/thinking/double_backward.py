@@ -3,9 +3,9 @@
 This is how the paper's public code trains: at every step the context and the prediction
 go through the network together (2S positions), attention scores are full matrices, and
 `autograd.grad(create_graph=True)` keeps the whole graph until the loss is differentiated.
-`text_energies` reads the parameters of an EnergyTransformer (of text or video) and `joint_energies` those of a
-JointEnergy, but neither calls any of its code, a kernel or a Megatron layer, so that they can stand as the judges
-of them. Single process only.
+`text_energies` reads the parameters of an EnergyTransformer (of text or video), `joint_energies` those of a
+JointEnergy and `cell_energies` those of a CellEnergy, but none calls any of its code, a kernel or a Megatron layer, so
+that they can stand as the judges of them. Single process only.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ebt_megatron.model.cells import CellEnergy
 from ebt_megatron.thinking.dual_stream import Descent, ThinkingOutput
 
 
@@ -50,6 +51,19 @@ def _rotate(x: Tensor, rotations: Tensor) -> Tensor:
 def _modulation(modulation: Any, condition: Tensor) -> tuple[Tensor, ...]:
     """Shifts, scales and perhaps gates, each [1, D], in the order of the weight's rows (arXiv 2212.09748)."""
     return F.linear(F.silu(condition)[None], modulation.weight, modulation.bias).split(len(condition), -1)
+
+
+def _mlp(layer: Any, n: Tensor) -> Tensor:
+    """SwiGLU."""
+    gate, up = F.linear(n, layer.fc1.weight).unflatten(-1, (-1, 2, layer.ffn_block)).unbind(-2)
+    return F.linear((F.silu(gate) * up).flatten(-2), layer.fc2.weight)
+
+
+def _energy(model: Any, h: Tensor, n: Tensor) -> Tensor:
+    """Of last hidden states h and their norm n, [S, B]."""
+    if model.energy_head == "linear":
+        return n @ model.head
+    return 5 / h.shape[-1] * (n @ model.head + h.square() @ model.curvature / 2)
 
 
 def text_streams(model: Any, context: Tensor, segments: Tensor | None, step: int, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -110,21 +124,15 @@ def text_streams(model: Any, context: Tensor, segments: Tensor | None, step: int
         )
         return F.linear(o, layer.proj.weight)
 
-    def mlp(layer: Any, n: Tensor) -> Tensor:
-        gate, up = F.linear(n, layer.fc1.weight).unflatten(-1, (-1, 2, layer.ffn_block)).unbind(-2)
-        return F.linear((F.silu(gate) * up).flatten(-2), layer.fc2.weight)
-
     for layer in model.layers:
         h = branch(layer, 0, h, layer.norm1.weight, partial(attention, layer))
-        h = branch(layer, 1, h, layer.norm2.weight, partial(mlp, layer))
+        h = branch(layer, 1, h, layer.norm2.weight, partial(_mlp, layer))
     context, h = h[:length], h[length:]
     n = _rms_norm(h, model.final_norm.weight, epsilon)
     if model.conditioning == "adaln_sequence":
         shift, scale = _modulation(model.final_modulation, condition)
         n = n * (1 + scale) + shift
-    if model.energy_head == "linear":
-        return n @ model.head, context
-    return 5 / h.shape[-1] * (n @ model.head + h.square() @ model.curvature / 2), context
+    return _energy(model, h, n), context
 
 
 def text_energies(model: Any, context: Tensor, segments: Tensor | None, step: int, x: Tensor) -> Tensor:
@@ -140,6 +148,28 @@ def read_out(model: Any, context: Tensor, segments: Tensor | None) -> Tensor:
     """
     hidden = text_streams(model, context, segments, 0, torch.zeros_like(context))[1]
     return _rms_norm(hidden, model.context_norm.weight, model.config.layernorm_epsilon)
+
+
+def cell_energies(model: Any, context: Tensor, segments: Tensor | None, step: int, x: Tensor) -> Tensor:
+    """Energies [S, B] of embedded cells x [S, B, D] whose sum is a grid's, given embedded clues [S, B, D].
+
+    Args:
+        model: a CellEnergy.
+        context: [S, B, D], differentiable.
+        segments: not read.
+        step: the thinking step.
+        x: [S, B, D].
+    """
+    epsilon = model.config.layernorm_epsilon
+    h = x + context
+    if model.conditioning != "none":
+        h = h + model.step_embedding[min(step, len(model.step_embedding) - 1)]
+    for layer in model.layers:
+        mixed = F.linear(_rms_norm(h, layer.norm1.weight, epsilon), layer.qkv.weight)
+        q, k, v = mixed.unflatten(-1, (-1, 3, layer.head_size)).unbind(-2)
+        h = h + F.linear(_attention(q, k, v, x.new_zeros(1)), layer.proj.weight)
+        h = h + _mlp(layer, _rms_norm(h, layer.norm2.weight, epsilon))
+    return _energy(model, h, _rms_norm(h, model.final_norm.weight, epsilon))
 
 
 def joint_energies(model: Any, condition: Tensor, segments: Tensor | None, step: int, x: Tensor) -> Tensor:
@@ -176,11 +206,12 @@ def energies_of(model: Any, context: Tensor, segments: Tensor | None) -> Callabl
     """(step, embedded prediction) -> energies, of a model on one process, for `train`.
 
     Args:
-        model: an EnergyTransformer or a JointEnergy.
+        model: an EnergyTransformer, a CellEnergy or a JointEnergy.
         context: what its modality embeds of what is observed.
         segments: int32 [B, S] documents, or None.
     """
-    return partial(text_energies if model.separable else joint_energies, model, context, segments)
+    judge = text_energies if model.separable else cell_energies if isinstance(model, CellEnergy) else joint_energies
+    return partial(judge, model, context, segments)
 
 
 def train(energies: Callable[[int, Tensor], Tensor], descent: Descent, hidden: Tensor | None = None) -> ThinkingOutput:

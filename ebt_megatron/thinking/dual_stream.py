@@ -338,7 +338,9 @@ class Thinker:
             pairs.append((out, grad))
         if pairs:
             torch.autograd.backward([t for t, _ in pairs], [g for _, g in pairs])
-        return h.grad if h.is_leaf else None
+        if not h.is_leaf:
+            return None
+        return torch.zeros_like(h) if h.grad is None else h.grad  # a stage may read nothing of the context
 
     def initial_forward(self, step: int, h: Tensor | None = None) -> None:
         """Start at the prediction of the context whose stream ended with h [S(/TP), B, D]."""
