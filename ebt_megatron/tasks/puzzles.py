@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from ebt_megatron.data.loader import MicroBatch
 from ebt_megatron.data.puzzles import BLANK, Puzzle, turned
 from ebt_megatron.kernels import Kernels
 from ebt_megatron.model.cells import CellEnergy, CellTransformer
-from ebt_megatron.model.flops import Cost, padded, position_flops
+from ebt_megatron.model.flops import Cost, cost, padded, position_flops
 from ebt_megatron.prediction.cells import GIVEN, CellPrediction
 from ebt_megatron.prediction.logits import most_likely
 from ebt_megatron.tasks.interface import Sample
@@ -136,14 +137,14 @@ class Puzzles:
 
     def cost(self) -> Cost:
         """See `Task`; embedding clues is none."""
-        width, recipe = self.recipe.model.hidden_size, self.recipe
-        assert width
+        recipe, passes = self.recipe, self.options.passes
+        whole = cost(recipe, self.puzzle.symbols)
         layers = self.length * position_flops(recipe, self.length)
-        vocabulary = 2 * self.length * width * self.puzzle.symbols
         if recipe.model.architecture == "ebt":
-            return Cost(layers, vocabulary, context=0.0)
-        passes = self.options.passes  # what is fed back is embedded, and its weight's gradient taken: 2 of 3 products
-        return Cost(passes * layers, (passes + (passes - 1) * 2 / 3) * vocabulary)
+            return replace(whole, layers=layers, context=0.0)
+        # What is fed back is embedded, and its weight's gradient taken: 2 of an output's 3 products.
+        products = passes + (passes - 1) * 2 / 3
+        return replace(whole, layers=passes * layers, vocabulary=products * whole.vocabulary)
 
     def meter(self, steps: int, device: torch.device) -> PuzzleMeter:
         """See `Task`."""
