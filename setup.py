@@ -56,7 +56,7 @@ setup(
         "remote": ["s3fs>=2024.6", "huggingface_hub>=0.24"],  # s3:// and hf:// inputs and shards; fsspec has more
         "wandb": ["wandb>=0.18"],  # training.metrics=[jsonl,tensorboard,wandb]
         "encoders": ["diffusers>=0.30", "transformers>=4.45"],  # a VAE or DINOv2 from your disk
-        "lm-eval": ["lm_eval>=0.4.9"],  # ebt-lm-eval
+        "lm-eval": ["lm_eval>=0.4.10"],  # ebt-lm-eval
         "docs": [
             "mkdocs>=1.6,<2",
             "mkdocs-material>=9.6",
@@ -81,7 +81,7 @@ setup(
             "pillow>=10.1",
             "python-sat>=1.8.dev13",
             "wandb>=0.18",
-            "lm_eval>=0.4.9",
+            "lm_eval>=0.4.10",
         ],
     },
 )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +10,7 @@ import typer
 from ebt_megatron.core.cli import guarded, quiet_libraries, say
 from ebt_megatron.core.errors import RecipeError
 from ebt_megatron.core.files import write_whole
+from ebt_megatron.core.records import to_json
 
 if TYPE_CHECKING:
     from ebt_megatron.evaluation.interface import SuiteOptions
@@ -39,7 +39,7 @@ def _suite(run_dir: Path, overrides: list[str], options: SuiteOptions, target: P
 
     evaluation = evaluation_of(recipe_of(run_dir, overrides).data.modality)
     numbers = evaluation.suite(run_dir, overrides, options)
-    write_whole(target, json.dumps(numbers, indent=1) + "\n")
+    write_whole(target, to_json(numbers, indent=1) + "\n")
     console = Console(soft_wrap=True, highlight=False)
     for table in evaluation.tables(numbers):
         console.print(table.rich())
@@ -96,7 +96,7 @@ def main(
         with open_run(run_dir, overrides or []) as run:
             result = evaluate(run, steps, example)
             if run.state.rank == 0:
-                write_whole(target, json.dumps(result, indent=1) + "\n")
+                write_whole(target, to_json(result, indent=1) + "\n")
                 for row in result["thinking"]:
                     print(_line(row))
                 if "unigram_entropy" in result:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 import math
 import sys
@@ -12,8 +13,10 @@ import typer
 
 from ebt_megatron.core.cli import guarded, quiet_libraries, say
 from ebt_megatron.core.errors import DataError, RecipeError
+from ebt_megatron.core.lines import encodable, lines_of, value_of
 from ebt_megatron.core.options import dataclass_options
 from ebt_megatron.inference.options import ThinkingOptions
+from ebt_megatron.inference.rows_file import RowsFile
 
 if TYPE_CHECKING:
     from ebt_megatron.inference.generation import Continuation, GenerationOptions
@@ -27,39 +30,50 @@ def read_prompts(given: list[str], file: str | None) -> list[str]:
     """Prompts of the command line, then those of a file, or of stdin ("-").
 
     A line that is a JSON object with a "prompt", or a JSON string, is that prompt; any other line is one as it is.
+    Bytes that are no UTF-8 are surrogates, as the command line has them: `Texts` replaces and counts them.
 
     Raises:
-        DataError: where there is none, or a file cannot be read.
+        DataError: where there is none, a file cannot be read, or a line begins like JSON and is none.
     """
     prompts = list(given)
     if file is not None:
-        try:
-            text = sys.stdin.read() if file == "-" else Path(file).expanduser().read_text(encoding="utf-8")
-        except UnicodeDecodeError as error:
-            raise DataError(f"--prompts {file} is not UTF-8 ({error})") from None
-        prompts += [_prompt(line, file, number) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
+        data = sys.stdin.buffer.read() if file == "-" else Path(file).expanduser().read_bytes()
+        lines = lines_of(data.removeprefix(codecs.BOM_UTF8).decode("utf-8", "surrogateescape"))
+        prompts += [_prompt(line, f"--prompts {file}, line {i}") for i, line in enumerate(lines, 1) if line.strip()]
     if not prompts:
         raise DataError("no prompt: give --prompt TEXT, --prompts FILE, or lines to --prompts -")
     return prompts
 
 
-def _prompt(line: str, file: str, number: int) -> str:
-    try:
-        value = json.loads(line)
-    except ValueError:
-        return line
+def _prompt(line: str, where: str) -> str:
+    value = value_of(line, where)
     if isinstance(value, dict):
         value = value.get("prompt")
         if not isinstance(value, str):
-            raise DataError(f'--prompts {file}, line {number}: a JSON object without a text "prompt"')
-    return value if isinstance(value, str) else line
+            raise DataError(f'{where}: a JSON object without a text "prompt"')
+    if not isinstance(value, str):
+        raise DataError(f"{where}: a JSON array: give a prompt a line")
+    return value
+
+
+def require_free(output: Path, prompts: str | None) -> None:
+    """Raise RecipeError unless rows can be written to `output` without writing over the prompts."""
+    if not output.absolute().parent.is_dir():
+        raise RecipeError(f"--output {output}: {output.parent} is not a folder")
+    if output.is_dir():
+        raise RecipeError(f"--output {output} is a folder: name a file")
+    read = None if prompts in (None, "-") else Path(str(prompts)).expanduser()
+    if read is not None and read.exists():
+        for written in (output, RowsFile.partial_of(output)):
+            if written.exists() and written.samefile(read):
+                raise RecipeError(f"--output {output} would be written over --prompts {prompts}: name another file")
 
 
 def as_json(prompt: str, continuation: Continuation, energies: bool) -> dict[str, Any]:
     """A line of the output."""
     finite = [e if energies and math.isfinite(e) else None for e in continuation.energies]
     return {
-        "prompt": prompt,
+        "prompt": encodable(prompt)[0],
         "text": continuation.text,
         "finish": continuation.finish,
         "tokens": continuation.tokens,
@@ -100,7 +114,8 @@ def main(
     chunk: int = typer.Option(256, help="Tokens of each prompt that are read at a time."),
     output: Path | None = typer.Option(
         None,
-        help="Write JSON lines (tokens, energies, steps, FLOPs) there; - for stdout.",
+        help="Write JSON lines (tokens, energies, steps, FLOPs) there, as they come to FILE.partial, which the same "
+        "command goes on with; - for stdout.",
         rich_help_panel=_OUTPUT,
     ),
     stream: bool = typer.Option(
@@ -143,9 +158,9 @@ def main(
             chunk,
         )
         how.check()
+        if output is not None and str(output) != "-":
+            require_free(output, prompts)
         given = read_prompts(prompt, prompts)
-        if output is not None and str(output) != "-" and not output.absolute().parent.is_dir():
-            raise RecipeError(f"--output {output}: {output.parent} is not a folder")
         _generate(run_dir, overrides or [], given, thinking, how, keep, output, stream, energies)
 
     guarded(work)
@@ -163,6 +178,8 @@ def _generate(
     energies: bool,
 ) -> None:
     from dataclasses import replace
+
+    import torch.distributed as dist
 
     from ebt_megatron.inference.generation import generate
     from ebt_megatron.inference.predictor import predictor_of
@@ -190,23 +207,27 @@ def _generate(
             steps = f"  {draft.steps[-1]} steps" if thinks else ""
             say(f"{draft.prompt + 1:>3}  {text!r:<16}  p {math.exp(draft.log_p[-1]):.3f}{energy}{steps}")
 
-        found = generate(predictor, texts, tokens, how, watch if stream and speaks else None)
-        lines = (json.dumps(as_json(given[c.prompt], c, energies and thinks)) for c in found)
+        for line in texts.losses() if speaks else []:
+            say(line, "yellow", "note:")
+        rows, first = None, 0
         if output is not None and str(output) != "-":
-            whole = [line + "\n" for line in lines]
-            if speaks:
-                from ebt_megatron.core.files import write_whole
-
-                write_whole(output, "".join(whole))
-            return
-        for line in lines:
+            made_of = repr([run_dir.resolve(), overrides, run.step, run.tokens, options, how, energies, given])
+            rows = RowsFile(output, made_of, how.batch) if speaks else None
+            done = [rows.done if rows else 0]
+            dist.broadcast_object_list(done, src=0)
+            first = done[0]
+        if speaks and output is not None and first:
+            say(f"{first} of {len(given)} prompts are done in {RowsFile.partial_of(output)}: going on after them")
+        for one in generate(predictor, texts, tokens, how, watch if stream and speaks else None, first):
             if not speaks:
                 continue
-            if output is not None:
-                print(line, flush=True)
+            row = as_json(given[one.prompt], one, energies and thinks)
+            if rows is not None:
+                rows.add(json.dumps(row))
             else:
-                row = json.loads(line)
-                print(row["prompt"] + row["text"], flush=True)
+                print(json.dumps(row) if output is not None else row["prompt"] + row["text"], flush=True)
+        if rows is not None and speaks:
+            rows.finish()
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ app = typer.Typer(add_completion=False)
 def main(
     runs: list[Path] = typer.Argument(..., help="Each run's training.output_dir, evaluated; of one modality."),
     output: Path = typer.Option(Path("report"), help="Folder for report.html, report.md and the plots."),
+    label: list[str] = typer.Option([], help="What to call a run; give it once for each, in their order."),
     title: str = typer.Option("Energy-Based Transformers", help="Heading."),
 ) -> None:
     """Write what evaluated runs of one modality show.
@@ -34,8 +35,11 @@ def main(
         if len(set(modalities.values())) > 1:
             said = ", ".join(f"{path}: {modality}" for path, modality in modalities.items())
             raise RecipeError(f"a report is about one modality ({said}): give runs of one")
+        if label and (len(label) != len(runs) or len(set(label)) < len(label)):
+            raise RecipeError(f"--label: give each of the {len(runs)} runs one of its own, in their order")
         quiet_libraries()
-        paths = evaluation_of(modalities[runs[0]]).report(runs, output, title, "")
+        named = dict(zip(label, runs, strict=True)) if label else runs
+        paths = evaluation_of(modalities[runs[0]]).report(named, output, title, "")
         Console(soft_wrap=True, highlight=False).print(f"report: {paths['html']} and {paths['markdown']}")
 
     guarded(work)

@@ -125,7 +125,7 @@ def new_descent(model, recipe: Recipe, batch: Batch | Sample, plan: Plan | None 
     seed, length = recipe.training.seed, batch.targets.shape[1]
     start = getattr(batch, "start", None)
     prediction = model.modality.prediction(batch.targets, batch.sample_ids, recipe.thinking, seed, start)
-    sizes = step_sizes(model.step_size, recipe.thinking, batch.sample_ids, length, seed, random=True)
+    sizes = step_sizes(model.step_size, recipe.thinking, batch.sample_ids, length, seed, True, model.separable)
     weight = position_weight(batch, model.head.dtype)
     return Descent(prediction, model.step_size, *sizes, plan, weight, separable=model.separable)
 

@@ -348,6 +348,7 @@ def fingerprint(recipe: Recipe, identity: dict[str, Any]) -> dict[str, Any]:
         model["architecture"] = "transformer"  # as checkpoints of every version say
     out = {f"model.{key}": value for key, value in model.items()} | identity
     if recipe.model.architecture == "ebt":
-        out["thinking.max_steps"] = recipe.thinking.max_steps
+        key = "max_steps" if recipe.thinking.landscapes is None else "landscapes"
+        out[f"thinking.{key}"] = recipe.thinking.num_landscapes
         out["thinking.step_rule"] = recipe.thinking.step_rule
     return out

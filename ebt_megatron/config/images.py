@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ebt_megatron.config.fields import at_least, fraction, positive
+from ebt_megatron.config.fields import at_least, fraction, one_of, positive
 from ebt_megatron.core.errors import RecipeError
 
 
@@ -19,10 +19,15 @@ class ImagesConfig:
     schedule_steps: int = positive(1000)  # T
     beta_first: float = positive(1e-4)
     beta_last: float = positive(0.02)
-    lowest_level: int = at_least(0, 99)  # an EBT is trained to denoise levels drawn from these; a DiT from all
+    lowest_level: int = at_least(0, 99)  # an EBT is trained to denoise levels drawn from these; a DiT see dit_levels
     highest_level: int = at_least(0, 99)
+    # levels that a DiT is trained on: those of the whole schedule | those from lowest_level to highest_level
+    dit_levels: str = one_of("all", "range", default="all")
     see_level: bool = True  # an EBT that denoises is conditional on the level; a DiT always is
     learn_sigma: bool = False  # a DiT learns the variance of a random step, too (arXiv 2102.09672)
+    # what the variance is learned by: 0.001 of the whole bound, in nats | a level's term of it in bits, with pixels of
+    # 8 bits at level 0, as the paper's public code has it
+    sigma_loss: str = one_of("nats", "bits", default="nats")
     classes: bool = False  # conditional on the class of the picture, from the labels of the shards
     captions: bool = False  # conditional on the caption of the picture, as the shards have it
     class_dropout: float = fraction(0.1)  # share of training samples that are unconditional, for guidance

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -52,6 +52,15 @@ def _check_keys(given: Any, where: str) -> None:
                 raise RecipeError(f"{where}: '{path}' is a group of keys, not a value")
 
     walk(given, "")
+
+
+def _values(given: dict[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """The dotted keys of a layer and their values."""
+    for key, value in given.items():
+        if isinstance(value, dict):
+            yield from _values(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
 
 
 def _as_meant(given: dict[Any, Any], cls: type) -> dict[str, Any]:
@@ -136,16 +145,23 @@ def load_recipe(path: str | Path | None, overrides: Sequence[str] = ()) -> Recip
             raise RecipeError(f"override '{item}' is not a YAML value ({reason}): quote it") from None
 
     merged: Any = OmegaConf.structured(Recipe)
+    missing: dict[str, str] = {}  # keys whose last value is ???, which OmegaConf takes for no value at all; and where
     for where, layer in layers:
         given = OmegaConf.to_container(layer)
         if not isinstance(given, dict):
             raise RecipeError(f"{where}: a recipe is a mapping of keys to values")
         given = _with_today_names(given, where)
         _check_keys(given, where)
+        for key, value in _values(given):
+            missing.pop(key, None)
+            if "???" in (value if isinstance(value, list) else [value]):
+                missing[key] = where
         try:
             merged = OmegaConf.unsafe_merge(merged, OmegaConf.create(_as_meant(given, Recipe)))  # no copy each time
         except OmegaConfBaseException as error:
             raise _value_error(where, error) from None
+    for key, where in missing.items():
+        raise RecipeError(f"{where}: {key}=??? is a value that is still missing: give it")
     try:
         recipe = OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:

@@ -22,6 +22,8 @@ class ThinkingConfig:
 
     min_steps: int = positive(2)
     max_steps: int = 2  # evaluation thinks this many steps; training draws from [min, max]
+    # energies that steps descend, told apart by model.conditioning; steps beyond share the last
+    landscapes: int | None = at_least(1, None, ", or null for one a step")
     # y' = softmax(y) - alpha dE/dp, the public code's | y - alpha dE/dy, the paper's listing | y - alpha dE/dp
     step_rule: str = one_of("probability_descent", "logit_descent", "mirror_descent", default="probability_descent")
     loss: str = one_of("every", "last", default="every")  # every: the mean over the steps' losses
@@ -31,6 +33,8 @@ class ThinkingConfig:
     step_size: float = positive(30.0)
     learn_step_size: bool = True
     step_size_lr_multiplier: float | None = None  # default: 3 x step_size, as the paper's 1500 for 500
+    # its learning rate ends at min_lr_ratio of its own peak | of the model's, as in the public code
+    step_size_lr_floor: str = one_of("own", "model", default="own")
     step_size_min: float = positive(1e-4)
     step_size_scale: float = at_least(1, 1.0)  # alpha is drawn per position from [alpha/scale, alpha*scale]
     langevin_noise: float = 0.0  # standard deviation added before each step
@@ -65,10 +69,20 @@ class ThinkingConfig:
         """Whether noise decides where thinking starts or goes, so that several starts differ."""
         return self.langevin_noise > 0 or self.starts_at_noise
 
+    @property
+    def num_landscapes(self) -> int:
+        """How many energies the steps descend."""
+        return self.landscapes or self.max_steps
+
     def check(self) -> None:
         """Raise RecipeError unless there is a number of steps to draw, and where thinking starts fits how it steps."""
         if self.max_steps < self.min_steps:
             raise RecipeError(f"thinking.max_steps={self.max_steps} is below thinking.min_steps={self.min_steps}")
+        if self.num_landscapes > self.max_steps:
+            raise RecipeError(
+                f"thinking.landscapes={self.landscapes} is above thinking.max_steps={self.max_steps}: "
+                "no step would reach the others"
+            )
         if not self.starts_at_context:
             return
         if self.step_rule == "probability_descent":

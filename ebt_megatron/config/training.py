@@ -18,6 +18,8 @@ class OptimizerConfig:
     decay_steps: int | None = at_least(1, None)  # default: training.steps; a run made longer keeps its schedule with
     # the old number
     weight_decay: float = at_least(0, 0.01)
+    # all: of norms and biases, too, as the public code; the step size never decays
+    weight_decay_on: str = one_of("matrices", "all", default="matrices")
     beta1: float = fraction(0.9)
     beta2: float = fraction(0.999)
     epsilon: float = positive(1e-8)

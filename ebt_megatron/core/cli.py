@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
+import io
 import os
 import signal
 import socket
@@ -47,6 +48,13 @@ def say(text: str, style: str = "", head: str = "") -> None:
         Console(stderr=True, highlight=False, soft_wrap=True).print(line)
 
 
+def write_any_text() -> None:
+    """Let stdout and stderr write "?" for what their encoding lacks (LANG=C, names that are no UTF-8)."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace" if stream is sys.stdout else "backslashreplace")
+
+
 def user_path(value: str) -> Path:
     """A path as a shell would read it, also where quotes or `--option=` kept the shell from it."""
     return Path(value).expanduser()
@@ -62,6 +70,7 @@ def guarded(work: Callable[[], Any], quiet: bool = False) -> None:
         work: the command.
         quiet: another process says what is wrong.
     """
+    write_any_text()
     try:
         work()
     except KeyboardInterrupt:

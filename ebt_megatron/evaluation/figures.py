@@ -47,6 +47,11 @@ def figure_of(width: float = 6.4, columns: int = 1, ratios: Sequence[float] | No
     return figure, axes
 
 
+def lettered(name: str) -> str:
+    """A name as matplotlib is to be given it: "$" is no mathematics, and a legend leaves out what begins with "_"."""
+    return (" " if name.startswith("_") else "") + name.replace("$", r"\$")
+
+
 def _plain(axes: Any) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.25)
@@ -64,8 +69,8 @@ def losses(ebts: Sequence[RunFiles], baselines: Sequence[RunFiles]) -> Figure:
         seen, loss = run.series("final_step_loss")
         tokens.plot(seen, loss, color=colour, alpha=0.35, lw=1)
         seen, loss = run.series("validation_loss")
-        tokens.plot(seen, loss, "o-", color=colour, ms=3, label=run.label)
-        flops.plot([t * run.flops_a_token for t in seen], loss, "o-", color=colour, ms=3, label=run.label)
+        tokens.plot(seen, loss, "o-", color=colour, ms=3, label=lettered(run.label))
+        flops.plot([t * run.flops_a_token for t in seen], loss, "o-", color=colour, ms=3, label=lettered(run.label))
     entropies = [r.evaluation["unigram_entropy"] for r in (*baselines, *ebts) if "unigram_entropy" in r.evaluation]
     for axes in (tokens, flops):
         if entropies:
@@ -83,7 +88,7 @@ def start(ebts: Sequence[RunFiles], baselines: Sequence[RunFiles]) -> Figure:
     for axes in (loss, sizes):
         axes.set(xlabel="training tokens", xscale="log")
     for run, colour in _coloured(baselines, BASELINE_COLOURS):
-        loss.plot(*run.series("loss"), color=colour, lw=1, label=run.label)
+        loss.plot(*run.series("loss"), color=colour, lw=1, label=lettered(run.label))
     for run, colour in _coloured(ebts):
         rows = [row for row in run.metrics if row.get("step_losses")]
         for step in range(max((len(row["step_losses"]) for row in rows), default=0)):
@@ -94,9 +99,9 @@ def start(ebts: Sequence[RunFiles], baselines: Sequence[RunFiles]) -> Figure:
                 color=colour,
                 lw=1,
                 ls=_DASHES[step % len(_DASHES)],
-                label=f"{run.label}, after step {step + 1}",
+                label=f"{lettered(run.label)}, after step {step + 1}",
             )
-        sizes.plot(*run.series("alpha"), color=colour, label=run.label)
+        sizes.plot(*run.series("alpha"), color=colour, label=lettered(run.label))
     loss.set(ylabel="training loss", title="Start of training: loss after each step")
     sizes.set(ylabel="step size alpha", title="Step size")
     for axes in (loss, sizes):
@@ -110,10 +115,10 @@ def thinking(ebts: Sequence[RunFiles], baselines: Sequence[RunFiles]) -> Figure:
     what = "perplexity" if all("perplexity" in r.evaluation["thinking"][0] for r in (*ebts, *baselines)) else "loss"
     for run, colour in _coloured(ebts):
         rows = run.evaluation["thinking"]
-        axes.plot([r["steps"] for r in rows], [r[what] for r in rows], "o-", color=colour, label=run.label)
+        axes.plot([r["steps"] for r in rows], [r[what] for r in rows], "o-", color=colour, label=lettered(run.label))
         axes.plot(run.final["steps"], run.final[what], "o", ms=12, mfc="none", color=colour)
     for run, colour in _coloured(baselines, BASELINE_COLOURS):
-        axes.axhline(run.final[what], color=colour, ls="--", label=f"{run.label} (cannot think longer)")
+        axes.axhline(run.final[what], color=colour, ls="--", label=f"{lettered(run.label)} (cannot think longer)")
     taken = [row["steps"] for run in ebts for row in run.evaluation["thinking"]]
     axes.set(
         xlabel="thinking steps (ring: as trained)",
@@ -143,7 +148,7 @@ def energies(ebts: Sequence[RunFiles]) -> Figure:
             axes.ticklabel_format(axis="y", useOffset=False)
             axes.tick_params(axis="y", labelsize=7)
             _plain(axes)
-        row[0].set_ylabel(f"{run.label}\nmean energy", fontsize=9)
+        row[0].set_ylabel(f"{lettered(run.label)}\nmean energy", fontsize=9)
     return figure
 
 
@@ -153,7 +158,7 @@ def example(run: RunFiles) -> Figure:
     states = shown["states"]
     figure, all_axes = plt.subplots(1, len(states), figsize=(2.5 * len(states), 3.6), dpi=110, sharex=True)
     for axes, state in zip(all_axes, states, strict=True):
-        names = [repr(t["token"])[1:-1].replace("$", r"\$") for t in state["top"]]
+        names = [lettered(repr(t["token"])[1:-1]) for t in state["top"]]
         colours = [EBT_COLOURS[0] if t["token"] == shown["target"] else NEUTRAL for t in state["top"]]
         axes.barh(range(len(names)), [t["probability"] for t in state["top"]][::-1], color=colours[::-1])
         axes.set_yticks(range(len(names)), names[::-1])
@@ -179,7 +184,7 @@ def compute(ebts: Sequence[RunFiles]) -> Figure:
                 style,
                 color=colour,
                 ms=4,
-                label=f"{run.label}, {name} steps",
+                label=f"{lettered(run.label)}, {name} steps",
             )
     baselines = [m for m in ebts[0].suite["models"] if m["baseline"]]
     for i, model in enumerate(baselines):
@@ -188,7 +193,7 @@ def compute(ebts: Sequence[RunFiles]) -> Figure:
             model["perplexity"],
             "s",
             color=BASELINE_COLOURS[i % 2],
-            label=model["name"],
+            label=lettered(model["name"]),
         )
     axes.set(
         xlabel="inference FLOPs a token", ylabel="validation perplexity", xscale="log", title="What thinking costs"
@@ -210,7 +215,7 @@ def several_starts(ebts: Sequence[RunFiles]) -> Figure:
                 ls=_DASHES[i % 4],
                 marker=".ox+s"[i % 5],
                 ms=4,
-                label=f"{run.label}: {name}",
+                label=f"{lettered(run.label)}: {name}",
             )
     axes.set(xlabel="starts M", ylabel="validation perplexity", title="Best of M starts, by what chooses")
     axes.legend(frameon=False, fontsize=7)
@@ -231,7 +236,7 @@ def risk(ebts: Sequence[RunFiles]) -> Figure:
                     ls=_DASHES[i],
                     lw=1.2,
                     color=colour if ours else BASELINE_COLOURS[0],
-                    label=f"{run.label if ours else name}: {doubt}",
+                    label=f"{lettered(run.label if ours else name)}: {doubt}",
                 )
     axes.set(xlabel="share of positions answered, surest first", ylabel="error rate", title="Risk against coverage")
     axes.legend(frameon=False, fontsize=7)
@@ -248,11 +253,11 @@ def shifts(ebts: Sequence[RunFiles]) -> Figure:
             [100 * r["gain over the first step"] for _, r in rows],
             "o-",
             color=colour,
-            label=run.label,
+            label=lettered(run.label),
         )
         for name, r in rows:
             axes.annotate(
-                name,
+                lettered(name),
                 (r["shift"], 100 * r["gain over the first step"]),
                 fontsize=7,
                 xytext=(3, 3),
@@ -278,7 +283,7 @@ def landscapes(run: RunFiles) -> Figure:
         axes.plot(path[:, 0], path[:, 1], "o-", color="white", ms=4, lw=1.5)
         axes.plot(*path[0], "o", color="white", ms=8, label="start")
         axes.plot(*one["target"], "*", color="#ff5a3c", ms=13, label="the token that comes")
-        token = repr(one["token"])[1:-1].replace("$", r"\$")
+        token = lettered(repr(one["token"])[1:-1])
         axes.set_title(f"… “{token}”", fontsize=9)
         axes.legend(fontsize=7)
     return figure

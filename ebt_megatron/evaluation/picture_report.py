@@ -103,7 +103,7 @@ def _denoising(suites: Suites, level: str, reading: Reading, every: bool) -> Tab
 
 def curves(suites: Suites, reading: Reading = PLAIN) -> Figure:
     """PSNR and SSIM against the number of passes, at every level; names begin with EBT or DiT."""
-    from ebt_megatron.evaluation.figures import BASELINE_COLOURS, EBT_COLOURS, NEUTRAL, figure_of
+    from ebt_megatron.evaluation.figures import BASELINE_COLOURS, EBT_COLOURS, NEUTRAL, figure_of, lettered
 
     levels = list(next(iter(suites.values()))["denoising"])
     figure, all_axes = figure_of(3.6 * 2 * len(levels), 2 * len(levels))
@@ -116,7 +116,7 @@ def curves(suites: Suites, reading: Reading = PLAIN) -> Figure:
             passes, means, halves = zip(
                 *((reading.mean(p["passes"]), reading.mean(p[key]), reading.half(p[key])) for p in points), strict=True
             )
-            axes.errorbar(passes, means, halves, fmt="o-", ms=3, capsize=2, color=colour, label=name)
+            axes.errorbar(passes, means, halves, fmt="o-", ms=3, capsize=2, color=colour, label=lettered(name))
     for axes, (level, key) in zip(all_axes, shown, strict=True):
         axes.axhline(reading.mean(of["denoising"][level]["noised"][key]), color=NEUTRAL, ls="--", lw=1)
         axes.set(xscale="log", xlabel="passes", title=f"{_QUALITIES[key][0]} from level {level}")

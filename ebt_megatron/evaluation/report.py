@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from ebt_megatron.core.errors import RecipeError
 from ebt_megatron.evaluation import figures
@@ -169,7 +168,7 @@ def write_report(
 
     Args:
         runs: run directories with metrics.jsonl and evaluation.json, and perhaps suite.json; by label, or by the names
-            of their recipes.
+            of their recipes, and their folders where these are alike.
         output: folder to write to.
         title: heading.
         next_steps: plain text, how to go on from here.
@@ -180,8 +179,8 @@ def write_report(
     Raises:
         RecipeError: for a run without what is needed.
     """
-    items: Any = runs.items() if isinstance(runs, Mapping) else ((None, path) for path in runs)
-    read = [RunFiles.read(path, label) for label, path in items]
+    paths = runs.values() if isinstance(runs, Mapping) else runs
+    read = RunFiles.read_all(list(paths), list(runs) if isinstance(runs, Mapping) else [])
     if not read:
         raise RecipeError("no run to report on")
     ebts, baselines = [r for r in read if r.thinks], [r for r in read if not r.thinks]

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-import json
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ebt_megatron.core.cli import say
 from ebt_megatron.core.errors import RecipeError
+from ebt_megatron.core.records import record_of, rows_of
 
 
 @dataclass
@@ -37,10 +40,41 @@ class RunFiles:
         ):
             if not (path / name).exists():
                 raise RecipeError(f"{path / name} is missing: {how}")
-        lines = (path / "metrics.jsonl").read_text().splitlines()
-        evaluation = json.loads((path / "evaluation.json").read_text())
-        suite = json.loads((path / "suite.json").read_text()) if (path / "suite.json").exists() else {}
-        return cls(label or evaluation["name"], path, [json.loads(line) for line in lines], evaluation, suite)
+        found = [row for row, _ in rows_of(path / "metrics.jsonl")]
+        metrics = [row for row in found if row is not None and "step" in row]
+        if not metrics:
+            raise RecipeError(f"{path / 'metrics.jsonl'} has no row of a step: train it first")
+        if broken := len(found) - len(metrics):
+            say(f"{path / 'metrics.jsonl'}: {broken} lines are no whole rows, and are read over", "yellow", "note:")
+        evaluation = record_of(path / "evaluation.json")
+        if any(row["loss"] is None for row in evaluation["thinking"]):
+            raise RecipeError(f"{path / 'evaluation.json'} has losses that are not finite: leave the run out")
+        suite = record_of(path / "suite.json") if (path / "suite.json").exists() else {}
+        return cls(label or evaluation["name"], path, metrics, evaluation, suite)
+
+    @classmethod
+    def read_all(cls, paths: Sequence[Path], labels: Sequence[str] = ()) -> list[RunFiles]:
+        """Read runs; those that would be called alike are told apart by their folders.
+
+        Args:
+            paths: of the runs.
+            labels: of all of them, or none.
+
+        Raises:
+            RecipeError: see `read`; for another number of labels than of runs, or one that is given twice.
+        """
+        if labels and len(labels) != len(paths):
+            raise RecipeError(f"{len(labels)} labels for {len(paths)} runs: give each run one, in their order")
+        for one, count in Counter(labels or [path.resolve() for path in paths]).items():
+            if count > 1:
+                raise RecipeError(f"{one} is given {count} times: give it once, or each time another label")
+        runs = [cls.read(path, label) for path, label in zip(paths, labels or [None] * len(paths), strict=True)]
+        for name_of in (lambda run: f"{run.label} ({run.path.resolve().name})", lambda run: str(run.path.resolve())):
+            counts = Counter(run.label for run in runs)
+            for run in runs:
+                if counts[run.label] > 1:
+                    run.label = name_of(run)
+        return runs
 
     @property
     def thinks(self) -> bool:

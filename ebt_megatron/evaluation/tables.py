@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import rich.table
+from rich.text import Text
 
 
 @dataclass
@@ -19,16 +20,17 @@ class Table:
 
     def rich(self) -> rich.table.Table:
         """Return the table as the terminal shows it."""
-        table = rich.table.Table(title=self.title, title_justify="left")
+        table = rich.table.Table(title=Text(self.title, "table.title"), title_justify="left")
         for i, name in enumerate(self.head):
-            table.add_column(name, justify="right" if i else "left")
+            table.add_column(Text(name), justify="right" if i else "left")
         for row in self.rows:
-            table.add_row(*row)
+            table.add_row(*map(Text, row))  # brackets are no markup
         return table
 
     def markdown(self) -> str:
         """Without the title."""
-        lines = ["| " + " | ".join(row) + " |" for row in (self.head, *self.rows)]
+        rows = ([cell.replace("|", "\\|") for cell in row] for row in (self.head, *self.rows))
+        lines = ["| " + " | ".join(row) + " |" for row in rows]
         lines.insert(1, "|" + " --- |" * len(self.head))
         return "\n".join(lines)
 

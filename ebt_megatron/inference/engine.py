@@ -182,7 +182,7 @@ class Engine(Reader):
             read = self.model.read_out(hidden) if self.starts else None
             state = self.modality.start(starts, positions, self.recipe.thinking, seed, read)
         queries = Queries(rows, positions + context.sinks)
-        tokens, schedule = Tokens(state, queries), options.schedule(self.landscapes)
+        tokens, schedule = Tokens(state, queries), options.schedule(self.landscapes, self.recipe.thinking.max_steps)
         flops = self.starts * self._cost(queries, layers=0, vocabulary=1)
         flops += self._descend(context, tokens, schedule, options)
         state = tokens.end()

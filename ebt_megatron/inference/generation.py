@@ -11,7 +11,7 @@ from ebt_megatron.core.errors import RecipeError
 from ebt_megatron.inference.predictor import Predictor
 from ebt_megatron.inference.reader import chunks
 from ebt_megatron.inference.sampling import Sampling
-from ebt_megatron.inference.texts import Texts
+from ebt_megatron.inference.texts import Spelling, Texts
 
 _SEVERAL = 1 << 40  # continuations of one text are that far apart in what fixes their draws
 
@@ -75,7 +75,8 @@ class Continuation:
     flops: float = 0.0
 
 
-Watch = Callable[[Continuation, str], None]  # told of every token: the continuation with it, and its text
+# Told of every token: the continuation with it, and the text that is known with it to be part of the result.
+Watch = Callable[[Continuation, str], None]
 
 
 def generate(
@@ -84,6 +85,7 @@ def generate(
     prompts: Sequence[Sequence[int]],
     options: GenerationOptions,
     watch: Watch | None = None,
+    first: int = 0,
 ) -> Iterator[Continuation]:
     """Continue prompts; yields a continuation for each, in their order.
 
@@ -93,13 +95,14 @@ def generate(
         prompts: tokens of each, one at least.
         options: how.
         watch: told of every token as it comes.
+        first: the prompt to begin with, a multiple of `options.batch`; those before it were continued earlier.
 
     Raises:
         RecipeError: where there is no memory for a batch, or continuations are kept by an energy that there is not.
     """
     if options.continuations > 1 and options.keep == "energy" and not predictor.thinks:
         raise RecipeError("keep=energy: the model has no energies: keep=log_p")
-    starts = range(0, len(prompts), options.batch)
+    starts = range(first, len(prompts), options.batch)
     for part in (prompts[begin : begin + options.batch] for begin in starts):
         length = max(map(len, part)) + options.max_tokens
         predictor.check_batch(len(part) * options.continuations, length, options.chunk)
@@ -129,6 +132,8 @@ class _Batch:
         self.predictor, self.texts, self.prompts, self.options = predictor, texts, prompts, options
         self.numbers, self.device = range(first, first + len(prompts)), predictor.device
         self.drafts = [Continuation(n) for n in self.numbers for _ in range(options.continuations)]
+        self.spelled = [Spelling(texts, prompt[-1]) for prompt in prompts for _ in range(options.continuations)]
+        self.shown = [0] * len(self.drafts)  # characters that `watch` was told
 
     def run(self, watch: Watch | None) -> list[list[Continuation]]:
         """Return, for each prompt, all its continuations."""
@@ -177,19 +182,28 @@ class _Batch:
 
     def _add(self, row: int, token: int, log_p: float, energy: float, steps: int, watch: Watch | None) -> bool:
         """Put a token to a continuation; returns whether it is complete."""
-        draft, before = self.drafts[row], self.prompts[row // self.options.continuations][-1]
+        draft, stop = self.drafts[row], self.options.stop
         draft.tokens.append(token)
         draft.log_p.append(log_p)
         draft.energies.append(energy)
         draft.steps.append(steps)
-        old = draft.text
         if token == self.texts.end:
             draft.finish = "end"
         else:
-            draft.text = self.texts.decode(draft.tokens, before).rstrip("\ufffd")  # half a character, as yet
-            found = [place for s in self.options.stop if (place := draft.text.find(s)) >= 0]
+            seen = max(0, len(draft.text) - max(map(len, stop), default=0))
+            self.spelled[row].add(token)
+            draft.text = self.spelled[row].text
+            found = [place for s in stop if (place := draft.text.find(s, seen)) >= 0]
             if found:
                 draft.text, draft.finish = draft.text[: min(found)], "stop"
+        done = draft.finish != "length" or len(draft.tokens) >= self.options.max_tokens
         if watch is not None:
-            watch(draft, draft.text[len(old) :])
-        return draft.finish != "length" or len(draft.tokens) >= self.options.max_tokens
+            known = len(draft.text) - (0 if done else _beginning(stop, draft.text))
+            watch(draft, draft.text[self.shown[row] : known])
+            self.shown[row] = max(self.shown[row], known)
+        return done
+
+
+def _beginning(stop: Sequence[str], text: str) -> int:
+    """How many characters at the end of a text may begin one of the strings that end it."""
+    return max((n for s in stop for n in range(1, len(s)) if text.endswith(s[:n])), default=0)

@@ -53,7 +53,9 @@ class ThinkingOptions:
     step_size_scale: float = _option(1.0, "Factor of the step size.")
     step_size_on: str = _option("all", "Landscapes that step_size and step_size_scale are for: 'all' or the 'last'.")
     accept_only: bool = _option(
-        False, "Take a step only where it lowers the token's energy on the step's landscape; else the token stays."
+        False,
+        "Take a step only where it lowers the token's energy on the step's landscape; else the token stays as it is "
+        "(the public code takes softmax of it, each time anew).",
     )
     langevin_noise: float | None = _option(
         None, "Deviation of the noise before a step; default: as in the run's evaluation; 0: none."
@@ -105,9 +107,9 @@ class ThinkingOptions:
             return self.langevin_noise
         return thinking.langevin_noise if thinking.langevin_in_evaluation else 0.0
 
-    def schedule(self, landscapes: int) -> list[int]:
-        """The landscape of each step, of so many that were trained."""
-        steps = landscapes if self.steps is None else self.steps
+    def schedule(self, landscapes: int, trained: int) -> list[int]:
+        """The landscape of each step, of so many landscapes, and steps that were trained."""
+        steps = trained if self.steps is None else self.steps
         if self.more_steps == "every" and steps > landscapes:
             return [step * landscapes // steps for step in range(steps)]
         return [min(step, landscapes - 1) for step in range(steps)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from dataclasses import dataclass
 
 import torch
@@ -43,14 +44,16 @@ class Sampling:
         """Tokens [R] of log-probabilities [R, V], for positions of texts, int64 [R]: the same in any batch."""
         if self.temperature == 0:
             return log_p.argmax(-1)
-        values, tokens = (log_p / self.temperature).log_softmax(-1).sort(dim=-1, descending=True, stable=True)
-        p = values.double().exp()
+        # The highest becomes 0, so that no temperature makes it infinite; the least one is the least normal number.
+        below = (log_p - log_p.amax(-1, keepdim=True)).double() / max(self.temperature, sys.float_info.min)
+        values, tokens = below.log_softmax(-1).sort(dim=-1, descending=True, stable=True)
+        p = values.exp()
         if self.top_k is not None:
             p[:, self.top_k :] = 0
             p = p / p.sum(-1, keepdim=True)
         p[p.cumsum(-1) - p >= self.top_p] = 0  # what comes before it is enough
         each = zip(texts[:, None], positions[:, None], strict=True)
         chance = torch.cat([uniform(self.seed, text, position, _STREAM)[0] for text, position in each]).to(p)
-        below = p.cumsum(-1) <= chance[:, None] * p.sum(-1, keepdim=True)
-        index = below.sum(-1).clamp_max((p > 0).sum(-1) - 1)
+        passed = p.cumsum(-1) <= chance[:, None] * p.sum(-1, keepdim=True)
+        index = passed.sum(-1).clamp_max((p > 0).sum(-1) - 1)
         return tokens.gather(1, index[:, None])[:, 0]

@@ -63,7 +63,7 @@ class EnergyTransformer(Landscapes, Backbone):
         super().__init__(config, recipe, kernels, pre_process, post_process, block)
         model, thinking = recipe.model, recipe.thinking
         self.conditioning, self.energy_head = model.conditioning, model.energy_head
-        self.num_landscapes = thinking.max_steps
+        self.num_landscapes = thinking.num_landscapes
         self.context_sees_step = model.conditioning in ("time_embed_sequence", "adaln_sequence")
         self.step_tokens = int(model.conditioning == "time_embed_sequence")
         self.starts_thinking = thinking.starts_at_context
@@ -71,8 +71,8 @@ class EnergyTransformer(Landscapes, Backbone):
         width, dtype = config.hidden_size, config.params_dtype
         adaptive = model.conditioning.startswith("adaln")
         if adaptive or (pre_process and model.conditioning != "none"):
-            self.step_embedding = replicated(torch.empty(thinking.max_steps, width, dtype=dtype), config)
-            self.draws["step_embedding"] = draw_of_embedding(thinking.max_steps, width, model.initialization)
+            self.step_embedding = replicated(torch.empty(thinking.num_landscapes, width, dtype=dtype), config)
+            self.draws["step_embedding"] = draw_of_embedding(thinking.num_landscapes, width, model.initialization)
             if adaptive:  # every stage reads it
                 on_every_stage(self.step_embedding)
                 if not pre_process:

@@ -24,7 +24,6 @@ from ebt_megatron.model.reuse import Tape
 from ebt_megatron.parallel.collectives import TensorGroup
 from ebt_megatron.parallel.parameters import replicated
 
-_BOUND_WEIGHT = 0.001  # of the variational bound in DiT's loss (arXiv 2102.09672, eq. 16)
 Modulations = Sequence[tuple[Tensor, Tensor]]
 
 
@@ -140,12 +139,12 @@ class JointEnergy(Landscapes, JointStage):
     ):
         super().__init__(config, recipe, kernels, pre_process, post_process)
         thinking, width, dtype = recipe.thinking, config.hidden_size, config.params_dtype
-        self.modality, self.num_landscapes = modality, thinking.max_steps
+        self.modality, self.num_landscapes = modality, thinking.num_landscapes
         self.context_sees_step = recipe.model.conditioning != "none"
         if pre_process:
             if self.context_sees_step:
-                self.step_embedding = replicated(torch.empty(thinking.max_steps, width, dtype=dtype), config)
-                draw = draw_of_embedding(thinking.max_steps, width, recipe.model.initialization)
+                self.step_embedding = replicated(torch.empty(thinking.num_landscapes, width, dtype=dtype), config)
+                draw = draw_of_embedding(thinking.num_landscapes, width, recipe.model.initialization)
                 self.draws["step_embedding"] = draw
             self.add_step_size(thinking)
         if post_process:
@@ -189,8 +188,8 @@ class DiffusionTransformer(Scheduled, JointStage):
         condition: (level, class, caption) [B, 2 + its size] -> [B, D]; the same on every stage.
         embedding: patches [B, S, C] -> hidden [S(/TP), B, D], on the first stage.
         channels: C.
-        bound: (noise, predicted noise, v, level) -> the variational bound [B, S, C] that v is learned by; None: v is
-            not predicted.
+        bound: (noise, predicted noise, v, level, noised) -> what v is learned by [B, S, C], see `NoiseSchedule`;
+            None: v is not predicted.
     """
 
     def __init__(
@@ -203,7 +202,7 @@ class DiffusionTransformer(Scheduled, JointStage):
         channels: int,
         pre_process: bool = True,
         post_process: bool = True,
-        bound: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor] | None = None,
+        bound: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor] | None = None,
     ):
         super().__init__(config, recipe, kernels, pre_process, post_process)
         self.condition, self.embedding = condition, embedding
@@ -248,6 +247,7 @@ class DiffusionTransformer(Scheduled, JointStage):
         noise = out[..., : self.channels]
         loss = (noise - target).square()
         if self.bound is not None:
-            true, predicted, v = (t.transpose(0, 1) for t in (target, noise, out[..., self.channels :]))
-            loss = loss + _BOUND_WEIGHT * self.bound(true, predicted, v, observed[:, 0].long()).transpose(0, 1)
+            own = self.group.own_positions(start).to(out.dtype)
+            true, predicted, v, noised = (t.transpose(0, 1) for t in (target, noise, out[..., self.channels :], own))
+            loss = loss + self.bound(true, predicted, v, observed[:, 0].long(), noised).transpose(0, 1)
         return self.group.all_positions(loss.mean(-1))

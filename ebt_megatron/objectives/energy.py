@@ -166,7 +166,9 @@ class EnergyObjective:
             if not random and not options.langevin_in_evaluation:
                 options = replace(options, langevin_noise=0.0)
             prediction = model.modality.prediction(sample.targets, sample.sample_ids, options, seed, sample.start)
-            alpha, slope = step_sizes(model.step_size, options, sample.sample_ids, self.task.length, seed, random)
+            alpha, slope = step_sizes(
+                model.step_size, options, sample.sample_ids, self.task.length, seed, random, model.separable
+            )
             weight = torch.full_like(alpha, 1 / positions)
             descent = Descent(
                 prediction, model.step_size, alpha, slope, plan, weight, separable=model.separable, observe=observe

@@ -9,6 +9,13 @@ from torch import Tensor
 
 from ebt_megatron.config import ImagesConfig
 
+_BOUND_WEIGHT = 0.001  # of the variational bound in DiT's loss (arXiv 2102.09672, eq. 16)
+
+
+def _normal(x: Tensor) -> Tensor:
+    """Nearly the distribution function of N(0, 1)."""
+    return 0.5 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+
 
 class NoiseSchedule:
     """Level t keeps a_t of a picture's variance, a_t the product of 1 - beta over t + 1 steps; beta is linear.
@@ -57,24 +64,51 @@ class NoiseSchedule:
         least, most = (self._of(bound, level, v) for bound in self.bounds)
         return v * most + (1 - v) * least
 
-    def variational_bound(self, noise: Tensor, predicted: Tensor, v: Tensor, level: Tensor) -> Tensor:
-        """T times the term of the variational bound at a level: a sample of the whole bound, in nats per number.
+    def _terms(self, noise: Tensor, predicted: Tensor, v: Tensor, level: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Log variance, how far the mean is off, and KL(q(x_t-1 | x_t, x_0) || p(x_t-1 | x_t)) in nats.
 
-        KL(q(x_t-1 | x_t, x_0) || p(x_t-1 | x_t)), at level 0 -log p(x_0 | x_1), its density. Both means are affine in
-        the noise with the same slope, beta / sqrt((1 - beta) (1 - a)).
+        Both means are affine in the noise with the same slope, beta / sqrt((1 - beta) (1 - a)).
+        """
+        log_variance = self.log_variance(v, level)
+        slope = self._of(self.betas / ((1 - self.betas) * (1 - self.kept)).sqrt(), level, v)
+        off = slope * (noise - predicted.detach())
+        true = self._of(self.bounds[0], level, v)
+        divergence = log_variance - true - 1 + (true - log_variance).exp() + off.square() / log_variance.exp()
+        return log_variance, off, divergence / 2
+
+    def variational_bound(self, noise: Tensor, predicted: Tensor, v: Tensor, level: Tensor, noised: Tensor) -> Tensor:
+        """0.001 T times the term of the variational bound at a level, in nats per number (arXiv 2102.09672, eq. 16).
+
+        KL(q(x_t-1 | x_t, x_0) || p(x_t-1 | x_t)), at level 0 -log p(x_0 | x_1), its density. T terms are a sample of
+        the whole bound.
 
         Args:
             noise, predicted: true and predicted [B, S, C]; the mean is a constant (arXiv 2102.09672, section 3.1).
             v: [B, S, C], of the variance.
             level: int64 [B].
+            noised: [B, S, C], not read.
         """
-        log_variance = self.log_variance(v, level)
-        slope = self._of(self.betas / ((1 - self.betas) * (1 - self.kept)).sqrt(), level, v)
-        squared = (slope * (predicted.detach() - noise)).square() / log_variance.exp()
-        true = self._of(self.bounds[0], level, v)
-        divergence = log_variance - true - 1 + (true - log_variance).exp() + squared
-        likelihood = math.log(2 * math.pi) + log_variance + squared
-        return len(self.betas) / 2 * torch.where((level == 0)[:, None, None], likelihood, divergence)
+        log_variance, off, divergence = self._terms(noise, predicted, v, level)
+        likelihood = (math.log(2 * math.pi) + log_variance + off.square() / log_variance.exp()) / 2
+        return _BOUND_WEIGHT * len(self.betas) * torch.where((level == 0)[:, None, None], likelihood, divergence)
+
+    def bound_in_bits(self, noise: Tensor, predicted: Tensor, v: Tensor, level: Tensor, noised: Tensor) -> Tensor:
+        """The term at a level in bits per number; at level 0 of values in steps of 1 / 127.5 from -1 to 1.
+
+        That is -log2 of the probability between half a step below and above x_0 (arXiv 2006.11239, eq. 13), with the
+        normal distribution function as 0.5 (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))), as the public code takes it.
+
+        Args:
+            noise, predicted, v, level: as of `variational_bound`.
+            noised: [B, S, C], at the level.
+        """
+        log_variance, off, divergence = self._terms(noise, predicted, v, level)
+        clean = self.clean(noised, noise, level)
+        # At level 0 the mean of q is x_0 itself: x_0 minus the model's mean is minus `off`.
+        above, below = (_normal((half - off) / (log_variance / 2).exp()) for half in (1 / 255, -1 / 255))
+        above, below = torch.where(clean > 0.999, 1.0, above), torch.where(clean < -0.999, 0.0, below)
+        likelihood = -(above - below).clamp_min(1e-12).log()
+        return torch.where((level == 0)[:, None, None], likelihood, divergence) / math.log(2)
 
     def step(
         self,

@@ -199,7 +199,7 @@ class Images:
 
     def _levels(self, sample_ids: Tensor) -> Tensor:
         low, high = self.options.lowest_level, self.options.highest_level
-        if self.recipe.model.architecture != "ebt":
+        if self.recipe.model.architecture != "ebt" and self.options.dit_levels == "all":
             low, high = 0, self.options.schedule_steps - 1
         return low + (self._draw(sample_ids, LEVEL_STREAM) * (high - low + 1)).long()
 
@@ -260,7 +260,8 @@ class Images:
         config.has_cond_embedder = True  # type: ignore[attr-defined]  # of every stage: Megatron sums the gradients
         condition = ConditionEmbedding(config, True, self.classes, self.captions, shared=True)
         embedding = LatentEmbedding(config, self.channels, self._places(config)) if first else None
-        bound = self.schedule.variational_bound if self.options.learn_sigma else None
+        bounds = {"nats": self.schedule.variational_bound, "bits": self.schedule.bound_in_bits}
+        bound = bounds[self.options.sigma_loss] if self.options.learn_sigma else None
         return DiffusionTransformer(
             config, self.recipe, kernels, condition, embedding, self.channels, first, last, bound
         )

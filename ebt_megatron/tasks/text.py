@@ -108,7 +108,9 @@ class Text:
 
         from ebt_megatron.tasks.text_example import worked_example
 
-        return worked_example(sample, thinker, steps, Tokenizer.from_file(str(self.tokenizer_file)))
+        return worked_example(
+            sample, thinker, steps, self.recipe.thinking.max_steps, Tokenizer.from_file(str(self.tokenizer_file))
+        )
 
 
 class TextMeter:

@@ -15,7 +15,9 @@ from ebt_megatron.thinking.plan import Plan
 
 
 @torch.no_grad()
-def worked_example(sample: Sample, thinker: Thinker, steps: int, tokenizer: Tokenizer, top: int = 6) -> dict[str, Any]:
+def worked_example(
+    sample: Sample, thinker: Thinker, steps: int, trained: int, tokenizer: Tokenizer, top: int = 6
+) -> dict[str, Any]:
     """Follow the position that thinking improves most, and the mean energy of all, in one micro-batch.
 
     Every step descends a landscape of its own, and energies of different landscapes do not
@@ -24,7 +26,8 @@ def worked_example(sample: Sample, thinker: Thinker, steps: int, tokenizer: Toke
     Args:
         sample: text, on one process.
         thinker: of it, ready to think.
-        steps: thinking steps to follow.
+        steps: thinking steps to follow, as many as were trained at least.
+        trained: steps that were trained.
         tokenizer: to show tokens as text.
         top: entries of the distribution to show.
 
@@ -48,7 +51,6 @@ def worked_example(sample: Sample, thinker: Thinker, steps: int, tokenizer: Toke
         key_values = thinker.key_values(constant=True)
         after.append(model.predict(prediction.embed(), key_values, thinker.length, None, step, tangent=False))
     losses = torch.stack(thinker.descent.losses)  # [steps, S, B]
-    trained = model.num_landscapes
     length = losses.shape[1]
     final = losses[trained - 1]
     gain = (losses[0] - final) - final  # improved by thinking, and right in the end

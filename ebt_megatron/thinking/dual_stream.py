@@ -63,20 +63,26 @@ class ThinkingOutput:
 
 
 def step_sizes(
-    step_size: Tensor, options: ThinkingConfig, sample_ids: Tensor, length: int, seed: int, random: bool
+    step_size: Tensor,
+    options: ThinkingConfig,
+    sample_ids: Tensor,
+    length: int,
+    seed: int,
+    random: bool,
+    separable: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """The step size of each position, and its derivative by the learned scalar; both [S, B].
 
     alpha = max(step_size, step_size_min) times a factor that is 1, or in training uniform in
-    [1/scale, scale] per position.
+    [1/scale, scale] per position; where the positions of a sample share an energy, one for the sample.
     """
     alpha = step_size.detach().clamp_min(options.step_size_min)
     factor = torch.ones(length, len(sample_ids), dtype=alpha.dtype, device=alpha.device)
     if random and options.step_size_scale != 1:
-        positions = torch.arange(length, device=alpha.device)
+        positions = torch.arange(length if separable else 1, device=alpha.device)
         draw = uniform(seed, sample_ids.to(alpha.device), positions, STEP_SIZE_STREAM).to(alpha.dtype)
         low, high = 1 / options.step_size_scale, options.step_size_scale
-        factor = low + (high - low) * draw
+        factor = (low + (high - low) * draw).expand_as(factor)
     return alpha * factor, factor * (step_size.detach() >= options.step_size_min)
 
 

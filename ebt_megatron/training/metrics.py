@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import errno
 import importlib.util
-import json
 import os
 import resource
 import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -21,6 +19,7 @@ from omegaconf import OmegaConf
 
 from ebt_megatron.core.errors import RecipeError
 from ebt_megatron.core.files import write_whole
+from ebt_megatron.core.records import rows_of, to_json
 
 PAUSE_SECONDS = 60.0  # before a writer that failed is made anew
 
@@ -39,10 +38,9 @@ def last_step(folder: Path) -> int:
 
 def _recorded(path: Path) -> Iterator[tuple[int, str]]:
     """The steps and lines of a metrics.jsonl, but those that a killed run or a machine that stopped left half."""
-    if path.exists():
-        for line in path.read_text("utf-8", "replace").splitlines():
-            with suppress(ValueError, TypeError, KeyError):
-                yield int(json.loads(line)["step"]), line + "\n"
+    for row, line in rows_of(path) if path.exists() else ():
+        if row is not None and isinstance(row.get("step"), int):
+            yield row["step"], line + "\n"
 
 
 class Writer(Protocol):
@@ -89,7 +87,7 @@ class JsonlWriter:
 
     def write(self, row: dict[str, Any]) -> None:
         """See `Writer`."""
-        self.pending += json.dumps(row).encode() + b"\n"
+        self.pending += to_json(row).encode() + b"\n"
         self._flush()
 
     def _flush(self) -> None:

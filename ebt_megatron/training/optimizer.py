@@ -127,7 +127,8 @@ def build_optimizer(
 ) -> MegatronOptimizer:
     """AdamW with its parameter groups, sharded over data-parallel ranks if the recipe says so.
 
-    Parameters of at most one dimension have no weight decay.
+    Parameters of at most one dimension have no weight decay, unless `optimizer.weight_decay_on=all`; those with a
+    learning rate of their own never have.
 
     Args:
         model_chunks: from `wrap`.
@@ -138,11 +139,14 @@ def build_optimizer(
     assert options.lr is not None
     bf16 = recipe.training.precision != "fp32"
     no_decay = ParamPredicate("no weight decay", lambda p: p.ndim <= 1)
-    overrides: dict[ParamKey, dict[str, float]] = {ParamKey(predicate=no_decay): {"wd_mult": 0.0}}
+    overrides: dict[ParamKey, dict[str, float]] = {}
+    if options.weight_decay_on == "matrices":
+        overrides[ParamKey(predicate=no_decay)] = {"wd_mult": 0.0}
     for name, multiplier in lr_multipliers.items():
         lr = options.lr * multiplier
         named = ParamKey(name=f"module.{name}")  # in the wrapper
-        overrides[named] = {"max_lr": lr, "min_lr": lr * options.min_lr_ratio, "lr_mult": multiplier}
+        least = (lr if recipe.thinking.step_size_lr_floor == "own" else options.lr) * options.min_lr_ratio
+        overrides[named] = {"max_lr": lr, "min_lr": least, "lr_mult": multiplier, "wd_mult": 0.0}
     with _our_adamw():
         return megatron_optimizer.get_megatron_optimizer(
             OptimizerConfig(

@@ -121,6 +121,11 @@ class Run:
         newest = self.checkpoints.resume_point()
         if newest:
             self.restore(newest)
+            if self.step > self.recipe.training.steps:
+                raise RecipeError(
+                    f"{self.folder} is at step {self.step}, past training.steps={self.recipe.training.steps}: "
+                    "nothing is changed; give more steps, or training.resume=false to begin anew"
+                )
             self.say(f"resumed from {newest}")
         # Only now: a run that does not fit the folder must leave it as it is.
         self.checkpoints.go_on_from(self.step)

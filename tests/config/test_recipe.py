@@ -122,6 +122,20 @@ def test_a_recipe_changes_its_base(tmp_path):
         load_recipe(tmp_path / "d.yaml")
 
 
+def test_a_missing_value_is_named_unless_a_later_layer_has_it(tmp_path):
+    file = tmp_path / "base.yaml"
+    file.write_text("name: ???\nmodel: {size: xs}\ndata: {train: [a, '???']}\n")
+    for given, said in (
+        ([], f"{file}: name=??? is a value that is still missing"),
+        (["name=a"], f"{file}: data.train=??? is a value"),
+        (["name=a", "data.train=[b]", "training.steps=???"], "command line: training.steps=??? is a value"),
+    ):
+        with pytest.raises(RecipeError, match=re.escape(said)):
+            load_recipe(file, given)
+    recipe = load_recipe(file, ["name=a", "data.train=[b]", "training.steps=???", "training.steps=5"])
+    assert (recipe.name, recipe.data.train, recipe.training.steps) == ("a", ["b"], 5)
+
+
 def test_a_size_or_its_parts_must_be_given():
     with pytest.raises(RecipeError, match=r"model\.num_layers is not set"):
         load_recipe(None)

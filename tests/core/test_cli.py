@@ -36,6 +36,20 @@ def test_brackets_are_no_markup(capsys):
     assert capsys.readouterr().err == "run [red]x[/red]\n"
 
 
+def test_what_a_terminal_cannot_show_does_not_end_a_command():
+    script = (
+        "from rich.console import Console; from ebt_megatron.core.cli import guarded\n"
+        "guarded(lambda: (print('\\udcff \\u2603'), Console().print('caf\\u00e9')))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        env=os.environ | {"PYTHONIOENCODING": "ascii", "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stdout) == (0, "? ?\ncaf?\n"), done.stderr
+
+
 def test_a_file_that_cannot_be_used_is_one_line(capsys, tmp_path):
     code, said = ended(lambda: (tmp_path / "none" / "x").write_text(""), capsys)
     wanted = f"error: {tmp_path}/none/x cannot be read or written (No such file or directory)\n"

@@ -1,14 +1,16 @@
 """The report holds its plots, its tables, and nothing that must be fetched; and a browser shows all of it."""
 
+import io
 import json
 import re
 import shutil
 import subprocess
 
 import pytest
+from rich.console import Console
 from typer.testing import CliRunner
 
-from ebt_megatron.core.errors import RecipeError
+from ebt_megatron.core.errors import DataError, RecipeError
 from ebt_megatron.evaluation.report import write_report
 from ebt_megatron.evaluation.run_files import RunFiles
 from ebt_megatron.report import app
@@ -209,3 +211,51 @@ def test_a_browser_shows_every_figure_on_a_narrow_screen(night, runs, tmp_path):
         assert natural > 300 and shown > 250 and inside, name
     assert told["wide"] <= told["window"], "the page is as wide as the window"
     assert told["dark"] == night
+
+
+def test_half_a_row_is_read_over_and_files_are_named(runs, capsys):
+    metrics, evaluation = runs["ebt"] / "metrics.jsonl", runs["ebt"] / "evaluation.json"
+    with metrics.open("a") as stream:
+        stream.write('{"step": 11, "lo')
+    assert len(RunFiles.read(runs["ebt"]).metrics) == 10
+    assert f"{metrics}: 1 lines are no whole rows, and are read over" in capsys.readouterr().err
+    evaluation.write_text(evaluation.read_text()[:50])
+    with pytest.raises(DataError, match=re.escape(f"{evaluation} is no JSON")):
+        RunFiles.read(runs["ebt"])
+    metrics.write_text('{"step": ')
+    with pytest.raises(RecipeError, match=re.escape(f"{metrics} has no row of a step: train it first")):
+        RunFiles.read(runs["ebt"])
+
+
+def test_runs_of_one_recipe_are_told_apart(runs, tmp_path):
+    other = shutil.copytree(runs["ebt"], tmp_path / "other" / "second")
+    third = shutil.copytree(runs["ebt"], tmp_path / "third" / "second")
+    paths = [runs["ebt"], other, runs["transformer"]]
+    labels = lambda *given: [run.label for run in RunFiles.read_all(*given)]  # noqa: E731
+    assert labels(paths) == ["ebt (ebt)", "ebt (second)", "transformer"]
+    assert labels([*paths, third]) == ["ebt (ebt)", str(other), "transformer", str(third)]
+    assert labels(paths, ["a", "b", "c"]) == ["a", "b", "c"]
+    for given, said in (
+        ((paths, ["a"]), "1 labels for 3 runs"),
+        ((paths, ["a", "b", "a"]), "a is given 2 times"),
+        (([other, other],), "second is given 2 times"),
+    ):
+        with pytest.raises(RecipeError, match=said):
+            RunFiles.read_all(*given)
+
+
+@pytest.mark.parametrize("name", ["_mine", "a$x^2$b", "50$"])
+def test_names_are_shown_as_they_are(name, runs):
+    from ebt_megatron.evaluation import figures
+    from ebt_megatron.evaluation.tables import Table
+
+    figure = figures.losses([RunFiles.read(runs["ebt"], name)], [])
+    figure.canvas.draw()
+    (text,) = figure.axes[0].get_legend().get_texts()
+    shown, mathematics = text._preprocess_math(text.get_text())
+    assert shown.strip() == name and not mathematics
+    table = Table("[x]", ["model"], [[f"[red]{name}|"]])
+    assert f"| [red]{name}\\| |" in table.markdown()
+    console = Console(file=io.StringIO(), width=80)
+    console.print(table.rich())
+    assert f"[red]{name}|" in console.file.getvalue() and "[x]" in console.file.getvalue()

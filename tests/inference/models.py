@@ -51,9 +51,13 @@ def texts_of(run, folder) -> Texts:
     letters = {"<|endoftext|>": END} | {letter: i for i, letter in enumerate(LETTERS, 1)}
     tokenizer = Tokenizer(models.BPE(letters, []))
     tokenizer.decoder = decoders.Fuse()
+    return texts_with(tokenizer, run, folder)
+
+
+def texts_with(tokenizer, run, folder, end=END) -> Texts:
     run.task.tokenizer_file = folder / "tokenizer.json"
     tokenizer.save(str(run.task.tokenizer_file))
-    run.source = SimpleNamespace(manifest=SimpleNamespace(tokenizer={"end_of_text": END}))
+    run.source = SimpleNamespace(manifest=SimpleNamespace(tokenizer={"end_of_text": end}))
     return Texts(run)
 
 

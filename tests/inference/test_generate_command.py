@@ -83,10 +83,16 @@ def test_a_run_directory_is_all_it_takes(runs, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [
-        (["--steps", 0], "error: steps=0: must be at least 1"),
+        (["--steps", -1], "error: steps=-1: must be at least 0"),
         (["--candidates", 0], "error: candidates=0: must be"),
         ([], "error: no prompt: give --prompt TEXT"),
-        (["--prompt", ""], "error: prompt 1 is empty"),
+        (["--prompts", "{folder}/comma"], "comma, line 2: it begins like JSON and is none (a comma at its end)"),
+        (["--prompts", "{folder}/array"], "array, line 1: a JSON array: give a prompt a line"),
+        (["--prompts", "{folder}/keys"], 'keys, line 1: a JSON object without a text "prompt"'),
+        (["--prompts", "{folder}/array", "--output", "{folder}/array"], "would be written over --prompts"),
+        (["--prompts", "{folder}/array", "--output", "{folder}/link"], "would be written over --prompts"),
+        (["--prompts", "{folder}/x.partial", "--output", "{folder}/x"], "would be written over --prompts"),
+        (["--prompt", "a", "--output", "{folder}"], "is a folder: name a file"),
         (["--prompts", "{folder}/none"], "none"),
         (["--prompt", "a", "--output", "{folder}/no/x"], "no is not a folder"),
         (["--prompt", "a", "--top-p", 0], "error: top_p=0.0: must be greater"),
@@ -96,9 +102,66 @@ def test_a_run_directory_is_all_it_takes(runs, tmp_path):
     ],
 )
 def test_bad_input_is_one_line(arguments, line, runs, tmp_path):
+    for name, content in (("comma", 'a\n{"prompt": "b"},'), ("array", '["a", "b"]'), ("keys", '{"text": "a"}')):
+        (tmp_path / name).write_text(content)
+    (tmp_path / "x.partial").write_text("word")
+    (tmp_path / "link").symlink_to(tmp_path / "array")
     done = call(runs / "ebt", *(str(a).replace("{folder}", str(tmp_path)) for a in arguments))
     assert done.exit_code == 2 and line in done.stderr.strip() and not done.stdout
     assert len(done.stderr.strip().splitlines()) == 1, done.stderr
+
+
+def test_prompts_are_lines_that_newlines_end(runs, tmp_path):
+    """Not what else Python takes for an end of a line; and neither a byte-order mark nor other bytes stop anything."""
+    file = tmp_path / "prompts"
+    inside = "word3 \u2028 word4 \x85 word5 \x0c word6 \x1c word7"
+    text = "\ufeffword1\r\n" + json.dumps({"prompt": inside}, ensure_ascii=False) + "\n" + inside + '\n"\\ud800"\n""\n'
+    file.write_bytes(text.encode() + b"word\xff\n")
+    done = call(runs / "transformer", "--prompts", file, "--max-tokens", 2, "--output", "-")
+    assert done.exit_code == 0, done.output
+    prompts = [json.loads(line)["prompt"] for line in done.stdout.splitlines()]
+    assert prompts == ["word1", inside, inside, "\ufffd", "", "word\ufffd"]
+    assert done.stderr.count("2 bytes or surrogates that are no UTF-8 were read as U+FFFD") == 1
+    plain = call(runs / "transformer", "--prompts", "-", "--max-tokens", 2, stdin="word1\n")
+    assert plain.stdout.startswith("word1") and plain.exit_code == 0
+
+
+def test_what_is_written_is_gone_on_with_after_an_end_in_between(runs, tmp_path, monkeypatch):
+    """Of seven prompts, two at a time, three rows and a half are there: the first two stay, byte by byte the same."""
+    from ebt_megatron.inference import predictor
+
+    prompts, out, whole = tmp_path / "prompts", tmp_path / "out.jsonl", tmp_path / "whole.jsonl"
+    prompts.write_text("".join(f"word{i}\n" for i in range(7)))
+    given = (runs / "ebt", "--prompts", prompts, "--max-tokens", 3, "--batch", 2, "--langevin-noise", 0.3)
+    assert call(*given, "--output", whole).exit_code == 0
+    rows = whole.read_bytes().splitlines(keepends=True)
+    assert len(rows) == 7 and not whole.with_name("whole.jsonl.partial").exists()
+
+    real, calls = predictor.EnergyPredictor.__call__, []
+
+    def ending(self, *arguments):
+        calls.append(1)
+        if len(calls) > 7:  # of the third batch
+            raise KeyboardInterrupt
+        return real(self, *arguments)
+
+    monkeypatch.setattr(predictor.EnergyPredictor, "__call__", ending)
+    assert call(*given, "--output", out).exit_code == 130
+    partial = tmp_path / "out.jsonl.partial"
+    head, *there = partial.read_bytes().splitlines(keepends=True)
+    assert not out.exists() and there == rows[: len(there)] and len(there) == 4
+    partial.write_bytes(head + b"".join(rows[:3]) + rows[3][:20])
+    calls[:] = [1] * -100
+    monkeypatch.setattr(predictor.EnergyPredictor, "__call__", lambda *a: calls.append(1) or real(*a))
+    resumed = call(*given, "--output", out)
+    assert resumed.exit_code == 0 and "2 of 7 prompts are done in" in resumed.stderr
+    assert out.read_bytes() == whole.read_bytes() and not partial.exists()
+    some = len(calls)
+    assert call(*given, "--output", out).exit_code == 0 and len(calls) - some > some
+
+    partial.write_bytes(head + b"".join(rows[:3]))
+    other = call(*given, "--seed", 3, "--output", out)
+    assert other.exit_code == 0 and "are done" not in other.stderr and out.read_bytes() != whole.read_bytes()
 
 
 def test_runs_that_do_not_do(runs, tmp_path):

@@ -114,3 +114,118 @@ def test_whole_texts_and_generation_for_the_harness(tmp_path):
     assert len(found) == 2 and not any(c in t for t in found for c in "et") and len(found[1]) <= 3
     again = lm.generate_until(requests("generate_until", ("ab", asked)))
     assert again == found[:1]
+
+
+@pytest.fixture
+def lm(tmp_path):
+    """The harness's model, with a tokenizer of letters that knows "he" and "hello" as tokens of their own."""
+    pytest.importorskip("lm_eval")
+    from tokenizers import Tokenizer, decoders, models
+
+    from ebt_megatron.inference.lm_eval_adapter import RunLM
+    from tests.inference.models import texts_with
+
+    run = run_of(RECIPES["transformer"])
+    pieces = ["<|endoftext|>", *"abcdehlo w", "he", "hel", "lo", "hello"]
+    merges = [("h", "e"), ("he", "l"), ("l", "o"), ("hel", "lo")]
+    tokenizer = Tokenizer(models.BPE({piece: i for i, piece in enumerate(pieces)}, merges))
+    tokenizer.decoder = decoders.Fuse()
+    lm = RunLM.of(predictor(run), texts_with(tokenizer, run, tmp_path))
+    lm.run = run
+    return lm
+
+
+def asked(kind, *arguments):
+    from lm_eval.api.instance import Instance
+
+    return [Instance(kind, {}, given, 0) for given in arguments]
+
+
+def test_continuations_that_merge_into_their_context_or_are_empty(lm):
+    token = lm.tok_encode
+    hello, he, hel, lo, a, b, space = (token(s)[0] for s in ("hello", "he", "hel", "lo", "a", "b", " "))
+    assert (token("hello"), token("hel"), token("lo")) == ([hello], [hel], [lo])
+    pairs = {
+        ("a", "b"): ([a], [b]),
+        ("hel", "lo"): ([END], [hello]),  # all of it is one token: it follows what comes before
+        ("ahel", "lo"): ([a], [hello]),
+        ("ah", "eb"): ([a, he], [b]),  # the harness's own boundary, after as many tokens as the context has
+        ("a ", "b"): ([a], [space, b]),
+        ("  ", "b"): ([END], [space, space, b]),
+        ("", "b"): ([END], [b]),
+    }
+    found = lm.loglikelihood(asked("loglikelihood", *pairs, ("a", ""), ("", ""), ("", "\u2603")))
+    for (log_p, _), (context, rest) in zip(found, pairs.values(), strict=False):
+        assert log_p == pytest.approx(direct(lm.run, context, rest, 4).sum().item(), rel=1e-5)
+    assert found[len(pairs) :] == [(0.0, True)] * 3
+    assert lm.loglikelihood_rolling(asked("loglikelihood_rolling", ("",))) == [0.0]
+
+
+def test_every_token_of_an_answer_longer_than_the_window_counts(lm):
+    context, answer = [1, 2, 3], [i % 9 + 1 for i in range(23)]
+    ((log_p, _),) = lm._loglikelihood_tokens([(None, context, answer)])
+    windows = [(context[-1:], answer[:10]), (answer[9:10], answer[10:20]), (answer[12:20], answer[20:])]
+    assert log_p == pytest.approx(sum(direct(lm.run, *window, 4).sum().item() for window in windows), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("given", "wanted"),
+    [
+        ({"max_new_tokens": 7}, {"max_tokens": 7}),
+        ({"max_tokens": 7}, {"max_tokens": 7}),
+        ({"max_completion_tokens": 7}, {"max_tokens": 7}),
+        ({"max_gen_toks": 5, "max_tokens": 7}, {"max_tokens": 5}),
+        ({}, {"max_tokens": 256}),
+        ({"until": [None, "\n", ""]}, {"stop": ("\n",)}),
+        ({"until": "x"}, {"stop": ("x",)}),
+        ({"until": None}, {"stop": ()}),
+        ({"temperature": 0.5}, {"temperature": 0.5}),
+        ({"temperature": 0.5, "do_sample": False}, {"temperature": 0.0}),
+        ({"temperature": None, "do_sample": True}, {"temperature": 0.0}),
+        ({"temperature": 1, "top_p": 0}, {"temperature": 0.0, "top_p": 1.0}),
+        ({"temperature": 1, "top_k": 0}, {"top_k": None}),
+        ({"temperature": 1, "top_k": -1, "top_p": 0.9}, {"top_k": None, "top_p": 0.9}),
+        ({"temperature": 1, "top_k": 5}, {"top_k": 5}),
+    ],
+)
+def test_generation_arguments_are_what_the_harness_makes_of_them(given, wanted, lm):
+    options = lm._generation(given)
+    found = {**vars(options), **vars(options.sampling)}
+    assert {name: found[name] for name in wanted} == wanted
+
+
+def test_arguments_that_are_not_supported_are_named_once(lm, capsys):
+    for _ in range(2):
+        lm._generation({"num_beams": 4, "use_cache": True, "repetition_penalty": 1.0})
+    assert capsys.readouterr().err == "note: generation argument num_beams=4 is not supported, and left out\n"
+
+
+def test_a_text_with_characters_that_are_lacking_is_scored_and_said_once(lm, capsys):
+    texts = ("caf\u00e9 \udcff", "b"), ("a", "\u2603b")
+    first, second = lm.loglikelihood(asked("loglikelihood", *texts))
+    assert first[0] < 0 and second[0] < 0
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 2 and lines[1].startswith("note: 7 characters or words that the run's tokenizer lacks were")
+
+
+def test_model_arguments(lm, tmp_path, monkeypatch):
+    from ebt_megatron.core.errors import RecipeError
+    from ebt_megatron.inference import lm_eval_adapter
+    from ebt_megatron.inference.lm_eval_adapter import RunLM
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "2024").mkdir()
+    with pytest.raises(RecipeError, match="2024 is not a run directory"):
+        RunLM(run=2024)
+    with pytest.raises(RecipeError, match=r"run=7: the harness reads this as a int: give run=./FOLDER"):
+        RunLM(run=7)
+    with pytest.raises(RecipeError, match="batch_size=some: must be a number of at least 1, or auto"):
+        RunLM.of(lm.predictor, lm.texts, "some")
+    assert RunLM.of(lm.predictor, lm.texts, "auto").batch == 64
+    assert RunLM.of(lm.predictor, lm.texts, "8").batch == 8
+    monkeypatch.setattr("psutil.virtual_memory", lambda: type("Memory", (), {"available": 100_000}))
+    few = RunLM.of(lm.predictor, lm.texts, "auto:4").batch
+    lm.predictor.check_batch(few, 10, 256)
+    with pytest.raises(RecipeError):
+        lm.predictor.check_batch(2 * few, 10, 256)
+    assert lm_eval_adapter._MOST > few >= 1

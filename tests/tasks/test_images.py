@@ -1,5 +1,7 @@
 """Pictures: exact gradients of a joint energy in every mode, the same losses on every layout, and the noise."""
 
+import math
+
 import pytest
 import torch
 from torch.distributions import Normal, kl_divergence
@@ -213,8 +215,40 @@ def test_the_variational_bound_is_the_divergence_of_two_gaussians(at):
     least = (1 - before) / (1 - kept) * beta if at else schedule.bounds[0, 0].exp()
     ours = Normal(mean(schedule.clean(noised, predicted, level)), (beta**v * least ** (1 - v)).sqrt())
     expected = kl_divergence(Normal(mean(clean), least.sqrt()), ours) if at else -ours.log_prob(clean)
-    found = schedule.variational_bound(noise, predicted, v, level)
-    assert builders.relative_error(found, 1000 * expected) < 1e-9
+    found = schedule.variational_bound(noise, predicted, v, level, noised)
+    assert builders.relative_error(found, expected) < 1e-9  # 0.001 of the T = 1000 terms
+    bits = schedule.bound_in_bits(noise, predicted, v, level, noised)
+    if at:
+        assert builders.relative_error(bits, expected / math.log(2)) < 1e-9
+    else:  # of values in steps of 2 / 255
+        clean[0, 0, :2] = torch.tensor([-1.0, 1.0])
+        noised = schedule.noised(clean, noise, level)
+        ours = Normal(mean(schedule.clean(noised, predicted, level)), ours.scale)
+        above = torch.where(clean > 0.999, 1.0, ours.cdf(clean + 1 / 255))
+        below = torch.where(clean < -0.999, 0.0, ours.cdf(clean - 1 / 255))
+        found = schedule.bound_in_bits(noise, predicted, v, level, noised)
+        sure = above - below > 1e-3  # where the tanh in place of the error function is near enough
+        assert sure.sum() > 5 and torch.allclose(2 ** -found[sure], (above - below)[sure], atol=2e-3)
+
+
+def test_levels_of_a_dit():
+    for levels, low, high in (("all", 0, 999), ("range", 10, 19)):
+        recipe = latents.pictures_recipe(
+            "model.architecture=transformer",
+            "images.lowest_level=10",
+            "images.highest_level=19",
+            f"images.dit_levels={levels}",
+        )
+        drawn = latents.task(recipe)._levels(torch.arange(3000))
+        assert low <= drawn.min() <= low + 20 and high - 20 <= drawn.max() <= high
+
+
+def test_step_sizes_of_a_picture_are_one():
+    """Its patches share an energy: each sample has a factor of its own, and its patches one."""
+    recipe = latents.pictures_recipe("thinking.step_size_scale=2")
+    model, sample = builders.build(recipe, task=latents.task(recipe)), latents.sample(recipe, latents.pictures(2))
+    alpha = builders.new_descent(model, recipe, sample).alpha
+    assert (alpha == alpha[:1]).all() and alpha[0, 0] != alpha[0, 1]
 
 
 def test_a_learned_variance_is_between_those_of_ddpm():

@@ -20,6 +20,7 @@ from ebt_megatron.thinking.plan import Plan
 from ebt_megatron.tools.import_ebt_checkpoint import app, convert, convert_weights
 from ebt_megatron.tools.public_code.source import read_checkpoint
 from tests.builders import position_weight, relative_error, text_batch, text_shards
+from tests.tools.learning import LEARNING, learn_both
 from tests.tools.originals import (
     HEADS,
     HYPER,
@@ -80,17 +81,17 @@ class Original(nn.Module):
         self.model = Inner(kind, vocab, epsilon)
         randomize(self)
 
-    def think(self, tokens, targets, y, from_probabilities):
+    def think(self, tokens, targets, y, from_probabilities, steps=STEPS):
         """Yield (y before the step, energies [B, S], y after it, losses [B, S]), detached between the steps.
 
         Args:
             from_probabilities: as the public code steps, y' = p - alpha dE/dp; else y' = y - alpha dE/dy.
         """
         model = self.model
-        for step in range(STEPS):
+        for step in range(steps):
             before = y = y.detach().requires_grad_()
             p = y.softmax(-1)
-            energies = model.transformer(model.embeddings(tokens), model.vocab_to_embed(p), step)
+            energies = model.transformer(model.embeddings(tokens), model.vocab_to_embed(p), min(step, STEPS - 1))
             start = p if from_probabilities else y
             (gradient,) = torch.autograd.grad(energies.sum(), start, create_graph=True)
             y = start - model.alpha.clamp(min=1e-4) * gradient
@@ -169,6 +170,44 @@ def test_thinking_and_training_of_the_public_code(step_rule, kind, dtype, tmp_pa
     for name, parameter in model.named_parameters():
         error = relative_error(parameter.grad, expected[name])
         assert error < 20 * TOLERANCE[dtype], (name, error)
+
+
+S2 = {"randomize_mcmc_num_steps": 2, "randomize_mcmc_num_steps_final_landscape": True}
+
+
+@pytest.mark.parametrize("kind", ["default", "time_embed", "adaln", "adaln_zero"])
+def test_training_goes_on_as_there(kind, tmp_path):
+    """Ten steps with the optimizer; the last landscape comes three times, and stays one."""
+    original, batch, dtype = Original(kind).double(), text_batch(), torch.float64
+    model, recipe = imported(original, tmp_path, kind, dtype, **S2, **LEARNING)
+    most = STEPS + 2
+    assert (recipe.thinking.max_steps, recipe.thinking.landscapes) == (most, None if kind == "default" else STEPS)
+    weight, start = position_weight(batch, dtype), noise(batch, dtype)
+
+    def theirs():
+        steps = original.think(batch.observed, batch.targets, start, True, most)
+        return sum((weight.t() * losses).sum() / most for *_, losses in steps)
+
+    def ours():
+        thought = thinker(model, recipe, batch, start, Plan.of(recipe.thinking, most)).train()
+        return sum((weight * losses).sum() / most for losses in thought.losses)
+
+    learn_both(original, model, recipe, theirs, ours)
+
+
+def test_training_of_the_baseline_goes_on_as_there(tmp_path):
+    original, batch = Baseline().double(), text_batch()
+    model, recipe = imported(original, tmp_path, None, torch.float64, model_name="baseline_transformer", **LEARNING)
+    weight = position_weight(batch, torch.float64)
+
+    def ours():
+        loss = (weight * model(batch.observed, batch.targets)).sum()
+        loss.backward()
+        return loss
+
+    # its cross-entropy is in float32
+    theirs = lambda: (weight.t() * original(batch.observed, batch.targets)).sum()  # noqa: E731
+    learn_both(original, model, recipe, theirs, ours, tolerance=1e-3)
 
 
 def test_settings_become_a_recipe(tmp_path):
@@ -263,6 +302,25 @@ W1 = "model.transformer.layers.1.feed_forward.w1.weight"
         ({}, {"ebt_type": None}, "hyper-parameter ebt_type=None is not supported"),
         ({}, {"model_name": "dit"}, "hyper-parameter model_name=dit"),
         ({}, {"normalize_initial_condition": False}, "hyper-parameter normalize_initial_condition=False"),
+        ({}, {"optimizer": "lars"}, "hyper-parameter optimizer=lars is not supported, only adamw"),
+        ({}, {"warm_up_base_lr_divider": 20}, "hyper-parameter warm_up_base_lr_divider=20"),
+        ({}, {"contrastive_loss": True}, "hyper-parameter contrastive_loss=True"),
+        ({}, {"soften_target_prob_dist": 0.1}, "hyper-parameter soften_target_prob_dist=0.1"),
+        ({}, {"energy_loss_coeff": 0.1}, "hyper-parameter energy_loss_coeff=0.1"),
+        ({}, {"out_of_bounds_loss_coeff": 0.1}, "hyper-parameter out_of_bounds_loss_coeff=0.1"),
+        ({}, {"reconstruction_coeff": 0.5}, "hyper-parameter reconstruction_coeff=0.5"),
+        ({}, {"langevin_dynamics_noise_learnable": True}, "hyper-parameter langevin_dynamics_noise_learnable=True"),
+        (
+            {},
+            {"mcmc_replay_buffer": True, "mcmc_replay_buffer_sample_bs_percent": 0.25},
+            "hyper-parameter mcmc_replay_buffer_sample_bs_percent=0.25",
+        ),
+        ({}, {"randomize_mcmc_num_steps": 2}, "repeat every step at random; only the last is repeated here"),
+        (
+            {W1: torch.zeros(50, WIDTH), W1.replace(".1.", ".0."): torch.zeros(50, WIDTH)},
+            {},
+            "model.ffn_hidden_size=50",
+        ),
         ({}, {"sharpen_predicted_distribution": 0.5}, "hyper-parameter sharpen_predicted_distribution=0.5"),
     ],
 )

@@ -31,6 +31,7 @@ from tests.tools.latent_originals import (
     VideoEbt,
     patches,
 )
+from tests.tools.learning import LEARNING, learn_both
 from tests.tools.originals import HEADS, KINDS, LAYERS, STEPS, TOLERANCE, WIDTH, close, save
 
 COMMON = {
@@ -158,6 +159,32 @@ def test_the_baseline_of_video(tied, tmp_path):
     torch.testing.assert_close(loss.t(), expected, rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.parametrize("family", ["video", "denoising"])
+def test_training_goes_on_as_there(family, tmp_path):
+    if family == "video":
+        original, frames, start = VideoEbt("adaln").double(), random(2, 6, 16), random(2, 5, 16, seed=6)
+        hyper, ours = VIDEO | {"ebt_type": "adaln"}, ours_of(frames)
+        sample = Sample(ours[:, :-1], ours[:, 1:], torch.arange(2), start=ours_of(start).transpose(0, 1))
+        think = lambda: original.think(frames, start)  # noqa: E731
+    else:
+        original, clean, noised = Denoiser().double(), random(2, 3, 6, 6), random(2, 3, 6, 6, seed=6)
+        hyper = DENOISING
+        nothing = torch.zeros(2, 2, dtype=torch.float64)
+        sample = Sample(nothing, patches(clean), torch.arange(2), start=patches(noised).transpose(0, 1))
+        think = lambda: original.think(noised, clean)  # noqa: E731
+    model, recipe = imported(original, tmp_path, hyper | LEARNING, torch.float64)
+    weight, count = position_weight(sample, torch.float64), recipe.thinking.max_steps
+
+    def theirs():
+        return sum((weight.t() * losses).sum() / count for *_, losses in think())
+
+    def here():
+        thought = new_thinker(model, recipe, sample, Plan.of(recipe.thinking, count)).train()
+        return sum((weight * losses).sum() / count for losses in thought.losses)
+
+    learn_both(original, model, recipe, theirs, here)
+
+
 ALONE = "condition.vector", "captions.not_told"  # which the public code has not where it tells captions
 
 
@@ -190,7 +217,8 @@ def test_the_dit_beside_it(variances, task, tmp_path):
     start = patches(pictures).transpose(0, 1)
     ours = model.predicted(conditions, start).transpose(0, 1)
     if variances:  # theirs are from -1, the lower bound, to 1, the upper
-        assert recipe.images.learn_sigma
+        assert recipe.images.learn_sigma and recipe.images.sigma_loss == "bits"
+        assert (recipe.images.dit_levels, recipe.images.lowest_level) == ("range", 0)
         close(ours, torch.cat([theirs[0], (theirs[1] + 1) / 2], -1).detach(), dtype)
         (theirs[0] - patches(noise)).square().mean(-1).sum().backward()
         (ours.chunk(2, -1)[0] - patches(noise)).square().mean(-1).sum().backward()
@@ -209,6 +237,7 @@ def test_settings_of_video_become_a_recipe(tmp_path):
         "denoising_initial_condition": "most_recent_embedding",
         "randomize_mcmc_num_steps": 2,
         "randomize_mcmc_num_steps_min": 2,
+        "randomize_mcmc_num_steps_final_landscape": True,
     }
     described, left_out = convert(save(original, tmp_path / "last.ckpt", hyper), tmp_path / "w.safetensors")
     recipe, t = described.recipe, described.recipe.thinking
@@ -221,7 +250,7 @@ def test_settings_of_video_become_a_recipe(tmp_path):
     assert to_yaml(load_recipe(tmp_path / "w.yaml")) == to_yaml(recipe)
     assert list(left_out) == ["the frozen encoder of pictures"]
     weights, metadata = read_weights(tmp_path / "w.safetensors")
-    assert torch.equal(weights["step_embedding"][STEPS - 1 :], weights["step_embedding"][-1:].expand(3, -1))
+    assert t.landscapes == len(weights["step_embedding"]) == STEPS, "the last landscape is one, however often it comes"
     assert '"frame": [4, 4], "latent_scale": 0.18215' in metadata["fingerprint"]
     assert "--height 16 --width 16 --encoder vae" in described.prepare and "--scale 0.18215" in described.prepare
 
@@ -317,6 +346,12 @@ QKV, DOWN = "model.transformer.blocks.1.attn.qkv.bias", "model.encoder_down_proj
             "encoder_down_projection.weight is missing",
         ),
         (VideoEbt, VIDEO, {DOWN: torch.zeros(3)}, rf"{DOWN} is \[3\], expected \[32\]"),
+        (
+            VideoEbt,
+            VIDEO | {"embedding_dim": 16, "image_dims": [16, 16]},
+            {DOWN: None, DOWN.replace("bias", "weight"): None},
+            "embedding_dim=16 is the size of a frame's latent",
+        ),
         (Denoiser, DENOISING | {"image_task": "t2i"}, {}, "text_embeddings_projector.weight is missing"),
         (
             Denoiser,

@@ -42,6 +42,22 @@ def test_jsonl_drops_what_a_resumed_run_does_again(run):
     assert rows == [{"step": step, **ROW} for step in range(1, 6)]
 
 
+def test_numbers_that_json_has_not_are_null(run):
+    writer = MetricsWriter(run, 0, print, ["jsonl"])
+    writer.write(
+        {"step": 1, "loss": float("nan"), "step_losses": [1.0, float("inf")], "phase_seconds": {"data": -1e999}}
+    )
+    writer.close()
+    line = (run / "metrics.jsonl").read_text()
+    refused = lambda name: pytest.fail(f"{name} is no JSON")  # noqa: E731
+    assert json.loads(line, parse_constant=refused) == {
+        "step": 1,
+        "loss": None,
+        "step_losses": [1.0, None],
+        "phase_seconds": {"data": None},
+    }
+
+
 def test_tensorboard_has_every_number(run):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 

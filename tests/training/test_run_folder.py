@@ -113,6 +113,16 @@ def test_a_folder_that_was_used_before(data, tmp_path):
     assert [r["step"] for r in replaced] == list(range(1, 16))
 
 
+def test_fewer_steps_than_were_taken_change_nothing(data, tmp_path):
+    short = ("training.steps=3", "training.async_save=false")
+    _, fewer, same = life(
+        data, tmp_path, ("run", short, ""), ("run", (*short, "training.steps=2"), ""), ("run", short, "")
+    )
+    assert "run is at step 3, past training.steps=2: nothing is changed" in fewer["error"]
+    assert fewer["saved"] == same["saved"] == [3] and same["after"] == []
+    assert "steps: 3" in (tmp_path / "run/recipe.yaml").read_text()
+
+
 def _restarts(count):
     """As torchrun --max-restarts sets it."""
     os.environ["TORCHELASTIC_RESTART_COUNT"] = count.name

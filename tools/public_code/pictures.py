@@ -56,6 +56,7 @@ def describe(hyper: Hyper, source: Source) -> Described:
         t.langevin_in_evaluation = not hyper.get("no_langevin_during_eval")
     else:
         recipe.images.learn_sigma = _outputs(source, trunk, channels, patch) == 2
+        recipe.images.sigma_loss, recipe.images.dit_levels = "bits", "range"
     _describe_levels(recipe, hyper, denoises)
     describe_training(recipe, hyper)
     patches = source.shape(f"{trunk}.pos_embed")[1]
@@ -81,7 +82,8 @@ def _describe_levels(recipe: Recipe, hyper: Hyper, denoises: bool) -> None:
     images.schedule_steps = int(levels / number(hyper, "denoise_images_noise_level", 1)) if denoises else levels
     images.beta_first, images.beta_last = 0.1 / images.schedule_steps, 20 / images.schedule_steps
     images.highest_level = levels - 1
-    images.lowest_level = 0 if hyper.get("randomize_denoise_images_noise_level") else levels - 1
+    drawn = hyper.get("randomize_denoise_images_noise_level") or recipe.model.architecture != "ebt"
+    images.lowest_level = 0 if drawn else levels - 1
     images.see_level = False
     if not denoises:
         images.captions, images.class_dropout = True, 0.0

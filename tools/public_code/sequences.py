@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ebt_megatron.config import Recipe, resolve
+from ebt_megatron.config import Recipe, RecipeError, resolve
 from ebt_megatron.tools.public_code.settings import (
     Described,
     Hyper,
@@ -68,7 +68,15 @@ def describe_video(hyper: Hyper, source: Source) -> Described:
     """What a checkpoint of video says; raises RecipeError for what is not supported."""
     require(hyper, _FRAMES)
     recipe, thinks = _describe(hyper, source, _EBT | {"denoising_initial_condition": tuple(_INITIAL)})
-    recipe.model.hidden_size, numbers = source.shape("model.encoder_down_projection.weight")
+    down = "model.encoder_down_projection.weight"
+    if down not in source.left:
+        sides = hyper.get("image_dims") or (224, 224)
+        if hyper.get("embedding_dim") == _LATENTS * (sides[0] // 8) * (sides[1] // 8):
+            raise RecipeError(
+                f"{down} is missing, because embedding_dim={hyper['embedding_dim']} is the size of a frame's latent "
+                "and the public code then has no projection; a video model here always learns one"
+            )
+    recipe.model.hidden_size, numbers = source.shape(down)
     recipe.data.modality = "video"
     if thinks:
         t = recipe.thinking
@@ -101,6 +109,8 @@ def _describe(hyper: Hyper, source: Source, ebt: Supported) -> tuple[Recipe, boo
         m.conditioning = _CONDITIONING[hyper.get("ebt_type", "default")]
         landscapes = {"mcmc_num_steps": source.shape(_STEPS)[0]} if m.conditioning != "none" else {}
         describe_thinking(recipe, hyper | landscapes, source)
+        if m.conditioning != "none" and landscapes["mcmc_num_steps"] < recipe.thinking.max_steps:
+            recipe.thinking.landscapes = landscapes["mcmc_num_steps"]
     else:
         m.architecture = "baseline"
     describe_training(recipe, hyper)
@@ -166,11 +176,7 @@ def _thinking(source: Source, recipe: Recipe) -> dict[str, Tensor]:
     head = f"{_TRUNK}.final_layer" + (".linear" if adaptive else "")
     out = {"step_size": source.take("model.alpha"), "head": source.take(f"{head}.weight", 1, width)[0]}
     if m.conditioning != "none":
-        landscapes = source.take(_STEPS, source.shape(_STEPS)[0], width)
-        # Theirs repeats the last one.
-        out["step_embedding"] = torch.cat(
-            [landscapes, *[landscapes[-1:]] * (recipe.thinking.max_steps - len(landscapes))]
-        )
+        out["step_embedding"] = source.take(_STEPS, recipe.thinking.num_landscapes, width)
     if adaptive:
         out |= source.modulation(f"{_TRUNK}.final_layer", "final_modulation", 2, width)
     return out
