@@ -42,10 +42,10 @@ class PictureEvaluation(Evaluation):
         self, runs: Mapping[str, Path] | Sequence[Path], output: Path, title: str, next_steps: str
     ) -> dict[str, Path]:
         """See `Evaluation`; runs without suite.json are of models that make pictures."""
-        named = (
-            runs if isinstance(runs, Mapping) else {f"{_model(path)}, {recipe_of(path).name}": path for path in runs}
-        )
-        return write_report(named, output, title, next_steps or NEXT_STEPS)
+        if not isinstance(runs, Mapping):
+            names = [f"{_model(path)}, {recipe_of(path).name}" for path in runs]  # of one recipe: told apart by folders
+            runs = {n if names.count(n) == 1 else f"{n} ({path})": path for n, path in zip(names, runs, strict=True)}
+        return write_report(runs, output, title, next_steps or NEXT_STEPS)
 
 
 def _model(run_dir: Path) -> str:
