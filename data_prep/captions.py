@@ -19,7 +19,7 @@ from ebt_megatron.core.errors import DataError
 from ebt_megatron.core.files import write_whole
 from ebt_megatron.core.lines import lines_of, text_of, value_of
 from ebt_megatron.data.captions import LONGEST, CaptionEncoder, CaptionTokens, ClipCaptions
-from ebt_megatron.data_prep.files import content_of
+from ebt_megatron.data_prep.files import content_of, without_secrets
 from ebt_megatron.data_prep.pieces import place_of
 from ebt_megatron.data_prep.tokens import load_tokenizer, train_bpe
 
@@ -106,7 +106,7 @@ def read_captions(path: str, pictures: Sequence[str]) -> CaptionTexts:
         raise DataError(f"{path} has no caption for {len(missing)} of the pictures, {missing[0]} first: add them")
     if not given:
         raise DataError(f"--captions {path} is empty")
-    return CaptionTexts(given, origin=path)
+    return CaptionTexts(given, origin=without_secrets(path))
 
 
 @dataclass(frozen=True)

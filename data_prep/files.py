@@ -6,9 +6,10 @@ import glob
 import gzip
 import io
 import os
+import re
 import zlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -30,6 +31,22 @@ class InputFile(NamedTuple):
     path: str
     bytes: int
     changed: int
+
+
+def without_secrets(text: str) -> str:
+    """A URL, or a text with URLs, without their passwords and queries: signatures of a day and keys are in those."""
+    return re.sub(r"(\w+://)([^/@\s]*@)?([^?\s]*)(\?\S*)?", r"\1\3", text)
+
+
+def recorded_names(paths: Sequence[str]) -> dict[str, str]:
+    """What files are called in what is kept, by path: URLs without secrets, numbered where that leaves them alike."""
+    names: dict[str, str] = {}
+    counts: Counter[str] = Counter()
+    for path in dict.fromkeys(paths):
+        name = without_secrets(path) if "://" in path else path
+        counts[name] += 1
+        names[path] = name if counts[name] == 1 else f"{name}#{counts[name]}"
+    return names
 
 
 class Input(NamedTuple):

@@ -24,9 +24,10 @@ import re
 import shutil
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -35,9 +36,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from ebt_megatron.core.errors import DataError
-from ebt_megatron.core.files import write_whole
+from ebt_megatron.core.files import said_of, write_whole
 from ebt_megatron.core.options import option
 from ebt_megatron.data.shards import OutputLock, clear_partial, made_in
+from ebt_megatron.data_prep.files import recorded_names
 
 T = TypeVar("T")
 _WORK = re.compile(
@@ -66,6 +68,17 @@ def _follow(parent: int) -> None:
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
+
+
+@contextmanager
+def naming_shared_memory() -> Iterator[None]:
+    """While processes are made, whose locks are files of shared memory: raises DataError where there is none."""
+    try:
+        yield
+    except OSError as error:
+        raise DataError(
+            f"no worker processes: /dev/shm cannot be written ({said_of(error)}); pass --workers 1, or mend it"
+        ) from None
 
 
 def _content(record: Path) -> dict[str, Any]:
@@ -136,7 +149,9 @@ class Job:
             if "://" not in path and any(Path(path).resolve().is_relative_to(folder.resolve()) for folder in ours):
                 raise DataError(f"the input {path} is in a folder that is written: choose another --output")
         record = self.output / "job.json"
-        now = json.loads(json.dumps({"settings": settings, "input": input}))
+        names = recorded_names([file[0] for file in input])
+        kept = [[names[path], *rest] for path, *rest in input]
+        now = json.loads(json.dumps({"settings": settings, "input": kept}))
         if foreign := [p for p in self.work.glob("*") if not _WORK.fullmatch(p.name)]:
             raise DataError(f"{foreign[0]} is not of a preparation, which would remove it with {self.work}: move it")
         if execution.overwrite:
@@ -187,7 +202,7 @@ class Job:
         """Raise on every rank what went wrong on any; a file that cannot be written is a DataError."""
         if isinstance(error, OSError):  # one of the input would be a DataError
             error = DataError(
-                f"{error.filename or self.output} cannot be written ({error.strerror or error}); what is "
+                f"{error.filename or self.output} cannot be written ({said_of(error)}); what is "
                 "finished is kept for --resume"
             )
         errors = self.world.allgather(error) if self.world else [error]
@@ -242,7 +257,8 @@ class Job:
         if self._pool is None:
             # spawned: a fork would inherit the locks of MPI's and the libraries' threads
             spawn = multiprocessing.get_context("spawn")
-            self._pool = ProcessPoolExecutor(self.workers, spawn, _follow, (os.getpid(),))
+            with naming_shared_memory():
+                self._pool = ProcessPoolExecutor(self.workers, spawn, _follow, (os.getpid(),))
         pending: set[Future[None]] = set()
         rest = iter(items)
         try:

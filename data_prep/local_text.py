@@ -25,6 +25,7 @@ from ebt_megatron.core.errors import DataError
 from ebt_megatron.core.files import replacing
 from ebt_megatron.data_prep import options
 from ebt_megatron.data_prep.documents import Part, read_part
+from ebt_megatron.data_prep.job import naming_shared_memory
 
 # (name, files)
 _DEBIAN = (
@@ -80,7 +81,9 @@ def main(
     def work() -> None:
         console = Console(stderr=True, soft_wrap=True, highlight=False, markup=False)
         columns = (SpinnerColumn(), TextColumn("{task.description} {task.completed:,.1f} MB"), TimeElapsedColumn())
-        with ProcessPoolExecutor(workers) as pool, Progress(*columns, console=console) as bar:
+        with naming_shared_memory():
+            made = ProcessPoolExecutor(workers)
+        with made as pool, Progress(*columns, console=console) as bar:
             what, documents = local_documents(pool)
             console.print(f"reading {what}")
             if dry_run:

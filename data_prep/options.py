@@ -12,7 +12,8 @@ from rich.console import Console
 
 from ebt_megatron.core import cli
 from ebt_megatron.core.cli import user_path as path
-from ebt_megatron.data_prep.files import Input, counted
+from ebt_megatron.core.errors import DataError
+from ebt_megatron.data_prep.files import Input, counted, without_secrets
 
 
 def path_or_name(value: str) -> str:
@@ -46,4 +47,11 @@ def announce(
 
 def command(work: Callable[[], Any]) -> None:
     """Run a preparation; the first rank says in one line what was wrong."""
-    cli.guarded(work, quiet=not first_rank())
+
+    def told() -> None:
+        try:
+            work()
+        except DataError as error:
+            raise DataError(without_secrets(str(error))) from None
+
+    cli.guarded(told, quiet=not first_rank())

@@ -11,7 +11,8 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from types import SimpleNamespace
+from typing import Any, Protocol, cast
 
 import numpy as np
 
@@ -20,6 +21,7 @@ from ebt_megatron.core.files import replacing, write_whole
 from ebt_megatron.core.options import option
 from ebt_megatron.data.manifest import Manifest, index_name
 from ebt_megatron.data.shards import clear_shards, shard_name
+from ebt_megatron.data_prep.files import recorded_names, without_secrets
 from ebt_megatron.data_prep.job import Job
 
 Shard = tuple[str, int]  # split, number
@@ -52,20 +54,24 @@ class Settings:
 
 @dataclass(frozen=True)
 class Unit:
-    """A piece of work: consecutive files of the input, or parts of them; plain tuples that repr() tells apart."""
+    """A piece of work: consecutive files of the input, or parts of them; plain tuples that begin with a path.
+
+    Attributes:
+        number: in the input.
+        parts: the files.
+        key: of the files as they are now, by their recorded names.
+    """
 
     number: int
     parts: Sequence[Any]
-
-    @property
-    def key(self) -> str:
-        """The key of its files as they are now."""
-        return key_of(*map(tuple, self.parts))
+    key: str
 
 
 def units_of(parts: Sequence[Sequence[Any]]) -> list[Unit]:
     """The input, in order, in pieces of work."""
-    return [Unit(i, part) for i, part in enumerate(parts)]
+    names = recorded_names([file[0] for part in parts for file in part])
+    keys = [key_of(*((names[path], *rest) for path, *rest in part)) for part in parts]
+    return [Unit(i, part, key) for i, (part, key) in enumerate(zip(parts, keys, strict=True))]
 
 
 @dataclass(frozen=True)
@@ -115,7 +121,8 @@ def save(path: Path, array: np.ndarray) -> None:
     """Write an array and rename it into place."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as partial, partial.open("wb") as stream:
-        np.save(stream, array)
+        # Given the file itself, numpy says of a full disk how many items it wrote, and no more.
+        np.save(cast(Any, SimpleNamespace(write=stream.write)), array)
 
 
 class Shards(Protocol):
@@ -171,6 +178,6 @@ def write_skipped(output: Path, lines: list[str]) -> None:
     """Name what was left out in OUTPUT/skipped.txt; none, no file."""
     path = output / "skipped.txt"
     if lines:
-        write_whole(path, "".join(f"{line}\n" for line in lines).encode("utf-8", "backslashreplace"))
+        write_whole(path, "".join(f"{without_secrets(line)}\n" for line in lines).encode("utf-8", "backslashreplace"))
     else:
         path.unlink(missing_ok=True)

@@ -22,6 +22,7 @@ from rich.console import Console
 from rich.text import Text
 
 from ebt_megatron.core.errors import DataError, PeerError, RecipeError
+from ebt_megatron.core.files import said_of
 from ebt_megatron.core.launch import Launch, detect_launch
 
 # what reading or writing an open file may raise, which no longer knows its name
@@ -108,7 +109,7 @@ def _of_a_file(error: Exception) -> bool:
 
 def _one_line(error: Exception) -> str:
     if isinstance(error, OSError) and _of_a_file(error):
-        return f"{error.filename or 'a file'} cannot be read or written ({error.strerror or error})"
+        return f"{error.filename or 'a file'} cannot be read or written ({said_of(error)})"
     return " ".join(str(error).splitlines())
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import hashlib
 import os
@@ -9,17 +10,31 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+FULL = {errno.ENOSPC: "the disk is full", errno.EDQUOT: "the quota is used up", errno.EFBIG: "the file grew too large"}
+
+
+def said_of(error: OSError) -> str:
+    """What an error of a file system says, in words."""
+    return FULL.get(error.errno or 0) or error.strerror or str(error)
+
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """Another name to write a file under, which gets its own at the end.
 
     A full disk, an error or an end in between leaves the old file.
+
+    Raises:
+        OSError: of the disk; it names the file also where writing to an open one does not.
     """
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
         yield partial
         partial.replace(path)
+    except OSError as error:
+        if error.errno in FULL and not error.filename:
+            error.filename = str(path)
+        raise
     finally:
         partial.unlink(missing_ok=True)
 

@@ -59,7 +59,7 @@ def test_a_file_that_cannot_be_used_is_one_line(capsys, tmp_path):
 def test_a_full_disk_is_one_line(capsys):
     with open("/dev/full", "wb", buffering=0) as full:
         code, said = ended(lambda: full.write(b"x"), capsys)
-    assert (code, said) == (2, "error: a file cannot be read or written (No space left on device)\n")
+    assert (code, said) == (2, "error: a file cannot be read or written (the disk is full)\n")
 
 
 def test_ctrl_c_before_training_shows_no_traceback(capsys):

@@ -8,6 +8,7 @@ import json
 import os
 import random
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -70,6 +71,28 @@ def test_slurms_copy_of_the_script_finds_what_stands_beside_the_original(tmp_pat
         check=True,
     )
     assert answer.stdout.startswith("srun --kill-on-bad-exit=1")
+
+
+@pytest.mark.parametrize(
+    ("variables", "job"),
+    [({}, "7"), ({"SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "3"}, "7_3")],
+)
+def test_a_job_goes_back_into_the_queue_and_of_an_array_that_task_alone(variables, job, tmp_path):
+    """A task of an array may have the number of the whole array as its job's."""
+    (tmp_path / "srun").write_text("#!/bin/sh\ntrap 'exit 0' USR1\ntouch started\nwhile :; do sleep 0.05; done\n")
+    (tmp_path / "scontrol").write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/asked\n')
+    for name in ("srun", "scontrol"):
+        (tmp_path / name).chmod(0o755)
+    path = f"{tmp_path}:{os.environ['PATH']}"
+    process = subprocess.Popen(
+        ["bash", LAUNCH / "slurm.sbatch", ROOT / "recipes/text/s1_xxs.yaml"],
+        cwd=tmp_path,
+        env=_environment(SLURM_JOB_ID="7", PATH=path, **variables),
+    )
+    while not (tmp_path / "started").exists():
+        time.sleep(0.02)
+    process.send_signal(signal.SIGUSR1)
+    assert process.wait(30) == 0 and (tmp_path / "asked").read_text() == f"requeue {job}\n"
 
 
 @pytest.mark.parametrize("script", ["torchrun.sh", "mpirun.sh", "slurm.sbatch"])
