@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from ebt_megatron.checkpoint.history import History, step_of
 from ebt_megatron.core.errors import RecipeError
 from ebt_megatron.core.files import write_whole
 from ebt_megatron.evaluation.clips import by_horizon, rolled_out, spread_clips
@@ -44,7 +46,9 @@ class VideoEvaluation(Evaluation):
     ) -> dict[str, Path]:
         """See `Evaluation`; every folder of data.validation of the first run is a set of its own."""
         named = runs if isinstance(runs, Mapping) else {recipe_of(path).name: path for path in runs}
-        sets = {Path(folder).name: folder for folder in recipe_of(next(iter(named.values()))).data.validation}
+        folders = recipe_of(next(iter(named.values()))).data.validation
+        names = [Path(folder).name for folder in folders]
+        sets = {name if names.count(name) == 1 else path: path for name, path in zip(names, folders, strict=True)}
         return write_report(named, sets, output, title, next_steps or NEXT_STEPS)
 
 
@@ -54,9 +58,10 @@ def given_of(frames: int) -> int:
 
 
 def evaluated(run_dir: Path, held: str, shards: str) -> dict[str, Any]:
-    """What `evaluate` says of a run on a set of held-out clips, kept as evaluation-HELD.json in its folder."""
-    path = run_dir / f"evaluation-{held.replace(' ', '-')}.json"
-    if not path.exists():
+    """What `evaluate` says of a run's newest step on a set of held-out clips, kept as evaluation-HELD.json."""
+    path = run_dir / ("evaluation-" + re.sub(r"[^\w.]+", "-", held) + ".json")
+    saved = History(run_dir / "checkpoints", 0).published()
+    if not path.exists() or not saved or json.loads(path.read_text())["step"] != step_of(saved[-1]):
         with open_run(run_dir, [f"data.validation=[{shards}]"]) as run:
             write_whole(path, json.dumps(evaluate(run), indent=1) + "\n")
     return dict(json.loads(path.read_text()))

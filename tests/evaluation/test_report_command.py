@@ -1,5 +1,7 @@
 """`ebt-report`: every modality has a report of its own, made from run directories."""
 
+import json
+
 import numpy as np
 import pytest
 from typer.testing import CliRunner
@@ -7,6 +9,7 @@ from typer.testing import CliRunner
 from ebt_megatron import evaluate, report
 from ebt_megatron.data_prep.images import PictureSource
 from ebt_megatron.data_prep.video import VideoSource
+from ebt_megatron.evaluation.video_evaluation import evaluated
 from ebt_megatron.parallel.setup import shutdown
 from ebt_megatron.training.run import Run
 from tests.data.test_latents import prepare
@@ -63,6 +66,9 @@ def test_of_video_it_shows_losses_and_clips(films, tmp_path):
     text = (tmp_path / "report" / "report.md").read_text()
     assert "Held out: validation" in text and "| ebt |" in text and "| plain |" in text
     assert "the last frame again" in text and "after 3 frames" in text
+    kept = tmp_path / "ebt" / "evaluation-validation.json"
+    kept.write_text(json.dumps(json.loads(kept.read_text()) | {"step": 7, "repeat_last_loss": 1e6}))
+    assert evaluated(tmp_path / "ebt", "validation", f"{films}/validation")["step"] == 0
 
 
 def test_of_pictures_it_shows_what_is_denoised_and_what_is_made(pictures, tmp_path):
