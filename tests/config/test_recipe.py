@@ -31,6 +31,9 @@ def test_overrides_win_over_the_file(tmp_path):
     assert load_recipe(file, ["training.steps=7"]).training.steps == 7
 
 
+CONTEXT = ["thinking.initial=context", "thinking.step_rule=mirror_descent"]
+
+
 def test_the_resolved_recipe_loads_again(tmp_path):
     recipe = load_recipe(None, ["model.size=xs", "thinking.replay.enabled=true"])
     file = tmp_path / "r.yaml"
@@ -60,6 +63,10 @@ def test_the_resolved_recipe_loads_again(tmp_path):
         (["thinking.engine=double_backward", "parallel.tensor=2"], "single-process"),
         (["thinking.regenerate=-1"], "a number of rows"),
         (["thinking.learned_steps=0"], "at least 1, or null for all"),
+        (["thinking.initial=context"], "set thinking.step_rule=mirror_descent"),
+        ([*CONTEXT, "thinking.replay.enabled=true"], "set thinking.replay.enabled=false"),
+        ([*CONTEXT, "model.conditioning=adaln_sequence"], "set model.conditioning=time_embed"),
+        ([*CONTEXT, "thinking.initial_loss_weight=0"], "greater than 0"),
         (["thinking.step_rule=logits"], "choose one of probability_descent, logit_descent, mirror_descent"),
         (["training.cuda_graphs=true", "parallel.tensor=2"], "records no parallel.tensor > 1"),
         (["training.cuda_graphs=true", "thinking.replay.enabled=true"], "records no thinking.replay.enabled"),
@@ -217,6 +224,13 @@ def test_the_baseline_was_called_transformer(tmp_path, capsys):
     assert said.out.count("is baseline since 0.2") + said.err.count("is baseline since 0.2") == 1
     recipe = load_recipe(None, ["model.size=tiny", "model.architecture=transformer"])
     assert fingerprint(recipe, {})["model.architecture"] == "transformer"  # so that old checkpoints fit
+
+
+def test_a_run_of_an_earlier_version_starts_at_zeros_still(tmp_path):
+    saved = tmp_path / "recipe.yaml"
+    saved.write_text("model: {size: tiny}\nthinking: {initial: zeros, initial_std: 1.0}\n")
+    thinking = load_recipe(saved).thinking
+    assert (thinking.initial, thinking.initial_std, thinking.starts_at_noise) == ("noise", 0, False)
 
 
 def test_a_run_of_an_earlier_version_keeps_its_step_rule(tmp_path):

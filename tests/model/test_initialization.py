@@ -65,7 +65,7 @@ def test_the_papers_draws():
 
 def test_a_shared_row_moves_no_logit_against_another():
     """Losses and energies of a first step are the same with any vector added to every row, but for the start."""
-    recipe = builders.small_recipe("thinking.initial=zeros")
+    recipe = builders.small_recipe()
     model, batch = builders.build(recipe), builders.text_batch()
     shared = torch.randn(32, dtype=torch.float64)
     before = builders.new_thinker(model, recipe, batch).think(1)

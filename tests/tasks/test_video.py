@@ -36,7 +36,7 @@ MODES = {
         ("thinking.langevin_noise=0.5", "thinking.langevin_on=embedding"),
     ),
     "full": (Plan((0.2, 0.3, 0.5), "full"), ("thinking.langevin_noise=0.5", "thinking.step_size_scale=2")),
-    "truncated": (Plan((0.2, 0.3, 0.5), "truncated"), ("thinking.initial=zeros", "thinking.step_size_scale=2")),
+    "truncated": (Plan((0.2, 0.3, 0.5), "truncated"), ("thinking.step_size_scale=2",)),
     "reuse": (Plan((0.5, 0.5), "detached"), ("thinking.reuse=true", "thinking.step_size_scale=2")),
     "from the context": (
         Plan((0.2, 0.3), "detached", 0.5),
@@ -91,7 +91,7 @@ def test_a_token_is_a_square_of_patches():
 
 
 def test_tokens_of_a_frame_see_it_whole_and_no_later_one():
-    recipe = latents.recipe("video.tokens_per_side=2", "thinking.initial=zeros", "model.conditioning=none")
+    recipe = latents.recipe("video.tokens_per_side=2", "model.conditioning=none")
     model = builders.build(recipe, task=latents.task(recipe))
     batch = latents.sample(recipe, latents.clips(1))
     observed = batch.observed.requires_grad_()
@@ -134,7 +134,7 @@ def test_where_predictions_start():
         return builders.new_descent(model, recipe, batch).prediction.y
 
     assert torch.equal(start("thinking.initial=observed").transpose(0, 1), batch.observed)
-    assert not start("thinking.initial=zeros").any()
+    assert not start().any()
     assert start("thinking.initial=noise", "thinking.initial_std=2").std() == pytest.approx(2, rel=0.2)
 
 

@@ -76,7 +76,6 @@ def test_every_mode_and_step_rule(mode, rule, kernels):
         f"model.kernels={kernels}",
         "thinking.step_size_scale=2",
         "thinking.langevin_noise=0.7",
-        "thinking.initial=zeros",
     )
 
 

@@ -65,7 +65,7 @@ RECIPES = {
     ),
     "one loss of two": ("thinking.learned_steps=1",),
     "logit_descent": ("thinking.step_rule=logit_descent",),
-    "mirror_descent": ("thinking.step_rule=mirror_descent", "thinking.initial=zeros"),
+    "mirror_descent": ("thinking.step_rule=mirror_descent", "thinking.initial_std=0"),
     "full": ("thinking.gradient=full", *THROUGH),
     "full, logit_descent": ("thinking.gradient=full", "thinking.step_rule=logit_descent", *THROUGH),
     "truncated": ("thinking.gradient=truncated", *THROUGH),

@@ -27,7 +27,7 @@ _TRUNK = {"ebt": "model.transformer", "baseline": "model.diffusion_transformer"}
 _NAMES = {"ebt": "ebt", "dit": "baseline"}
 _SUPPORTED: Supported = {"model_name": tuple(_NAMES), "image_task": ("denoising", "t2i")}
 _EBT: Supported = {"clamp_futures_grad": (False,), "mcmc_replay_buffer": (False,)}
-_INITIAL = {"random_noise": "noise", "zeros": "zeros"}
+_INITIAL = {"random_noise": 1.0, "zeros": 0.0}  # the deviation of the noise that thinking starts at, of the code's
 _PROJECTOR = "model.text_embeddings_projector"
 _WAVES = 256  # of a DiT's level
 _VAE = 8  # pixels of a latent's side
@@ -51,8 +51,8 @@ def describe(hyper: Hyper, source: Source) -> Described:
         t.initial = "observed"
         if not denoises:
             require(hyper, {"denoising_initial_condition": tuple(_INITIAL)})
-            t.initial = _INITIAL[hyper.get("denoising_initial_condition") or "random_noise"]
-            t.initial_std = number(hyper, "gaussian_random_noise_scaling", 1)
+            std = _INITIAL[hyper.get("denoising_initial_condition") or "random_noise"]
+            t.initial, t.initial_std = "noise", std * number(hyper, "gaussian_random_noise_scaling", 1)
         t.langevin_in_evaluation = not hyper.get("no_langevin_during_eval")
     else:
         recipe.images.learn_sigma = _outputs(source, trunk, channels, patch) == 2

@@ -46,7 +46,8 @@ _TEXT: Supported = _EBT | {
     "sharpen_predicted_distribution": (0,),
 }
 _FRAMES: Supported = {"backbone_type": ("vae",), "vae_normalization": (True,), "custom_image_normalization": (False,)}
-_INITIAL = {"random_noise": "noise", "zeros": "zeros", "most_recent_embedding": "observed"}
+# Where thinking starts, and the deviation of the noise there, of the public code's 1.
+_INITIAL = {"random_noise": ("noise", 1.0), "zeros": ("noise", 0.0), "most_recent_embedding": ("observed", 0.0)}
 
 
 def describe_text(hyper: Hyper, source: Source) -> Described:
@@ -56,8 +57,8 @@ def describe_text(hyper: Hyper, source: Source) -> Described:
     if thinks:
         t = recipe.thinking
         t.step_rule = "probability_descent"  # what normalize_initial_condition does
-        t.initial = _INITIAL[hyper.get("denoising_initial_condition") or "random_noise"]
-        t.initial_std = number(hyper, "gaussian_random_noise_scaling", 1)
+        t.initial, std = _INITIAL[hyper.get("denoising_initial_condition") or "random_noise"]
+        t.initial_std = std * number(hyper, "gaussian_random_noise_scaling", 1)
         t.replay.enabled = bool(hyper.get("mcmc_replay_buffer"))
     take(recipe.data, hyper, sequence_length="context_length")
     resolve(recipe)
@@ -81,7 +82,7 @@ def describe_video(hyper: Hyper, source: Source) -> Described:
     if thinks:
         t = recipe.thinking
         t.langevin_on = "embedding"
-        t.initial, t.initial_std = _INITIAL[hyper.get("denoising_initial_condition") or "random_noise"], 1.0
+        t.initial, t.initial_std = _INITIAL[hyper.get("denoising_initial_condition") or "random_noise"]
     recipe.data.sequence_length = int(number(hyper, "context_length")) - 1
     resolve(recipe)
     scale = 0.18215 if hyper.get("sdxl_vae_standardization") else 1
