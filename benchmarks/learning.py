@@ -22,7 +22,7 @@ import typer
 from rich.console import Console
 from rich.progress import track
 
-from benchmarks.seeds import Interval, Model, once, resolved_recipe, run_folder, text_of, train, write_results
+from benchmarks.seeds import Interval, Model, once, resolved_recipe, run_folder, steps_at, text_of, train, write_results
 from benchmarks.step import machine
 from ebt_megatron.config import Recipe, load_recipe
 from ebt_megatron.core.files import write_whole
@@ -104,11 +104,6 @@ def run(recipe: Recipe, most_steps: int, starts: int = 0) -> dict[str, Any]:
         once(folder / "suite.json", "ebt_megatron.evaluate", str(folder), "--suite", "--starts", str(starts))
         suite = json.loads((folder / "suite.json").read_text())
     return evaluation | {"metrics": rows, "suite": suite}
-
-
-def steps_at(rows: list[dict[str, Any]], steps: int) -> int:
-    """The index of the row of so many thinking steps; the first row is of one, or of none where that predicts."""
-    return next(i for i, row in enumerate(rows) if row["steps"] == steps)
 
 
 def summary(name: str, results: list[dict[str, Any]], flops: float) -> dict[str, Any]:

@@ -36,6 +36,11 @@ def run_folder(runs: Path, name: str, seed: int) -> Path:
     return runs / f"{name.lower().replace('++', 'pp').replace(',', '').replace(' ', '-')}-{seed}"
 
 
+def steps_at(rows: list[dict[str, Any]], steps: int) -> int:
+    """The index of the row of so many thinking steps; the first row is of one, or of none where that predicts."""
+    return next(i for i, row in enumerate(rows) if row["steps"] == steps)
+
+
 def resolved_recipe(
     models: Mapping[str, Model],
     name: str,

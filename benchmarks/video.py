@@ -20,7 +20,7 @@ import typer
 from rich.console import Console
 from rich.progress import track
 
-from benchmarks.seeds import Interval, Model, once, resolved_recipe, run_folder, train, write_results
+from benchmarks.seeds import Interval, Model, once, resolved_recipe, run_folder, steps_at, train, write_results
 from benchmarks.step import machine
 from ebt_megatron.config import Recipe, load_recipe
 from ebt_megatron.core.cli import quiet_libraries
@@ -30,9 +30,11 @@ from examples.films import held_out, prepare
 from examples.steps import Steps
 from examples.video import RECIPES
 
+CONTEXT = Path("recipes/video/quickstart_context.yaml")  # not of the quickstart
 MODELS = {
     "EBT S1": Model("s1"),
     "EBT S2": Model("s2"),
+    "EBT from its context": Model("context"),
     "Transformer++": Model("transformer"),
     "Transformer++, FLOPs of S1": Model("transformer", flops_of="EBT S1"),
 }
@@ -52,7 +54,7 @@ def recipe_of(name: str, seed: int, runs: Path, steps: int | None) -> Recipe:
     def load(model: Model, steps: int | None) -> Recipe:
         given = () if steps is None else (f"training.steps={steps}",)
         return load_recipe(
-            RECIPES[model.recipe],
+            (RECIPES | {"context": CONTEXT})[model.recipe],
             [
                 *model.overrides,
                 "training.micro_batch_size=32",
@@ -92,17 +94,17 @@ def summary(name: str, results: Sequence[dict[str, Any]], recipe: Recipe) -> dic
     of_frame = recipe.video.tokens_per_side**2  # tokens, which evaluations count
     for held, first in results[0]["sets"].items():
         of_seeds = [result["sets"][held] for result in results]
-        repeat, trained = first["repeat_last_loss"], first["trained_steps"]
+        repeat, trained = first["repeat_last_loss"], steps_at(first["thinking"], first["trained_steps"])
         thinking = [
             {"steps": rows[0]["steps"]}
             | {key: vars(Interval.of([row[key] for row in rows])) for key in ("loss", "psnr")}
             for rows in zip(*(one["thinking"] for one in of_seeds), strict=True)
         ]
-        gains = [1 - one["thinking"][trained - 1]["loss"] / repeat for one in of_seeds]
-        horizons = zip(*(one["loss_by_position"]["steps"][trained - 1] for one in of_seeds), strict=True)
+        gains = [1 - one["thinking"][trained]["loss"] / repeat for one in of_seeds]
+        horizons = zip(*(one["loss_by_position"]["steps"][trained] for one in of_seeds), strict=True)
         sets[held] = {
             "thinking": thinking,
-            "trained": thinking[trained - 1],
+            "trained": thinking[trained],
             "gain": vars(Interval.of(gains)),
             "by_observed": [vars(Interval.of(values)) for values in horizons],
             "frames": first["positions"] // of_frame,

@@ -75,7 +75,7 @@ class ThinkingConfig:
         return self.landscapes or self.max_steps
 
     def check(self) -> None:
-        """Raise RecipeError unless there is a number of steps to draw, and where thinking starts fits how it steps."""
+        """Raise RecipeError unless there is a number of steps to draw, and nothing else says where thinking starts."""
         if self.max_steps < self.min_steps:
             raise RecipeError(f"thinking.max_steps={self.max_steps} is below thinking.min_steps={self.min_steps}")
         if self.num_landscapes > self.max_steps:
@@ -83,14 +83,7 @@ class ThinkingConfig:
                 f"thinking.landscapes={self.landscapes} is above thinking.max_steps={self.max_steps}: "
                 "no step would reach the others"
             )
-        if not self.starts_at_context:
-            return
-        if self.step_rule == "probability_descent":
-            raise RecipeError(
-                "thinking.initial=context needs steps that add up, and thinking.step_rule=probability_descent replaces "
-                "the logits it starts at by their probabilities: set thinking.step_rule=mirror_descent"
-            )
-        if self.replay.enabled:
+        if self.starts_at_context and self.replay.enabled:
             raise RecipeError(
                 "thinking.initial=context starts every sample at its own context's prediction, none at a replayed one: "
                 "set thinking.replay.enabled=false"

@@ -24,7 +24,8 @@ def evaluate(run: TrainedRun, steps: int | None = None, example: bool = True) ->
     """
     objective, task = run.objective, run.task
     trained = run.recipe.thinking.max_steps if objective.thinks else 1
-    most = (2 * trained if steps is None else steps) if objective.thinks else 1
+    usual = trained if objective.starts_at_context else 2 * trained  # more lead a trained prediction away
+    most = (usual if steps is None else steps) if objective.thinks else 1
     if not most and not objective.starts_at_context:
         raise RecipeError(
             "--steps 0: there is a prediction before any step only where thinking.initial=context; give at least 1"
@@ -47,6 +48,7 @@ def evaluate(run: TrainedRun, steps: int | None = None, example: bool = True) ->
         "step": run.step,
         "tokens": run.tokens,
         "positions": result.positions,
+        "parameters": sum(p.numel() for p in run.model.parameters()) if run.state.world_size == 1 else None,
         "parameters": sum(p.numel() for p in run.model.parameters()) if run.state.world_size == 1 else None,
         "trained_steps": trained,
         "thinking": rows,

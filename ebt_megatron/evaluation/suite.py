@@ -27,6 +27,7 @@ from ebt_megatron.tasks import task_as
 from ebt_megatron.tasks.text import Text, perplexity
 
 Numbers = dict[str, Any]
+CONFIDENCES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99)
 TOLERANCES = (0.6, 0.5, 0.4, 0.3, 0.2, 0.1, 0.05, 0.03, 0.02, 0.01, 0.005)
 _CORRUPTED_SHARE, _SEED = 0.15, 0
 
@@ -46,7 +47,7 @@ def thinking(scores: TokenScores) -> list[Numbers]:
         flips = float((scores.answer[i] != scores.answer[i - 1]).mean()) if i else None
         rows.append(
             {
-                "steps": i + 1,
+                "steps": scores.first + i,
                 "loss": float(loss.mean()),
                 "perplexity": _perplexity(loss),
                 "accuracy": float(scores.right[i].mean()),
@@ -66,8 +67,8 @@ def starts(each: Sequence[TokenScores], step: int, baselines: Mapping[str, Seque
         step: thinking steps that all take.
         baselines: by name, theirs with different draws.
     """
-    loss = np.stack([s.loss[step - 1] for s in each])
-    right = np.stack([s.right[step - 1] for s in each])
+    loss = np.stack([s.loss[s.row(step)] for s in each])
+    right = np.stack([s.right[s.row(step)] for s in each])
     final = np.stack([s.energy[step] for s in each])
     drop = np.stack([s.energy[0] - s.energy[step] for s in each])
     counts = [m for m in (2**i for i in range(10)) if m < len(each)] + [len(each)]
@@ -122,7 +123,7 @@ def corruption(
 
 def uncertainty(scores: TokenScores, step: int) -> Numbers:
     """How well a model knows what it does not know: its energy, entropy and confidence against loss and errors."""
-    i = step - 1
+    i = scores.row(step)
     doubts = {"entropy": scores.entropy[i], "1 - confidence": 1 - scores.confidence[i]}
     if len(scores.energy):
         doubts = {"energy": scores.energy[step], **doubts}
@@ -142,25 +143,32 @@ def uncertainty(scores: TokenScores, step: int) -> Numbers:
 
 
 def dynamic_compute(scores: TokenScores, trained: int, flops: Callable[[float], float]) -> Numbers:
-    """Perplexity against mean steps: the same for all positions, or each until its prediction hardly moves.
+    """Perplexity against mean steps: the same for all positions, or as many as each needs.
+
+    A position stops when its prediction hardly moves. Where thinking starts at the context's prediction it needs no
+    step to stop: it does when it is confident, after as many as trained at the latest.
 
     Args:
         scores: of n steps.
         trained: the steps trained with, whose perplexity adaptive stopping is to reach.
         flops: of a position that thinks so many steps.
     """
-    most = len(scores.loss)
     fixed = [
-        {"steps": i + 1, "perplexity": _perplexity(loss), "flops": flops(i + 1)} for i, loss in enumerate(scores.loss)
+        {"steps": taken, "perplexity": _perplexity(loss), "flops": flops(taken)}
+        for taken, loss in enumerate(scores.loss, scores.first)
     ]
+    if scores.first:
+        ways = [({"tolerance": tolerance}, scores.moved <= tolerance) for tolerance in TOLERANCES]
+    else:
+        confidence = scores.confidence[: scores.row(trained) + 1]
+        ways = [({"confidence": enough}, confidence >= enough) for enough in CONFIDENCES]
     adaptive = []
-    for tolerance in TOLERANCES:
-        still = scores.moved <= tolerance
-        taken = np.where(still.any(0), still.argmax(0), most - 1)
+    for way, still in ways:
+        taken = np.where(still.any(0), still.argmax(0), len(still) - 1)
         loss = scores.loss[taken, np.arange(scores.loss.shape[1])]
-        mean = float(taken.mean()) + 1
-        adaptive.append({"tolerance": tolerance, "steps": mean, "perplexity": _perplexity(loss), "flops": flops(mean)})
-    wanted = fixed[trained - 1]
+        mean = float(taken.mean()) + scores.first
+        adaptive.append({**way, "steps": mean, "perplexity": _perplexity(loss), "flops": flops(mean)})
+    wanted = fixed[scores.row(trained)]
     enough = [row for row in adaptive if row["perplexity"] <= 1.005 * wanted["perplexity"]]
     cheapest = min(enough, key=lambda row: row["flops"], default=None)
     share = None if cheapest is None else cheapest["flops"] / wanted["flops"]
@@ -178,8 +186,8 @@ def shift(inside: dict[str, TokenScores], outside: dict[str, TokenScores], refer
     ours = outside[""]
     return {
         "shift": _perplexity(outside[reference].loss[-1]) / _perplexity(inside[reference].loss[-1]),
-        "perplexity": {name: _perplexity(s.loss[step - 1 if not name else -1]) for name, s in outside.items()},
-        "gain over the first step": 1 - _perplexity(ours.loss[step - 1]) / _perplexity(ours.loss[0]),
+        "perplexity": {name: _perplexity(s.loss[s.row(step) if not name else -1]) for name, s in outside.items()},
+        "gain over the first step": 1 - _perplexity(ours.loss[ours.row(step)]) / _perplexity(ours.loss[0]),
         "energy": float(ours.energy[step].mean()),
         "AUROC of being other text, by energy": statistics.auroc(
             np.concatenate([inside[""].energy[step], ours.energy[step]]),
@@ -247,7 +255,8 @@ class _Collected:
 def _collect(run: TrainedRun, options: SuiteOptions, doing: Callable[[str], None]) -> _Collected:
     task = task_as(run.task, Text)
     trained = run.recipe.thinking.max_steps if run.objective.thinks else 1
-    looked_at = max(options.steps or 3 * trained, trained) if run.objective.thinks else 1
+    starts = run.objective.starts_at_context  # more steps than trained lead such a prediction away
+    looked_at = max(options.steps or (1 if starts else 3) * trained, trained) if run.objective.thinks else 1
 
     def scores(micro_batches: Sequence[MicroBatch], most: int = looked_at, start: int = 0) -> TokenScores:
         return score(run.objective, [task.sample(b, run.state.device) for b in micro_batches], most, start)
@@ -283,9 +292,10 @@ def _collect(run: TrainedRun, options: SuiteOptions, doing: Callable[[str], None
 
     def flops_of(taken: float) -> float:
         """Return the FLOPs of a position, which are linear in the steps it takes."""
-        one = cost.inference(1) if run.objective.thinks else cost.inference()
-        more = cost.inference(2) - cost.inference(1) if run.objective.thinks else 0.0
-        return (one + (taken - 1) * more) / length
+        if not run.objective.thinks:
+            return cost.inference() / length
+        one, two = (cost.inference(steps, starts) for steps in (1, 2))
+        return (one + (taken - 1) * (two - one)) / length
 
     about = {
         "name": run.recipe.name,
@@ -321,7 +331,8 @@ def _results(ours: _Collected, baselines: dict[str, _Collected]) -> Numbers:
     kinds = {name: partial(_of_kind, of) for name, of in baselines.items()}
     about = []
     for name, of in models.items():
-        loss, right = of.plain.loss[of.trained - 1], of.plain.right[of.trained - 1]
+        row = of.plain.row(of.trained)
+        loss, right = of.plain.loss[row], of.plain.right[row]
         about.append(
             {
                 **of.about,

@@ -113,7 +113,9 @@ def suite_tables(numbers: dict[str, Any]) -> list[Table]:
         ]
         rows += [
             [
-                f"until it moves less than {r['tolerance']:g}",
+                f"until it moves less than {r['tolerance']:g}"
+                if "tolerance" in r
+                else f"until it is {r['confidence']:g} sure",
                 number(r["steps"], 2),
                 number(r["flops"] / 1e6, 2),
                 number(r["perplexity"], 2),

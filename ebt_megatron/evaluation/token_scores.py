@@ -20,6 +20,8 @@ _START = 1 << 44  # sample ids of another start are so far away, apart from thos
 class TokenScores:
     """Scores of P positions after each of n thinking steps (1 for a feed-forward model).
 
+    Where thinking starts at the context's prediction, [n] is [n + 1]: that prediction comes first.
+
     Attributes:
         target: int64 [P], the token that comes.
         loss: [n, P] after each step, nats.
@@ -31,6 +33,7 @@ class TokenScores:
             would follow it; of a feed-forward model [0, P].
         drawn: int64 [P], a token drawn from the last prediction; and its log-probability, drawn_log_p [P].
         token_energy: [P] of the token that comes, taken as a prediction, on the last landscape; else [0].
+        first: the steps of the first prediction: 1, or 0 where the context gives one.
     """
 
     target: np.ndarray
@@ -43,6 +46,11 @@ class TokenScores:
     drawn_log_p: np.ndarray
     energy: np.ndarray
     token_energy: np.ndarray
+    first: int = 1
+
+    def row(self, steps: int) -> int:
+        """The index of the prediction after so many steps."""
+        return steps - self.first
 
     @property
     def right(self) -> np.ndarray:
@@ -84,7 +92,8 @@ def score(objective: Objective, samples: Iterable[Sample], steps: int, start: in
         start: which of several starts (noises) to think from; and of several draws of tokens.
     """
     parts = [_score(objective, sample, steps, start) for sample in samples]
-    return TokenScores(*(np.concatenate(values, -1) for values in zip(*parts, strict=True)))
+    first = 0 if objective.starts_at_context else 1
+    return TokenScores(*(np.concatenate(values, -1) for values in zip(*parts, strict=True)), first)
 
 
 def _score(objective: Any, sample: Sample, steps: int, start: int) -> list[np.ndarray]:
@@ -105,11 +114,13 @@ def _score(objective: Any, sample: Sample, steps: int, start: int) -> list[np.nd
             record(thinker.descent.prediction.logits, steps)
         thought = thinker.think(steps + 1)  # one more than asked for: its energy is that of the last prediction
         loss, energy = thought.losses[:steps], thought.energies
+        if thought.initial is not None:
+            loss = torch.cat([thought.initial[None], loss])
         embedded = objective.model.modality.prediction_embedding(sample.targets).transpose(0, 1)
         token_energy = objective.model.predict(
             embedded, thinker.key_values(constant=True), thinker.length, sample.segments, steps, tangent=False
         )
-        record.rows = record.rows[1:]
+        record.rows = record.rows[0 if objective.starts_at_context else 1 :]
     watched = [torch.stack(column) for column in zip(*record.rows, strict=True)]
     assert record.last is not None
     generator = torch.Generator(targets.device).manual_seed(start)

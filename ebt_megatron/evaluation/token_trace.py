@@ -50,7 +50,7 @@ def token_trace(run: TrainedRun, sample: Sample, settled: float = 0.1) -> dict[s
     with torch.no_grad():
         thinker = run.objective.thinker(one, watch)  # type: ignore[attr-defined]
         thought = thinker.think(trained + 2)
-    after = torch.stack(predictions)  # [n, S, V]
+    after = torch.stack(predictions[len(predictions) - trained - 2 :])  # [n, S, V], without the context's own
     moved = (after[1:] - after[:-1]).abs().sum(-1) / 2
     needed = torch.where((moved <= settled).any(0), (moved <= settled).int().argmax(0) + 1, len(after))
     losses, energies = thought.losses[trained - 1, :, 0], thought.energies[trained, :, 0]

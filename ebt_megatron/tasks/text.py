@@ -59,6 +59,11 @@ class Text:
             raise RecipeError(
                 "thinking.initial=observed is for video and images, data.modality is text: set noise or zeros"
             )
+        if recipe.thinking.starts_at_context and recipe.thinking.step_rule == "probability_descent":
+            raise RecipeError(
+                "thinking.initial=context needs steps that add up, and thinking.step_rule=probability_descent replaces "
+                "the logits it starts at by their probabilities: set thinking.step_rule=mirror_descent"
+            )
         manifest = source.manifest
         return cls(recipe, manifest.vocab_size, (source.sidecar(), manifest.tokenizer["sha256"]))
 

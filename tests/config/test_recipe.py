@@ -63,7 +63,6 @@ def test_the_resolved_recipe_loads_again(tmp_path):
         (["thinking.engine=double_backward", "parallel.tensor=2"], "single-process"),
         (["thinking.regenerate=-1"], "a number of rows"),
         (["thinking.learned_steps=0"], "at least 1, or null for all"),
-        (["thinking.initial=context"], "set thinking.step_rule=mirror_descent"),
         ([*CONTEXT, "thinking.replay.enabled=true"], "set thinking.replay.enabled=false"),
         ([*CONTEXT, "model.conditioning=adaln_sequence"], "set model.conditioning=time_embed"),
         ([*CONTEXT, "thinking.initial_loss_weight=0"], "greater than 0"),

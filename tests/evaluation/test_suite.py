@@ -51,6 +51,16 @@ def test_thinking_tells_what_each_step_changed():
     assert (second["perplexity"], second["changed"], second["accuracy"]) == (pytest.approx(math.e), 0.5, 1)
 
 
+def test_where_the_context_predicts_a_position_that_is_sure_takes_no_step():
+    each = scores([[1.0, 4], [1, 2]], first=0, confidence=np.array([[0.9, 0.05], [0.9, 0.05]]))
+    assert [row["steps"] for row in suite.thinking(each)] == [0, 1]
+    numbers = suite.dynamic_compute(each, 1, lambda steps: 1 + 2 * steps)
+    assert [row["flops"] for row in numbers["fixed"]] == [1, 3]
+    half = next(row for row in numbers["adaptive"] if row["confidence"] == 0.5)
+    assert (half["steps"], half["flops"]) == (0.5, 2)
+    assert half["perplexity"] == pytest.approx(numbers["fixed"][1]["perplexity"])
+
+
 def test_of_several_starts_the_energy_chooses_and_is_set_beside_an_oracle():
     good_last = [
         scores([[3.0, 1]], energy=[[5, 5], [4, 1]], answer=[[1, 0]]),
@@ -116,14 +126,21 @@ def test_corrupted_text_says_what_is_wrong_in_it(kind):
 
 
 @pytest.mark.parametrize(
-    "overrides", [(), ("model.conditioning=time_embed_sequence",), ("model.architecture=baseline",)]
+    "overrides",
+    [
+        (),
+        ("model.conditioning=time_embed_sequence",),
+        ("model.architecture=baseline",),
+        ("thinking.initial=context", "thinking.step_rule=mirror_descent", "thinking.langevin_noise=0.5"),
+    ],
 )
 def test_scores_are_those_of_validation(overrides):
     recipe = builders.small_recipe("thinking.initial_std=1", *overrides)
     objective, sample = builders.objective(builders.build(recipe), recipe), builders.sample(recipe)
     thought, ours = objective.evaluate(sample, 4), score(objective, [sample, sample], 3)
-    assert ours.loss.shape == (3 if objective.thinks else 1, 40)
-    np.testing.assert_allclose(ours.loss[:, :20], thought.losses.flatten(1)[: len(ours.loss)], rtol=1e-5)
+    assert ours.loss.shape == ours.confidence.shape == (3 + objective.starts_at_context if objective.thinks else 1, 40)
+    losses = thought.losses if thought.initial is None else torch.cat([thought.initial[None], thought.losses])
+    np.testing.assert_allclose(ours.loss[:, :20], losses.flatten(1)[: len(ours.loss)], rtol=1e-5)
     assert np.array_equal(ours.loss[:, :20], ours.loss[:, 20:])
     assert (ours.confidence <= 1).all() and (ours.entropy >= 0).all()
     likely = ours.right[-1]

@@ -12,6 +12,7 @@ from ebt_megatron.tasks.build import build_model
 from ebt_megatron.tasks.text import Text, padded
 from tests.builders import VOCAB, small_recipe
 from tests.distributed_utils import run_ranks
+from tests.tasks import latents
 
 
 def model_of(*overrides):
@@ -40,6 +41,15 @@ def test_a_modality_there_is_not_is_refused(modality):
 
 def test_a_class_of_ones_own_is_found():
     assert task_class("ebt_megatron.tasks.text:Text") is task_class("text") is Text
+
+
+def test_thinking_starts_at_the_context_s_prediction_only_where_there_is_one():
+    with pytest.raises(RecipeError, match=r"set thinking\.step_rule=mirror_descent"):
+        Text.from_data(small_recipe("thinking.initial=context"), None)
+    recipe = latents.pictures_recipe("thinking.initial=context")
+    initialize(recipe.parallel, recipe.training.seed)
+    with pytest.raises(RecipeError, match=r"an energy for each position, which data\.modality=images has not"):
+        build_model(recipe, latents.task(recipe))
 
 
 def test_the_vocabulary_is_padded_to_a_multiple():

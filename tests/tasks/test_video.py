@@ -40,17 +40,16 @@ MODES = {
     "reuse": (Plan((0.5, 0.5), "detached"), ("thinking.reuse=true", "thinking.step_size_scale=2")),
     "from the context": (
         Plan((0.2, 0.3), "detached", 0.5),
-        ("thinking.initial=context", "thinking.step_rule=mirror_descent", "thinking.reuse=true"),
+        ("thinking.initial=context", "thinking.reuse=true"),
     ),
     "from the context, full, changes": (
         Plan((0.2, 0.3), "full", 0.5),
-        ("thinking.initial=context", "thinking.step_rule=mirror_descent", "video.predicts=change"),
+        ("thinking.initial=context", "video.predicts=change"),
     ),
     "from the context, truncated": (
         Plan((0.2, 0.3), "truncated", 0.5),
         (
             "thinking.initial=context",
-            "thinking.step_rule=mirror_descent",
             "video.tokens_per_side=2",
             "thinking.langevin_noise=0.5",
         ),
@@ -151,7 +150,6 @@ RECIPES = {
     "from the context": (
         "thinking.max_steps=2",
         "thinking.initial=context",
-        "thinking.step_rule=mirror_descent",
         "video.predicts=change",
     ),
     "Transformer++": ("model.architecture=baseline",),
