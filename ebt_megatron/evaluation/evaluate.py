@@ -16,7 +16,8 @@ def evaluate(run: TrainedRun, steps: int | None = None, example: bool = True) ->
 
     Args:
         run: opened with its validation data.
-        steps: the most thinking steps; default: twice those trained with.
+        steps: the most thinking steps; default: twice those trained with, or as many where thinking starts at the
+            context's prediction.
         example: also follow one prediction (one process only).
 
     Raises:
@@ -48,7 +49,6 @@ def evaluate(run: TrainedRun, steps: int | None = None, example: bool = True) ->
         "step": run.step,
         "tokens": run.tokens,
         "positions": result.positions,
-        "parameters": sum(p.numel() for p in run.model.parameters()) if run.state.world_size == 1 else None,
         "parameters": sum(p.numel() for p in run.model.parameters()) if run.state.world_size == 1 else None,
         "trained_steps": trained,
         "thinking": rows,
