@@ -66,7 +66,7 @@ class EnergyTransformer(Landscapes, Backbone):
         self.num_landscapes = thinking.num_landscapes
         self.context_sees_step = model.conditioning in ("time_embed_sequence", "adaln_sequence")
         self.step_tokens = int(model.conditioning == "time_embed_sequence")
-        self.starts_thinking = thinking.starts_at_context
+        self.starts_thinking = thinking.starts_at_context and self.separable
         self.modality = modality
         width, dtype = config.hidden_size, config.params_dtype
         adaptive = model.conditioning.startswith("adaln")
