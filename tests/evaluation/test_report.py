@@ -230,10 +230,10 @@ def test_half_a_row_is_read_over_and_files_are_named(runs, capsys):
 def test_runs_of_one_recipe_are_told_apart(runs, tmp_path):
     other = shutil.copytree(runs["ebt"], tmp_path / "other" / "second")
     third = shutil.copytree(runs["ebt"], tmp_path / "third" / "second")
-    paths = [runs["ebt"], other, runs["transformer"]]
+    paths = [runs["ebt"], other, runs["baseline"]]
     labels = lambda *given: [run.label for run in RunFiles.read_all(*given)]  # noqa: E731
-    assert labels(paths) == ["ebt (ebt)", "ebt (second)", "transformer"]
-    assert labels([*paths, third]) == ["ebt (ebt)", str(other), "transformer", str(third)]
+    assert labels(paths) == ["ebt (ebt)", "ebt (second)", "baseline"]
+    assert labels([*paths, third]) == ["ebt (ebt)", str(other), "baseline", str(third)]
     assert labels(paths, ["a", "b", "c"]) == ["a", "b", "c"]
     for given, said in (
         ((paths, ["a"]), "1 labels for 3 runs"),

@@ -117,12 +117,12 @@ def test_prompts_are_lines_that_newlines_end(runs, tmp_path):
     inside = "word3 \u2028 word4 \x85 word5 \x0c word6 \x1c word7"
     text = "\ufeffword1\r\n" + json.dumps({"prompt": inside}, ensure_ascii=False) + "\n" + inside + '\n"\\ud800"\n""\n'
     file.write_bytes(text.encode() + b"word\xff\n")
-    done = call(runs / "transformer", "--prompts", file, "--max-tokens", 2, "--output", "-")
+    done = call(runs / "baseline", "--prompts", file, "--max-tokens", 2, "--output", "-")
     assert done.exit_code == 0, done.output
     prompts = [json.loads(line)["prompt"] for line in done.stdout.splitlines()]
     assert prompts == ["word1", inside, inside, "\ufffd", "", "word\ufffd"]
     assert done.stderr.count("2 bytes or surrogates that are no UTF-8 were read as U+FFFD") == 1
-    plain = call(runs / "transformer", "--prompts", "-", "--max-tokens", 2, stdin="word1\n")
+    plain = call(runs / "baseline", "--prompts", "-", "--max-tokens", 2, stdin="word1\n")
     assert plain.stdout.startswith("word1") and plain.exit_code == 0
 
 

@@ -125,7 +125,7 @@ def lm(tmp_path):
     from ebt_megatron.inference.lm_eval_adapter import RunLM
     from tests.inference.models import texts_with
 
-    run = run_of(RECIPES["transformer"])
+    run = run_of(RECIPES["baseline"])
     pieces = ["<|endoftext|>", *"abcdehlo w", "he", "hel", "lo", "hello"]
     merges = [("h", "e"), ("he", "l"), ("l", "o"), ("hel", "lo")]
     tokenizer = Tokenizer(models.BPE({piece: i for i, piece in enumerate(pieces)}, merges))

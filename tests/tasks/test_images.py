@@ -234,7 +234,7 @@ def test_the_variational_bound_is_the_divergence_of_two_gaussians(at):
 def test_levels_of_a_dit():
     for levels, low, high in (("all", 0, 999), ("range", 10, 19)):
         recipe = latents.pictures_recipe(
-            "model.architecture=transformer",
+            "model.architecture=baseline",
             "images.lowest_level=10",
             "images.highest_level=19",
             f"images.dit_levels={levels}",
