@@ -56,6 +56,7 @@ setup(
         "remote": ["s3fs>=2024.6", "huggingface_hub>=0.24"],  # s3:// and hf:// inputs and shards; fsspec has more
         "wandb": ["wandb>=0.18"],  # training.metrics=[jsonl,tensorboard,wandb]
         "encoders": ["diffusers>=0.30", "transformers>=4.45"],  # a VAE or DINOv2 from your disk
+        "hf": ["transformers>=5", "huggingface_hub>=1"],  # ebt_megatron.hf, push_to_hub
         "lm-eval": ["lm_eval>=0.4.10"],  # ebt-lm-eval
         "docs": [
             "mkdocs>=1.6,<2",
@@ -82,6 +83,7 @@ setup(
             "python-sat>=1.8.dev13",
             "wandb>=0.18",
             "lm_eval>=0.4.10",
+            "transformers>=5",
         ],
     },
 )

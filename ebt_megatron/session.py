@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ebt_megatron.checkpoint.checkpoints import Checkpoints, fingerprint
+from ebt_megatron.checkpoint.exported import is_exported, load_weights
 from ebt_megatron.config import Recipe, RecipeError, check, load_recipe
 from ebt_megatron.core.timing import Timers
 from ebt_megatron.data.description import Description
@@ -15,7 +16,7 @@ from ebt_megatron.data.loader import Loader
 from ebt_megatron.model.sharding import StageModule
 from ebt_megatron.objectives import build_objective
 from ebt_megatron.objectives.interface import Objective
-from ebt_megatron.parallel.setup import ParallelState, initialize, shutdown
+from ebt_megatron.parallel.setup import ALONE, ParallelState, initialize, shutdown
 from ebt_megatron.tasks import Task, open_task
 from ebt_megatron.tasks.build import build_model
 
@@ -125,6 +126,40 @@ def recipe_of(run_dir: Path, overrides: Sequence[str] = ()) -> Recipe:
     return load_recipe(saved, [*_ONE_PROCESS, *overrides])
 
 
+def load_run(
+    run_dir: Path, overrides: Sequence[str] = (), splits: Sequence[str] = ("validation",), alone: bool = False
+) -> TrainedRun:
+    """A run's model, ready to be used; the process groups stay.
+
+    Args:
+        run_dir, overrides, splits: see `open_run`.
+        alone: this process is all there is, whatever a launcher says.
+    """
+    recipe = recipe_of(run_dir, overrides)
+    if alone:
+        initialize(recipe.parallel, recipe.training.seed, ALONE)
+    described = run_dir if is_exported(run_dir) else run_dir / DATA
+    if described == run_dir:
+        recipe.training.output_dir = str(run_dir)  # what messages call it
+    if splits or not (described / "manifest.json").exists():  # runs of earlier versions keep nothing
+        session = Session.open(recipe, splits or ["validation"])
+    else:
+        session = Session.open(recipe, [], Description(str(described)))
+    model = build_model(recipe, session.task).to(session.state.device)
+    if described == run_dir:
+        step, tokens = load_weights(run_dir, model, recipe, session.identity)
+    else:
+        checkpoints = Checkpoints(run_dir / "checkpoints", 1, session.identity)
+        newest = checkpoints.newest_good()
+        if newest is None:
+            raise RecipeError(f"{run_dir} holds no good checkpoint: train it first")
+        step, extra, _ = checkpoints.load(newest, model)
+        tokens = extra["tokens"]
+    model.eval()
+    objective = build_objective(model, recipe, session.task, session.state, Timers())
+    return TrainedRun(**vars(session), model=model, objective=objective, step=step, tokens=tokens)
+
+
 @contextmanager
 def open_run(
     run_dir: Path, overrides: Sequence[str] = (), splits: Sequence[str] = ("validation",)
@@ -132,7 +167,7 @@ def open_run(
     """A run's model, ready to be used, until the context ends.
 
     Args:
-        run_dir: a training.output_dir.
+        run_dir: a training.output_dir, or a folder of `ebt-convert export`.
         overrides: of its recipe: key=value.
         splits: which data to open besides; with none, what the run keeps of its data does, and the run directory is
             all that is needed.
@@ -141,18 +176,5 @@ def open_run(
         RecipeError: where it is no run directory, or holds no checkpoint.
         DataError: where the data does not fit.
     """
-    recipe = recipe_of(run_dir, overrides)
-    if splits or not (run_dir / DATA / "manifest.json").exists():  # runs of earlier versions keep nothing
-        session = Session.open(recipe, splits or ["validation"])
-    else:
-        session = Session.open(recipe, [], Description(str(run_dir / DATA)))
-    model = build_model(recipe, session.task).to(session.state.device)
-    checkpoints = Checkpoints(run_dir / "checkpoints", 1, session.identity)
-    newest = checkpoints.newest_good()
-    if newest is None:
-        raise RecipeError(f"{run_dir} holds no good checkpoint: train it first")
-    step, extra, _ = checkpoints.load(newest, model)
-    model.eval()
-    objective = build_objective(model, recipe, session.task, session.state, Timers())
-    yield TrainedRun(**vars(session), model=model, objective=objective, step=step, tokens=extra["tokens"])
+    yield load_run(run_dir, overrides, splits)
     shutdown()

@@ -1,4 +1,4 @@
-"""Weights out of and into runs: `ebt-convert export RUN OUT.safetensors`, `ebt-convert import IN.safetensors`.
+"""Models out of runs, weights into them: `ebt-convert export RUN FOLDER`, `ebt-convert import IN.safetensors`.
 
 What is written is plain: every weight whole, whatever layout the run has, with its recipe as metadata.
 """
@@ -11,7 +11,7 @@ from typing import Any
 import typer
 from rich.console import Console
 
-from ebt_megatron.config import ParallelConfig, RecipeError, load_recipe, to_yaml
+from ebt_megatron.config import RecipeError, load_recipe, to_yaml
 from ebt_megatron.core.cli import guarded, quiet_libraries
 from ebt_megatron.core.files import write_whole
 
@@ -26,7 +26,7 @@ _ONE_PROCESS = [
 
 
 def export_weights(source: Path, output: Path) -> tuple[Path, int]:
-    """Write a checkpoint's weights as safetensors.
+    """Write a checkpoint's weights as one safetensors file.
 
     Args:
         source: a run's folder (its newest good checkpoint is taken), or a checkpoint's.
@@ -38,35 +38,12 @@ def export_weights(source: Path, output: Path) -> tuple[Path, int]:
     Raises:
         RecipeError: if there is no good checkpoint, or no recipe beside it.
     """
-    from megatron.core import dist_checkpointing
+    from ebt_megatron.checkpoint.weights import write_weights
+    from ebt_megatron.sharing.export import Saved
 
-    from ebt_megatron.checkpoint.checkpoints import Checkpoints
-    from ebt_megatron.checkpoint.history import CheckpointError, verify
-    from ebt_megatron.checkpoint.weights import checkpoint_weights, write_weights
-    from ebt_megatron.parallel.setup import initialize
-
-    source = source.resolve()
-    is_checkpoint = (source / "checksums.json").exists()
-    run = source.parents[1] if is_checkpoint else source
-    if not (run / "checkpoints").is_dir() or not (run / "recipe.yaml").exists():
-        raise RecipeError(f"{source} is neither a run (recipe.yaml, checkpoints/) nor a checkpoint inside one")
-    initialize(ParallelConfig(), seed=0)
-    if is_checkpoint:
-        try:
-            verify(source)
-        except CheckpointError as error:
-            raise RecipeError(f"damaged checkpoint: {error}") from None
-        folder = source
-    else:
-        newest = Checkpoints(run / "checkpoints", 1, {}).newest_good()
-        if newest is None:
-            raise RecipeError(f"{run} holds no good checkpoint: train it first")
-        folder = newest
-    common = dist_checkpointing.load_common_state_dict(str(folder))
-    weights = checkpoint_weights(folder)
-    recipe = to_yaml(load_recipe(run / "recipe.yaml"))
-    write_weights(output, weights, recipe, common["fingerprint"], common["step"])
-    return folder, sum(w.numel() for w in weights.values())
+    saved = Saved.read(source)
+    write_weights(output, saved.weights, to_yaml(saved.recipe), saved.fingerprint, saved.step)
+    return saved.checkpoint, sum(w.numel() for w in saved.weights.values())
 
 
 def latent_scale(encoder: dict[str, Any]) -> float | None:
@@ -120,16 +97,29 @@ def import_weights(source: Path, recipe: Path, output: Path, overrides: list[str
 @app.command("export")
 def export_command(
     source: Path = typer.Argument(..., help="A training.output_dir, or one of its checkpoints/step-NNNNNNNN."),
-    output: Path = typer.Argument(..., help="The safetensors file to write."),
+    output: Path = typer.Argument(..., help="The folder to write, or a file NAME.safetensors of the weights alone."),
+    push: str | None = typer.Option(None, help="Also upload the folder to the Hub as USER/MODEL, private."),
 ) -> None:
-    """Write a run's weights as one safetensors file."""
+    """Write a run's model as a folder that others can use: weights, config, tokenizer or encoder, model card."""
 
     def work() -> None:
         quiet_libraries()
         from ebt_megatron.parallel.setup import shutdown
 
-        folder, count = export_weights(source, output)
-        Console(soft_wrap=True, highlight=False).print(f"{folder}: {count:,} weights written to {output}")
+        console = Console(soft_wrap=True, highlight=False)
+        if output.suffix == ".safetensors":
+            if push:
+                raise RecipeError(f"--push uploads a folder, {output} is a file: give a folder")
+            folder, count = export_weights(source, output)
+            console.print(f"{folder}: {count:,} weights written to {output}")
+        else:
+            from ebt_megatron.sharing.export import export_folder
+            from ebt_megatron.sharing.hub import push_to_hub
+
+            saved = export_folder(source, output)
+            console.print(f"{saved.checkpoint}: model of {saved.step:,} steps written to {output}")
+            if push:
+                console.print(f"uploaded to {push_to_hub(output, push)}")
         shutdown()
 
     guarded(work)

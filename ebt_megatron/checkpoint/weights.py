@@ -13,6 +13,7 @@ metadata says which model it is, so that weights of the right shapes and the wro
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,12 @@ def checkpoint_weights(folder: Path) -> dict[str, Tensor]:
     return {name: loaded[name] for name in wanted}
 
 
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
 def write_weights(
     path: Path, weights: dict[str, Tensor], recipe: str, fingerprint: dict[str, Any], step: int | None = None
 ) -> None:
@@ -64,6 +71,7 @@ def write_weights(
     try:
         with replacing(path) as partial:
             save_file({name: w.detach().cpu().contiguous() for name, w in weights.items()}, partial, metadata)
+            partial.chmod(0o666 & ~_umask())  # the library lets none but the owner read it
     except (OSError, SafetensorError) as error:
         raise RecipeError(f"{path} cannot be written ({error})") from None
 

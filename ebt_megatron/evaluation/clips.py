@@ -15,7 +15,9 @@ from ebt_megatron.tasks.video import Video
 
 
 @torch.no_grad()
-def rolled_out(run: TrainedRun, frames: Tensor, given: int, steps: int | None = None) -> Tensor:
+def rolled_out(
+    run: TrainedRun, frames: Tensor, given: int, steps: int | None = None, until: int | None = None
+) -> Tensor:
     """Clips [B, F, patches, channels] of which the first `given` frames are true, and each later one is predicted.
 
     Args:
@@ -23,12 +25,13 @@ def rolled_out(run: TrainedRun, frames: Tensor, given: int, steps: int | None = 
         frames: true clips [B, F, patches, channels].
         given: frames to go on from, at least 1.
         steps: thinking steps of each frame; default: those trained with.
+        until: the last frame to predict, not included; default: all.
     """
     steps, task = steps or run.recipe.thinking.max_steps, task_as(run.task, Video)
     clip = torch.zeros_like(frames)  # what is not there yet is not seen: the model is causal
     clip[:, :given] = frames[:, :given]
     ids = torch.arange(len(frames)) + (1 << 51)  # apart from training's and validation's
-    for frame in range(given, frames.shape[1]):
+    for frame in range(given, until or frames.shape[1]):
         made: list[Tensor] = []
 
         def keep(prediction: Any, made: list[Tensor] = made) -> None:

@@ -26,6 +26,7 @@ from ebt_megatron.core.launch import Launch, detect_launch
 from ebt_megatron.parallel import cpu_backend
 
 _bring_ups = itertools.count()
+ALONE = Launch("single", 0, 1, 0, "")
 
 
 @dataclass(frozen=True)
@@ -158,7 +159,7 @@ def _join(launch: Launch, backend: str, timeout: timedelta) -> None:
         ) from None
 
 
-def initialize(parallel: ParallelConfig, seed: int) -> ParallelState:
+def initialize(parallel: ParallelConfig, seed: int, launch: Launch | None = None) -> ParallelState:
     """Join the other ranks, build the process groups and seed the generators.
 
     Ranks are laid out tensor-parallel innermost, then data-parallel, then pipeline (megatron-core's order).
@@ -168,12 +169,13 @@ def initialize(parallel: ParallelConfig, seed: int) -> ParallelState:
     Args:
         parallel: sizes of the axes; data parallelism takes the ranks that are left.
         seed: of the default generator (equal on all ranks) and of megatron-core's tensor-parallel states.
+        launch: this process's place; default: what the launcher says.
 
     Raises:
         RecipeError: when the number of ranks is no multiple of tensor × pipeline, or they cannot be met.
     """
     cpu_backend.install()
-    launch = detect_launch()
+    launch = launch or detect_launch()
     cuda = torch.cuda.is_available()
     if not dist.is_initialized():
         ranks_per_model = parallel.tensor * parallel.pipeline

@@ -1,0 +1,1 @@
+"""Trained models in Python: `ebt_megatron.load`, and what a model of each modality can do."""

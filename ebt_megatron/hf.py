@@ -1,0 +1,158 @@
+"""Exported folders in transformers: `import ebt_megatron.hf`, then `AutoModelForCausalLM.from_pretrained(FOLDER)`.
+
+The logits are those that thinking ends with, so that what transformers and its friends do with logits (generation,
+perplexity, lm-eval's stock `hf` model) works. Nothing is trained through them: training is `ebt-train`'s.
+A Transformer++ needs none of this, its folder is a Llama's.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PretrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutput
+
+from ebt_megatron.api.loading import load
+from ebt_megatron.api.text import TextModel
+from ebt_megatron.core.errors import RecipeError
+from ebt_megatron.inference.options import ThinkingOptions
+
+
+class EBTConfig(PretrainedConfig):
+    """What an exported folder's config.json says.
+
+    Args:
+        thinking: fields of `ThinkingOptions`, e.g. {"steps": 8}; default: as trained.
+        others: see `sharing/export.py`.
+    """
+
+    model_type = "ebt"
+
+    def __init__(self, thinking: dict[str, Any] | None = None, **others: Any):
+        self.thinking = thinking or {}
+        super().__init__(**others)
+
+
+class EBTForCausalLM(PreTrainedModel, GenerationMixin):
+    """An exported EBT of text.
+
+    Args:
+        config: the folder's.
+        loaded: the model; default: loaded from the folder that the config was read from.
+    """
+
+    config_class = EBTConfig
+    base_model_prefix = "ebt"
+    main_input_name = "input_ids"
+    _supports_cache_class = False
+
+    def __init__(self, config: EBTConfig, loaded: TextModel | None = None):
+        super().__init__(config)
+        self.loaded: TextModel = load(str(config.name_or_path)) if loaded is None else loaded
+        self.ebt: nn.Module = self.loaded.run.model
+        self.predictor = self.loaded.predictor(ThinkingOptions.of(config.thinking))
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **given: Any) -> EBTForCausalLM:
+        """Load an exported folder, or a model of the Hub.
+
+        Args:
+            pretrained_model_name_or_path: a folder, or USER/MODEL.
+            args: none are known.
+            given: config, device_map (one device), dtype or torch_dtype, revision, and fields of `EBTConfig`.
+
+        Raises:
+            RecipeError: where it is none of text, or its loading is told something that does not do.
+        """
+        name = pretrained_model_name_or_path
+        config = given.pop("config", None)
+        known = {f: given.pop(f) for f in ("thinking",) if f in given}
+        if config is None:
+            config = EBTConfig.from_pretrained(name, revision=given.get("revision") or "main")
+        for key, value in known.items():
+            setattr(config, key, value)
+        dtype = given.get("dtype", given.get("torch_dtype"))
+        if isinstance(dtype, str) and dtype == "auto":
+            dtype = None
+        place = given.get("device_map")
+        if isinstance(place, dict):
+            if len(set(place.values())) != 1:
+                raise RecipeError("device_map: an EBT is on one device: give its name")
+            place = next(iter(place.values()))
+        if isinstance(place, int):
+            place = f"cuda:{place}"
+        if place in ("auto", "balanced", "sequential"):
+            place = None
+        loaded = load(Path(name) if Path(name).is_dir() else name, place, dtype, given.get("revision"))
+        if not isinstance(loaded, TextModel):
+            raise RecipeError(f"{name} is a model of {loaded.recipe.data.modality}, which predicts no tokens")
+        return cls(config, loaded).eval()
+
+    def save_pretrained(self, *_: Any, **__: Any) -> None:
+        """Refused: a folder of weights that transformers cut is none of ours; copy the exported folder."""
+        raise RecipeError("nothing was trained here: copy the exported folder, or export the run again")
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The tokens' table."""
+        return self.ebt.modality.context.table  # type: ignore[union-attr,return-value]
+
+    @torch.no_grad()
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        logits_to_keep: int = 0,
+        return_dict: bool | None = None,
+        **_: Any,
+    ) -> Any:
+        """Log-probabilities of what follows every token: logits that thinking ended with, normalised.
+
+        Args:
+            input_ids: int64 [B, S].
+            attention_mask: [B, S], 0 where there is padding, at whichever side; positions count without it.
+            labels: int64 [B, S], -100 where none: also the mean cross-entropy of what follows, which has no gradient.
+            logits_to_keep: of how many of the last positions; 0: all.
+            return_dict: False: a tuple.
+
+        Returns:
+            Loss (or None) and logits [B, S or logits_to_keep, V]; zeros at padding.
+        """
+        batch, length = input_ids.shape
+        there = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
+        kept = length if not logits_to_keep or labels is not None else min(logits_to_keep, length)
+        positions = there.long().cumsum(1) - 1
+        wanted = there.clone()
+        wanted[:, : length - kept] = False
+        logits = torch.zeros(batch, length, self.predictor.vocab_size, device=input_ids.device)
+        most = int(there.sum(1).max())
+        context = self.predictor.context(batch, most, length)
+        ids = torch.zeros(batch, dtype=torch.int64, device=input_ids.device)
+        rows = torch.arange(batch, device=input_ids.device)[:, None].expand_as(input_ids)
+        found = self.predictor(context, rows[there], positions[there], input_ids[there], wanted[there], ids, 0)
+        logits[wanted] = found.log_p.to(logits)
+        logits = logits[:, length - kept :]
+        loss = None
+        if labels is not None:
+            targets = labels[:, 1:].masked_fill(~there[:, :-1], -100)  # padding predicts nothing
+            loss = nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), targets.flatten(), ignore_index=-100)
+        if return_dict is False:
+            return (logits,) if loss is None else (loss, logits)
+        return CausalLMOutput(loss=loss, logits=logits)
+
+    def prepare_inputs_for_generation(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, **_: Any
+    ) -> dict[str, Any]:
+        """Everything so far, and the last position's logits: keys and values are not kept between tokens here."""
+        return {"input_ids": input_ids, "attention_mask": attention_mask, "logits_to_keep": 1}
+
+    def _prepare_cache_for_generation(self, *_: Any, **__: Any) -> bool:
+        """No cache."""
+        return False
+
+
+AutoConfig.register("ebt", EBTConfig, exist_ok=True)
+AutoModelForCausalLM.register(EBTConfig, EBTForCausalLM, exist_ok=True)
