@@ -12,7 +12,7 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.11",
     packages=[*find_packages(include=["ebt_megatron*"]), "ebt_megatron.recipes"],
-    package_data={"ebt_megatron.recipes": ["**/*"]},
+    package_data={"ebt_megatron.recipes": ["**/*"], "ebt_megatron.serve": ["page.html"]},
     entry_points={
         "console_scripts": [
             "ebt-train = ebt_megatron.train:app",
@@ -26,6 +26,7 @@ setup(
             "ebt-import = ebt_megatron.tools.import_ebt_checkpoint:app",
             "ebt-pictures = ebt_megatron.tools.pictures:app",
             "ebt-report = ebt_megatron.report:app",
+            "ebt-serve = ebt_megatron.serve.server:command",
         ]
     },
     install_requires=[
@@ -57,6 +58,7 @@ setup(
         "wandb": ["wandb>=0.18"],  # training.metrics=[jsonl,tensorboard,wandb]
         "encoders": ["diffusers>=0.30", "transformers>=4.45"],  # a VAE or DINOv2 from your disk
         "hf": ["transformers>=5", "huggingface_hub>=1"],  # ebt_megatron.hf, push_to_hub
+        "serve": ["fastapi>=0.115", "uvicorn>=0.30"],  # ebt-serve
         "lm-eval": ["lm_eval>=0.4.10"],  # ebt-lm-eval
         "docs": [
             "mkdocs>=1.6,<2",
@@ -84,6 +86,9 @@ setup(
             "wandb>=0.18",
             "lm_eval>=0.4.10",
             "transformers>=5",
+            "fastapi>=0.115",
+            "uvicorn>=0.30",
+            "httpx>=0.27",
         ],
     },
 )

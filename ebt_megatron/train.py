@@ -20,12 +20,23 @@ def _list_recipes(asked: bool) -> None:
         raise typer.Exit
 
 
+def _explain(key: str | None) -> None:
+    if key:
+        from ebt_megatron.config.explain import explain
+
+        guarded(lambda: print(explain(key)))
+        raise typer.Exit
+
+
 @app.command(epilog="Keys: " + ", ".join(all_keys()))
 def main(
     recipe: Path = typer.Argument(..., help="A name of --list, e.g. text/s1_xxs, or a YAML file."),
     overrides: list[str] = typer.Argument(None, help="key=value pairs, e.g. model.hidden_size=256."),
     show_list: bool = typer.Option(
         False, "--list", is_eager=True, callback=_list_recipes, help="Show the recipes that come with this, and stop."
+    ),
+    explained: str | None = typer.Option(
+        None, "--explain", metavar="KEY", is_eager=True, callback=_explain, help="Say what a key, or 'all', means."
     ),
     print_config: bool = typer.Option(False, "--print-config", help="Print the resolved recipe and stop."),
     dry_run: bool = typer.Option(False, "--dry-run", help="Build everything, check data and layout, take no step."),

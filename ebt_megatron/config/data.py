@@ -15,10 +15,10 @@ class DataConfig:
     modality: str = "text"  # a name of ebt_megatron.tasks, or package.module:Class of your own (docs/extending.md)
     train: list[str] = paths()  # shard folders (with manifest.json) or URLs
     train_weights: list[float] = field(default_factory=list)  # blend; default: by sample count
-    validation: list[str] = paths()
+    validation: list[str] = paths()  # the same of held-out samples
     sequence_length: int = positive(256)  # tokens predicted per sample
     document_mask: bool = False  # attention stays inside a document of a packed sequence
-    shuffle: bool = True
+    shuffle: bool = True  # a new random order each epoch; false: as stored
     # samples are mixed within random groups of so many shards; 0: with all others
     shuffle_shards: int = at_least(0, 0, ": a number of shards, or 0 for all")
     prefetch: int = positive(32)  # micro-batches a background thread keeps ready, at least

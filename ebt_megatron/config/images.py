@@ -16,11 +16,11 @@ class ImagesConfig:
     product of 1 - beta over the steps, beta linear (arXiv 2006.11239).
     """
 
-    schedule_steps: int = positive(1000)  # T
-    beta_first: float = positive(1e-4)
-    beta_last: float = positive(0.02)
+    schedule_steps: int = positive(1000)  # T, the steps of the schedule
+    beta_first: float = positive(1e-4)  # beta of the first step
+    beta_last: float = positive(0.02)  # beta of the last step
     lowest_level: int = at_least(0, 99)  # an EBT is trained to denoise levels drawn from these; a DiT see dit_levels
-    highest_level: int = at_least(0, 99)
+    highest_level: int = at_least(0, 99)  # the highest of the levels that an EBT is trained on
     # levels that a DiT is trained on: those of the whole schedule | those from lowest_level to highest_level
     dit_levels: str = one_of("all", "range", default="all")
     see_level: bool = True  # an EBT that denoises is conditional on the level; a DiT always is

@@ -27,10 +27,10 @@ class ModelConfig:
 
     architecture: str = one_of("ebt", "baseline", default="ebt")  # baseline: Transformer++; of images a DiT
     size: str | None = None  # a name of MODEL_SIZES; explicit fields below win over it
-    num_layers: int | None = positive(None)
-    num_attention_heads: int | None = positive(None)
+    num_layers: int | None = positive(None)  # layers; default: the size's
+    num_attention_heads: int | None = positive(None)  # query heads; default: the size's
     num_query_groups: int | None = positive(None)  # grouped-query attention; default: num_attention_heads
-    hidden_size: int | None = positive(None)
+    hidden_size: int | None = positive(None)  # width; default: the size's
     ffn_hidden_size: int | None = positive(None)  # default: hidden_size (multiplier 1, as the paper)
     # how the step index enters
     conditioning: str = one_of(
@@ -42,8 +42,8 @@ class ModelConfig:
     # linear: <w, n> of the last hidden state, normalised (the paper's) | quadratic: and 1/2 sum_i q_i h_i^2 of the
     # hidden state itself, whose gradient reads it out as a Transformer's output does (docs/learning.md)
     energy_head: str = one_of("linear", "quadratic", default="linear")
-    norm_epsilon: float = 1e-5
-    rotary_base: float = 10000.0
+    norm_epsilon: float = 1e-5  # added to the mean square by RMSNorm
+    rotary_base: float = 10000.0  # of the angles of rotary positions
     vocab_multiple: int = positive(128)  # the vocabulary is padded to a multiple of this
     kernels: str = one_of("auto", "reference", "torch", "triton", default="auto")  # auto: triton on CUDA, else torch
     recompute_layers: bool = False  # recompute context activations in the backward pass

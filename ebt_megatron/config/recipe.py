@@ -19,7 +19,7 @@ from ebt_megatron.core.errors import RecipeError
 class Recipe:
     """A recipe: everything that one run is."""
 
-    name: str = "run"
+    name: str = "run"  # what the run is called, in metrics and reports
     model: ModelConfig = field(default_factory=ModelConfig)
     thinking: ThinkingConfig = field(default_factory=ThinkingConfig)
     data: DataConfig = field(default_factory=DataConfig)

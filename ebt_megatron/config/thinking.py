@@ -20,7 +20,7 @@ class ReplayConfig:
 class ThinkingConfig:
     """How predictions are optimised, and which gradient trains the energy."""
 
-    min_steps: int = positive(2)
+    min_steps: int = positive(2)  # training draws its number of steps from [min, max]
     max_steps: int = 2  # evaluation thinks this many steps; training draws from [min, max]
     # energies that steps descend, told apart by model.conditioning; steps beyond share the last
     landscapes: int | None = at_least(1, None, ", or null for one a step")
@@ -30,12 +30,12 @@ class ThinkingConfig:
     # of the losses of every step, learn from so many, drawn anew each iteration
     learned_steps: int | None = at_least(1, None, ", or null for all")
     gradient: str = one_of("detached", "full", "truncated", default="detached")  # see docs/design.md
-    step_size: float = positive(30.0)
-    learn_step_size: bool = True
+    step_size: float = positive(30.0)  # alpha, where it starts
+    learn_step_size: bool = True  # train alpha
     step_size_lr_multiplier: float | None = None  # default: 3 x step_size, as the paper's 1500 for 500
     # its learning rate ends at min_lr_ratio of its own peak | of the model's, as in the public code
     step_size_lr_floor: str = one_of("own", "model", default="own")
-    step_size_min: float = positive(1e-4)
+    step_size_min: float = positive(1e-4)  # alpha is never below
     step_size_scale: float = at_least(1, 1.0)  # alpha is drawn per position from [alpha/scale, alpha*scale]
     langevin_noise: float = 0.0  # standard deviation added before each step
     # to what: the prediction itself, or, of latents, what the model reads of it, which leaves the prediction as it is
