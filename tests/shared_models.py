@@ -14,7 +14,7 @@ from tests.training.runs import DOCUMENTS, recipe_of
 MODELS = {
     "ebt": ("model.architecture=ebt",),
     "noisy": ("model.architecture=ebt", "thinking.initial_std=1", "model.conditioning=time_embed_sequence"),
-    "transformer": ("model.architecture=transformer", "model.vocab_multiple=48"),
+    "transformer": ("model.architecture=baseline", "model.vocab_multiple=48"),
 }
 
 

@@ -27,6 +27,7 @@ COMMANDS = (
     "import",
     "pictures",
     "report",
+    "serve",
     "generate",
     "lm-eval",
 )

@@ -307,7 +307,7 @@ class TextModel(Model):
         h = engine.read(cache, rows, positions, tokens)
         state = self._start(engine, positions[-1:], h[-1:], seed)
         queries = Queries(rows[-1:], positions[-1:] + cache.sinks)
-        schedule = options.schedule(engine.landscapes)
+        schedule = options.schedule(engine.landscapes, self.recipe.thinking.max_steps)
 
         def shown(step: int, energy: float) -> Thought:
             p = state.log_probabilities()[0].exp()

@@ -29,7 +29,7 @@ _NORM = {"final_norm.weight": "model.norm.weight"}
 def is_llama_shaped(recipe: Recipe) -> bool:
     """Whether a recipe's model is one that Llama's code computes: a Transformer++ of text."""
     plain = not recipe.model.conditioning.startswith("adaln")  # its modulations would have no place
-    return recipe.model.architecture == "transformer" and recipe.data.modality == "text" and plain
+    return recipe.model.architecture != "ebt" and recipe.data.modality == "text" and plain
 
 
 def _sizes(recipe: Recipe) -> tuple[int, int, int, int]:

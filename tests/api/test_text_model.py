@@ -121,9 +121,9 @@ def test_the_energy_of_a_continuation_is_the_models_own(models):
     ("call", "line"),
     [
         (lambda m: m["ebt"].generate("a", candidates=2), "candidates=2: without noise every start"),
-        (lambda m: m["transformer"].generate("a", steps=2), "is a transformer, which does not think"),
-        (lambda m: m["transformer"].energy("a", "b"), "energy: run is a transformer, which does not think"),
-        (lambda m: m["transformer"].think("a"), "think: run is a transformer"),
+        (lambda m: m["transformer"].generate("a", steps=2), "is a baseline, which does not think"),
+        (lambda m: m["transformer"].energy("a", "b"), "energy: run is a baseline, which does not think"),
+        (lambda m: m["transformer"].think("a"), "think: run is a baseline"),
         (lambda m: m["ebt"].generate("a", stepz=2), "stepz=2: no such option; there are steps, "),
         (lambda m: m["ebt"].generate("a", temperature=-1), "temperature=-1: must be"),
         (lambda m: m["ebt"].think("a", energy_tolerance=0.1), "energy_tolerance: think shows every step"),

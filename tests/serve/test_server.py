@@ -60,6 +60,7 @@ def test_streaming_several_choices_with_a_seed(client, model):
     assert texts[0] == model.generate(PROMPT, max_tokens=5, seed=7).text
 
 
+@pytest.mark.slow
 def test_two_hundred_at_sixteen_at_a_time_lose_nothing(client, model):
     prompts = [f"Document {i}" for i in range(200)]
     with ThreadPoolExecutor(16) as pool:
