@@ -11,21 +11,18 @@ repeated.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import typer
-from rich.console import Console
-from rich.progress import track
 from sklearn.linear_model import LogisticRegression
 
-from benchmarks.images import flops
-from benchmarks.seeds import Interval, Model, resolved_recipe, run_folder, train, write_results
-from benchmarks.step import machine
-from ebt_megatron.config import Recipe, load_recipe
+from benchmarks.seeds import Interval
+from benchmarks.study import OUTPUT, SEEDS, Model, Study, runs_option, train
+from ebt_megatron.config import Recipe
 from ebt_megatron.core.cli import guarded
-from ebt_megatron.core.files import write_whole
 from ebt_megatron.evaluation.sheet import sheet
 from ebt_megatron.evaluation.tables import Table
 from ebt_megatron.tools.pictures import make
@@ -33,8 +30,11 @@ from examples.images import DATA, SIDE
 from examples.media import PICTURES, found
 from examples.steps import Steps
 
-MODELS = {"EBT": Model("quickstart_captions"), "DiT": Model("quickstart_captions_dit", flops_of="EBT")}
-PASSES = {"EBT": 3, "DiT": 50}
+MODELS = {
+    "EBT": Model("images/quickstart_captions"),
+    "DiT": Model("images/quickstart_captions_dit", flops_of="EBT"),
+}
+PASSES, BASELINE_PASSES = 3, 50  # that a picture is made in: by the EBT, by the DiT
 GUIDANCE = (0.0, 1.0, 3.0)
 NAMES = (
     "a T-shirt",
@@ -77,26 +77,6 @@ def prepare(step: Steps, pictures: Path) -> None:
         )
 
 
-def recipe_of(name: str, seed: int, runs: Path, steps: int | None) -> Recipe:
-    """The recipe of one run, its number of steps resolved."""
-
-    def load(model: Model, steps: int | None) -> Recipe:
-        given = () if steps is None else (f"training.steps={steps}",)
-        return load_recipe(
-            f"images/{model.recipe}",
-            [
-                f"data.train=[{CAPTIONED / 'train'}]",
-                f"data.validation=[{CAPTIONED / 'validation'}]",
-                "training.micro_batch_size=32",
-                f"training.seed={1234 + seed}",
-                f"training.output_dir={run_folder(runs, name, seed)}",
-                *given,
-            ],
-        )
-
-    return resolved_recipe(MODELS, name, load, flops, steps)
-
-
 class Judge:
     """Says which class a picture shows.
 
@@ -124,65 +104,99 @@ class Judge:
         return {"shown": float(shown), "variety": float(grey.std(1).mean()) / self._spread}
 
 
-def run(recipe: Recipe, judge: Judge, passes: int) -> tuple[dict[str, Any], Any]:
-    """Train, unless that is done; what the judge says by guidance, and the pictures of the first guidance."""
-    from ebt_megatron.data_prep.captions import TEMPLATES
+class Captions(Study):
+    """Whether made pictures show what their captions say.
 
-    train(recipe)
-    captions = [TEMPLATES[1].format(name) for name in NAMES]
-    said, first = {}, None
-    for guidance in GUIDANCE:
-        made = make(Path(recipe.training.output_dir), captions, [], EACH, passes, guidance)
-        first = made if first is None else first
-        said[f"{guidance:g}"] = judge.of(made.numpy())
-    return said, first
+    Args:
+        pictures: real ones, with labels.
+    """
 
-
-def markdown(results: dict[str, Any]) -> str:
-    """The table, for people."""
-    where = results["machine"]
-    begin = (
-        f"Pictures from captions on {where['machine']}, torch {where['torch']}, {where['date']}; mean ± half-width of "
-        "the 95 % interval over seeds. Shown: the share of made pictures that a classifier of real ones takes for what "
-        f"their caption says, in % (of held-out real pictures it gets {100 * results['real']:.1f} % right). Variety: "
-        "the deviation of pixels between pictures of one caption, in % of that between real ones of its class.\n"
+    name, title = "captions", "Pictures from captions"
+    models = MODELS
+    given = (
+        f"data.train=[{CAPTIONED / 'train'}]",
+        f"data.validation=[{CAPTIONED / 'validation'}]",
+        "training.micro_batch_size=32",
     )
-    header = ["model", "steps of 32 pictures", "passes", "guidance", "shown", "variety"]
-    rows = [
-        [
-            m["name"],
-            f"{m['steps']:,}",
-            str(m["passes"]),
-            guidance,
-            *(Interval.of([seed[guidance][what] for seed in m["seeds"]]).text(1, 100) for what in ("shown", "variety")),
+
+    def __init__(self, runs: Path, steps: int | None, pictures: Path):
+        super().__init__(runs, steps)
+        self.judge = Judge(pictures)
+        self.notes = (
+            "Shown: the share of made pictures that a classifier of real ones takes for what their caption says, in % "
+            f"(of held-out real pictures it gets {100 * self.judge.real:.1f} % right). Variety: the deviation of "
+            "pixels between pictures of one caption, in % of that between real ones of its class."
+        )
+        self._first: list[Any] = []  # pictures of each model's first run, a row a caption
+
+    @staticmethod
+    def passes(recipe: Recipe) -> int:
+        """Return the passes that a picture is made in."""
+        return PASSES if recipe.model.architecture == "ebt" else BASELINE_PASSES
+
+    def run(self, recipe: Recipe) -> dict[str, Any]:
+        """Train, unless that is done; what the judge says by guidance, and the pictures of the first guidance."""
+        from ebt_megatron.data_prep.captions import TEMPLATES
+
+        train(recipe)
+        captions = [TEMPLATES[1].format(name) for name in NAMES]
+        made = {
+            f"{guidance:g}": make(
+                Path(recipe.training.output_dir), captions, [], EACH, self.passes(recipe), guidance
+            ).numpy()
+            for guidance in GUIDANCE
+        }
+        return {"said": {g: self.judge.of(pictures) for g, pictures in made.items()}, "made": next(iter(made.values()))}
+
+    def said(self, result: dict[str, Any]) -> str:
+        """The share that shows its caption, by guidance."""
+        return ", ".join(f"{100 * by['shown']:.1f} % shown with guidance {g}" for g, by in result["said"].items())
+
+    def summary(self, name: str, results: list[dict[str, Any]], recipe: Recipe) -> dict[str, Any]:
+        """What the judge says of each seed; the first seed's pictures are kept for `plot`."""
+        self._first += list(results[0]["made"][:, :8])
+        seeds = [result["said"] for result in results]
+        return {"name": name, "steps": recipe.training.steps, "passes": self.passes(recipe), "seeds": seeds}
+
+    def results(self, names: Sequence[str], seeds: int) -> dict[str, Any]:
+        """What was found, and how often the judge is right."""
+        return super().results(names, seeds) | {"real": self.judge.real, "captions": NAMES}
+
+    def tables(self, results: dict[str, Any]) -> list[Table]:
+        """What is shown, by model and guidance."""
+        header = ["model", "steps of 32 pictures", "passes", "guidance", "shown", "variety"]
+        rows = [
+            [
+                m["name"],
+                f"{m['steps']:,}",
+                str(m["passes"]),
+                guidance,
+                *(Interval.of([seed[guidance][of] for seed in m["seeds"]]).text(1, 100) for of in ("shown", "variety")),
+            ]
+            for m in results["models"]
+            for guidance in m["seeds"][0]
         ]
-        for m in results["models"]
-        for guidance in m["seeds"][0]
-    ]
-    return f"{begin}\n{Table('Pictures', header, rows).markdown()}\n"
+        return [Table("Pictures", header, rows)]
+
+    def plot(self, results: dict[str, Any]) -> bytes:
+        """Made pictures, a row a caption."""
+        import torch
+
+        return sheet([torch.from_numpy(row).float() for row in self._first])
 
 
 def main(
-    seeds: int = typer.Option(3, min=1, max=10, help="Runs of each model."),
+    seeds: int = SEEDS,
     steps: int | None = typer.Option(None, min=1, help="Optimizer steps of the EBT; default: its recipe's."),
-    runs: Path = typer.Option(Path("runs/bench-captions"), help="Where the runs go; what is done is not repeated."),
-    output: Path | None = typer.Option(None, help="Folder for the results; default: only printed and in --runs."),
+    runs: Path = runs_option("runs/bench-captions"),
+    output: Path | None = OUTPUT,
 ) -> None:
     """Train both models with every seed, make pictures of every caption, and write a table and the pictures."""
 
     def work() -> None:
         path = found(PICTURES, DATA / "pictures", "pictures")[0]
         prepare(Steps("python -m benchmarks.captions"), path)
-        judge, console, models, rows = Judge(path), Console(width=160), [], []
-        for name in track(MODELS, description="train", console=console, transient=True):
-            recipes = [recipe_of(name, seed, runs, steps) for seed in range(seeds)]
-            said, pictures = zip(*(run(recipe, judge, PASSES[name]) for recipe in recipes), strict=True)
-            rows += list(pictures[0][:, :8].float())
-            models.append({"name": name, "steps": recipes[0].training.steps, "passes": PASSES[name], "seeds": said})
-        results = {"machine": machine(), "real": judge.real, "captions": NAMES, "models": models}
-        text = markdown(results)
-        console.print(text, markup=False, highlight=False)
-        write_results(output or runs, "captions", results, text, lambda _, at: write_whole(at, sheet(rows)))
+        Captions(runs, steps, path).conduct(list(MODELS), seeds, output)
 
     guarded(work)
 

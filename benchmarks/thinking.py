@@ -10,54 +10,26 @@ A run or a suite that is done is not repeated.
 from __future__ import annotations
 
 import json
-import os
+from collections.abc import Mapping, Sequence
 from functools import reduce
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
 import typer
-from rich.console import Console
 from rich.progress import track
 
-from benchmarks.learning import recipe_of, run
-from benchmarks.seeds import once, over_seeds, text_of, write_results
+from benchmarks.learning import SHARDS, STEPS, Learning, prepared
+from benchmarks.seeds import over_seeds, text_of
 from benchmarks.step import machine
-from ebt_megatron.core.files import write_whole
+from benchmarks.study import OUTPUT, SEEDS, evaluated, runs_option
 from ebt_megatron.evaluation.tables import Table
 from examples import other_texts
-from examples.quickstart import DATA, prepare
-from examples.steps import Steps
 
 THINKERS = ("S1, quadratic energy", "S2")
 BASELINES = ("Transformer++", "Transformer++, FLOPs of S1", "Transformer++, inference FLOPs of S2")
 _SHARE = "flops to reach the trained steps' perplexity"
 _LEFT_OUT = ("token_trace", "curve", "name", "baseline")
-
-
-def suite(folder: Path, baselines: dict[str, Path], shifts: dict[str, Path], starts: int) -> dict[str, Any]:
-    """A run's suite, made unless it is there; baselines go by the names given."""
-    result = folder / "suite-baselines.json"
-    words = [word for path in baselines.values() for word in ("--baseline", str(path))]
-    words += [word for name, path in shifts.items() for word in ("--shift", f"{name}={path}")]
-    once(
-        result,
-        "ebt_megatron.evaluate",
-        str(folder),
-        "--suite",
-        "--starts",
-        str(starts),
-        "--output",
-        str(result),
-        *words,
-    )
-    text = result.read_text()
-    for name, path in baselines.items():
-        text = text.replace(path.name, name)
-    numbers = json.loads(text)
-    for part, of in (("by model", numbers.pop("models")), ("uncertainty", numbers["uncertainty"].values())):
-        numbers[part] = dict(zip(("this", *baselines), of, strict=True))  # the run itself is always the first
-    return numbers
 
 
 # --- tables ------------------------------------------------------------------------------------------
@@ -245,99 +217,120 @@ def facets(of: dict[str, Any]) -> Table:
     return Table("Facets of thinking", head, rows)
 
 
-def tables(of: dict[str, Any]) -> list[Table]:
-    """All of them."""
-    chosen = [starts(name, of[name]["starts"]) for name in THINKERS]
-    return [
-        facets(of),
-        models(of),
-        thinking(of),
-        *chosen,
-        adaptive(of),
-        corruption(of),
-        uncertainty(of),
-        other_text(of),
-    ]
+class Thinking(Learning):
+    """What thinking gives, by the suite of each thinker beside the baselines of its seed.
 
+    Args:
+        shifts: shards of other text, by its name.
+        most_starts: to choose among.
+    """
 
-def plot(results: dict[str, Any], path: Path) -> None:
-    """Loss per step, and the gain over the first step against the shift of the text."""
-    from ebt_megatron.evaluation.figures import BASELINE_COLOURS, EBT_COLOURS, NEUTRAL, figure_of, png_of
+    title = "Thinking"
 
-    of = results["suites"]
-    figure, (thinking, gain) = figure_of(10, 2)
-    for name, colour in zip(THINKERS, EBT_COLOURS, strict=False):
-        losses = [row["loss"] for row in of[name]["thinking"]]
-        thinking.errorbar(
-            range(1, len(losses) + 1),
-            [x["mean"] for x in losses],
-            [x["half"] for x in losses],
-            fmt="o-",
-            ms=3,
-            capsize=3,
-            color=colour,
-            label=name,
+    def __init__(self, runs: Path, steps: int, data: Path, shifts: Mapping[str, Path], most_starts: int):
+        super().__init__(runs, steps, data)
+        self.name, self.shifts, self.most_starts = "thinking", shifts, most_starts
+
+    def suite(self, name: str, seed: int) -> dict[str, Any]:
+        """A run's suite, made unless it is there; baselines go by the names given."""
+        folder, baselines = self.folder(name, seed), {n: self.folder(n, seed) for n in BASELINES}
+        result = folder / "suite-baselines.json"
+        words = ["--starts", str(self.most_starts), "--output", str(result)]
+        words += [word for path in baselines.values() for word in ("--baseline", str(path))]
+        words += [word for other, path in self.shifts.items() for word in ("--shift", f"{other}={path}")]
+        text = json.dumps(evaluated(result, folder, "--suite", *words))
+        for baseline, path in baselines.items():
+            text = text.replace(path.name, baseline)
+        numbers = json.loads(text)
+        for part, of in (("by model", numbers.pop("models")), ("uncertainty", numbers["uncertainty"].values())):
+            numbers[part] = dict(zip(("this", *baselines), of, strict=True))  # the run itself is always the first
+        return numbers
+
+    def results(self, names: Sequence[str], seeds: int) -> dict[str, Any]:
+        """The suites over seeds, by thinker."""
+        self.train_all(names, seeds)
+        jobs = track(list(THINKERS), description="suites", console=self.console, transient=True)
+        suites = {name: over_seeds([self.suite(name, seed) for seed in range(seeds)], _LEFT_OUT) for name in jobs}
+        return {"machine": machine(), "seeds": seeds, "suites": suites}
+
+    def tables(self, results: dict[str, Any]) -> list[Table]:
+        """All of them."""
+        of = results["suites"]
+        return [
+            facets(of),
+            models(of),
+            thinking(of),
+            *(starts(name, of[name]["starts"]) for name in THINKERS),
+            adaptive(of),
+            corruption(of),
+            uncertainty(of),
+            other_text(of),
+        ]
+
+    def plot(self, results: dict[str, Any]) -> bytes:
+        """Loss per step, and the gain over the first step against the shift of the text."""
+        from ebt_megatron.evaluation.figures import BASELINE_COLOURS, EBT_COLOURS, NEUTRAL, figure_of, png_of
+
+        of = results["suites"]
+        figure, (thinking, gain) = figure_of(10, 2)
+        for name, colour in zip(THINKERS, EBT_COLOURS, strict=False):
+            losses = [row["loss"] for row in of[name]["thinking"]]
+            thinking.errorbar(
+                range(1, len(losses) + 1),
+                [x["mean"] for x in losses],
+                [x["half"] for x in losses],
+                fmt="o-",
+                ms=3,
+                capsize=3,
+                color=colour,
+                label=name,
+            )
+            texts = sorted(of[name]["shifts"].values(), key=lambda row: row["shift"]["mean"])
+            gains = [row["gain over the first step"] for row in texts]
+            means, halves = ([100 * g[key] for g in gains] for key in ("mean", "half"))
+            gain.errorbar(
+                [row["shift"]["mean"] for row in texts],
+                means,
+                halves,
+                fmt="o-",
+                ms=3,
+                capsize=3,
+                color=colour,
+                label=name,
+            )
+        for text, row in of[THINKERS[-1]]["shifts"].items():
+            at = row["shift"]["mean"], 100 * row["gain over the first step"]["mean"]
+            gain.annotate(text, at, xytext=(4, 4), textcoords="offset points", fontsize=7)
+        for name, colour in zip(BASELINES, (*BASELINE_COLOURS, NEUTRAL), strict=True):
+            loss = of[THINKERS[-1]]["by model"][name]["loss"]["mean"]
+            thinking.axhline(loss, ls="--", lw=1, color=colour, label=name)
+        thinking.set(xlabel="thinking steps", ylabel="validation loss (nats)")
+        gain.set(
+            xlabel="shift (Transformer++'s perplexity there / at home)",
+            xscale="log",
+            ylabel="perplexity gained over the first step, %",
         )
-        texts = sorted(of[name]["shifts"].values(), key=lambda row: row["shift"]["mean"])
-        gains = [row["gain over the first step"] for row in texts]
-        means, halves = ([100 * g[key] for g in gains] for key in ("mean", "half"))
-        gain.errorbar(
-            [row["shift"]["mean"] for row in texts], means, halves, fmt="o-", ms=3, capsize=3, color=colour, label=name
-        )
-    for text, row in of[THINKERS[-1]]["shifts"].items():
-        at = row["shift"]["mean"], 100 * row["gain over the first step"]["mean"]
-        gain.annotate(text, at, xytext=(4, 4), textcoords="offset points", fontsize=7)
-    for name, colour in zip(BASELINES, (*BASELINE_COLOURS, NEUTRAL), strict=True):
-        loss = of[THINKERS[-1]]["by model"][name]["loss"]["mean"]
-        thinking.axhline(loss, ls="--", lw=1, color=colour, label=name)
-    thinking.set(xlabel="thinking steps", ylabel="validation loss (nats)")
-    gain.set(
-        xlabel="shift (Transformer++'s perplexity there / at home)",
-        xscale="log",
-        ylabel="perplexity gained over the first step, %",
-    )
-    for formatted in (gain.xaxis.set_major_formatter, gain.xaxis.set_minor_formatter):
-        formatted("{x:g}")
-    for axes in (thinking, gain):
-        axes.legend(frameon=False, fontsize=8)
-    write_whole(path, png_of(figure))
+        for formatted in (gain.xaxis.set_major_formatter, gain.xaxis.set_minor_formatter):
+            formatted("{x:g}")
+        for axes in (thinking, gain):
+            axes.legend(frameon=False, fontsize=8)
+        return png_of(figure)
 
 
 def main(
-    seeds: int = typer.Option(3, min=1, max=10, help="Runs of each model."),
-    steps: int = typer.Option(1200, min=1, help="Optimizer steps of 8 x 128 tokens."),
+    seeds: int = SEEDS,
+    steps: int = STEPS,
     starts: int = typer.Option(8, min=1, help="The most starts to choose among."),
-    data: Path = typer.Option(DATA, help="Shards of text; the quickstart's are prepared if they are not there."),
+    data: Path = SHARDS,
     other: Path = typer.Option(other_texts.OUTPUT, help="Folder of other text; prepared if it is not there."),
-    runs: Path = typer.Option(Path("runs/learning"), help="Where the runs go; what is done there is not repeated."),
-    output: Path | None = typer.Option(None, help="Folder for the results; default: only printed and in --runs."),
+    runs: Path = runs_option("runs/learning"),
+    output: Path | None = OUTPUT,
 ) -> None:
     """Train what is missing, run the suites, and write tables and a plot."""
-    from ebt_megatron.data.manifest import read_manifest
-
-    console = Console(width=160)
-    if data == DATA:
-        prepare(Steps("make bench-thinking"), os.cpu_count() or 1, 16)
+    prepared(data, "make bench-thinking")
     other_texts.main(data / "train" / "tokenizer.json", other, 128, 600_000)
     shifts = {name: other / name / "train" for name in other_texts.TEXTS if (other / name / "train").exists()}
-    vocab_size = read_manifest(str(data / "train")).vocab_size
-    suites: dict[str, list[Any]] = {name: [] for name in THINKERS}
-    for seed in track(range(seeds), description="seeds", console=console, transient=True):
-        folders = {}
-        for name in (*THINKERS, *BASELINES):
-            recipe = recipe_of(name, seed, data, runs, steps, vocab_size)
-            run(recipe, max(10, 3 * recipe.thinking.max_steps))
-            folders[name] = Path(recipe.training.output_dir)
-        for name in THINKERS:
-            suites[name].append(suite(folders[name], {n: folders[n] for n in BASELINES}, shifts, starts))
-    results = {"machine": machine(), "suites": {name: over_seeds(of, _LEFT_OUT) for name, of in suites.items()}}
-    where = results["machine"]
-    text = (
-        f"Thinking, {seeds} seeds, on {where['machine']}, torch {where['torch']}, {where['date']}. Mean ± half-width "
-        "of the 95 % interval over seeds.\n\n"
-    ) + "\n\n".join(f"{table.title}:\n\n{table.markdown()}" for table in tables(results["suites"]))
-    console.print(text, markup=False, highlight=False)
-    write_results(output or runs, "thinking", results, text + "\n", plot)
+    Thinking(runs, steps, data, shifts, starts).conduct([*THINKERS, *BASELINES], seeds, output)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
 """What denoising is compared on: equal FLOPs, intervals over seeds, tables and a plot; and the tiles of photographs."""
 
-from types import SimpleNamespace
-
 import numpy as np
 import pytest
 
-from benchmarks import images as images_benchmark
+from benchmarks.images import Denoising
+from ebt_megatron.model.flops import joint_cost
+from ebt_megatron.objectives.flops import training_flops
 from examples.media import grey_tiles
 
 PIL = pytest.importorskip("PIL.Image")
@@ -24,26 +24,35 @@ def suite(psnr, trained):
     }
 
 
-def test_a_dit_of_equal_flops_takes_as_many(monkeypatch, tmp_path):
-    monkeypatch.setattr(images_benchmark, "read_manifest", lambda folder: SimpleNamespace(shape=[49, 16]))
-    ebt, dit = (images_benchmark.recipe_of(name, 0, tmp_path, 100) for name in ("EBT S1", "DiT, FLOPs of S1"))
+@pytest.fixture
+def study(monkeypatch, tmp_path):
+    """On pictures of 7 x 7 patches of 4 x 4 grey pixels, without them."""
+
+    def flops(self, recipe):
+        return recipe.training.steps * training_flops(recipe, joint_cost(recipe, 16))
+
+    monkeypatch.setattr(Denoising, "flops", flops)
+    return Denoising(tmp_path, 100)
+
+
+def test_a_dit_of_equal_flops_takes_as_many(study, tmp_path):
+    ebt, dit = (study.recipe(name, 0) for name in ("EBT S1", "DiT, FLOPs of S1"))
     assert ebt.training.steps == 100 and 150 < dit.training.steps < 300
-    assert images_benchmark.flops(dit) == pytest.approx(images_benchmark.flops(ebt), rel=0.005)
+    assert study.flops(dit) == pytest.approx(study.flops(ebt), rel=0.005)
     assert ebt.training.output_dir == str(tmp_path / "ebt-s1-0")
 
 
-def test_tables_have_means_over_seeds_and_the_passes_that_matter(tmp_path):
-    models = [
-        images_benchmark.summary(name, [suite(20.0, trained), suite(22.0, trained)], 320, 1e12)
-        for name, trained in (("EBT", 1), ("DiT", 2))
-    ]
-    results = {"machine": {"machine": "a machine", "torch": "2", "date": "today"}, "models": models}
-    text = images_benchmark.markdown(results)
-    assert "| EBT | 2 | 21.00 ± 12.71 | 0.500 ± 0.000 | 100.0 ± 0.0 |" in text
-    assert "| EBT | 75.0 ± 0.0 | 50.0 ± 0.0 | 40.0 ± 0.0 | 1 ± 0 | 0 ± 0 |" in text
+def test_tables_have_means_over_seeds_and_the_passes_that_matter(study, monkeypatch, tmp_path):
+    of = {"EBT S1": iter([suite(20.0, 1), suite(22.0, 1)]), "DiT": iter([suite(20.0, 2), suite(22.0, 2)])}
+    monkeypatch.setattr(study, "run", lambda recipe: next(of["DiT" if "dit" in recipe.name else "EBT S1"]))
+    study.conduct(["EBT S1", "DiT"], 2, tmp_path / "results")
+    (text,) = (path.read_text() for path in (tmp_path / "results").glob("images-cpu-*.md"))
+    assert "over 2 seeds" in text and "| EBT S1 | 3.2 |" in text
+    assert "| EBT S1 | 2 | 21.00 ± 12.71 | 0.500 ± 0.000 | 100.0 ± 0.0 |" in text
+    assert "| EBT S1 | 75.0 ± 0.0 | 50.0 ± 0.0 | 40.0 ± 0.0 | 1 ± 0 | 0 ± 0 |" in text
     assert "| score 1 | 0.250 ± 0.000 | - |" in text and "| score 2 | - | 0.250 ± 0.000 |" in text
-    images_benchmark.plot(results, tmp_path / "plot.png")
-    assert PIL.open(tmp_path / "plot.png").size[0] > 500
+    (picture,) = (tmp_path / "results").glob("images-cpu-*.png")
+    assert PIL.open(picture).size[0] > 500
 
 
 def test_photographs_become_grey_tiles(tmp_path):

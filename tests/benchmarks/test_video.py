@@ -4,21 +4,22 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import video as video_benchmark
-from benchmarks.video import markdown, recipe_of, summary
+from benchmarks.video import NextFrames
 from ebt_megatron.objectives.flops import training_flops
 from ebt_megatron.tasks.frames import FrameTokens
 from ebt_megatron.tasks.video import Video
 
 
-def flops(recipe):
-    return training_flops(recipe, Video(recipe, FrameTokens(4, 4, 16)).cost())
+@pytest.fixture
+def study(monkeypatch):
+    """On the quickstart's kind of shards, without them."""
+    tokens = FrameTokens(4, 4, 16)
 
+    def flops(self, recipe):
+        return recipe.training.steps * training_flops(recipe, Video(recipe, tokens).cost())
 
-@pytest.fixture(autouse=True)
-def tiles(monkeypatch):
-    """The task of the quickstart's shards, without them."""
-    monkeypatch.setattr(video_benchmark, "_flops_of", flops)
+    monkeypatch.setattr(NextFrames, "flops", flops)
+    return NextFrames(Path("runs"), 100, {})
 
 
 def result(losses, repeat):
@@ -36,26 +37,24 @@ def result(losses, repeat):
     }
 
 
-def test_gains_are_over_the_last_frame_of_the_same_set():
+def test_gains_are_over_the_last_frame_of_the_same_set(study):
     runs = [
         {"seconds": 1.0, "sets": {"films": result([0.2, loss, 0.3], 0.1), "games": result([0.2, 0.05, 0.3], 0.2)}}
         for loss in (0.07, 0.08, 0.09)
     ]
-    row = summary("EBT S1", runs, recipe_of("EBT S1", 0, Path("runs"), 10))
+    row = study.summary("EBT S1", runs, study.recipe("EBT S1", 0))
     assert row["sets"]["films"]["gain"]["mean"] == pytest.approx(0.2)
     assert row["sets"]["games"]["gain"] == {"mean": pytest.approx(0.75), "half": pytest.approx(0)}
     assert row["sets"]["films"]["gain"]["half"] == pytest.approx(4.303 * 0.1 / 3**0.5, rel=1e-3)
     assert row["frames"] == 250 and row["sets"]["films"]["frames"] == 7  # of 1,000 and 30 tokens, four a frame
     where = {"machine": "a machine", "torch": "2", "date": "today"}
-    text = markdown({"machine": where, "models": [row]})
-    assert "20.0 ± 24.8 %" in text and "| extrapolation | | | 0.2000 | -100.0 %" in text
+    text = study.markdown({"machine": where, "seeds": 3, "models": [row]})
+    assert "20.0 ± 24.8 %" in text and "| extrapolation |  |  | 0.2000 | -100.0 %" in text
     assert "| EBT S1 | 3 | 0.3000 ± 0.0000 | 0.3000 ± 0.0000 |" in text
 
 
-def test_a_transformer_of_equal_flops_trains_longer():
-    s1, equal, short = (
-        recipe_of(name, 1, Path("runs"), 100) for name in ("EBT S1", "Transformer++, FLOPs of S1", "Transformer++")
-    )
-    assert equal.training.steps * flops(equal) == pytest.approx(100 * flops(s1), rel=0.01)
+def test_a_transformer_of_equal_flops_trains_longer(study):
+    s1, equal, short = (study.recipe(name, 1) for name in ("EBT S1", "Transformer++, FLOPs of S1", "Transformer++"))
+    assert study.flops(equal) == pytest.approx(study.flops(s1), rel=0.01)
     assert short.training.steps == 100 and short.video.predicts == "change"
     assert {r.training.seed for r in (s1, equal, short)} == {1235}
