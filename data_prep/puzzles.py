@@ -220,7 +220,7 @@ def prepare_puzzles(
         if not job.complete:
             items = [(split, i) for split, n in counts.items() for i in range(-(-n // _PER_SHARD))]
             if not any(_index(output, item).exists() for item in items) or not execution.resume:
-                job.once(lambda: [clear_shards(output / split) for split in SPLITS])
+                job.once(lambda: _clear(output))
             job.each("puzzles", partial(_write, output, settings, given), items, partial(_index, output))
             origin = {"source": [f.path for f in files] or "made", **asdict(settings)}
             job.once(lambda: _publish(output, puzzle, counts, rated, origin))
@@ -229,6 +229,11 @@ def prepare_puzzles(
         for split, manifest in manifests.items():
             job.console.print(f"{split}: {manifest.samples:,} puzzles of {puzzle.name}, each with one answer")
     return manifests
+
+
+def _clear(output: Path) -> None:
+    for split in SPLITS:
+        clear_shards(output / split)
 
 
 def _index(output: Path, item: tuple[str, int]) -> Path:

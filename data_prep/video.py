@@ -150,7 +150,7 @@ class VideoSource:
                 rate = Fraction(self.frame_rate).limit_denominator(1001) or own / self.stride
                 seconds = float(self.frames / rate) if rate else 0.0
                 picture = _Picture(self, _pixel_aspect(stream), counts)
-                longest = max(self.pause, 3 / own if own else 0)
+                longest = max(self.pause, float(3 / own) if own else 0.0)
                 for part in without_gaps(_checked(container, stream, file.path), longest, counts):
                     taken = at_rate(part, rate) if self.frame_rate else part
                     for clip in self._overlapping(taken, picture):

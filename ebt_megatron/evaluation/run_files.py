@@ -65,10 +65,11 @@ class RunFiles:
         """
         if labels and len(labels) != len(paths):
             raise RecipeError(f"{len(labels)} labels for {len(paths)} runs: give each run one, in their order")
-        for one, count in Counter(labels or [path.resolve() for path in paths]).items():
+        for one, count in Counter(labels or [str(path.resolve()) for path in paths]).items():
             if count > 1:
                 raise RecipeError(f"{one} is given {count} times: give it once, or each time another label")
-        runs = [cls.read(path, label) for path, label in zip(paths, labels or [None] * len(paths), strict=True)]
+        given: Sequence[str | None] = labels or [None] * len(paths)
+        runs = [cls.read(path, label) for path, label in zip(paths, given, strict=True)]
         for name_of in (lambda run: f"{run.label} ({run.path.resolve().name})", lambda run: str(run.path.resolve())):
             counts = Counter(run.label for run in runs)
             for run in runs:

@@ -93,7 +93,11 @@ def score(objective: Objective, samples: Iterable[Sample], steps: int, start: in
     """
     parts = [_score(objective, sample, steps, start) for sample in samples]
     first = 0 if objective.starts_at_context else 1
-    return TokenScores(*(np.concatenate(values, -1) for values in zip(*parts, strict=True)), first)
+    target, loss, *rest = (np.concatenate(values, -1) for values in zip(*parts, strict=True))
+    entropy, confidence, answer, moved, drawn, drawn_log_p, energy, token_energy = rest
+    return TokenScores(
+        target, loss, entropy, confidence, answer, moved, drawn, drawn_log_p, energy, token_energy, first
+    )
 
 
 def _score(objective: Any, sample: Sample, steps: int, start: int) -> list[np.ndarray]:

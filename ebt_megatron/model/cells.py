@@ -93,7 +93,8 @@ class CellTransformer(TransformerLM):
     def trajectory(self, observed: Tensor, passes: int) -> list[Tensor]:
         """The logits [S, B, V / TP] of each pass, on one stage; a pass sees no gradient of the one after it."""
         assert self.embedding is not None and self.output is not None
-        known, out = self.embedding(observed), []
+        known = self.embedding(observed)
+        out: list[Tensor] = []
         for number in range(passes if self.feedback is not None else 1):
             h = known
             if self.feedback is not None:

@@ -7,6 +7,7 @@ with a vocabulary output, so that a comparison differs in the objective and noth
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from megatron.core.transformer import TransformerConfig
 from torch import Tensor, nn
@@ -32,7 +33,7 @@ class TransformerLM(Scheduled, Backbone):
         recipe: Recipe,
         kernels: Kernels,
         embedding: nn.Module | None,
-        output: nn.Module | None,
+        output: Any,
         pre_process: bool = True,
         post_process: bool = True,
         block: int = 1,

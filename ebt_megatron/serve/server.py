@@ -28,7 +28,7 @@ from ebt_megatron.serve.worker import Worker
 command = typer.Typer(add_completion=False)
 PAGE = Path(__file__).with_name("page.html")
 _IGNORED = {"model", "user", "stream_options", "store", "metadata"}
-_NEUTRAL = {
+_NEUTRAL: dict[str, Any] = {
     "best_of": 1,
     "presence_penalty": 0,
     "frequency_penalty": 0,
