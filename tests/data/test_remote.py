@@ -113,7 +113,8 @@ def test_without_a_limit_the_cache_keeps_every_shard_and_reads_it_once(shards, m
     folder = ShardFolder("memory://bucket/train", Cache(tmp_path))
     assert [r.tolist() for r in folder.rows()] == [r.tolist() for r in ShardFolder(f"{shards}/train").rows()]
     list(ShardFolder("memory://bucket/train", Cache(tmp_path)).rows())
-    assert len(opened) == len(set(opened)) == 2 * len(folder.sizes)  # tars and indexes
+    kept = [url for url in opened if not url.endswith("manifest.json")]
+    assert len(kept) == len(set(kept)) == 2 * len(folder.sizes)  # tars and indexes
 
 
 @pytest.mark.parametrize("cached", [False, True])
@@ -131,11 +132,11 @@ def test_a_connection_that_breaks_is_opened_again(shards, memory, tmp_path, monk
         def __exit__(self, *error):
             self.file.__exit__(*error)
 
-        def read(self, size):
+        def read(self, size=-1):
             self.left -= 1
             if not self.left:
                 raise TimeoutError("the network is down")
-            return self.stream.read(min(size, 4096))
+            return self.stream.read(min(size, 4096) if size >= 0 else -1)
 
     monkeypatch.setattr(remote, "open_url", lambda url, real=remote.open_url: Breaks(real(url)))
     folder = ShardFolder("memory://bucket/train", Cache(tmp_path) if cached else None)
