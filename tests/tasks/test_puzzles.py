@@ -118,7 +118,7 @@ def losses_of(layout):
             continue  # refused
         batch = "training.global_batch_size=4", "training.micro_batch_size=2", "optimizer.warmup_steps=1"
         settings = recipe(*batch, "optimizer.epsilon=1e-4", *overrides, *layout)
-        trainer = Trainer(settings, Puzzles(settings, PUZZLE))
+        trainer = Trainer(settings, Puzzles(settings, PUZZLE), builders.state(settings))
         size, rank = trainer.state.data_size, trainer.state.data_rank
         out[name] = []
         for step in range(2):
