@@ -126,7 +126,7 @@ def reference() -> str:
     lines = [
         "# Keys of a recipe",
         "",
-        "Made by `python -m ebt_megatron.config.explain`, from the comments in `ebt_megatron/config/`.",
+        "Made by `ebt_megatron/config/explain.py`, from the comments in `ebt_megatron/config/`.",
         "`ebt-train --explain thinking.step_rule` says the same of one key, and where it is read.",
     ]
     group = None
