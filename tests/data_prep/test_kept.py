@@ -40,7 +40,7 @@ def test_the_signature_of_a_url_is_neither_kept_nor_compared(tmp_path):
     assert result.exit_code == 0, result.output
     memory.pipe("/signed/bad.jsonl?sig=hushhush", b"{broken\n")
     result = prepare("memory://signed/bad.jsonl?sig=hushhush", tmp_path / "bad")
-    assert result.exit_code == 2 and "bad.jsonl, line 1" in said(result) and "hushhush" not in result.output
+    assert result.exit_code == 2 and "bad.jsonl line 1" in said(result) and "hushhush" not in result.output
 
 
 def test_urls_that_only_their_queries_tell_apart_stay_apart():

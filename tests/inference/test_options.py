@@ -52,6 +52,8 @@ class Number:
 class Energy(torch.nn.Module):
     """energy(y, landscape), of landscapes 0, 1, 2."""
 
+    starts_thinking = False
+
     context_sees_step, step_tokens, num_landscapes = False, 0, 3
 
     def __init__(self, energy, start):
@@ -87,7 +89,7 @@ def think(energy, starts=None, candidates=None, **options):
     """The engine's thought from given starts, one a position, and the model; `candidates`: M starts of each instead."""
     starts = list(STARTS.values()) if starts is None else starts
 
-    def start(sample_ids, positions, thinking, seed):
+    def start(sample_ids, positions, thinking, seed, read):
         y = torch.tensor(starts if candidates is None else candidates, dtype=torch.float64).flatten()
         assert len(y) == len(sample_ids) == len(set(zip(sample_ids.tolist(), positions.tolist(), strict=True)))
         return Number(y)
@@ -255,7 +257,7 @@ def test_a_mixture_is_weighted_by_energies(tau):
 @pytest.mark.parametrize(
     ("given", "line"),
     [
-        ({"steps": 0}, "steps=0: must be at least 1"),
+        ({"steps": -1}, "steps=-1: must be at least 0"),
         ({"candidates": 0}, "candidates=0: must be at least 1"),
         ({"steps": 2.5}, "steps=2.5: must be a whole number"),
         ({"choose": "best"}, "choose=best: choose one of energy"),
