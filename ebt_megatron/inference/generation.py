@@ -13,7 +13,7 @@ from ebt_megatron.inference.reader import chunks
 from ebt_megatron.inference.sampling import Sampling
 from ebt_megatron.inference.texts import Spelling, Texts
 
-_SEVERAL = 1 << 40  # continuations of one text are that far apart in what fixes their draws
+SEVERAL = 1 << 40  # continuations of one text are that far apart in what fixes their draws
 
 
 @dataclass(frozen=True)
@@ -118,6 +118,47 @@ def _best(several: list[Continuation], keep: str) -> Continuation:
     return min(several, key=lambda c: sum(c.energies))
 
 
+class Draft:
+    """A continuation as its tokens come.
+
+    Attributes:
+        done: whether it is complete.
+
+    Args:
+        of: the continuation to write to, empty as yet.
+        texts: the tokenizer.
+        before: the prompt's last token.
+        stop, max_tokens: as in `GenerationOptions`.
+    """
+
+    def __init__(self, of: Continuation, texts: Texts, before: int, stop: Sequence[str], max_tokens: int):
+        self.of, self.stop, self.max_tokens, self.done = of, stop, max_tokens, False
+        self._end, self._spelled = texts.end, Spelling(texts, before)
+        self._shown = 0  # characters that `add` has returned
+
+    def add(self, token: int, log_p: float, energy: float, steps: int) -> str:
+        """Put a token to it; returns the text that is known with it to be part of the result."""
+        of = self.of
+        of.tokens.append(token)
+        of.log_p.append(log_p)
+        of.energies.append(energy)
+        of.steps.append(steps)
+        if token == self._end:
+            of.finish = "end"
+        else:
+            seen = max(0, len(of.text) - max(map(len, self.stop), default=0))
+            self._spelled.add(token)
+            of.text = self._spelled.text
+            found = [place for s in self.stop if (place := of.text.find(s, seen)) >= 0]
+            if found:
+                of.text, of.finish = of.text[: min(found)], "stop"
+        self.done = of.finish != "length" or len(of.tokens) >= self.max_tokens
+        known = len(of.text) - (0 if self.done else _beginning(self.stop, of.text))
+        new = of.text[self._shown : known]
+        self._shown = max(self._shown, known)
+        return new
+
+
 class _Batch:
     """Prompts that are continued together."""
 
@@ -129,11 +170,13 @@ class _Batch:
         options: GenerationOptions,
         first: int,
     ):
-        self.predictor, self.texts, self.prompts, self.options = predictor, texts, prompts, options
+        self.predictor, self.prompts, self.options = predictor, prompts, options
         self.numbers, self.device = range(first, first + len(prompts)), predictor.device
-        self.drafts = [Continuation(n) for n in self.numbers for _ in range(options.continuations)]
-        self.spelled = [Spelling(texts, prompt[-1]) for prompt in prompts for _ in range(options.continuations)]
-        self.shown = [0] * len(self.drafts)  # characters that `watch` was told
+        self.drafts = [
+            Draft(Continuation(number), texts, prompt[-1], options.stop, options.max_tokens)
+            for number, prompt in zip(self.numbers, prompts, strict=True)
+            for _ in range(options.continuations)
+        ]
 
     def run(self, watch: Watch | None) -> list[list[Continuation]]:
         """Return, for each prompt, all its continuations."""
@@ -154,18 +197,19 @@ class _Batch:
         each = torch.arange(rows, device=device).repeat_interleave(several)
         if several > 1:
             context.select(each)
-        ids = ids[each] + torch.arange(several, device=device).repeat(rows) * _SEVERAL
+        ids = ids[each] + torch.arange(several, device=device).repeat(rows) * SEVERAL
         positions, log_p, energy, steps = lengths[each], log_p[each], energy[each], steps[each]
         alive = torch.arange(len(each), device=device)
         while True:
             drawn = self.options.sampling.draw(log_p, ids[alive], positions[alive])
             chosen = log_p.gather(1, drawn[:, None])[:, 0]
             found, scores, energies, counts = (t.tolist() for t in (drawn, chosen, energy, steps))
-            done = [
-                self._add(row, found[i], scores[i], energies[i], counts[i], watch)
-                for i, row in enumerate(alive.tolist())
-            ]
-            going = ~torch.tensor(done, device=device)
+            drafts = [self.drafts[row] for row in alive.tolist()]
+            for i, draft in enumerate(drafts):
+                new = draft.add(found[i], scores[i], energies[i], counts[i])
+                if watch is not None:
+                    watch(draft.of, new)
+            going = ~torch.tensor([draft.done for draft in drafts], device=device)
             alive, drawn = alive[going], drawn[going]
             if not len(alive):
                 break
@@ -174,34 +218,12 @@ class _Batch:
             positions[alive] += 1
             log_p, energy, steps = forecast.log_p.to(log_p), forecast.energy, forecast.steps
             self._share(forecast.flops, alive.tolist())
-        return [self.drafts[i : i + several] for i in range(0, len(self.drafts), several)]
+        made = [draft.of for draft in self.drafts]
+        return [made[i : i + several] for i in range(0, len(made), several)]
 
     def _share(self, flops: float, rows: Sequence[int]) -> None:
         for row in rows:
-            self.drafts[row].flops += flops / len(rows)
-
-    def _add(self, row: int, token: int, log_p: float, energy: float, steps: int, watch: Watch | None) -> bool:
-        """Put a token to a continuation; returns whether it is complete."""
-        draft, stop = self.drafts[row], self.options.stop
-        draft.tokens.append(token)
-        draft.log_p.append(log_p)
-        draft.energies.append(energy)
-        draft.steps.append(steps)
-        if token == self.texts.end:
-            draft.finish = "end"
-        else:
-            seen = max(0, len(draft.text) - max(map(len, stop), default=0))
-            self.spelled[row].add(token)
-            draft.text = self.spelled[row].text
-            found = [place for s in stop if (place := draft.text.find(s, seen)) >= 0]
-            if found:
-                draft.text, draft.finish = draft.text[: min(found)], "stop"
-        done = draft.finish != "length" or len(draft.tokens) >= self.options.max_tokens
-        if watch is not None:
-            known = len(draft.text) - (0 if done else _beginning(stop, draft.text))
-            watch(draft, draft.text[self.shown[row] : known])
-            self.shown[row] = max(self.shown[row], known)
-        return done
+            self.drafts[row].of.flops += flops / len(rows)
 
 
 def _beginning(stop: Sequence[str], text: str) -> int:

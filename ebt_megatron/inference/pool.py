@@ -13,13 +13,11 @@ from typing import Any
 import torch
 
 from ebt_megatron.core.errors import RecipeError
-from ebt_megatron.inference.generation import Continuation
+from ebt_megatron.inference.generation import SEVERAL, Continuation, Draft
 from ebt_megatron.inference.options import ThinkingOptions
 from ebt_megatron.inference.predictor import Forecast, Predictor
 from ebt_megatron.inference.sampling import Sampling
 from ebt_megatron.inference.texts import Texts
-
-_SEVERAL = 1 << 40  # continuations of one prompt are so far apart in what fixes their draws, as in `generation`
 
 
 @dataclass
@@ -31,7 +29,8 @@ class Growing:
         max_tokens, stop, sampling, thinking: as for `generate`.
         number: which of several continuations of the prompt, which fixes its draws.
         top: how many of the most likely tokens to keep beside each token.
-        watch: called after each token with this text and what its string gained; it may set `cancelled`.
+        watch: called after each token with this text, and what is known with it to be part of the result; it may set
+            `cancelled`.
         draft: what there is of it.
         alternatives: of each token, (token, log-probability) of the `top` most likely.
         cancelled: it is put out before the next pass.
@@ -80,6 +79,7 @@ class Pool:
         self.first = self.predictor(ThinkingOptions(final_energy=True))
         self.context = self.first.context(rows, length, chunk)
         self.rows: list[Growing | None] = [None] * rows
+        self._drafts: dict[int, Draft] = {}  # of the rows that are taken
         self._read = [0] * rows  # prompt positions that are in the context
 
     def predictor(self, thinking: ThinkingOptions) -> Predictor:
@@ -115,6 +115,7 @@ class Pool:
         """Give a text a free row."""
         row = self.rows.index(None)
         self.rows[row], self._read[row] = text, 0
+        self._drafts[row] = Draft(text.draft, self.texts, text.prompt[-1], text.stop, text.max_tokens)
         for cache in self.context.caches:
             cache.positions[row, cache.sinks :] = 1 << 62  # nothing of the text before it is seen
 
@@ -141,7 +142,7 @@ class Pool:
             self._read[row] = start + len(part)
         device = predictor.device
         at, positions, tokens, last = torch.tensor(fed, device=device).unbind(1)
-        ids = torch.tensor([0 if t is None else t.number * _SEVERAL for t in self.rows], device=device)
+        ids = torch.tensor([0 if t is None else t.number * SEVERAL for t in self.rows], device=device)
         forecast = predictor(self.context, at, positions, tokens, last.bool(), ids, seed)
         wanted = [(row, position) for row, position, _, is_last in fed if is_last]
         count = [sum(1 for r, *_ in fed if r == row) for row in rows]
@@ -158,24 +159,12 @@ class Pool:
         if text.top:
             values, tokens = log_p[0].topk(min(text.top, log_p.shape[1]))
             text.alternatives.append(list(zip(tokens.tolist(), values.tolist(), strict=True)))
-        draft = text.draft
-        old = draft.text
-        draft.tokens.append(token)
-        draft.log_p.append(float(log_p[0, token]))
-        draft.energies.append(float(forecast.energy[i]))
-        draft.steps.append(int(forecast.steps[i]))
-        if token == self.texts.end:
-            draft.finish = "end"
-        else:
-            draft.text = self.texts.decode(draft.tokens, text.prompt[-1]).rstrip("\ufffd")  # half a character, as yet
-            found = [begin for s in text.stop if (begin := draft.text.find(s)) >= 0]
-            if found:
-                draft.text, draft.finish = draft.text[: min(found)], "stop"
-        complete = draft.finish != "length" or len(draft.tokens) >= text.max_tokens
-        text.done = complete
+        draft = self._drafts[row]
+        new = draft.add(token, float(log_p[0, token]), float(forecast.energy[i]), int(forecast.steps[i]))
+        text.done = draft.done
         if text.watch is not None:
-            text.watch(text, draft.text[len(old) :] if draft.text.startswith(old) else "")
-        if complete:
+            text.watch(text, new)
+        if draft.done:
             self._end(row)
 
     def _text(self, row: int) -> Growing:
