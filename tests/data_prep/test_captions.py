@@ -12,35 +12,19 @@ from ebt_megatron.data.captions import open_captions
 from ebt_megatron.data.description import Description
 from ebt_megatron.data.folder import ShardFolder
 from ebt_megatron.data.loader import Loader
-from ebt_megatron.data_prep import captions, images
+from ebt_megatron.data_prep import captions
 from ebt_megatron.tools.rewrite import rewrite
 from ebt_megatron.tools.shards import shard_problems
 from tests.data.test_loader import recipe_for
-from tests.data_prep.media import invoke, said
+from tests.data_prep.media import said
 from tests.data_prep.test_images import pictures, save
+from tests.data_prep.test_images import prepare as prepare_pictures
 
 COLOURS = ("a red square", "a blue square on a blue ground", "nothing")
 
 
 def prepare(source, output, *more):
-    return invoke(
-        images.main,
-        "--input",
-        source,
-        "--output",
-        output,
-        "--height",
-        16,
-        "--width",
-        16,
-        "--encoder",
-        "pixels",
-        "--validation-fraction",
-        0.3,
-        "--pictures-per-shard",
-        20,
-        *more,
-    )
+    return prepare_pictures(source, output, "--pictures-per-shard", 20, *more)
 
 
 @pytest.fixture(scope="module")
