@@ -28,8 +28,11 @@ class ImagesConfig:
     # what the variance is learned by: 0.001 of the whole bound, in nats | a level's term of it in bits, with pixels of
     # 8 bits at level 0, as the paper's public code has it
     sigma_loss: str = one_of("nats", "bits", default="nats")
+    # what is put out of the variance: where between its bounds it is, from 0 to 1 | from -1 to 1, as the public code
+    sigma_output: str = one_of("fraction", "signed", default="fraction")
     classes: bool = False  # conditional on the class of the picture, from the labels of the shards
     captions: bool = False  # conditional on the caption of the picture, as the shards have it
+    condition_vector: bool = True  # a learned vector is added to whatever else conditions the layers
     class_dropout: float = fraction(0.1)  # share of training samples that are unconditional, for guidance
 
     def check(self) -> None:

@@ -253,7 +253,7 @@ class Engine(Reader):
         if options.choose == "mixture":
             weights = (-energy / options.tau).softmax(0)
             return Conclusion(thought.state.mixed(weights), (weights * energy).sum(0), steps.amax(0), thought.flops)
-        score = energy if options.choose == "energy" else energy - first.view(-1, count)
+        score = {"energy": energy, "drop": energy - first.view(-1, count), "max": -energy}[options.choose]
         best = score.argmin(0)
         kept = best * count + torch.arange(count, device=best.device)
         return Conclusion(thought.state.take(kept), thought.energy[kept], thought.steps[kept], thought.flops)

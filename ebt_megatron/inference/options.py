@@ -11,7 +11,7 @@ from ebt_megatron.config import ThinkingConfig
 from ebt_megatron.core.errors import RecipeError
 from ebt_megatron.core.options import option
 
-CHOICES = ("energy", "drop", "mixture")
+CHOICES = ("energy", "drop", "max", "mixture")
 
 
 def _option(default: Any, help: str) -> Any:
@@ -64,8 +64,8 @@ class ThinkingOptions:
     candidates: int = _option(1, "M, how many starts each token thinks from.")
     choose: str = _option(
         "energy",
-        "Of candidates, keep that of lowest final 'energy', or of the largest 'drop' from its first energy, "
-        "or a 'mixture' of all, weighted by exp(-energy / tau).",
+        "Of candidates, keep that of lowest final 'energy', of the largest 'drop' from its first energy, of "
+        "the highest final energy ('max', to compare with), or a 'mixture' of all, weighted by exp(-energy / tau).",
     )
     tau: float = _option(1.0, "Temperature of the mixture's weights.")
     final_energy: bool = False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
 import torch
@@ -38,6 +39,7 @@ class ConditionEmbedding(MegatronModule):
 
     Args:
         config: Megatron's.
+        vector: whether there is that vector; without it something must be told.
         levels: whether the level is told.
         classes: how many there are; 0: the class is not told. One more stands for "not told".
         captions: what stands for captions; None: they are not told.
@@ -47,6 +49,7 @@ class ConditionEmbedding(MegatronModule):
     def __init__(
         self,
         config: TransformerConfig,
+        vector: bool,
         levels: bool,
         classes: int,
         captions: CaptionShape | None = None,
@@ -59,7 +62,7 @@ class ConditionEmbedding(MegatronModule):
             made = replicated(torch.zeros(*shape, dtype=config.params_dtype), config)
             return on_every_stage(made) if shared else made
 
-        self.vector = parameter(width)
+        self.vector = parameter(width) if vector else None
         self.levels, self.classes = levels, classes
         if levels:
             self.level_in, self.level_in_bias = parameter(width, 2 * _FREQUENCIES), parameter(width)
@@ -73,12 +76,12 @@ class ConditionEmbedding(MegatronModule):
     def forward(self, conditions: Tensor) -> Tensor:
         """Level, class and what stands for the caption, [B, 2 + its size] -> [B, D]."""
         level, label = conditions[:, :2].long().unbind(-1)
-        out = self.vector.expand(len(level), -1)
+        parts = [] if self.vector is None else [self.vector.expand(len(level), -1)]
         if self.levels:
-            hidden = F.linear(waves(level, _FREQUENCIES).to(out.dtype), self.level_in, self.level_in_bias)
-            out = out + F.linear(F.silu(hidden), self.level_out, self.level_out_bias)
+            hidden = F.linear(waves(level, _FREQUENCIES).to(self.level_in.dtype), self.level_in, self.level_in_bias)
+            parts.append(F.linear(F.silu(hidden), self.level_out, self.level_out_bias))
         if self.classes:
-            out = out + self.table[label]
+            parts.append(self.table[label])
         if self.captions is not None:
-            out = out + self.captions(conditions[:, 2:])
-        return out
+            parts.append(self.captions(conditions[:, 2:]))
+        return functools.reduce(torch.add, parts)

@@ -190,6 +190,7 @@ class DiffusionTransformer(Scheduled, JointStage):
         channels: C.
         bound: (noise, predicted noise, v, level, noised) -> what v is learned by [B, S, C], see `NoiseSchedule`;
             None: v is not predicted.
+        signed: v is put out as 2 v - 1.
     """
 
     def __init__(
@@ -203,12 +204,13 @@ class DiffusionTransformer(Scheduled, JointStage):
         pre_process: bool = True,
         post_process: bool = True,
         bound: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor] | None = None,
+        signed: bool = False,
     ):
         super().__init__(config, recipe, kernels, pre_process, post_process)
         self.condition, self.embedding = condition, embedding
         if not pre_process:
             self.hold_copy("condition")
-        self.channels, self.bound = channels, bound
+        self.channels, self.bound, self.signed = channels, bound, signed
         self.group = TensorGroup(bool(config.sequence_parallel))
         if post_process:
             rows = channels if bound is None else 2 * channels
@@ -229,7 +231,11 @@ class DiffusionTransformer(Scheduled, JointStage):
         if not self.post_process:
             return n
         out = F.linear(n, self.head, self.head_bias)
-        return out.to(torch.promote_types(out.dtype, torch.float32))
+        out = out.to(torch.promote_types(out.dtype, torch.float32))
+        if self.bound is None or not self.signed:
+            return out
+        noise, v = out.chunk(2, -1)
+        return torch.cat([noise, (v + 1) / 2], -1)
 
     def forward(self, observed: Tensor, targets: Tensor, segments: Tensor | None, start: Tensor) -> Tensor:
         """The mean squared error of the noise, and what v costs, [S, B] (last stage), or hidden states.

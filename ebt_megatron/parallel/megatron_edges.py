@@ -133,7 +133,6 @@ EDGES = (
         "optimizer",
         ("USING_PYTORCH_OPTIMIZER", "Adam"),
     ),
-    Edge("training/optimizer.py", "clips by a norm of ours", "optimizer.clip_grads", ("clip_grad_by_total_norm_fp32",)),
 )
 
 

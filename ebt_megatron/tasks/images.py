@@ -9,7 +9,7 @@ import torch
 from megatron.core.transformer import TransformerConfig
 from torch import Tensor
 
-from ebt_megatron.config import Recipe, RecipeError
+from ebt_megatron.config import ImagesConfig, Recipe, RecipeError
 from ebt_megatron.core.errors import DataError
 from ebt_megatron.core.randomness import CLASS_STREAM, LEVEL_STREAM, PICTURE_NOISE_STREAM, uniform
 from ebt_megatron.data.captions import LONGEST, NOT_TOLD
@@ -103,6 +103,15 @@ class Images:
             "told the level": self.told_level,
             "images.learn_sigma": self.options.learn_sigma,
         }
+        for key in ("sigma_output", "condition_vector"):  # what checkpoints without them have is the default
+            given = getattr(self.options, key)
+            if given != getattr(ImagesConfig, key):
+                self.identity[f"images.{key}"] = given
+        if not (self.options.condition_vector or self.told_level or self.classes or self.captions):
+            raise RecipeError(
+                "images.condition_vector=false leaves the layers without a condition: set it to true, or let the model "
+                "see levels, classes or captions"
+            )
         if self.captions and captions:
             self.identity["captions"] = [captions["sha256"], *captions["shape"]]
 
@@ -249,7 +258,9 @@ class Images:
         """See `Task`."""
         embeddings = None
         if first:
-            condition = ConditionEmbedding(config, self.told_level, self.classes, self.captions)
+            condition = ConditionEmbedding(
+                config, self.options.condition_vector, self.told_level, self.classes, self.captions
+            )
             embeddings = PictureEmbeddings(config, self.channels, kernels, self._places(config), condition)
         return JointEnergy(config, self.recipe, kernels, embeddings, first, last)
 
@@ -258,12 +269,23 @@ class Images:
     ) -> DiffusionTransformer:
         """See `Task`: DiT."""
         config.has_cond_embedder = True  # type: ignore[attr-defined]  # of every stage: Megatron sums the gradients
-        condition = ConditionEmbedding(config, True, self.classes, self.captions, shared=True)
+        condition = ConditionEmbedding(
+            config, self.options.condition_vector, True, self.classes, self.captions, shared=True
+        )
         embedding = LatentEmbedding(config, self.channels, self._places(config)) if first else None
         bounds = {"nats": self.schedule.variational_bound, "bits": self.schedule.bound_in_bits}
         bound = bounds[self.options.sigma_loss] if self.options.learn_sigma else None
         return DiffusionTransformer(
-            config, self.recipe, kernels, condition, embedding, self.channels, first, last, bound
+            config,
+            self.recipe,
+            kernels,
+            condition,
+            embedding,
+            self.channels,
+            first,
+            last,
+            bound,
+            signed=self.options.sigma_output == "signed",
         )
 
     def _places(self, config: TransformerConfig) -> Tensor:

@@ -21,27 +21,29 @@ class LinearMap(MegatronModule):
     Args:
         config: Megatron's.
         rows, columns: of the weight.
+        bias: whether there is one; else `bias` is None.
     """
 
-    def __init__(self, config: TransformerConfig, rows: int, columns: int):
+    def __init__(self, config: TransformerConfig, rows: int, columns: int, bias: bool = True):
         super().__init__(config)
         self.weight = replicated(torch.empty(rows, columns, dtype=config.params_dtype), config)
         self.draws = {"weight": Draw.xavier(columns, rows)}
-        self.bias = replicated(torch.zeros(rows, dtype=config.params_dtype), config)
+        self.bias = replicated(torch.zeros(rows, dtype=config.params_dtype), config) if bias else None
         self.group = TensorGroup(bool(config.sequence_parallel))
 
 
 class LatentEmbedding(LinearMap):
-    """Latents [B, S, C] -> hidden [S(/TP), B, D], by one linear map with a bias.
+    """Latents [B, S, C] -> hidden [S(/TP), B, D], by one linear map.
 
     Args:
         config: Megatron's.
         channels: C.
         places: [S, D] added to what the map gives, which say where in its frame each token is; None: nothing is.
+        bias: whether the map has one.
     """
 
-    def __init__(self, config: TransformerConfig, channels: int, places: Tensor | None = None):
-        super().__init__(config, config.hidden_size, channels)
+    def __init__(self, config: TransformerConfig, channels: int, places: Tensor | None = None, bias: bool = True):
+        super().__init__(config, config.hidden_size, channels, bias)
         self.places = places
 
     def forward(self, latents: Tensor) -> Tensor:
@@ -81,13 +83,22 @@ class LatentEmbeddings(LatentEmbedding):
     ) -> LatentPrediction:
         """See `Embeddings`; `start` is whole, without NaN."""
         places = None if self.places is None else self.places.to(self.weight.device)
-        embed = LatentMap(self.weight, self.bias, self.group, places)
-        output = self.output and LatentReadout(self.output.weight, self.output.bias, self.group)
+        assert self.bias is not None
+        embed, output = LatentMap(self.weight, self.bias, self.group, places), None
+        if self.output is not None:
+            assert self.output.bias is not None
+            output = LatentReadout(self.output.weight, self.output.bias, self.group)
         return LatentPrediction(self.kernels, embed, targets, sample_ids, thinking, seed, start, output)
 
 
 class LatentOutput(LinearMap):
     """Transformer++'s output: hidden states -> latents, and their smooth L1 loss.
+
+    Args:
+        config: Megatron's.
+        channels: C.
+        maps: 1; or 2: a square one, `inner`, comes before, without a bias.
+        bias: whether the map to latents has one.
 
     Attributes:
         y: [S, B, C] what was predicted last where nothing was learned.
@@ -95,11 +106,16 @@ class LatentOutput(LinearMap):
 
     y: Tensor | None = None
 
-    def __init__(self, config: TransformerConfig, channels: int):
-        super().__init__(config, channels, config.hidden_size)
+    def __init__(self, config: TransformerConfig, channels: int, maps: int = 1, bias: bool = True):
+        width = config.hidden_size
+        super().__init__(config, channels, width, bias)
+        self.inner = replicated(torch.empty(width, width, dtype=config.params_dtype), config) if maps == 2 else None
+        if maps == 2:
+            self.draws["inner"] = Draw.xavier(width, width)
 
     def predicted(self, h: Tensor, start: Tensor | None) -> Tensor:
         """Hidden [S(/TP), B, D] -> latents of this rank's positions [S(/TP), B, C], as changes of `start` if given."""
+        h = h if self.inner is None else F.linear(h, self.inner)
         predicted = F.linear(h, self.weight, self.bias)
         predicted = predicted.to(torch.promote_types(predicted.dtype, torch.float32))
         return predicted if start is None else self.group.own_positions(start).to(predicted.dtype) + predicted

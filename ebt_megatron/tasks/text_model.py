@@ -72,7 +72,7 @@ class TextOutput(MegatronModule):
 
     def forward(self, h: Tensor, targets: Tensor) -> Tensor:
         """Cross-entropy [S, B] of targets [B, S]."""
-        return vocab_parallel_cross_entropy(self.logits(h).float(), targets.t().contiguous())
+        return vocab_parallel_cross_entropy(self.logits(h), targets.t().contiguous())
 
 
 class TextEmbeddings(MegatronModule):

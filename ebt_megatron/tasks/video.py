@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from megatron.core.transformer import TransformerConfig
 from torch import Tensor
 
 from ebt_megatron.config import Recipe, RecipeError
+from ebt_megatron.config.video import VideoConfig
 from ebt_megatron.data.decoder import Decoder, psnr
 from ebt_megatron.data.description import Description
 from ebt_megatron.data.loader import MicroBatch
@@ -39,7 +41,7 @@ class Video:
         decoder: what shows them, or None.
 
     Raises:
-        RecipeError: for settings that are made for logits, or for one token a frame.
+        RecipeError: for settings that are made for logits, for one token a frame, or for Transformer++.
     """
 
     kind = "video"
@@ -65,6 +67,15 @@ class Video:
         self.from_last = change  # predictions go out from the last frame that is observed
         if change and recipe.thinking.initial != "observed":
             self.identity["video.predicts"] = "change"
+        for key in ("output_maps", "map_biases"):
+            given = getattr(recipe.video, key)
+            if given == getattr(VideoConfig, key):
+                continue
+            if thinks:
+                raise RecipeError(
+                    f"video.{key}={given} is about Transformer++: leave it out, or set model.architecture=baseline"
+                )
+            self.identity[f"video.{key}"] = given
 
     @classmethod
     def from_data(cls, recipe: Recipe, source: Description) -> Video:
@@ -103,13 +114,16 @@ class Video:
 
     def feed_forward_model(self, config: TransformerConfig, kernels: Kernels, first: bool, last: bool) -> TransformerLM:
         """See `Task`: Transformer++ with a linear output and the same loss."""
-        embedding = LatentEmbedding(config, self.tokens.size, self._places(config.hidden_size)) if first else None
-        output = LatentOutput(config, self.tokens.size) if last else None
+        options, places = self.recipe.video, self._places(config.hidden_size)
+        embedding = LatentEmbedding(config, self.tokens.size, places, options.map_biases) if first else None
+        output = LatentOutput(config, self.tokens.size, options.output_maps, options.map_biases) if last else None
         return TransformerLM(config, self.recipe, kernels, embedding, output, first, last, self.tokens.count)
 
     def cost(self) -> Cost:
         """See `Task`; what is a product with the vocabulary for text is one with the channels of a token."""
-        return cost(self.recipe, self.tokens.size, self.tokens.count, distribution=False)
+        made = cost(self.recipe, self.tokens.size, self.tokens.count, distribution=False)
+        square = (self.recipe.video.output_maps - 1) * (self.recipe.model.hidden_size or 0) ** 2
+        return replace(made, layers=made.layers + 2 * self.length * square, parameters=made.parameters + square)
 
     def meter(self, steps: int, device: torch.device) -> VideoMeter:
         """See `Task`."""

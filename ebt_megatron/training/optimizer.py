@@ -22,7 +22,6 @@ from megatron.core.distributed import (
     finalize_model_grads,
 )
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig
-from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer.optimizer_config import ParamKey, ParamPredicate
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch.optim.adamw import adamw
@@ -224,6 +223,12 @@ def schedule_of(recipe: Recipe) -> dict[str, Any]:
     return {key: getattr(options, key) for key in ("lr", "min_lr_ratio", "warmup_steps", "decay_steps")}
 
 
+def _scale_down(gradients: list[torch.Tensor], factor: float) -> None:
+    """Multiply gradients, of any precision, where the factor is below 1; a rank of few weights may hold none."""
+    if factor < 1 and gradients:
+        torch._foreach_mul_(gradients, factor)
+
+
 def zero_gradients(model_chunks: Sequence[DistributedDataParallel], optimizer: MegatronOptimizer) -> None:
     """Forget all gradients; call before the first backward of a step."""
     for chunk in model_chunks:
@@ -266,8 +271,8 @@ def apply_gradients(
     if applied:
         clip = optimizer.config.clip_grad
         if clip > 0.0:
-            parameters = [p for group in optimizer.param_groups for p in group["params"]]
-            clip_grad_by_total_norm_fp32(parameters, clip, grad_norm)
+            parameters = (p for group in optimizer.param_groups for p in group["params"])
+            _scale_down([p.grad for p in parameters if p.grad is not None], clip / (grad_norm + 1e-6))
         optimizer.step_with_ready_grads()
     lr = next(g["lr"] for g in optimizer.param_groups if g["default_config"])
     return Update(grad_norm, lr, applied)

@@ -237,6 +237,8 @@ LEFT, RIGHT = -0.9596, 1.0353  # where wells' gradient 4 y^3 - 4 y - 0.3 is zero
 def test_of_two_wells_the_deeper_is_kept():
     thought, _ = think(wells, [0.0] * 2, [[-0.5, 1.2], [0.6, -1.4]], steps=300, step_size=0.05)
     assert values(thought) == pytest.approx([RIGHT, RIGHT], abs=1e-3)
+    highest, _ = think(wells, [0.0] * 2, [[-0.5, 1.2], [0.6, -1.4]], steps=300, step_size=0.05, choose="max")
+    assert values(highest) == pytest.approx([LEFT, LEFT], abs=1e-3)
     alone, _ = think(wells, [-0.5, 1.2], steps=300, step_size=0.05)
     assert values(alone) == pytest.approx([LEFT, RIGHT], abs=1e-3)
 

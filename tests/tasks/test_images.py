@@ -308,6 +308,11 @@ def test_validation_knows_the_psnr_of_every_step():
         (("model.energy_head=quadratic",), {}, "model.energy_head=quadratic: the energy of a picture has linear alone"),
         (("images.learn_sigma=true",), {}, "images.learn_sigma is about a DiT's random steps"),
         (("model.num_query_groups=2",), {}, "one group for each head"),
+        (
+            ("images.classes=false", "images.see_level=false", "images.condition_vector=false"),
+            {},
+            "images.condition_vector=false leaves the layers without a condition",
+        ),
         ((), {"classes": 0}, "images.classes=true needs labels, and the shards have none"),
         (latents.CAPTIONS, {"captions": {}}, "images.captions=true needs captions, and the shards have none"),
         ((), {"grid": (3, 2)}, "pictures of 4 patches are no 3 x 2"),

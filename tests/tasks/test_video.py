@@ -213,6 +213,8 @@ def test_a_frame_repeated_exactly_has_no_error():
         ("thinking.logits_dtype=bfloat16", "set thinking.logits_dtype=float32"),
         ("video.tokens_per_side=3", "video.tokens_per_side=3 does not divide frames of 2 x 2 patches"),
         ("video.tokens_per_side=2 model.conditioning=time_embed_sequence", "set video.tokens_per_side=1"),
+        ("video.output_maps=2", "video.output_maps=2 is about Transformer"),
+        ("video.map_biases=false", "video.map_biases=False is about Transformer"),
     ],
 )
 def test_what_does_not_do_is_refused(override, why):

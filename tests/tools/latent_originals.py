@@ -18,6 +18,12 @@ def patches(pictures):
     return grid.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
 
 
+def pictures_of(patches):
+    """The inverse of `patches`."""
+    grid = patches.unflatten(1, (GRID, GRID)).unflatten(3, (PATCH, PATCH, 3))  # B, row, column, y, x, channel
+    return grid.permute(0, 5, 1, 3, 2, 4).flatten(4).flatten(2, 3)
+
+
 def descend(energies_of, y, alpha, steps, loss):
     """Yield energies before each step and losses after it, detached between the steps."""
     for step in range(steps):
@@ -192,3 +198,45 @@ class Diffuser(nn.Module):
         c = c if captions is None else c + self.model.text_embeddings_projector(captions)
         out = dit(pictures, c).unflatten(-1, (PATCH**2, self.parts, 3)).movedim(-2, 0).flatten(-2)
         return out if self.parts == 2 else out[0]
+
+
+def _cdf(x):
+    return 0.5 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+
+
+class Diffusion:
+    """DDPM's noise, and what a DiT learns by: the mean squared error of the noise, and of variances the bound in bits.
+
+    Arrays are of levels; pictures [B, GRID^2, 12].
+    """
+
+    def __init__(self, steps):
+        self.beta = torch.linspace(0.1 / steps, 20 / steps, steps, dtype=torch.float64)
+        self.kept = (1 - self.beta).cumprod(0)
+
+    def noised(self, clean, noise, level):
+        kept = self.kept[level][:, None, None]
+        return kept.sqrt() * clean + (1 - kept).sqrt() * noise
+
+    def loss(self, clean, noise, level, predicted, v=None):
+        """The mean over pictures and numbers."""
+        error = (predicted - noise).square()
+        return (error if v is None else error + self._bits(clean, noise, level, predicted.detach(), v)).mean()
+
+    def _bits(self, clean, noise, level, predicted, v):
+        before = torch.cat([torch.ones(1, dtype=torch.float64), self.kept[:-1]])
+        least = self.beta * (1 - before) / (1 - self.kept)
+        least = torch.cat([least[1:2], least[1:]]).log()  # level 0 takes that of level 1
+        of_clean = self.beta * before.sqrt() / (1 - self.kept)
+        of_noised = (1 - before) * (1 - self.beta).sqrt() / (1 - self.kept)
+        low, high, c, n, kept = (
+            x[level][:, None, None] for x in (least, self.beta.log(), of_clean, of_noised, self.kept)
+        )
+        noised = self.noised(clean, noise, level)
+        seen = (noised - (1 - kept).sqrt() * predicted) / kept.sqrt()
+        true, mean, share = c * clean + n * noised, c * seen + n * noised, (v + 1) / 2
+        log_variance = share * high + (1 - share) * low
+        kl = (log_variance - low - 1 + (low - log_variance).exp() + (true - mean) ** 2 / log_variance.exp()) / 2
+        above, below = (_cdf((clean - mean + half) / (log_variance / 2).exp()) for half in (1 / 255, -1 / 255))
+        bins = torch.where(clean > 0.999, 1 - below, torch.where(clean < -0.999, above, above - below))
+        return torch.where((level == 0)[:, None, None], -bins.clamp(min=1e-12).log(), kl) / math.log(2)

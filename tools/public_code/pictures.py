@@ -56,7 +56,8 @@ def describe(hyper: Hyper, source: Source) -> Described:
         t.langevin_in_evaluation = not hyper.get("no_langevin_during_eval")
     else:
         recipe.images.learn_sigma = _outputs(source, trunk, channels, patch) == 2
-        recipe.images.sigma_loss, recipe.images.dit_levels = "bits", "range"
+        recipe.images.sigma_loss, recipe.images.sigma_output, recipe.images.dit_levels = "bits", "signed", "range"
+    recipe.images.condition_vector = m.architecture == "ebt" and denoises  # their learned_adaln_condition
     _describe_levels(recipe, hyper, denoises)
     describe_training(recipe, hyper)
     patches = source.shape(f"{trunk}.pos_embed")[1]
@@ -71,6 +72,10 @@ def describe(hyper: Hyper, source: Source) -> Described:
         "latent_scale": scale,
         "images.learn_sigma": recipe.images.learn_sigma,
     }
+    if not recipe.images.condition_vector:
+        identity["images.condition_vector"] = False
+    if m.architecture == "baseline":
+        identity["images.sigma_output"] = "signed"
     return Described(
         recipe, identity, f"images --height {size} --width {size} --patch {side} --scale {scale} --encoder {encoder}"
     )
@@ -139,18 +144,16 @@ def weights_of(source: Source, recipe: Recipe) -> dict[str, Tensor]:
 
 def _condition(source: Source, recipe: Recipe, ours: str, width: int) -> dict[str, Tensor]:
     """What pictures are told besides the level: nothing, which is a vector of an EBT, or a caption's vector."""
-    zeros = torch.zeros(width)
     if recipe.images.captions:
         made = source.linear(_PROJECTOR, "out", width, source.shape(f"{_PROJECTOR}.weight")[1])
         return {
-            f"{ours}.vector": zeros,
-            f"{ours}.captions.not_told": zeros.clone(),
+            f"{ours}.captions.not_told": torch.zeros(width),  # never learned: no caption is left out in training
             f"{ours}.captions.out": made["out.weight"],
             f"{ours}.captions.out_bias": made["out.bias"],
         }
     if recipe.model.architecture == "ebt":
         return {f"{ours}.vector": source.take("model.learned_adaln_condition.weight", 1, width)[0]}
-    return {f"{ours}.vector": zeros}
+    return {}
 
 
 def _outputs(source: Source, trunk: str, channels: int, patch: int) -> int:
@@ -159,20 +162,19 @@ def _outputs(source: Source, trunk: str, channels: int, patch: int) -> int:
 
 
 def _noise(source: Source, trunk: str, channels: int, patch: int, order: Tensor) -> dict[str, Tensor]:
-    """A DiT's level and output: noise and, where it learned variances, v, from -1 to 1 there and from 0 to 1 here."""
+    """A DiT's level and output: noise and, where it learned variances, v."""
     width, head, parts = len(order), f"{trunk}.final_layer.linear", _outputs(source, trunk, channels, patch)
     linear = source.linear(head, "head", parts * channels * patch**2, width)
     theirs = f"{trunk}.t_embedder.mlp"
     level = source.linear(f"{theirs}.0", "in", width, _WAVES) | source.linear(f"{theirs}.2", "out", width, width)
 
-    def outputs(rows: Tensor, middle: float) -> Tensor:
+    def outputs(rows: Tensor) -> Tensor:
         """Rows by place in a patch, output and channel, as rows by output, place and channel."""
-        noise, *v = rows.unflatten(0, (patch**2, parts, channels)).unbind(1)
-        return torch.cat([noise.flatten(0, 1), *(part.flatten(0, 1) / 2 + middle for part in v)])
+        return rows.unflatten(0, (patch**2, parts, channels)).transpose(0, 1).flatten(0, 2)
 
     return {
-        "head": outputs(linear["head.weight"], 0)[:, order],
-        "head_bias": outputs(linear["head.bias"], 0.5),
+        "head": outputs(linear["head.weight"])[:, order],
+        "head_bias": outputs(linear["head.bias"]),
         "condition.level_in": level["in.weight"],
         "condition.level_in_bias": level["in.bias"],
         "condition.level_out": level["out.weight"],

@@ -5,6 +5,8 @@ Both rotate interleaved pairs, so rows keep their order inside a head.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -29,6 +31,7 @@ _CONDITIONING = {
 }
 _TRUNK = "model.transformer"
 _STEPS = f"{_TRUNK}.time_embeddings.weight"
+_DOWN_BIAS = "model.encoder_down_projection.bias"
 _LATENTS = 4  # channels of the VAE, which has a number of each for 8 x 8 pixels
 _MODELS = ("ebt", "baseline_transformer")
 _EBT: Supported = {
@@ -87,7 +90,11 @@ def describe_video(hyper: Hyper, source: Source) -> Described:
     resolve(recipe)
     scale = 0.18215 if hyper.get("sdxl_vae_standardization") else 1
     size = 8 * round((numbers / _LATENTS) ** 0.5)
-    identity = {"frame": [numbers // _LATENTS, _LATENTS], "latent_scale": scale}
+    identity: dict[str, Any] = {"frame": [numbers // _LATENTS, _LATENTS], "latent_scale": scale}
+    if not thinks:
+        recipe.video.output_maps = identity["video.output_maps"] = 2
+        if _DOWN_BIAS not in source.left:  # weight_tie_vae_proj, which begins both maps alike
+            recipe.video.map_biases = identity["video.map_biases"] = False
     return Described(
         recipe,
         identity,
@@ -154,17 +161,18 @@ def weights_of_video(source: Source, recipe: Recipe) -> dict[str, Tensor]:
 
     down = source.take("model.encoder_down_projection.weight", width, numbers)
     name = "modality" if ebt else "embedding"
-    out = {f"{name}.weight": frames(down), f"{name}.bias": down.new_zeros(width)}
-    tied = not ebt and "model.encoder_down_projection.bias" not in source.left
-    if not tied:
-        out[f"{name}.bias"] = source.take("model.encoder_down_projection.bias", width)
+    out = {f"{name}.weight": frames(down)}
+    if recipe.video.map_biases:
+        out[f"{name}.bias"] = source.take(_DOWN_BIAS, width)
     if ebt:
         return out | _thinking(source, recipe) | _trunk(source, recipe)
-    # Their output is two linear maps, one after the other.
-    up = source.take("model.encoder_up_projection.weight", numbers, width).double()
-    both = (up @ source.take("model.output.weight", width, width).double()).to(down.dtype)
-    bias = down.new_zeros(numbers) if tied else source.take("model.encoder_up_projection.bias", numbers)
-    out |= {"output.weight": frames(both.t()).t().contiguous(), "output.bias": frames(bias[None])[0]}
+    up = source.take("model.encoder_up_projection.weight", numbers, width)
+    out |= {
+        "output.inner": source.take("model.output.weight", width, width),
+        "output.weight": frames(up.t()).t().contiguous(),
+    }
+    if recipe.video.map_biases:
+        out["output.bias"] = frames(source.take("model.encoder_up_projection.bias", numbers)[None])[0]
     return out | _trunk(source, recipe)
 
 
