@@ -99,7 +99,17 @@ class _Attention(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, q, k_self, v_self, k, v, tangent, causal, segments):
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        k_self: Tensor | None,
+        v_self: Tensor | None,
+        k: Tensor,
+        v: Tensor,
+        tangent: bool,
+        causal: bool,
+        segments: Tensor | None,
+    ) -> Tensor:
         given, own_key = (q, k_self, v_self, k, v), k_self is not None
         scale = 1 / math.sqrt(q.shape[-1])
         out = torch.empty_like(q)
@@ -152,7 +162,7 @@ class _Attention(torch.autograd.Function):
         return out
 
     @staticmethod
-    def backward(ctx: Any, grad):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         q_all, k_self_all, v_self_all, k_all, v_all, segments, out, lse, mu = ctx.saved_tensors
         tangent, own_key = ctx.tangent, k_self_all is not None
         moving = tangent and not own_key

@@ -38,7 +38,9 @@ class _Replay(torch.autograd.Function):
     """A linear layer on value and tangent, given the value's output and the tangent's input gradient."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, layer: Any, out: Tensor, tangent_grad: Tensor, group: Any):
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, layer: Any, out: Tensor, tangent_grad: Tensor, group: Any
+    ) -> Tensor:
         ctx.save_for_backward(x, weight, tangent_grad)
         ctx.column, ctx.group = isinstance(layer, ColumnParallelLinear), group
         ctx.product = getattr(layer, "product", torch.matmul)  # an fp8 layer has its own

@@ -1,14 +1,21 @@
 """A modality of one's own: where does a point that circles in the plane go next?"""
 
 from pathlib import Path
+from typing import Any, Self
 
 import numpy as np
+import torch
+from megatron.core.transformer import TransformerConfig
 
+from ebt_megatron.config import Recipe
+from ebt_megatron.data.description import Description
 from ebt_megatron.data.kinds import Kind
+from ebt_megatron.data.loader import MicroBatch
 from ebt_megatron.data.manifest import Manifest
 from ebt_megatron.data.shards import shard_infos, write_shard
+from ebt_megatron.kernels import Kernels
 from ebt_megatron.model.energy import EnergyTransformer
-from ebt_megatron.model.flops import cost
+from ebt_megatron.model.flops import Cost, cost
 from ebt_megatron.model.transformer import TransformerLM
 from ebt_megatron.tasks import NoMeter, Sample
 from ebt_megatron.tasks.latent_model import LatentEmbedding, LatentEmbeddings, LatentOutput
@@ -21,40 +28,41 @@ class Points:
 
     kind, size = "examples.points.points:POINTS", 2
 
-    def __init__(self, recipe):
-        self.recipe, self.length, self.identity = recipe, recipe.data.sequence_length, {}
+    def __init__(self, recipe: Recipe):
+        self.recipe, self.length = recipe, recipe.data.sequence_length
+        self.identity: dict[str, Any] = {}
 
     @classmethod
-    def from_data(cls, recipe, source):
+    def from_data(cls, recipe: Recipe, source: Description) -> Self:
         return cls(recipe)
 
     @classmethod
-    def of_size(cls, recipe, vocab_size, channels):
+    def of_size(cls, recipe: Recipe, vocab_size: int, channels: int) -> Self:
         return cls(recipe)
 
-    def sample(self, batch, device):
+    def sample(self, batch: MicroBatch, device: torch.device) -> Sample:
         points = batch.samples.to(device)  # [B, S + 1, 2]
         return Sample(points[:, :-1], points[:, 1:], batch.sample_ids.to(device))
 
-    def energy_model(self, config, kernels, first, last):
+    def energy_model(self, config: TransformerConfig, kernels: Kernels, first: bool, last: bool) -> EnergyTransformer:
         embeddings = LatentEmbeddings(config, self.size, kernels) if first else None
         return EnergyTransformer(config, self.recipe, kernels, embeddings, first, last)
 
-    def feed_forward_model(self, config, kernels, first, last):
+    def feed_forward_model(self, config: TransformerConfig, kernels: Kernels, first: bool, last: bool) -> TransformerLM:
         embedding = LatentEmbedding(config, self.size) if first else None
         output = LatentOutput(config, self.size) if last else None
         return TransformerLM(config, self.recipe, kernels, embedding, output, first, last)
 
-    def cost(self):
+    def cost(self) -> Cost:
         return cost(self.recipe, self.size, distribution=False)
 
-    def meter(self, steps, device):
+    def meter(self, steps: int, device: torch.device) -> NoMeter:
         return NoMeter()
 
-    def describe(self, loss):
+    def describe(self, loss: float) -> dict[str, float]:
         return {"distance": 2 * loss**0.5}  # the loss is half the square of one coordinate's error
 
-    def example(self, sample, thinker, steps):
+    def example(self, sample: Sample, thinker: Any, steps: int) -> None:
         return None
 
 

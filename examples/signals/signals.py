@@ -1,8 +1,15 @@
 """A kind of sample of one's own: waveforms of 8 bits, and the task that predicts their next window."""
 
-import numpy as np
+from pathlib import Path
+from typing import Self
 
+import numpy as np
+import torch
+
+from ebt_megatron.config import Recipe
+from ebt_megatron.data.description import Description
 from ebt_megatron.data.kinds import Bounds, Kind
+from ebt_megatron.data.loader import MicroBatch
 from ebt_megatron.data.manifest import Manifest
 from ebt_megatron.data.shards import shard_infos, write_shard
 from ebt_megatron.tasks import Sample
@@ -11,7 +18,7 @@ from examples.points.points import Points
 WINDOW = 8  # values that are predicted together
 
 
-def drawn(row, source):
+def drawn(row: np.ndarray, source: Description) -> str:
     return "".join("▁▂▃▄▅▆▇█"[(int(value) + 128) // 32] for value in row.ravel())
 
 
@@ -23,23 +30,23 @@ class Signals(Points):
 
     kind, size = "examples.signals.signals:SIGNAL", WINDOW
 
-    def __init__(self, recipe, rate=0):
+    def __init__(self, recipe: Recipe, rate: int = 0):
         super().__init__(recipe)
         self.identity = {"rate": rate}
 
     @classmethod
-    def from_data(cls, recipe, source):
+    def from_data(cls, recipe: Recipe, source: Description) -> Self:
         return cls(recipe, source.manifest.facts["rate"])
 
-    def sample(self, batch, device):
+    def sample(self, batch: MicroBatch, device: torch.device) -> Sample:
         windows = batch.samples.to(device) / 128
         return Sample(windows[:, :-1], windows[:, 1:], batch.sample_ids.to(device))
 
-    def describe(self, loss):
+    def describe(self, loss: float) -> dict[str, float]:
         return {"signal_to_noise": -10 * np.log10(2 * loss)}  # dB below full scale; the loss is half a square
 
 
-def write_signals(folder, count, length, rate, seed):
+def write_signals(folder: Path, count: int, length: int, rate: int, seed: int) -> None:
     """Shards of `count` tones of random pitch, each (length + 1) * WINDOW values at `rate` Hz."""
     draw = np.random.default_rng(seed)
     seconds = np.arange((length + 1) * WINDOW) / rate
