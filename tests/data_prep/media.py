@@ -1,8 +1,10 @@
-"""Small synthetic videos and pictures."""
+"""Small synthetic videos and pictures, and preparation with the options of most tests."""
 
 import numpy as np
 import typer
 from typer.testing import CliRunner
+
+from ebt_megatron.data_prep import images, text
 
 
 def invoke(main, *arguments):
@@ -10,6 +12,16 @@ def invoke(main, *arguments):
     app = typer.Typer()
     app.command()(main)
     return CliRunner().invoke(app, [str(a) for a in arguments])
+
+
+def prepare_text(source, output, *more):
+    options = ["--train-bpe", "300", "--sequence-length", "8", "--validation-fraction", "0.2"]
+    return invoke(text.main, "--input", source, "--output", output, *options, *more)
+
+
+def prepare_pictures(source, output, *more):
+    options = ["--height", "16", "--width", "16", "--encoder", "pixels", "--validation-fraction", "0.3"]
+    return invoke(images.main, "--input", source, "--output", output, *options, *more)
 
 
 def said(result):

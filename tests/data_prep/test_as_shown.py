@@ -12,9 +12,8 @@ import pytest
 from ebt_megatron.data.manifest import read_manifest
 from ebt_megatron.data_prep import images, video
 from ebt_megatron.data_prep.files import find_files
-from tests.data_prep.media import moving_square, psnr, said
+from tests.data_prep.media import moving_square, prepare_pictures, psnr, said
 from tests.data_prep.test_images import pictures, save
-from tests.data_prep.test_images import prepare as prepare_images
 from tests.data_prep.test_video import decoded, prepare
 
 av = pytest.importorskip("av")
@@ -100,12 +99,12 @@ def test_the_manifest_counts_what_was_transparent_and_the_ground_is_an_option(tm
     for mode in ("RGBA", "LA", "P"):
         hole(tmp_path / f"raw/{mode}.png", mode)
     save(tmp_path / "raw", "b.png", pictures(1)[0])
-    result = prepare_images(tmp_path / "raw", tmp_path / "out", "--validation-fraction", 0)
+    result = prepare_pictures(tmp_path / "raw", tmp_path / "out", "--validation-fraction", 0)
     assert result.exit_code == 0 and "3 transparent" in said(result)
     assert read_manifest(str(tmp_path / "out/train")).provenance["transparent"] == 3
-    result = prepare_images(tmp_path / "raw", tmp_path / "out", "--validation-fraction", 0, "--ground", "blue-ish")
+    result = prepare_pictures(tmp_path / "raw", tmp_path / "out", "--validation-fraction", 0, "--ground", "blue-ish")
     assert result.exit_code == 2 and "blue-ish is no colour" in said(result)
-    result = prepare_images(tmp_path / "raw", tmp_path / "out", "--ground", "black", "--resume")
+    result = prepare_pictures(tmp_path / "raw", tmp_path / "out", "--ground", "black", "--resume")
     assert result.exit_code == 2 and "made with other options" in said(result)
 
 
@@ -140,9 +139,9 @@ def test_exif_that_cannot_be_parsed_costs_that_picture_alone(tmp_path):
     for i, picture in enumerate(pictures(8)):
         save(tmp_path / "raw", f"{i}.png", picture)
     PIL.fromarray(pictures(1)[0]).save(tmp_path / "raw/bad.png", exif=exif("none"))
-    result = prepare_images(tmp_path / "raw", tmp_path / "out")
+    result = prepare_pictures(tmp_path / "raw", tmp_path / "out")
     assert result.exit_code == 2 and "bad.png cannot be decoded" in said(result) and "Traceback" not in result.output
-    result = prepare_images(tmp_path / "raw", tmp_path / "out", "--skip-broken", "--overwrite")
+    result = prepare_pictures(tmp_path / "raw", tmp_path / "out", "--skip-broken", "--overwrite")
     assert result.exit_code == 0, result.output
     assert "bad.png" in (tmp_path / "out/skipped.txt").read_text()
     assert sum(read_manifest(str(tmp_path / "out" / s)).samples for s in ("train", "validation")) == 8
@@ -157,7 +156,7 @@ def test_a_picture_may_be_larger_than_pillow_thinks_safe(tmp_path, monkeypatch):
     (piece,) = images.PictureSource(16, 16, tile=True).read(find_files([str(tmp_path / "raw")], (".png",)).files)
     assert len(list(piece.samples)) == 4
     monkeypatch.setattr(images, "_PIXELS", 1000)
-    result = prepare_images(tmp_path / "raw", tmp_path / "out", "--tile", "--validation-fraction", 0)
+    result = prepare_pictures(tmp_path / "raw", tmp_path / "out", "--tile", "--validation-fraction", 0)
     assert result.exit_code == 2 and "a.png cannot be decoded (it has 1,024 pixels, more than 1,000" in said(result)
 
 

@@ -16,9 +16,8 @@ from ebt_megatron.data_prep import captions
 from ebt_megatron.tools.rewrite import rewrite
 from ebt_megatron.tools.shards import shard_problems
 from tests.data.test_loader import recipe_for
-from tests.data_prep.media import said
+from tests.data_prep.media import prepare_pictures, said
 from tests.data_prep.test_images import pictures, save
-from tests.data_prep.test_images import prepare as prepare_pictures
 
 COLOURS = ("a red square", "a blue square on a blue ground", "nothing")
 

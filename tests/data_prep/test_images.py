@@ -10,7 +10,7 @@ from ebt_megatron.data.folder import ShardFolder
 from ebt_megatron.data.manifest import read_manifest
 from ebt_megatron.data_prep import images
 from ebt_megatron.data_prep.encoders import load_encoder, patches_of
-from tests.data_prep.media import contents, invoke, psnr, said
+from tests.data_prep.media import contents, invoke, prepare_pictures, psnr, said
 
 PIL = pytest.importorskip("PIL.Image")
 
@@ -34,25 +34,6 @@ def write_idx(path, array):
     path.write_bytes(gzip.compress(data) if path.suffix == ".gz" else data)
 
 
-def prepare(source, output, *more):
-    return invoke(
-        images.main,
-        "--input",
-        source,
-        "--output",
-        output,
-        "--height",
-        16,
-        "--width",
-        16,
-        "--encoder",
-        "pixels",
-        "--validation-fraction",
-        0.3,
-        *more,
-    )
-
-
 def decoded(output):
     """{bytes of a picture: its label or None} of both splits, and how many samples each has."""
     found, counts = {}, []
@@ -70,7 +51,7 @@ def decoded(output):
 def test_pictures_of_an_array_come_back_exactly_with_their_labels(tmp_path):
     array, labels = pictures(300), np.arange(300) % 7
     np.savez(tmp_path / "a.npz", images=array, labels=labels)
-    assert prepare(tmp_path, tmp_path / "out", "--pictures-per-shard", 100).exit_code == 0
+    assert prepare_pictures(tmp_path, tmp_path / "out", "--pictures-per-shard", 100).exit_code == 0
     found, counts = decoded(tmp_path / "out")
     assert found == {p.tobytes(): label for p, label in zip(array, labels.tolist(), strict=True)}
     assert sum(counts) == 300 and 60 < counts[1] < 120
@@ -82,12 +63,14 @@ def test_pictures_of_an_array_come_back_exactly_with_their_labels(tmp_path):
 def test_latents_are_multiplied_by_a_scale_instead_of_normalised(tmp_path):
     array = pictures(40)
     np.save(tmp_path / "a.npy", array)
-    assert prepare(tmp_path, tmp_path / "out", "--scale", 0.25).exit_code == 0
+    assert prepare_pictures(tmp_path, tmp_path / "out", "--scale", 0.25).exit_code == 0
     shards = ShardFolder(str(tmp_path / "out/train"))
     expected = {patches_of(p[None], 8).tobytes() for p in array}
     found = {np.rint((4 * row.astype(np.float32) + 1) * 127.5).astype(np.uint8).tobytes() for row in shards.rows()}
     assert found < expected and shards.manifest.encoder["std"] == [4.0] * 192
-    done = prepare(tmp_path, tmp_path / "again", "--scale", 0.25, "--encoder", tmp_path / "out/train/encoder.npz")
+    done = prepare_pictures(
+        tmp_path, tmp_path / "again", "--scale", 0.25, "--encoder", tmp_path / "out/train/encoder.npz"
+    )
     assert "has a normalisation of its own: leave it out" in said(done)
 
 
@@ -96,7 +79,7 @@ def test_idx_files_have_their_labels_beside_them(tmp_path, name):
     gray, labels = pictures(80)[..., 0], (np.arange(80) % 3).astype(np.uint8)
     write_idx(tmp_path / name, gray)
     write_idx(tmp_path / name.replace("images", "labels").replace("idx3", "idx1"), labels)
-    assert prepare(tmp_path, tmp_path / "out").exit_code == 0
+    assert prepare_pictures(tmp_path, tmp_path / "out").exit_code == 0
     colored = np.repeat(gray[..., None], 3, -1)
     assert decoded(tmp_path / "out")[0] == {p.tobytes(): n for p, n in zip(colored, labels.tolist(), strict=True)}
 
@@ -105,7 +88,7 @@ def test_folders_are_classes(tmp_path):
     array = pictures(40)
     for i, picture in enumerate(array):
         save(tmp_path / "raw" / ("cats" if i % 2 else "dogs"), f"{i}.png", picture)
-    assert prepare(tmp_path / "raw", tmp_path / "out", "--classes", "folders").exit_code == 0
+    assert prepare_pictures(tmp_path / "raw", tmp_path / "out", "--classes", "folders").exit_code == 0
     assert decoded(tmp_path / "out")[0] == {p.tobytes(): (i + 1) % 2 for i, p in enumerate(array)}
     assert read_manifest(str(tmp_path / "out/validation")).classes == ["cats", "dogs"]
 
@@ -113,7 +96,7 @@ def test_folders_are_classes(tmp_path):
 def test_without_classes_there_are_no_labels(tmp_path):
     for i, picture in enumerate(pictures(20)):
         save(tmp_path / "raw", f"{i}.webp", picture)
-    assert prepare(tmp_path / "raw", tmp_path / "out").exit_code == 0
+    assert prepare_pictures(tmp_path / "raw", tmp_path / "out").exit_code == 0
     assert read_manifest(str(tmp_path / "out/train")).classes == []
     assert "labels" not in (tmp_path / "out/train/shard-000000.index.json").read_text()
 
@@ -121,7 +104,7 @@ def test_without_classes_there_are_no_labels(tmp_path):
 def test_a_picture_is_made_smaller_and_cropped_to_its_centre(tmp_path):
     for i, picture in enumerate(pictures(8, 64, 128)):
         save(tmp_path / "raw", f"{i}.png", picture)
-    assert prepare(tmp_path / "raw", tmp_path / "out").exit_code == 0
+    assert prepare_pictures(tmp_path / "raw", tmp_path / "out").exit_code == 0
     expected = {i: p[:, 32:96].reshape(16, 4, 16, 4, 3).mean((1, 3)) for i, p in enumerate(pictures(8, 64, 128))}
     for found in decoded(tmp_path / "out")[0]:
         picture = np.frombuffer(found, np.uint8).reshape(16, 16, 3)
@@ -132,7 +115,7 @@ def test_tiles_cover_a_picture_once_and_stay_in_one_split(tmp_path):
     big = pictures(12, 36, 50)
     for i, picture in enumerate(big):
         save(tmp_path / "raw", f"{i}.png", picture)
-    assert prepare(tmp_path / "raw", tmp_path / "out", "--tile").exit_code == 0
+    assert prepare_pictures(tmp_path / "raw", tmp_path / "out", "--tile").exit_code == 0
     cut = [[p[2 + y : 18 + y, 1 + x : 17 + x].tobytes() for y in (0, 16) for x in (0, 16, 32)] for p in big]
     found, counts = decoded(tmp_path / "out")
     assert set(found) == {t for tiles in cut for t in tiles} and counts[0] % 6 == counts[1] % 6 == 0
@@ -171,7 +154,7 @@ def test_stock_webdataset_reads_the_shards(tmp_path):
     import webdataset
 
     np.savez(tmp_path / "a.npz", x=pictures(200), y=np.arange(200))
-    assert prepare(tmp_path, tmp_path / "out", "--array-key", "x", "--labels-key", "y").exit_code == 0
+    assert prepare_pictures(tmp_path, tmp_path / "out", "--array-key", "x", "--labels-key", "y").exit_code == 0
     urls = [str(p) for p in sorted((tmp_path / "out/train").glob("*.tar"))]
     blocks = list(webdataset.WebDataset(urls, shardshuffle=False, empty_check=False).decode())
     shards = ShardFolder(str(tmp_path / "out/train"))
@@ -186,10 +169,10 @@ def test_a_broken_picture_is_named_or_left_out(tmp_path):
         save(tmp_path / "raw", f"{i}.png", picture)
     (tmp_path / "raw/bad.png").write_bytes((tmp_path / "raw/0.png").read_bytes()[:200])
     (tmp_path / "raw/text.jpg").write_text("not a picture")
-    result = prepare(tmp_path / "raw", tmp_path / "out")
+    result = prepare_pictures(tmp_path / "raw", tmp_path / "out")
     assert result.exit_code == 2 and "bad.png cannot be decoded" in said(result) and "Traceback" not in result.output
     assert not list((tmp_path / "out").rglob("*.tar"))
-    assert prepare(tmp_path / "raw", tmp_path / "out", "--skip-broken", "--resume").exit_code == 0
+    assert prepare_pictures(tmp_path / "raw", tmp_path / "out", "--skip-broken", "--resume").exit_code == 0
     assert sum(decoded(tmp_path / "out")[1]) == 20
     lines = (tmp_path / "out/skipped.txt").read_text().splitlines()
     assert ["bad.png" in lines[0], "text.jpg cannot be decoded (no format" in lines[1]] == [True, True]
@@ -233,5 +216,5 @@ def bad_array(folder, kind):
 )
 def test_an_array_that_is_not_pictures_is_named(tmp_path, kind, line):
     bad_array(tmp_path, kind)
-    result = prepare(tmp_path, tmp_path / "out", "--tile")
+    result = prepare_pictures(tmp_path, tmp_path / "out", "--tile")
     assert result.exit_code == 2 and line in said(result) and "Traceback" not in result.output

@@ -14,10 +14,9 @@ from hypothesis import strategies as st
 from ebt_megatron.core.errors import DataError
 from ebt_megatron.data.folder import ShardFolder
 from ebt_megatron.data.manifest import read_manifest
-from ebt_megatron.data_prep import text
 from ebt_megatron.data_prep.documents import SUFFIXES, Part, Tally, check_kinds, read_part, split_files, strip_html
 from ebt_megatron.data_prep.files import find_files
-from tests.data_prep.media import invoke, said
+from tests.data_prep.media import prepare_text, said
 
 pyarrow = pytest.importorskip("pyarrow")
 pytest.importorskip("pyarrow.parquet")
@@ -77,22 +76,7 @@ def tokens(folder):
 
 
 def prepare(source, output, *more):
-    return invoke(
-        text.main,
-        "--input",
-        source,
-        "--output",
-        output,
-        "--train-bpe",
-        300,
-        "--sequence-length",
-        8,
-        "--validation-fraction",
-        0.2,
-        "--unit-megabytes",
-        0.001,
-        *more,
-    )
+    return prepare_text(source, output, "--unit-megabytes", 0.001, *more)
 
 
 @pytest.fixture(scope="module")

@@ -33,32 +33,40 @@ def environment(folder):
     return os.environ | paths | {"TMPDIR": tempfile.mkdtemp(dir=folder)}
 
 
-def launch(launcher, workers, source, output):
-    command = [
-        *launcher,
-        sys.executable,
-        "-m",
-        "ebt_megatron.data_prep.text",
-        "--input",
-        source,
-        "--output",
-        output,
-        "--train-bpe",
-        400,
-        "--sequence-length",
-        32,
-        "--samples-per-shard",
-        128,
-        "--unit-megabytes",
-        0.02,
-        "--validation-fraction",
-        0.1,
-        "--workers",
-        workers,
-        "--resume",
-    ]
+def launch(module, options, workers, source, output, launcher=()):
+    """Start a preparation, resumed where it has begun, as a process."""
+    where = "--input", source, "--output", output, "--workers", workers, "--resume"
+    command = [*launcher, sys.executable, "-m", f"ebt_megatron.data_prep.{module}", *options.split(), *where]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     return subprocess.Popen([str(c) for c in command], env=environment(output.parent), cwd=ROOT, **pipes)
+
+
+def launch_text(launcher, workers, source, output):
+    options = "--train-bpe 400 --sequence-length 32 --samples-per-shard 128 --unit-megabytes 0.02"
+    return launch("text", f"{options} --validation-fraction 0.1", workers, source, output, launcher)
+
+
+def complete(start, output, kills, generator, seconds):
+    """Kill what `start()` launches so often at random, then let it end.
+
+    It runs at least for the start of the interpreter, so that some runs get further than the one before; one that
+    is too quick for us is begun anew.
+    """
+    killed, finished = 0, 0
+    while killed < kills:
+        process = start()
+        try:
+            process.wait(generator.uniform(0.4, 0.4 + 0.75 * seconds))
+            finished += 1
+            assert process.returncode == 0, process.communicate()[0]
+            shutil.rmtree(output)
+            assert finished < 3 * kills
+        except subprocess.TimeoutExpired:
+            kill(process)
+            killed += 1
+    process = start()
+    said = process.communicate(timeout=120)[0]
+    assert process.returncode == 0, said
 
 
 def kill(process):
@@ -89,7 +97,7 @@ def source(tmp_path_factory):
 def undisturbed(source, tmp_path_factory):
     output = tmp_path_factory.mktemp("undisturbed") / "out"
     begin = time.perf_counter()
-    process = launch([], 1, source, output)
+    process = launch_text([], 1, source, output)
     said = process.communicate()[0]
     assert process.returncode == 0, said
     return digests(output), time.perf_counter() - begin
@@ -104,37 +112,23 @@ def test_killed_again_and_again(layout, limit, source, undisturbed, tmp_path):
     if launcher and not (shutil.which("mpirun") or (Path(sys.executable).parent / "mpirun").exists()):
         pytest.skip("no mpirun")
     expected, seconds = undisturbed
-    generator, kills, finished = random.Random(layout), 0, 0
-    while kills < limit:
-        process = launch(launcher, workers, source, tmp_path / "out")
-        try:
-            # at least the start of the interpreter, so that some runs get further than the one before
-            process.wait(generator.uniform(0.4, 0.4 + 0.7 * seconds))
-            finished += 1
-            assert process.returncode == 0, process.communicate()[0]
-            shutil.rmtree(tmp_path / "out")  # it was too quick for us: from the start, until killed often enough
-            assert finished < 3 * limit
-        except subprocess.TimeoutExpired:
-            kill(process)
-            kills += 1
-    process = launch(launcher, workers, source, tmp_path / "out")
-    said = process.communicate(timeout=120)[0]
-    assert process.returncode == 0, said
-    assert digests(tmp_path / "out") == expected
+    output = tmp_path / "out"
+    complete(lambda: launch_text(launcher, workers, source, output), output, limit, random.Random(layout), seconds)
+    assert digests(output) == expected
 
 
 def test_an_interrupted_preparation_is_not_mixed_with_another(source, tmp_path):
-    process = launch([], 1, source, tmp_path / "out")
+    process = launch_text([], 1, source, tmp_path / "out")
     while not list((tmp_path / "out/.work").glob("documents-*.npy")):
         time.sleep(0.01)
     kill(process)
-    process = launch([], 1, source / "0.jsonl", tmp_path / "out")
+    process = launch_text([], 1, source / "0.jsonl", tmp_path / "out")
     said = " ".join(process.communicate()[0].split())
     assert process.returncode == 2 and "of other input or made with other options" in said
 
 
 def test_the_workers_of_a_killed_preparation_end(source, tmp_path):
-    process = launch([], 2, source, tmp_path / "out")
+    process = launch_text([], 2, source, tmp_path / "out")
     while not list((tmp_path / "out/.work").glob("documents-*.npy")):
         time.sleep(0.01)
     workers = psutil.Process(process.pid).children(recursive=True)

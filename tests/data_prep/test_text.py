@@ -11,7 +11,6 @@ from fsspec.implementations.memory import MemoryFileSystem
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
-from typer.testing import CliRunner
 
 from ebt_megatron.core.errors import DataError
 from ebt_megatron.data.folder import ShardFolder
@@ -20,16 +19,7 @@ from ebt_megatron.data_prep import text, tokens
 from ebt_megatron.data_prep.documents import SUFFIXES, Part, read_part, split_files, strip_html
 from ebt_megatron.data_prep.files import find_files
 from tests.builders import text_shards
-
-runner = CliRunner()
-
-
-def command(*arguments):
-    import typer
-
-    app = typer.Typer()
-    app.command()(text.main)
-    return runner.invoke(app, [str(a) for a in arguments])
+from tests.data_prep.media import invoke, prepare_text
 
 
 def corpus(folder, count=60):
@@ -38,26 +28,10 @@ def corpus(folder, count=60):
     return folder
 
 
-def prepare(folder, output, *more):
-    return command(
-        "--input",
-        folder,
-        "--output",
-        output,
-        "--train-bpe",
-        300,
-        "--sequence-length",
-        8,
-        "--validation-fraction",
-        0.2,
-        *more,
-    )
-
-
 def test_the_same_input_and_seed_give_the_same_bytes(tmp_path):
     corpus(tmp_path)
     for name in ("a", "b"):
-        assert prepare(tmp_path, tmp_path / name / "out").exit_code == 0
+        assert prepare_text(tmp_path, tmp_path / name / "out").exit_code == 0
     for path in sorted((tmp_path / "a").rglob("*.*")):
         assert path.read_bytes() == (tmp_path / "b" / path.relative_to(tmp_path / "a")).read_bytes(), path.name
 
@@ -153,14 +127,14 @@ def test_urls_are_read(scheme, tmp_path, monkeypatch):
     for i in range(40):
         system.pipe(f"/corpus/{i:02d}.txt", f"The number {i} and its square {i * i}. ".encode() * 8)
         (tmp_path / f"{i:02d}.txt").write_text(f"The number {i} and its square {i * i}. " * 8)
-    assert prepare(f"{scheme}://corpus/*.txt", tmp_path / "a").exit_code == 0
-    assert prepare(tmp_path, tmp_path / "b").exit_code == 0
+    assert prepare_text(f"{scheme}://corpus/*.txt", tmp_path / "a").exit_code == 0
+    assert prepare_text(tmp_path, tmp_path / "b").exit_code == 0
     assert (tmp_path / "a/train/shard-000000.tar").read_bytes() == (tmp_path / "b/train/shard-000000.tar").read_bytes()
 
 
 def test_a_scheme_whose_package_is_missing_names_the_extra(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "s3fs", None)
-    done = prepare("s3://bucket/corpus", tmp_path / "out")
+    done = prepare_text("s3://bucket/corpus", tmp_path / "out")
     assert done.exit_code == 2 and "[remote]" in done.stderr and done.stderr.count("\n") == 1
 
 
@@ -185,7 +159,8 @@ def test_a_tokenizer_by_its_hub_name_is_that_of_its_file(hub, tmp_path):
     corpus(tmp_path / "raw")
     shards = []
     for name, tokenizer in (("a", "some/model"), ("b", hub)):
-        done = command(
+        done = invoke(
+            text.main,
             "--input",
             tmp_path / "raw",
             "--output",
@@ -205,7 +180,7 @@ def test_a_tokenizer_by_its_hub_name_is_that_of_its_file(hub, tmp_path):
 def test_a_tokenizer_that_is_neither_a_file_nor_on_the_hub_is_one_line(hub, tmp_path):
     corpus(tmp_path)
     for name in ("other/model", "tokeniser.json", "not a name"):
-        done = command("--input", tmp_path, "--output", tmp_path / "out", "--tokenizer", name)
+        done = invoke(text.main, "--input", tmp_path, "--output", tmp_path / "out", "--tokenizer", name)
         assert done.exit_code == 2 and done.stderr.count("error:") == 1, done.output
         message = done.stderr[done.stderr.index("error:") :]
         assert f"--tokenizer {name} is no file here" in message and message.count("\n") == 1
@@ -221,7 +196,8 @@ def test_a_given_tokenizer_is_kept_beside_the_shards(tmp_path):
     corpus(tmp_path)
     tokenizer = tokens.train_bpe(["The number and its square 0123456789. "], 280)
     tokenizer.save(str(tmp_path / "given.json"))
-    result = command(
+    result = invoke(
+        text.main,
         "--input",
         tmp_path / "*.txt",
         "--output",
@@ -251,7 +227,7 @@ def test_a_given_tokenizer_is_kept_beside_the_shards(tmp_path):
 def test_bad_input_gives_one_line_and_writes_nothing(tmp_path, arguments, said):
     for name in ("empty.txt", "blank.txt"):
         (tmp_path / name).write_text("")
-    result = command(*(str(a).format(here=tmp_path) for a in arguments), "--output", tmp_path / "out")
+    result = invoke(text.main, *(str(a).format(here=tmp_path) for a in arguments), "--output", tmp_path / "out")
     assert result.exit_code == 2
     assert said in " ".join(result.output.split())
     assert "Traceback" not in result.output
@@ -266,17 +242,17 @@ def test_broken_json_names_file_and_line(tmp_path):
 
 def test_a_dry_run_writes_nothing(tmp_path):
     corpus(tmp_path)
-    assert prepare(tmp_path, tmp_path / "out", "--dry-run").exit_code == 0
+    assert prepare_text(tmp_path, tmp_path / "out", "--dry-run").exit_code == 0
     assert not (tmp_path / "out").exists()
 
 
 def test_prepared_data_is_not_overwritten_unasked(tmp_path):
     corpus(tmp_path)
-    assert prepare(tmp_path, tmp_path / "out").exit_code == 0
-    result = prepare(tmp_path, tmp_path / "out")
+    assert prepare_text(tmp_path, tmp_path / "out").exit_code == 0
+    result = prepare_text(tmp_path, tmp_path / "out")
     assert result.exit_code == 2 and "already holds prepared data" in " ".join(result.output.split())
-    assert prepare(tmp_path, tmp_path / "out", "--resume").exit_code == 0  # this very job: nothing to do
-    result = prepare(tmp_path, tmp_path / "out", "--resume", "--seed", 3)
+    assert prepare_text(tmp_path, tmp_path / "out", "--resume").exit_code == 0  # this very job: nothing to do
+    result = prepare_text(tmp_path, tmp_path / "out", "--resume", "--seed", 3)
     assert result.exit_code == 2 and "made with other options" in " ".join(result.output.split())
 
 

@@ -16,9 +16,8 @@ from ebt_megatron.data.folder import ShardFolder
 from ebt_megatron.data.manifest import read_manifest
 from ebt_megatron.data_prep import images, text, text_passes, tokens
 from ebt_megatron.data_prep.passes import threshold
-from tests.data_prep.media import contents, invoke, said
+from tests.data_prep.media import contents, invoke, prepare_pictures, prepare_text, said
 from tests.data_prep.test_images import pictures, save
-from tests.data_prep.test_images import prepare as prepare_images
 
 PIL = pytest.importorskip("PIL.Image")
 
@@ -32,22 +31,7 @@ def corpus(folder, files=4, documents=8):
 
 
 def prepare(source, output, *more):
-    return invoke(
-        text.main,
-        "--input",
-        source,
-        "--output",
-        output,
-        "--train-bpe",
-        300,
-        "--sequence-length",
-        8,
-        "--validation-fraction",
-        0.2,
-        "--unit-megabytes",
-        0.0001,
-        *more,
-    )
+    return prepare_text(source, output, "--unit-megabytes", 0.0001, *more)
 
 
 def shards(output):
@@ -92,13 +76,13 @@ def test_a_bad_picture_costs_only_its_own_piece_of_work(tmp_path, monkeypatch):
     monkeypatch.setattr(images, "_UNIT", 4)
     for i, picture in enumerate(pictures(16)):
         save(tmp_path / "raw", f"{i:02d}.png", picture)
-    assert prepare_images(tmp_path / "raw", tmp_path / "good").exit_code == 0
+    assert prepare_pictures(tmp_path / "raw", tmp_path / "good").exit_code == 0
     whole = (tmp_path / "raw/15.png").read_bytes()
     (tmp_path / "raw/15.png").write_bytes(whole[:99])
-    assert prepare_images(tmp_path / "raw", tmp_path / "out").exit_code == 2
+    assert prepare_pictures(tmp_path / "raw", tmp_path / "out").exit_code == 2
     (tmp_path / "raw/15.png").write_bytes(whole)
     read = counted(monkeypatch, images, "content_of")
-    assert prepare_images(tmp_path / "raw", tmp_path / "out", "--resume").exit_code == 0
+    assert prepare_pictures(tmp_path / "raw", tmp_path / "out", "--resume").exit_code == 0
     assert read["15.png"] and not read["09.png"]  # a few of the first are looked at for the split
     assert shards(tmp_path / "out") == shards(tmp_path / "good")
 
@@ -202,7 +186,7 @@ def test_an_output_that_cannot_be_written_is_one_line(tmp_path):
 def test_both_splits_get_a_picture_where_there_are_two(tmp_path, count, fraction, seed):
     for i, picture in enumerate(pictures(count)):
         save(tmp_path / "raw", f"{i}.png", picture)
-    result = prepare_images(tmp_path / "raw", tmp_path / "out", "--validation-fraction", fraction, "--seed", seed)
+    result = prepare_pictures(tmp_path / "raw", tmp_path / "out", "--validation-fraction", fraction, "--seed", seed)
     assert result.exit_code == 0, result.output
     samples = [len(ShardFolder(str(tmp_path / "out" / s))) for s in ("train", "validation")]
     assert sum(samples) == count and min(samples) >= 1
@@ -214,7 +198,7 @@ def test_broken_pictures_leave_something_for_both_splits(tmp_path):
     for i in (0, 1):
         (tmp_path / f"raw/{i}.png").write_bytes((tmp_path / f"raw/{i}.png").read_bytes()[:99])
     for seed in range(6):
-        result = prepare_images(tmp_path / "raw", tmp_path / str(seed), "--skip-broken", "--seed", seed)
+        result = prepare_pictures(tmp_path / "raw", tmp_path / str(seed), "--skip-broken", "--seed", seed)
         assert result.exit_code == 0, result.output
         assert [len(ShardFolder(str(tmp_path / str(seed) / s))) for s in ("train", "validation")] == [1, 1]
 
@@ -233,7 +217,7 @@ def test_what_cannot_be_split_is_said_before_work_starts(tmp_path, monkeypatch):
     (tmp_path / "a.txt").write_text("one long text " * 99)
     assert "one document, which cannot be split" in said(prepare(tmp_path / "a.txt", tmp_path / "out"))
     save(tmp_path / "raw", "a.png", pictures(1)[0])
-    assert "one picture, which cannot be split" in said(prepare_images(tmp_path / "raw", tmp_path / "out"))
+    assert "one picture, which cannot be split" in said(prepare_pictures(tmp_path / "raw", tmp_path / "out"))
     assert threshold(np.array([0.3, 0.6]), 0.4, "") == 0.4  # as it is, where both get something
 
 
@@ -370,7 +354,7 @@ def test_pictures_of_16_bits_are_scaled(tmp_path, name):
 
 def test_pictures_of_32_bits_are_refused(tmp_path):
     save(tmp_path / "raw", "a.tif", np.linspace(0, 1, 256, dtype=np.float32).reshape(16, 16))
-    result = prepare_images(tmp_path / "raw", tmp_path / "out", "--validation-fraction", 0)
+    result = prepare_pictures(tmp_path / "raw", tmp_path / "out", "--validation-fraction", 0)
     assert result.exit_code == 2 and "a.tif cannot be decoded (its values have 32 bits" in said(result)
 
 

@@ -7,10 +7,9 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
-from ebt_megatron.data_prep import images
 from ebt_megatron.tools.pictures import app
 from ebt_megatron.training.run import Run
-from tests.data_prep.media import invoke
+from tests.data_prep.media import prepare_pictures
 from tests.data_prep.test_images import pictures
 from tests.tasks.latents import CAPTIONS, pictures_recipe
 
@@ -18,24 +17,8 @@ from tests.tasks.latents import CAPTIONS, pictures_recipe
 def run_of(folder, *overrides):
     """A run of random weights, told captions of three classes; its data are taken away."""
     np.savez(folder / "a.npz", images=pictures(40), labels=np.arange(40) % 3)
-    done = invoke(
-        images.main,
-        "--input",
-        folder / "a.npz",
-        "--output",
-        folder / "data",
-        "--height",
-        16,
-        "--width",
-        16,
-        "--encoder",
-        "pixels",
-        "--validation-fraction",
-        0.3,
-        "--captions-from-labels",
-        "--class-names",
-        "a cat,a dog,a house",
-    )
+    captions = "--captions-from-labels", "--class-names", "a cat,a dog,a house"
+    done = prepare_pictures(folder / "a.npz", folder / "data", *captions)
     assert done.exit_code == 0, done.output
     run = Run(
         pictures_recipe(
