@@ -56,25 +56,10 @@ FITTED, HELD_OUT = 6000, 2000  # real pictures
 def prepare(step: Steps, pictures: Path) -> None:
     """Pictures and generated captions as shards at CAPTIONED, unless they are there."""
     if not (CAPTIONED / "train" / "manifest.json").exists():
-        step(
-            "prepare",
-            "pictures and captions to shards",
-            "ebt_megatron.data_prep.images",
-            "--input",
-            str(pictures),
-            "--output",
-            str(CAPTIONED),
-            "--height",
-            str(SIDE),
-            "--width",
-            str(SIDE),
-            "--patch",
-            "4",
-            "--captions-from-labels",
-            "--class-names",
-            ",".join(NAMES),
-            "--resume",
-        )
+        where = "--input", str(pictures), "--output", str(CAPTIONED)
+        options = f"--height {SIDE} --width {SIDE} --patch 4 --captions-from-labels --resume".split()
+        words = "pictures and captions to shards", "ebt_megatron.data_prep.images"
+        step("prepare", *words, *where, *options, "--class-names", ",".join(NAMES))
 
 
 class Judge:

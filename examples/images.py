@@ -25,21 +25,9 @@ def prepare(step: Steps, given: list[str]) -> None:
         return
     pictures = given or [str(media.found(media.PICTURES, DATA / "pictures", "pictures")[0])]
     inputs = [word for picture in pictures for word in ("--input", picture)]
-    step(
-        "prepare",
-        "1. pictures to shards",
-        "ebt_megatron.data_prep.images",
-        *inputs,
-        "--output",
-        str(DATA),
-        "--height",
-        str(SIDE),
-        "--width",
-        str(SIDE),
-        "--patch",
-        "4",
-        "--resume",
-    )
+    options = f"--height {SIDE} --width {SIDE} --patch 4 --resume".split()
+    where = *inputs, "--output", str(DATA)
+    step("prepare", "1. pictures to shards", "ebt_megatron.data_prep.images", *where, *options)
 
 
 def prepare_others(step: Steps) -> None:
@@ -51,24 +39,9 @@ def prepare_others(step: Steps) -> None:
         return
     tiles = DATA / "photographs.npy"
     np.save(tiles, media.grey_tiles(media.found(media.PHOTOGRAPHS, DATA / "raw photographs", "photographs"), SIDE))
-    step(
-        "prepare photographs",
-        "1. other pictures to shards",
-        "ebt_megatron.data_prep.images",
-        "--input",
-        str(tiles),
-        "--output",
-        str(output),
-        "--height",
-        str(SIDE),
-        "--width",
-        str(SIDE),
-        "--encoder",
-        str(DATA / "train" / "encoder.npz"),
-        "--validation-fraction",
-        "0",
-        "--resume",
-    )
+    options = f"--height {SIDE} --width {SIDE} --validation-fraction 0 --resume".split()
+    where = "--input", str(tiles), "--output", str(output), "--encoder", str(DATA / "train" / "encoder.npz")
+    step("prepare photographs", "1. other pictures to shards", "ebt_megatron.data_prep.images", *where, *options)
 
 
 def main(

@@ -139,22 +139,9 @@ def main(
                 raw.parent.mkdir(parents=True, exist_ok=True)
                 with replacing(raw) as partial, partial.open("w", encoding="utf-8") as stream:
                     stream.writelines(json.dumps({"text": t}) + "\n" for t in excerpts(text, files, characters))
-            step(
-                name,
-                name,
-                "ebt_megatron.data_prep.text",
-                "--input",
-                str(raw),
-                "--tokenizer",
-                str(tokenizer),
-                "--output",
-                str(output / name),
-                "--sequence-length",
-                str(sequence_length),
-                "--validation-fraction",
-                "0",
-                "--resume",
-            )
+            options = f"--sequence-length {sequence_length} --validation-fraction 0 --resume".split()
+            where = "--input", str(raw), "--tokenizer", str(tokenizer), "--output", str(output / name)
+            step(name, name, "ebt_megatron.data_prep.text", *where, *options)
 
     guarded(work)
 

@@ -22,35 +22,12 @@ def prepare(step: Steps, processes: int, megabytes: int) -> None:
         return
     raw = DATA / "raw.jsonl"
     if not raw.exists():
-        step(
-            "collect",
-            "1. text this machine already has",
-            "ebt_megatron.data_prep.local_text",
-            "--output",
-            str(raw),
-            "--max-bytes",
-            str(megabytes * 1_000_000),
-            "--workers",
-            str(processes),
-        )
-    step(
-        "prepare",
-        "1. real text to shards",
-        "ebt_megatron.data_prep.text",
-        "--input",
-        str(raw),
-        "--train-bpe",
-        "1024",
-        "--sequence-length",
-        "128",
-        "--unit-megabytes",
-        "4",
-        "--output",
-        str(DATA),
-        "--workers",
-        str(processes),
-        "--resume",
-    )
+        options = f"--max-bytes {megabytes * 1_000_000} --workers {processes}".split()
+        what = "1. text this machine already has", "ebt_megatron.data_prep.local_text"
+        step("collect", *what, "--output", str(raw), *options)
+    options = f"--train-bpe 1024 --sequence-length 128 --unit-megabytes 4 --workers {processes} --resume".split()
+    where = "--input", str(raw), "--output", str(DATA)
+    step("prepare", "1. real text to shards", "ebt_megatron.data_prep.text", *where, *options)
 
 
 def main(processes: int = PROCESSES, megabytes: int = typer.Option(16, help="How much text to prepare.")) -> None:

@@ -193,17 +193,8 @@ def test_steps_past_eight_digits_sort_by_number(tmp_path):
 
 
 def test_nothing_of_an_earlier_run_stays_but_earlier_ones(tmp_path):
-    left = [
-        "checkpoints",
-        "metrics.jsonl",
-        "metrics-replaced.jsonl",
-        "tensorboard",
-        "recipe.yaml",
-        "evaluation.json",
-        "trace",
-        "wandb",
-        "wandb-id",
-    ]
+    left = ["checkpoints", "metrics.jsonl", "metrics-replaced.jsonl", "tensorboard", "recipe.yaml"]
+    left += ["evaluation.json", "trace", "wandb", "wandb-id"]
     for number in (1, 2):
         for name in left:
             (tmp_path / name).write_text(str(number))
