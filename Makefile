@@ -32,7 +32,7 @@ images: install  ## pictures: EBTs and DiTs that denoise and make them, a report
 puzzles: install  ## Sudoku of 6 x 6: an energy of the whole grid, its recurrent twin and a feed-forward network, a report
 	$(BIN)/python -m examples.puzzles
 
-test: install    ## the test suite (CPU, under 11 minutes on 2 cores)
+test: install    ## the test suite (CPU, under 12 minutes on 2 cores)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -n 2 --dist loadfile --no-loadscope-reorder
 
 test-slow: install  ## the tests that take minutes

@@ -139,6 +139,7 @@ def test_a_module_has_one_name():
             assert not twice, f"{path} imports {twice}: ebt_megatron.tools and ebt_megatron.data_prep are their names"
 
 
+@pytest.mark.slow
 def test_commands_work_from_any_folder(installed, tmp_path):
     def command(name, *arguments):
         done = run(installed, tmp_path, installed / "bin" / f"ebt-{name}", *arguments)
@@ -148,22 +149,8 @@ def test_commands_work_from_any_folder(installed, tmp_path):
     assert f"in {installed}" in command("train", "--list")
     assert "hidden_size: 384" in command("train", "text/s1_xxs", "--print-config")
     (tmp_path / "raw.txt").write_text("Some words to learn from. " * 50)
-    command(
-        "prepare",
-        "text",
-        "--input",
-        "raw.txt",
-        "--train-bpe",
-        "300",
-        "--sequence-length",
-        "8",
-        "--output",
-        "data",
-        "--validation-fraction",
-        "0",
-        "--workers",
-        "2",
-    )
+    options = ["--train-bpe", "300", "--sequence-length", "8", "--validation-fraction", "0", "--workers", "2"]
+    command("prepare", "text", "--input", "raw.txt", "--output", "data", *options)
     assert "all good" in command("shards", "verify", "data/train")
 
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from tests import builders
+from tests.cases import slow
 from tests.distributed_utils import run_ranks
 from tests.training.test_layouts import micro_batches_of
 
@@ -78,7 +79,7 @@ def saved(tmp_path_factory):
     return folder, run_ranks(save, SAVED[0], folder, SAVED[1])[0]
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", [slow(name) if name.startswith("(4") else name for name in LAYOUTS])
 def test_saved_on_2_2_1_it_goes_on_elsewhere(layout, saved):
     folder, expected = saved
     ranks, overrides = LAYOUTS[layout]

@@ -146,7 +146,10 @@ guarded(work)
 
 
 @pytest.mark.usefixtures("no_survivors")
-@pytest.mark.parametrize(("where", "said"), [("every rank", "): no such key [x]\n"), ("one rank", "error (rank 1 on ")])
+@pytest.mark.parametrize(
+    ("where", "said"),
+    [pytest.param("every rank", "): no such key [x]\n", marks=pytest.mark.slow), ("one rank", "error (rank 1 on ")],
+)
 def test_the_first_error_of_several_ranks_is_printed_once_with_its_rank(where, said, tmp_path):
     script = tmp_path / "failing.py"
     script.write_text(FAILING)

@@ -100,7 +100,7 @@ EVERY = [
 CUT = (".jsonl.zst", lambda d: zstandard.compress(lines(d))[:-9], False)
 
 
-@pytest.mark.parametrize(("workers", "kinds"), [(2, EVERY), (4, EVERY), (2, [*EVERY, CUT])])
+@pytest.mark.parametrize(("workers", "kinds"), [pytest.param(4, EVERY, marks=pytest.mark.slow), (2, [*EVERY, CUT])])
 def test_and_so_they_do_with_workers(tmp_path, plain, workers, kinds):
     check_tokens(tmp_path, plain, kinds, workers)
 

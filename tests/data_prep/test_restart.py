@@ -14,6 +14,8 @@ from pathlib import Path
 import psutil
 import pytest
 
+from tests.cases import slow
+
 ROOT = Path(__file__).parents[2]
 MPIRUN = ["mpirun", "--oversubscribe", "--allow-run-as-root", "-n", "2"]
 LAYOUTS = {"1 worker": ([], 1), "2 workers": ([], 2), "4 workers": ([], 4), "mpirun -n 2": (MPIRUN, 1)}
@@ -103,10 +105,8 @@ def undisturbed(source, tmp_path_factory):
     return digests(output), time.perf_counter() - begin
 
 
-@pytest.mark.parametrize("limit", [4, pytest.param(10, marks=pytest.mark.slow)], ids="{} times".format)
-@pytest.mark.parametrize(
-    "layout", ["1 worker", pytest.param("2 workers", marks=pytest.mark.slow), "4 workers", "mpirun -n 2"]
-)
+@pytest.mark.parametrize("limit", [3, slow(10)], ids="{} times".format)
+@pytest.mark.parametrize("layout", [slow("1 worker"), "2 workers", slow("4 workers"), "mpirun -n 2"])
 def test_killed_again_and_again(layout, limit, source, undisturbed, tmp_path):
     launcher, workers = LAYOUTS[layout]
     if launcher and not (shutil.which("mpirun") or (Path(sys.executable).parent / "mpirun").exists()):

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.cases import slow
 from tests.data_prep.media import contents, write_videos
 from tests.data_prep.test_restart import MPIRUN, complete, launch
 
@@ -34,7 +35,7 @@ def undisturbed(source, tmp_path_factory):
     return contents(output), time.perf_counter() - begin
 
 
-@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("workers", [slow(1), 2])
 def test_killed_three_times(workers, source, undisturbed, tmp_path):
     expected, seconds = undisturbed
     output = tmp_path / "out"

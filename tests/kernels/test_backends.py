@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ebt_megatron import kernels
 from ebt_megatron.kernels import StepRule, check
 from ebt_megatron.kernels.vocabulary import Tiles
+from tests.cases import thinned
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 1e-2}
 ATTENTION = ["prediction_attention", "context_attention", "full_attention"]
@@ -109,8 +110,7 @@ def test_heads_are_rotated_by_their_angle():
     torch.testing.assert_close(v[:, 0, 0], mixed[:, 0, 4:])
 
 
-@pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize("op", check.VOCAB_OPERATIONS)
+@pytest.mark.parametrize(("op", "dtype"), thinned(check.VOCAB_OPERATIONS, TOLERANCE, every=2))
 def test_vocabulary(op, dtype):
     assert_close(check.vocab_case(op, 300, 5000, 4990, 12), dtype)  # several tiles each way
 

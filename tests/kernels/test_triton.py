@@ -6,6 +6,8 @@ import sys
 
 import pytest
 
+from tests.cases import slow
+
 pytest.importorskip("triton")
 
 
@@ -23,12 +25,7 @@ def test_kernels_in_the_interpreter():
 
 @pytest.mark.parametrize(
     "family",
-    [
-        "attention 128",
-        "elementwise",
-        "vocabulary",
-        *(pytest.param(f"attention {size}", marks=pytest.mark.slow) for size in (64, 256)),
-    ],
+    ["elementwise", *map(slow, ("attention 64", "attention 128", "attention 256", "vocabulary"))],
 )
 def test_kernels_compile_for_a_gpu(family):
     """Without one: the compiler sees what the interpreter lets pass."""

@@ -20,11 +20,13 @@ SIZE = [
     "model.kernels=torch",
 ]
 VOCAB = 1024
+TINY = ["model.num_layers=1", "model.hidden_size=32", "data.sequence_length=32"]  # where counts are exact, not near
+FEW = 128  # of a vocabulary
 
 
-def measured(*overrides):
+def measured(*overrides, vocab=VOCAB):
     recipe = load_recipe(None, [*SIZE, *overrides])
-    return recipe, counted_flops(training_step(recipe, VOCAB))
+    return recipe, counted_flops(training_step(recipe, vocab))
 
 
 def test_reuse_is_within_15_percent_of_the_minimum():
@@ -57,9 +59,10 @@ def test_the_dual_stream_costs_what_is_said(steps):
 )
 def test_products_over_the_vocabulary_are_counted_exactly(loss, storage, other):
     (base, flops), (recipe, others) = (
-        measured(*thinking(3, f"thinking.loss={loss}", *overrides)) for overrides in ((storage,), (storage, other))
+        measured(*TINY, *thinking(3, f"thinking.loss={loss}", *overrides), vocab=FEW)
+        for overrides in ((storage,), (storage, other))
     )
-    per_sample = cost(recipe, VOCAB)
+    per_sample = cost(recipe, FEW)
     assert others - flops == pytest.approx(training_flops(recipe, per_sample) - training_flops(base, per_sample))
 
 
@@ -69,9 +72,9 @@ def test_products_over_the_vocabulary_are_counted_exactly(loss, storage, other):
 def test_products_from_the_context_s_prediction_are_counted_exactly(loss, storage, rule):
     """The layers do not see the vocabulary's size."""
     options = f"{storage} thinking.initial=context thinking.step_rule={rule} thinking.loss={loss}"
-    recipe = load_recipe(None, [*SIZE, *thinking(3, *options.split())])
-    small, large = (counted_flops(training_step(recipe, vocab)) for vocab in (VOCAB, 2 * VOCAB))
-    said = [training_flops(recipe, cost(recipe, vocab)) for vocab in (VOCAB, 2 * VOCAB)]
+    recipe = load_recipe(None, [*SIZE, *TINY, *thinking(3, *options.split())])
+    small, large = (counted_flops(training_step(recipe, vocab)) for vocab in (FEW, 2 * FEW))
+    said = [training_flops(recipe, cost(recipe, vocab)) for vocab in (FEW, 2 * FEW)]
     assert large - small == pytest.approx(said[1] - said[0])
 
 
@@ -102,11 +105,10 @@ def test_products_with_the_numbers_of_a_patch_are_counted_exactly():
 
 def test_learning_drawn_steps_costs_what_is_said():
     recipe = load_recipe(None, [*SIZE, "thinking.min_steps=3", "thinking.max_steps=3", "thinking.learned_steps=2"])
-    step, draws = training_step(recipe, VOCAB), 30
-    plans = [Plan.draw(recipe.thinking, recipe.training.seed, seed) for seed in range(draws)]
-    flops = {plan.step_weights: counted_flops(step, seed) for seed, plan in enumerate(plans)}
-    assert len(flops) == 3
-    mean = sum(flops.values()) / 3  # each subset is as likely
+    step = training_step(recipe, VOCAB)
+    drawn = {Plan.draw(recipe.thinking, recipe.training.seed, seed).step_weights: seed for seed in range(30)}
+    assert len(drawn) == 3
+    mean = sum(counted_flops(step, seed) for seed in drawn.values()) / 3  # each subset is as likely
     assert mean == pytest.approx(training_flops(recipe, cost(recipe, VOCAB)), rel=0.15)
 
 

@@ -183,6 +183,7 @@ def trained(precision: str, *layout: str) -> list[float]:
     return losses_of((*recipe, *layout), steps=4)
 
 
+@pytest.mark.slow
 def test_training_goes_as_in_fp32_on_every_layout():
     (expected,) = run_ranks(trained, 1, "fp32")
     for layout in (("parallel.tensor=2", "parallel.sequence_parallel=true"), ("parallel.pipeline=2",)):

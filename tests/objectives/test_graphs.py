@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from ebt_megatron.data.loader import MicroBatch
 from ebt_megatron.objectives.graphs import Graphs
 from tests import builders
+from tests.cases import slow
 
 aten = torch.ops.aten
 WAITS = {  # for the device
@@ -98,16 +99,16 @@ def micro_batch(number, documents):
     "overrides",
     [
         (),
-        ("thinking.reuse=true",),
+        slow(("thinking.reuse=true",)),
         ("thinking.reuse=true", "thinking.logits_dtype=bfloat16"),
-        ("thinking.gradient=full", "model.recompute_layers=true"),
+        slow(("thinking.gradient=full", "model.recompute_layers=true")),
         (
             "thinking.regenerate=6",
             "thinking.langevin_noise=0.5",
             "thinking.step_size_scale=2",
             "data.document_mask=true",
         ),
-        ("thinking.loss=last", "thinking.gradient=truncated", "model.conditioning=adaln_zero"),
+        slow(("thinking.loss=last", "thinking.gradient=truncated", "model.conditioning=adaln_zero")),
         ("thinking.initial=context", "thinking.step_rule=mirror_descent", "thinking.reuse=true"),
         ("model.architecture=baseline",),
     ],

@@ -15,6 +15,7 @@ from ebt_megatron.prediction.cells import GIVEN, cell_weights
 from ebt_megatron.tasks.puzzles import Puzzles
 from ebt_megatron.thinking.plan import Plan
 from tests import builders
+from tests.cases import slow
 from tests.distributed_utils import run_ranks
 
 SIZE = 4
@@ -135,7 +136,7 @@ def single():
     return losses
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", [slow("TP 2"), "TP 2 + SP", "PP 2", slow("DP 2")])
 def test_losses_equal_those_of_a_single_process(layout, single):
     for losses in run_ranks(losses_of, 2, LAYOUTS[layout]):
         assert len(losses) == 3 - (layout == "PP 2")

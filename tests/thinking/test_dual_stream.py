@@ -1,7 +1,5 @@
 """The dual-stream gradient is the double-backward gradient, in float64, for every mode."""
 
-import itertools
-
 import pytest
 import torch
 
@@ -11,6 +9,7 @@ from ebt_megatron.objectives import build_objective
 from ebt_megatron.tasks.text import Text
 from ebt_megatron.thinking.plan import Plan
 from tests import builders
+from tests.cases import thinned
 
 MODES = [
     ("every", "detached"),
@@ -64,12 +63,12 @@ def options_of(mode: tuple[str, str], rule: StepRule = StepRule.PROBABILITY) -> 
     return [f"thinking.loss={mode[0]}", f"thinking.gradient={mode[1]}", f"thinking.step_rule={rule}"]
 
 
-@pytest.mark.parametrize(("mode", "conditioning"), itertools.product(MODES, CONDITIONING))
+@pytest.mark.parametrize(("mode", "conditioning"), thinned(MODES, CONDITIONING, every=2))
 def test_every_mode_and_conditioning(mode, conditioning):
     compare(*options_of(mode), f"model.conditioning={conditioning}", "model.kernels=torch")
 
 
-@pytest.mark.parametrize(("mode", "rule", "kernels"), itertools.product(MODES, RULES, ["reference", "torch"]))
+@pytest.mark.parametrize(("mode", "rule", "kernels"), thinned(MODES, RULES, ["reference", "torch"], every=2))
 def test_every_mode_and_step_rule(mode, rule, kernels):
     compare(
         *options_of(mode, rule),
@@ -79,7 +78,7 @@ def test_every_mode_and_step_rule(mode, rule, kernels):
     )
 
 
-@pytest.mark.parametrize(("mode", "rule", "storage"), itertools.product(MODES, RULES, STORAGE))
+@pytest.mark.parametrize(("mode", "rule", "storage"), thinned(MODES, RULES, STORAGE, every=3))
 def test_every_mode_and_step_rule_in_every_storage(mode, rule, storage):
     ours, both = STORAGE[storage]
     i = MODES.index(mode) + RULES.index(rule)
@@ -97,8 +96,10 @@ def test_every_mode_and_step_rule_in_every_storage(mode, rule, storage):
 CONTEXT = ("thinking.initial=context", "thinking.initial_loss_weight=3")
 
 
-@pytest.mark.parametrize(("mode", "rule"), itertools.product(MODES, [StepRule.MIRROR, StepRule.LOGIT]))
-@pytest.mark.parametrize("storage", [*STORAGE, "torch", "reference"])
+@pytest.mark.parametrize(
+    ("mode", "rule", "storage"),
+    thinned(MODES, [StepRule.MIRROR, StepRule.LOGIT], [*STORAGE, "torch", "reference"], every=2),
+)
 def test_thinking_from_the_context_s_prediction(mode, rule, storage):
     ours, both = STORAGE.get(storage, ((), (f"model.kernels={storage}",)))
     i = MODES.index(mode) + list(RULES).index(rule)

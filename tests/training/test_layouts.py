@@ -5,6 +5,7 @@ import torch
 
 from ebt_megatron.data.loader import MicroBatch
 from tests import builders
+from tests.cases import slow
 from tests.distributed_utils import run_ranks
 
 S1 = ("thinking.max_steps=2", "thinking.learned_steps=1")
@@ -60,6 +61,8 @@ LAYOUTS = {  # name: (ranks, overrides)
     "PP 2 x DP 2": (4, ("parallel.pipeline=2",)),
 }
 
+SPECIAL = ("TP 2", "DP 2", "TP 2 x DP 2", "PP 4", "PP 2 x DP 2")  # what they do, others of the suite do as well
+
 
 def micro_batches_of(trainer, step: int) -> list[MicroBatch]:
     """This rank's share of a global batch of eight random samples."""
@@ -112,7 +115,7 @@ def single(request) -> dict[str, list[float]]:
     return results
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", [slow(name) if name in SPECIAL else name for name in LAYOUTS])
 def test_losses_equal_those_of_a_single_process(layout, single):
     ranks, overrides = LAYOUTS[layout]
     steps = len(single["S1"])

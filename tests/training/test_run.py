@@ -122,7 +122,9 @@ def wait_for_step(output, step, process):
         time.sleep(0.02)
 
 
-@pytest.mark.parametrize(("ranks", "number"), [(1, signal.SIGTERM), (2, signal.SIGINT)], ids=str)
+@pytest.mark.parametrize(
+    ("ranks", "number"), [pytest.param(1, signal.SIGTERM, marks=pytest.mark.slow), (2, signal.SIGINT)], ids=str
+)
 def test_told_to_stop_it_saves_first(ranks, number, data, undisturbed, tmp_path):
     slow = ("training.save_interval=0",)
     process = subprocess.Popen(

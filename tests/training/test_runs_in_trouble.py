@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.builders import text_shards
+from tests.cases import slow
 from tests.distributed_utils import RankError, Ranks, run_ranks
 from tests.training import runs
 
@@ -24,7 +25,7 @@ def undisturbed(data, tmp_path_factory):
     return run_ranks(runs.train, 2, data, tmp_path_factory.mktemp("undisturbed"))
 
 
-@pytest.mark.parametrize("trouble", ["nan_loss", "infinite_energy", "nan_gradient"])
+@pytest.mark.parametrize("trouble", ["nan_loss", slow("infinite_energy"), "nan_gradient"])
 def test_what_is_not_finite_on_one_rank_is_skipped_on_all(trouble, data, undisturbed, tmp_path):
     bad = runs.BAD_STEP
     ranks = run_ranks(runs.train, 2, data, tmp_path, (), trouble)
@@ -130,7 +131,7 @@ def killed(data: Path, output: Path, overrides: tuple[str, ...], kills: int, see
     return run_ranks(runs.train, 2, data, output, overrides), when
 
 
-@pytest.mark.parametrize("kills", [4, pytest.param(20, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills", [2, slow(20)])
 def test_killed_again_and_again_the_weights_are_those_of_an_undisturbed_run(kills, data, tmp_path):
     overrides = (DISTRIBUTED, *runs.S2, f"training.steps={20 + 5 * kills}", "training.micro_batch_size=2")
     results, when = killed(data, tmp_path / "killed", overrides, kills, seed=1)

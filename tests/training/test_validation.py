@@ -7,7 +7,7 @@ from tests.builders import small_recipe, text_shards
 from tests.distributed_utils import run_ranks
 from tests.training.runs import DOCUMENTS
 
-COUNTS = range(1, 21)
+COUNTS = (1, 2, 3, 4, 5, 7, 11, 12, 13, 19, 20)
 
 
 @pytest.fixture(scope="module")
