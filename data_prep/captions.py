@@ -19,7 +19,9 @@ from ebt_megatron.core.errors import DataError
 from ebt_megatron.core.files import write_whole
 from ebt_megatron.core.lines import lines_of, text_of, value_of
 from ebt_megatron.data.captions import LONGEST, CaptionEncoder, CaptionTokens, ClipCaptions
+from ebt_megatron.data.lacking import Lacking
 from ebt_megatron.data_prep.files import content_of, without_secrets
+from ebt_megatron.data_prep.options import check_known
 from ebt_megatron.data_prep.pieces import place_of
 from ebt_megatron.data_prep.tokens import load_tokenizer, train_bpe
 
@@ -118,16 +120,22 @@ class Captions:
         encoder: "tokens" (a tokenizer trained on them), "tokens:TOKENIZER" or "clip:FOLDER".
         tokenizer: the text of a tokenizer.json; "": none.
         length: of the longest caption in tokens.
+        losses: what is not told as it was written, by its name in a manifest: `unknown` and `cut`, where there is some.
     """
 
     texts: CaptionTexts
     encoder: str
     tokenizer: str = ""
     length: int = 0
+    losses: dict[str, int] = field(default_factory=dict)
 
     @classmethod
-    def make(cls, texts: CaptionTexts, encoder: str) -> Captions:
-        """Make captions with the tokenizer or model that `encoder` names; raise DataError where it cannot be had."""
+    def make(cls, texts: CaptionTexts, encoder: str, most_unknown: float = 1.0) -> Captions:
+        """Captions with the tokenizer or model that `encoder` names.
+
+        Raises:
+            DataError: where it cannot be had, cannot encode the texts, or lacks more of them than `most_unknown`.
+        """
         kind, _, given = encoder.partition(":")
         given = os.path.expanduser(given)
         if kind == "clip":
@@ -136,8 +144,25 @@ class Captions:
         if kind != "tokens":
             raise DataError(f"--caption-encoder {encoder}: choose tokens, tokens:TOKENIZER or clip:FOLDER")
         tokenizer: Tokenizer = load_tokenizer(given) if given else train_bpe(sorted(set(texts.all())), _ENTRIES)
-        longest = max(len(found.ids) for found in tokenizer.encode_batch(texts.all()))
-        return cls(texts, encoder, tokenizer.to_str(), max(1, min(longest, LONGEST)))
+        every, lacking = texts.all(), Lacking(tokenizer)
+        try:
+            found = [encoding.ids for encoding in tokenizer.encode_batch(every)]
+        except Exception as error:  # the library raises bare exceptions
+            raise DataError(
+                f"--caption-encoder {encoder} cannot encode the captions ({error}): choose another"
+            ) from None
+        unknown = sum(lacking.count(text, ids) for text, ids in zip(every, found, strict=True))
+        share = lacking.share(unknown, sum(map(len, found)))
+        check_known(share, most_unknown, "the captions", "--caption-encoder")
+        lengths = [len(ids) for ids in found]
+        losses = {"unknown": unknown, "cut": sum(length > LONGEST for length in lengths)}
+        return cls(
+            texts,
+            encoder,
+            tokenizer.to_str(),
+            max(1, min(max(lengths), LONGEST)),
+            {name: count for name, count in losses.items() if count},
+        )
 
     def open(self) -> CaptionEncoder:
         """What puts them."""
@@ -149,7 +174,7 @@ class Captions:
         """Write the tokenizer, if there is one, beside a manifest; returns what that says."""
         if self.tokenizer:
             write_whole(folder / "captions.json", self.tokenizer)
-        return {**self.open().describe(), "origin": self.texts.origin}
+        return {**self.open().describe(), "origin": self.texts.origin, **self.losses}
 
     def record(self) -> list[object]:
         """Return what the job's record says of them."""

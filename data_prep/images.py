@@ -272,6 +272,7 @@ class CaptionOptions:
         captions: their file; "": none.
         captions_from_labels: generate them.
         caption_encoder: see Captions.
+        most_unknown: the share of captions that their tokenizer may lack.
     """
 
     captions: str = option(
@@ -281,6 +282,7 @@ class CaptionOptions:
     caption_encoder: str = option(
         "tokens", help="tokens (of a tokenizer trained on them), tokens:TOKENIZER, clip:FOLDER (a CLIPTextModel)."
     )
+    most_unknown: float = options.most_unknown("captions")
 
     def texts(self, files: list[InputFile], names: list[str]) -> CaptionTexts | None:
         """The captions of files whose labels have names.
@@ -341,7 +343,7 @@ def main(
             if loose := [f.path for f in files if not _is_array(f.path)]:
                 raise DataError(f"--class-names is for labels of arrays; {loose[0]} is a picture file")
         told = asked.texts(files, classes)
-        captions = Captions.make(told, asked.caption_encoder) if told else None
+        captions = Captions.make(told, asked.caption_encoder, asked.most_unknown) if told else None
         what = f"pictures of {source.height} x {source.width}"
         if options.announce(output, found, SUFFIXES, settings.splits, what, dry_run):
             named = replace(source, classes=classes, captions=told)

@@ -13,6 +13,7 @@ from typing import Any
 
 from ebt_megatron.core.errors import DataError
 from ebt_megatron.core.files import sha256_of
+from ebt_megatron.data.captions import LONGEST
 from ebt_megatron.data.manifest import Manifest, read_manifest
 from ebt_megatron.data_prep.captions import Captions
 from ebt_megatron.data_prep.encoders import KINDS, new_encoder
@@ -91,6 +92,9 @@ def prepare_latents(
             job.console.print(
                 f"{name}: {counts}, {manifest.samples:,} samples of {shape} in {len(manifest.shards)} shards"
             )
+        if captions is not None and captions.losses:
+            told = ", ".join(f"{count:,} {name}" for name, count in captions.losses.items())
+            job.console.print(f"of captions: {told} (no token for it; longer than {LONGEST} tokens)")
         if manifests["train"].provenance["skipped"]:
             job.console.print(f"broken files left out: {output / 'skipped.txt'}")
     return manifests

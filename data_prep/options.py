@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -13,12 +14,35 @@ from rich.console import Console
 from ebt_megatron.core import cli
 from ebt_megatron.core.cli import user_path as path
 from ebt_megatron.core.errors import DataError
+from ebt_megatron.core.options import option
 from ebt_megatron.data_prep.files import Input, counted, without_secrets
 
 
 def path_or_name(value: str) -> str:
     """What may be a path, as a shell would read it."""
     return os.path.expanduser(value)
+
+
+def most_unknown(of: str) -> Any:
+    """A setting: how much of a text a tokenizer may have no token for."""
+    told = f"Share of {of} that the tokenizer may have no token for (it becomes its unknown one)."
+    return option(0.05, min=0.0, max=1.0, help=told)
+
+
+def check_known(share: float, most: float, of: str, choose: str) -> None:
+    """Raise DataError where a tokenizer lacks more than `most` of a text.
+
+    Args:
+        share: that it lacks.
+        most: as `--most-unknown`.
+        of: what text, in words.
+        choose: the option that chooses another tokenizer.
+    """
+    if share > most:
+        raise DataError(
+            f"the tokenizer has no token for {share:.1%} of {of}: choose another {choose}, or allow it with "
+            f"--most-unknown {math.ceil(100 * share) / 100:g}"
+        )
 
 
 OUTPUT: Path = typer.Option(..., parser=path, help="Folder for train/ and validation/.")

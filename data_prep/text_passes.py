@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-import math
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -19,14 +18,14 @@ import numpy as np
 from ebt_megatron.core.errors import DataError
 from ebt_megatron.core.files import sha256_of, write_whole
 from ebt_megatron.core.options import option
+from ebt_megatron.data.lacking import Lacking
 from ebt_megatron.data.manifest import Manifest
 from ebt_megatron.data.shards import shard_infos, write_shard
 from ebt_megatron.data_prep.documents import Tally, read_part
-from ebt_megatron.data_prep.options import path_or_name
+from ebt_megatron.data_prep.options import check_known, most_unknown, path_or_name
 from ebt_megatron.data_prep.passes import Settings, Shard, Unit, WorkFolder, save, threshold, write_skipped
 from ebt_megatron.data_prep.tokens import (
     END_OF_TEXT,
-    Lacking,
     dtype_of,
     encode,
     entries,
@@ -60,12 +59,7 @@ class TextSettings(Settings):
     samples_per_shard: int = option(8192, min=1, help="Samples in each tar.")
     text_key: str = option("text", help="Key or column of the text in JSONL and Parquet.")
     max_bytes: int = option(0, min=0, help="Stop after this many bytes of text (0: all).")
-    most_unknown: float = option(
-        0.05,
-        min=0.0,
-        max=1.0,
-        help="Share of text that the tokenizer may have no token for (it becomes its unknown one).",
-    )
+    most_unknown: float = most_unknown("text")
 
 
 @dataclass(frozen=True)
@@ -241,14 +235,8 @@ class TokenShards:
         """Whether the tokenizer knows the text; raises DataError."""
         unknown = sum(self.unknown(units, split) for split in range(len(self.settings.splits)))
         tokens = sum(int(np.load(self.work.of_whole("lengths", unit.number)).sum()) for unit in units)
-        if Lacking(load_tokenizer(self.work.whole("tokenizer.json"))).unknown is None:
-            tokens += unknown  # which are none of them
-        share = unknown / max(tokens, 1)
-        if share > self.settings.most_unknown:
-            raise DataError(
-                f"the tokenizer has no token for {share:.1%} of the text: choose another --tokenizer, or allow it with "
-                f"--most-unknown {math.ceil(100 * share) / 100:g}"
-            )
+        share = Lacking(load_tokenizer(self.work.whole("tokenizer.json"))).share(unknown, tokens)
+        check_known(share, self.settings.most_unknown, "the text", "--tokenizer")
 
     def write(self, item: Shard) -> None:
         """Third pass: one shard, cut from its split's stream."""

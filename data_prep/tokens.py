@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 import re
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -80,29 +79,6 @@ def load_tokenizer(given: str | Path) -> Tokenizer:
 def written(tokenizer: Tokenizer) -> str:
     """The text of its tokenizer.json, to be written by us: its own `save` takes only names that are UTF-8."""
     return str(tokenizer.to_str(pretty=True))
-
-
-class Lacking:
-    """How much of a text a tokenizer has no token for: that becomes its unknown token, or, without one, nothing."""
-
-    def __init__(self, tokenizer: Tokenizer):
-        model = json.loads(tokenizer.to_str())["model"]
-        name = model.get("unk_token")
-        self.unknown: int | None = model.get("unk_id") if name is None else tokenizer.token_to_id(name)
-        self.tokenizer = tokenizer
-        self._dropped: dict[str, bool] = {}
-
-    def count(self, document: str, tokens: np.ndarray) -> int:
-        """Unknown tokens among a document's, or the characters of it that have none."""
-        if self.unknown is not None:
-            return int((tokens == self.unknown).sum())
-        return sum(document.count(c) for c in set(document) if self._drops(c))
-
-    def _drops(self, character: str) -> bool:
-        if character not in self._dropped:
-            ids = self.tokenizer.encode(character, add_special_tokens=False).ids
-            self._dropped[character] = not ids and not character.isspace()
-        return self._dropped[character]
 
 
 def entries(tokenizer: Tokenizer) -> int:

@@ -31,6 +31,7 @@ def make(run_dir: Path, captions: list[str], labels: list[int], each: int, passe
     """
     import torch
 
+    from ebt_megatron.data.captions import open_captions
     from ebt_megatron.data_prep.encoders import load_encoder
     from ebt_megatron.evaluation.pictures import made
     from ebt_megatron.session import open_run
@@ -48,6 +49,8 @@ def make(run_dir: Path, captions: list[str], labels: list[int], each: int, passe
                 f"{run.recipe.name} is conditional on {'captions' if task.captions else 'classes'}: give "
                 f"--{'caption' if task.captions else 'label'}"
             )
+        if captions and (count := open_captions(run.source).lacking(captions)):
+            say(f"{count} characters or words of the captions have no token of the run's tokenizer")
         given = [text for text in captions for _ in range(each)] or torch.tensor(labels or [0]).repeat_interleave(each)
         passes = passes or (run.recipe.thinking.max_steps if run.objective.thinks else 50)
         latents = made(run, given, passes, guidance).cpu().numpy()

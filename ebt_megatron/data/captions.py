@@ -8,6 +8,8 @@ A manifest's `captions` says which, and how another caption is put in the same w
     origin     where the texts came from
     entries    of the vocabulary, and `file`, the tokenizer.json beside the manifest (tokens)
     model      the folder (clip)
+    unknown    how much of all captions the tokenizer has no token for, and `cut`, how many are longer than the
+               longest that is kept; where there are such
 
 A caption of -1 alone, or of zeros, is one that is not told.
 """
@@ -26,6 +28,7 @@ from tokenizers import Tokenizer
 from ebt_megatron.core.errors import DataError
 from ebt_megatron.core.files import sha256_of_model
 from ebt_megatron.data.description import Description
+from ebt_megatron.data.lacking import Lacking
 
 LONGEST = 77  # tokens, CLIP's own; longer captions are cut
 NOT_TOLD = -1
@@ -37,6 +40,10 @@ class CaptionEncoder(Protocol):
 
     def encode(self, texts: Sequence[str]) -> np.ndarray:
         """[N, *shape], int64 tokens or float32 vectors; raises DataError for a text with nothing in it."""
+        ...
+
+    def lacking(self, texts: Sequence[str]) -> int:
+        """Words or characters of texts that there is no token for."""
         ...
 
     def describe(self) -> dict[str, Any]:
@@ -55,6 +62,11 @@ class CaptionTokens:
     def __init__(self, tokenizer: str, length: int):
         self.text, self.length = tokenizer, length
         self.tokenizer = Tokenizer.from_str(tokenizer)
+
+    def lacking(self, texts: Sequence[str]) -> int:
+        """See `CaptionEncoder`."""
+        lacking, found = Lacking(self.tokenizer), self.tokenizer.encode_batch(list(texts))
+        return sum(lacking.count(text, encoding.ids) for text, encoding in zip(texts, found, strict=True))
 
     def encode(self, texts: Sequence[str]) -> np.ndarray:
         """See `CaptionEncoder`."""
@@ -89,6 +101,10 @@ class ClipCaptions:
         if sha256 not in ("", self.sha256):
             raise DataError(f"the CLIP model at {model} is not the one the captions were made with: put that back")
         self.network, self.tokenizer = _load(model)
+
+    def lacking(self, texts: Sequence[str]) -> int:
+        """None: its tokens are made of bytes."""
+        return 0
 
     def encode(self, texts: Sequence[str]) -> np.ndarray:
         """See `CaptionEncoder`."""

@@ -6,6 +6,7 @@ import re
 import numpy as np
 import pytest
 import torch
+from tokenizers import models
 
 from ebt_megatron.core.errors import DataError
 from ebt_megatron.data.captions import open_captions
@@ -18,6 +19,7 @@ from ebt_megatron.tools.shards import shard_problems
 from tests.data.test_loader import recipe_for
 from tests.data_prep.media import prepare_pictures, said
 from tests.data_prep.test_images import pictures, save
+from tests.data_prep.test_trouble import small_tokenizer
 
 COLOURS = ("a red square", "a blue square on a blue ground", "nothing")
 
@@ -230,3 +232,29 @@ def test_captions_that_are_json_are_named(tmp_path, text, line):
         captions.read_captions(str(tmp_path / "a.txt"), [])
     with pytest.raises(DataError, match=r"FILE<TAB>CAPTION|is none"):
         captions.read_captions(str(tmp_path / "a.txt"), ["a.png"])
+
+
+@pytest.mark.parametrize("unknown", [True, False])
+def test_captions_that_their_tokenizer_does_not_know_are_refused_and_counted_where_it_is_allowed(tmp_path, unknown):
+    """Three words and [UNK]; or letters, of which those that are none are left out without a word."""
+    model = models.WordLevel({"a": 0, "red": 1, "[UNK]": 2}, unk_token="[UNK]")
+    if not unknown:
+        model = models.BPE({c: i for i, c in enumerate("ared")}, [])
+    path = small_tokenizer(tmp_path / "words.json", model)
+    np.savez(tmp_path / "a.npz", images=pictures(4))
+    (tmp_path / "a.txt").write_text("a red box\n" * 3 + f"a {'red ' * 80}\n")
+    given = (tmp_path / "a.npz", tmp_path / "out", "--captions", tmp_path / "a.txt", "--validation-fraction", 0)
+    given = (*given, "--caption-encoder", f"tokens:{path}")
+    result = prepare(*given, "--most-unknown", 0.01)
+    assert result.exit_code == 2 and "no token for" in said(result) and "of the captions" in said(result)
+    result = prepare(*given, "--most-unknown", 0.4)
+    assert result.exit_code == 0, result.output
+    count = 3 if unknown else 3 * len("box")
+    assert f"of captions: {count} unknown, 1 cut" in said(result)
+    folder = ShardFolder(str(tmp_path / "out/train"))
+    assert (folder.manifest.captions["unknown"], folder.manifest.captions["cut"]) == (count, 1)
+    assert open_captions(folder).lacking(["a red box", "a red red"]) == count // 3
+    (tmp_path / "bare.json").write_text(path.read_text().replace('"unk_token": "[UNK]"', '"unk_token": "no"'))
+    if unknown:
+        result = prepare(*given[:-1], f"tokens:{tmp_path / 'bare.json'}", "--overwrite")
+        assert result.exit_code == 2 and "cannot encode the captions" in said(result)
