@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from ebt_megatron.core.errors import DataError
-from ebt_megatron.core.files import sha256_of
+from ebt_megatron.core.files import sha256_of, write_whole
 from ebt_megatron.data.manifest import Manifest
 from ebt_megatron.data.shards import shard_infos, write_shard
 from ebt_megatron.data_prep.encoders import load_encoder
@@ -94,7 +94,7 @@ class LatentShards:
             mean = total / entries
             encoder.normalise_by(mean, np.sqrt(np.maximum(square / entries - mean**2, 0)))
         save(self.work.whole("samples.npy"), counts)
-        self.work.whole("keys.json").write_text(json.dumps(keys))
+        write_whole(self.work.whole("keys.json"), json.dumps(keys))
         encoder.save(self.work.whole("encoder.npz"))
         per_shard = self.settings.samples_per_shard
         totals = zip(self.settings.splits, counts.sum(0).tolist(), strict=True)

@@ -18,6 +18,8 @@ from filelock import FileLock
 from webdataset.gopen import gopen, gopen_schemes
 from webdataset.tariterators import tar_file_iterator
 
+from ebt_megatron.core.files import FULL
+
 T = TypeVar("T")
 ATTEMPTS = 6
 _CHUNK = 1 << 20  # bytes read at a time
@@ -54,6 +56,7 @@ def retry(url: str, work: Callable[[], T]) -> T:
 
     Raises:
         RemoteError: of the last attempt.
+        OSError: where what was read has no room on this machine's disk; at once.
     """
     for attempt in range(ATTEMPTS):
         try:
@@ -63,6 +66,8 @@ def retry(url: str, work: Callable[[], T]) -> T:
         except FileNotFoundError:
             raise RemoteError(f"{url} is missing: copy it there again") from None
         except Exception as error:  # every file system has errors of its own
+            if isinstance(error, OSError) and error.errno in FULL:
+                raise
             if attempt == ATTEMPTS - 1:
                 reason = " ".join(str(error).split()) or type(error).__name__
                 raise RemoteError(f"{url} cannot be read ({reason}) after {ATTEMPTS} tries") from None
@@ -155,6 +160,7 @@ class Cache:
 
         Raises:
             RemoteError: if it cannot be read, or is another.
+            OSError: naming the file here, where the disk has no room for it.
         """
         path = self.path(url)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -173,6 +179,10 @@ class Cache:
             try:
                 retry(url, work)
                 os.replace(partial, path)
+            except OSError as error:
+                if error.errno in FULL and not error.filename:
+                    error.filename = str(path)
+                raise
             finally:
                 partial.unlink(missing_ok=True)
         if path.suffix == ".tar":

@@ -1,10 +1,14 @@
 """Remote shards: streamed or cached, the same samples as from disk, in bounded room; errors tried again, then named."""
 
+import errno
 import http.server
+import io
 import itertools
+import os
 import shutil
 import threading
 from functools import partial
+from pathlib import Path
 
 import fsspec
 import numpy as np
@@ -105,6 +109,21 @@ def test_room_is_made_among_what_the_cache_brought_only(memory, tmp_path):
     own.write_bytes(b"x" * 999)
     list(ShardFolder("memory://bucket/train", Cache(tmp_path, 1)).rows())
     assert own.exists() and len(list(tmp_path.glob("*/*.tar"))) == 2
+
+
+def test_a_full_disk_under_the_cache_is_named_at_once(memory, tmp_path, monkeypatch):
+    opened = []
+
+    class Full(io.RawIOBase):
+        def write(self, data):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    real = Path.open
+    monkeypatch.setattr(Path, "open", lambda p, mode: opened.append(p) or Full() if "w" in mode else real(p, mode))
+    with pytest.raises(OSError) as raised:
+        Cache(tmp_path).fetch("memory://bucket/train/shard-000000.tar", None, "")
+    assert raised.value.errno == errno.ENOSPC and raised.value.filename.endswith("shard-000000.tar")
+    assert len(opened) == 1 and not list(tmp_path.rglob("*.partial"))
 
 
 def test_without_a_limit_the_cache_keeps_every_shard_and_reads_it_once(shards, memory, tmp_path, monkeypatch):
