@@ -94,7 +94,7 @@ class Sudoku(Study):
             out.append(Table(f"Solved whole, % ({split})", head, rows))
         rows = [[name, ", ".join(str(run["left the plateau"]) for run in runs)] for name, runs in found.items()]
         out.append(Table("The step at which each seed leaves the plateau", ["model", "steps, by seed"], rows))
-        scores = ("confidence", "energy", "energy of the decoded grid")
+        scores = ("confidence", "energy", "energy of a cell", "highest energy of a cell")
         rows = [
             [f"{name}, {split}", *(text_of(means[name][split]["verification"].get(score), 3) for score in scores)]
             for name in found

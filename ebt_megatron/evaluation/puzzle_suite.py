@@ -64,9 +64,12 @@ def puzzle_tables(numbers: Mapping[str, Any]) -> list[Table]:
         out.append(Table(f"{split}: {of['puzzles']} puzzles", head, rows))
         scores = {k: v for k, v in of["verification"].items() if k != "solved"}
         out.append(Table(f"{split}: is it solved? AUROC", list(scores), [[number(v) for v in scores.values()]]))
-        for what in ("stopping", "one error", "starts"):
+        if "stopping" in of:
+            rules = [[rule, number(by["steps"], 2), percent(by["solved"])] for rule, by in of["stopping"].items()]
+            out.append(Table(f"{split}: where thinking ends", ["when", "steps", "solved"], rules))
+        for what in ("one error", "starts"):
             if what in of:
-                found = {k: number(v, 2) if k in ("steps", "number") else percent(v) for k, v in of[what].items()}
+                found = {k: number(v, 0) if k == "number" else percent(v) for k, v in of[what].items()}
                 out.append(Table(f"{split}: {what}", list(found), [list(found.values())]))
     return out
 

@@ -25,6 +25,7 @@ from ebt_megatron.tasks.interface import Sample
 
 STEPS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
 _SURE = 30.0  # a logit whose symbol has all of the probability, in fp32
+_SETTLED = 1e-4  # of an energy: a change that is none
 
 
 @dataclass
@@ -174,36 +175,63 @@ def against_steps(run: TrainedRun, found: Sequence[Thoughts], cost: Cost) -> lis
     return out
 
 
-def stopping(found: Sequence[Thoughts]) -> dict[str, float]:
-    """Thinking that ends where two steps in a row leave the decoded grid as it was: steps taken, and solved."""
-    steps, solved = [], []
+def stopping(found: Sequence[Thoughts]) -> dict[str, dict[str, float]]:
+    """Where thinking ends by a rule, and what it has solved there.
+
+    Args:
+        found: after each of n steps; what no rule ends goes on to n.
+
+    Returns:
+        By rule the mean number of steps taken, and the share of puzzles solved. "grid stays": two steps in a row leave
+        the decoded grid as it is. Of an energy, "energy rises": a step that raises the energy is refused, and as
+        thinking would try it again, ends it; "energy settles": a step changes it by less than `_SETTLED` of itself.
+    """
+    rules: dict[str, list[tuple[Tensor, Tensor]]] = {}
     for thoughts in found:
-        asked = thoughts.asked
-        same = ((thoughts.grids[1:] == thoughts.grids[:-1]) | ~asked).all(-1)  # [n - 1, B]
-        settled = same[1:] & same[:-1]
-        last = torch.where(settled.any(0), settled.int().argmax(0) + 2, len(thoughts.grids) - 1)
-        steps.append(last + 1)
-        solved.append(thoughts.solved.gather(0, last[None])[0])
-    return {"steps": float(torch.cat(steps).double().mean()), "solved": float(torch.cat(solved).double().mean())}
+        same = ((thoughts.grids[1:] == thoughts.grids[:-1]) | ~thoughts.asked).all(-1)  # [n - 1, B]
+        change = thoughts.energies[1:] - thoughts.energies[:-1]
+        ends = {"grid stays": (same[1:] & same[:-1], 2)}  # after which of the steps: those from the third on
+        if not thoughts.energies.isnan().any():
+            ends["energy rises"] = change > 0, 0
+            ends["energy settles"] = change.abs() < _SETTLED * thoughts.energies[1:].abs(), 1
+        for rule, (ended, first) in ends.items():
+            last = torch.where(ended.any(0), ended.int().argmax(0) + first, len(thoughts.grids) - 1)
+            rules.setdefault(rule, []).append((last + 1, thoughts.solved.gather(0, last[None])[0]))
+    return {
+        rule: {
+            what: float(torch.cat(of).double().mean()) for what, of in zip(("steps", "solved"), zip(*by), strict=True)
+        }
+        for rule, by in rules.items()
+    }
 
 
 def verification(run: TrainedRun, found: Sequence[tuple[Sample, Thoughts]], steps: int) -> dict[str, float]:
-    """How well scores tell solved puzzles from others (AUROC) after so many steps."""
+    """How well scores tell solved puzzles from others (AUROC) after so many steps.
+
+    A grid's energy is a sum over all its cells, and so depends on what is given. Its mean over the cells that are
+    asked for does less, and the highest of these says where the grid is wrong.
+    """
     scores: dict[str, list[np.ndarray]] = {}
     solved = []
+
+    def score(name: str, values: Tensor) -> None:
+        scores.setdefault(name, []).append(values.numpy())
+
     for sample, thoughts in found:
         n = min(steps, len(thoughts.logits)) - 1
+        asked = thoughts.asked.t()
         solved.append(thoughts.solved[n].numpy())
-        scores.setdefault("confidence", []).append(thoughts.confidence[n].numpy())
+        score("confidence", thoughts.confidence[n])
         if run.objective.thinks:
             decoded = torch.where(thoughts.asked, thoughts.grids[n], sample.observed - 1)
-            sure = energy(run, sample, of_symbols(decoded, thoughts.logits.shape[-1])).sum(0)
-            scores.setdefault("energy", []).append(-thoughts.energies[n].numpy())
-            scores.setdefault("energy of the decoded grid", []).append(-sure.numpy())
+            cells = energy(run, sample, thoughts.logits[n])
+            of_decoded = energy(run, sample, of_symbols(decoded, thoughts.logits.shape[-1]))
+            score("energy", -thoughts.energies[n])
+            score("energy of a cell", -(cells * asked).sum(0) / asked.sum(0))
+            score("highest energy of a cell", -cells.masked_fill(~asked, -torch.inf).amax(0))
+            score("energy of a cell, decoded", -(of_decoded * asked).sum(0) / asked.sum(0))
     right = np.concatenate(solved)
-    return {"solved": float(right.mean())} | {
-        name: auroc(np.concatenate(score), right) for name, score in scores.items()
-    }
+    return {"solved": float(right.mean())} | {name: auroc(np.concatenate(of), right) for name, of in scores.items()}
 
 
 def one_error(run: TrainedRun, samples: Sequence[Sample], seed: int = 0) -> dict[str, float]:

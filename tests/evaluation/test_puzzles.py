@@ -50,11 +50,30 @@ def test_a_puzzle_is_solved_when_every_cell_that_is_asked_is_right():
     assert found.losses[0, 0].item() == pytest.approx(puzzles._SURE / 3, rel=1e-4) and found.losses[1, 0] < 1e-6
 
 
-def test_thinking_stops_when_two_steps_change_nothing():
-    moving, right, wrong = [0, 0, 0, 0], [0, 1, 2, 0], [0, 1, 2, 1]
-    stopped = puzzles.stopping([thoughts(moving, right, right, right, wrong)])
+MOVING, RIGHT, WRONG = [0, 0, 0, 0], [0, 1, 2, 0], [0, 1, 2, 1]
+
+
+def test_thinking_ends_where_two_steps_leave_the_grid_as_it_is():
+    stopped = puzzles.stopping([thoughts(MOVING, RIGHT, RIGHT, RIGHT, WRONG)])["grid stays"]
     assert stopped == {"steps": 4.0, "solved": 1.0}
-    assert puzzles.stopping([thoughts(moving, right, moving, wrong)]) == {"steps": 4.0, "solved": 0.0}
+    stopped = puzzles.stopping([thoughts(MOVING, RIGHT, MOVING, WRONG)])["grid stays"]
+    assert stopped == {"steps": 4.0, "solved": 0.0}
+
+
+@pytest.mark.parametrize(
+    ("energies", "rises", "settles"),
+    [
+        ([3.0, 1.0, 2.0, 1.0, 0.0], {"steps": 2.0, "solved": 1.0}, {"steps": 5.0, "solved": 0.0}),
+        ([3.0, 2.0, 1.0, 1.0, 0.0], {"steps": 5.0, "solved": 0.0}, {"steps": 4.0, "solved": 1.0}),
+    ],
+)
+def test_thinking_ends_before_a_step_that_raises_the_energy_or_when_it_settles(energies, rises, settles):
+    found = thoughts(MOVING, RIGHT, RIGHT, RIGHT, WRONG)
+    found.energies = torch.tensor(energies)[:, None]
+    stopped = puzzles.stopping([found])
+    assert stopped["energy rises"] == rises and stopped["energy settles"] == settles
+    found.energies = torch.full_like(found.energies, torch.nan)  # of a baseline
+    assert set(puzzles.stopping([found])) == {"grid stays"}
 
 
 @pytest.fixture(scope="module")
