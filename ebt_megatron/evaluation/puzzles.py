@@ -197,12 +197,11 @@ def stopping(found: Sequence[Thoughts]) -> dict[str, dict[str, float]]:
         for rule, (ended, first) in ends.items():
             last = torch.where(ended.any(0), ended.int().argmax(0) + first, len(thoughts.grids) - 1)
             rules.setdefault(rule, []).append((last + 1, thoughts.solved.gather(0, last[None])[0]))
-    return {
-        rule: {
-            what: float(torch.cat(of).double().mean()) for what, of in zip(("steps", "solved"), zip(*by), strict=True)
-        }
-        for rule, by in rules.items()
-    }
+    out = {}
+    for rule, by in rules.items():
+        steps, solved = (torch.cat(of).double().mean() for of in zip(*by, strict=True))
+        out[rule] = {"steps": float(steps), "solved": float(solved)}
+    return out
 
 
 def verification(run: TrainedRun, found: Sequence[tuple[Sample, Thoughts]], steps: int) -> dict[str, float]:
