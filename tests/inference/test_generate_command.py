@@ -1,6 +1,7 @@
 """`ebt-generate` on a run directory, and what it says to bad input before any work."""
 
 import json
+import os
 import re
 import shutil
 
@@ -130,7 +131,8 @@ def test_what_is_written_is_gone_on_with_after_an_end_in_between(runs, tmp_path,
     """Of seven prompts, two at a time, three rows and a half are there: the first two stay, byte by byte the same."""
     from ebt_megatron.inference import predictor
 
-    prompts, out, whole = tmp_path / "prompts", tmp_path / "out.jsonl", tmp_path / "whole.jsonl"
+    out = tmp_path / os.fsdecode(b"caf\xe9.jsonl")  # a name that is no UTF-8
+    prompts, whole = tmp_path / "prompts", tmp_path / "whole.jsonl"
     prompts.write_text("".join(f"word{i}\n" for i in range(7)))
     given = (runs / "ebt", "--prompts", prompts, "--max-tokens", 3, "--batch", 2, "--langevin-noise", 0.3)
     assert call(*given, "--output", whole).exit_code == 0
@@ -147,7 +149,7 @@ def test_what_is_written_is_gone_on_with_after_an_end_in_between(runs, tmp_path,
 
     monkeypatch.setattr(predictor.EnergyPredictor, "__call__", ending)
     assert call(*given, "--output", out).exit_code == 130
-    partial = tmp_path / "out.jsonl.partial"
+    partial = out.with_name(f"{out.name}.partial")
     head, *there = partial.read_bytes().splitlines(keepends=True)
     assert not out.exists() and there == rows[: len(there)] and len(there) == 4
     partial.write_bytes(head + b"".join(rows[:3]) + rows[3][:20])
