@@ -7,8 +7,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from ebt_megatron.checkpoint.checkpoints import Checkpoints, fingerprint
+from ebt_megatron.checkpoint.checkpoints import Checkpoints, chosen, fingerprint
 from ebt_megatron.checkpoint.exported import is_exported, load_weights
+from ebt_megatron.checkpoint.history import located
 from ebt_megatron.config import Recipe, RecipeError, check, load_recipe
 from ebt_megatron.core.timing import Timers
 from ebt_megatron.data.description import Description
@@ -120,7 +121,7 @@ def recipe_of(run_dir: Path, overrides: Sequence[str] = ()) -> Recipe:
     Raises:
         RecipeError: where it is no run directory, or an override does not do.
     """
-    saved = run_dir / "recipe.yaml"
+    saved = located(run_dir)[0] / "recipe.yaml"
     if not saved.exists():
         raise RecipeError(f"{run_dir} is not a run directory: recipe.yaml is missing")
     return load_recipe(saved, [*_ONE_PROCESS, *overrides])
@@ -136,6 +137,7 @@ def load_run(
         alone: this process is all there is, whatever a launcher says.
     """
     recipe = recipe_of(run_dir, overrides)
+    source, run_dir = run_dir, located(run_dir)[0]
     if alone:
         initialize(recipe.parallel, recipe.training.seed, ALONE)
     described = run_dir if is_exported(run_dir) else run_dir / DATA
@@ -150,10 +152,7 @@ def load_run(
         step, tokens = load_weights(run_dir, model, recipe, session.identity)
     else:
         checkpoints = Checkpoints(run_dir / "checkpoints", 1, session.identity)
-        newest = checkpoints.newest_good()
-        if newest is None:
-            raise RecipeError(f"{run_dir} holds no good checkpoint: train it first")
-        step, extra, _ = checkpoints.load(newest, model)
+        step, extra, _ = checkpoints.load(chosen(source), model)
         tokens = extra["tokens"]
     model.eval()
     objective = build_objective(model, recipe, session.task, session.state, Timers())
@@ -167,7 +166,8 @@ def open_run(
     """A run's model, ready to be used, until the context ends.
 
     Args:
-        run_dir: a training.output_dir, or a folder of `ebt-convert export`.
+        run_dir: a training.output_dir, a checkpoint in it (see `checkpoint.history.located`), or a folder of
+            `ebt-convert export`.
         overrides: of its recipe: key=value.
         splits: which data to open besides; with none, what the run keeps of its data does, and the run directory is
             all that is needed.

@@ -31,7 +31,7 @@ from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies import torch as torch_strategy
 
-from ebt_megatron.checkpoint.history import History
+from ebt_megatron.checkpoint.history import CheckpointError, History, located, verify
 from ebt_megatron.checkpoint.history import digest as _digest
 from ebt_megatron.checkpoint.history import write as _write
 from ebt_megatron.checkpoint.optimizer_state import OptimizerState
@@ -332,6 +332,25 @@ class Checkpoints:
             scheduler.step(0)
         rank_states = [torch.load(p, weights_only=True) for p in sorted(folder.glob("rank-*.pt"))]
         return common["step"], common["extra"], rank_states
+
+
+def chosen(source: Path) -> Path:
+    """The checkpoint that a path means, verified: see `history.located`; of a run its newest good one.
+
+    Raises:
+        RecipeError: if it is damaged, or a run holds no good one.
+    """
+    run, folder = located(source)
+    if folder is None:
+        folder = Checkpoints(run / "checkpoints", 1, {}).newest_good()
+        if folder is None:
+            raise RecipeError(f"{run} holds no good checkpoint: train it first")
+        return folder
+    try:
+        verify(folder)
+    except CheckpointError as error:
+        raise RecipeError(f"damaged checkpoint: {error}") from None
+    return folder
 
 
 def fingerprint(recipe: Recipe, identity: dict[str, Any]) -> dict[str, Any]:

@@ -12,6 +12,7 @@ import contextlib
 import hashlib
 import itertools
 import json
+import math
 import os
 import re
 import shutil
@@ -21,8 +22,10 @@ from pathlib import Path
 from ebt_megatron.core.files import write_whole
 
 _NAME = re.compile(r"step-(\d{8,})")
+BEST = "best"  # in a run's folder: its checkpoints of the lowest validation losses
 _RUN_FILES = (
     "checkpoints",
+    BEST,
     "metrics.jsonl",
     "metrics-replaced.jsonl",
     "tensorboard",
@@ -87,6 +90,29 @@ def step_of(folder: Path) -> int:
     found = _NAME.fullmatch(folder.name)
     assert found, folder
     return int(found[1])
+
+
+def losses_of(folder: Path) -> dict[str, float]:
+    """The validation losses of checkpoints in RUN/best, by name; infinite where losses.json does not say one."""
+    known: dict[str, float] = {}
+    with contextlib.suppress(OSError, ValueError, TypeError):
+        known = dict(json.loads((folder / "losses.json").read_text()))
+    return {path.name: known.get(path.name, math.inf) for path in History(folder, 0).published()}
+
+
+def located(path: Path) -> tuple[Path, Path | None]:
+    """A run's folder, and which of its checkpoints is meant.
+
+    Args:
+        path: RUN, for its newest good one (None); RUN/best, for that of the lowest loss; or a checkpoint's own folder,
+            RUN/best/step-00000200 or RUN/checkpoints/step-00000200.
+    """
+    if (path / "recipe.yaml").exists():
+        return path, None
+    if _NAME.fullmatch(path.name) and (path.parent.parent / "recipe.yaml").exists():
+        return path.parent.parent, path
+    losses = losses_of(path) if path.name == BEST and (path.parent / "recipe.yaml").exists() else {}
+    return (path.parent, path / min(losses, key=lambda name: losses[name])) if losses else (path, None)
 
 
 def _free(parent: Path, name: str) -> Path:

@@ -56,6 +56,7 @@ def check(recipe: Recipe, world_size: int | None = None) -> None:
     recipe.thinking.check()
     recipe.data.check()
     recipe.images.check()
+    recipe.training.check()
     recipe.parallel.check()
     _check_layout(recipe)
     _check_precision(recipe)

@@ -65,9 +65,19 @@ class TrainingConfig:
     save_interval: int = at_least(0, 200)  # 0: only at the end and on SIGTERM
     # the newest so many; 0: all
     keep_checkpoints: int = within(0, 1 << 30, 2, "a number of checkpoints, or 0 for all")
+    # those of the lowest validation losses, beside the newest, in OUTPUT_DIR/best; 0: none
+    keep_best: int = within(0, 1 << 30, 0, "a number of checkpoints, or 0 for none")
     async_save: bool = False  # training goes on while a checkpoint is written
     max_bad_steps: int = at_least(1, 10)  # non-finite steps in a row before the run stops
     spike_factor: float = at_least(0, 0.0)  # > 0: rewind when the loss exceeds this times its running mean
     spike_window: int = at_least(1, 100)  # steps of that running mean
     peak_tflops: float = at_least(0, 0.0)  # per rank; > 0: metrics report model FLOPs utilisation against it
     profile_steps: int = at_least(0, 0)  # > 0: write a torch profiler trace of that many steps
+
+    def check(self) -> None:
+        """Raise RecipeError where the best checkpoints are to be kept and nothing says which they are."""
+        if self.keep_best and not self.validation_interval:
+            raise RecipeError(
+                f"training.keep_best={self.keep_best} goes by validation losses, and training.validation_interval=0 "
+                "makes none: set an interval, or training.keep_best=0"
+            )

@@ -10,9 +10,9 @@ from typing import Any
 
 from torch import Tensor
 
-from ebt_megatron.checkpoint.checkpoints import Checkpoints
+from ebt_megatron.checkpoint.checkpoints import chosen
 from ebt_megatron.checkpoint.exported import CONFIG, SECTION, WEIGHTS
-from ebt_megatron.checkpoint.history import CheckpointError, verify
+from ebt_megatron.checkpoint.history import located
 from ebt_megatron.checkpoint.llama import is_llama_shaped, llama_config, to_llama
 from ebt_megatron.checkpoint.weights import checkpoint_weights, write_weights
 from ebt_megatron.config import ParallelConfig, Recipe, RecipeError, load_recipe, to_yaml
@@ -48,30 +48,18 @@ class Saved:
 
     @classmethod
     def read(cls, source: Path) -> Saved:
-        """Read a run's newest good checkpoint, or the checkpoint whose folder is given.
+        """Read the checkpoint that a path means: a run's newest good one, that of RUN/best, or a folder's.
 
         Raises:
             RecipeError: if there is no good checkpoint, or no recipe beside it.
         """
         from megatron.core import dist_checkpointing
 
-        source = source.resolve()
-        is_checkpoint = (source / "checksums.json").exists()
-        run = source.parents[1] if is_checkpoint else source
+        run, _ = located(source := source.resolve())
         if not (run / "checkpoints").is_dir() or not (run / "recipe.yaml").exists():
             raise RecipeError(f"{source} is neither a run (recipe.yaml, checkpoints/) nor a checkpoint inside one")
         initialize(ParallelConfig(), seed=0)
-        if is_checkpoint:
-            try:
-                verify(source)
-            except CheckpointError as error:
-                raise RecipeError(f"damaged checkpoint: {error}") from None
-            folder = source
-        else:
-            newest = Checkpoints(run / "checkpoints", 1, {}).newest_good()
-            if newest is None:
-                raise RecipeError(f"{run} holds no good checkpoint: train it first")
-            folder = newest
+        folder = chosen(source)
         common = dist_checkpointing.load_common_state_dict(str(folder))
         recipe = load_recipe(run / "recipe.yaml")
         tokens = common["extra"].get("tokens", 0)

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from ebt_megatron.checkpoint.history import step_of
 from ebt_megatron.objectives.flops import training_flops
 from ebt_megatron.objectives.validation import validate
+from ebt_megatron.training.best import KeepingBest
 from ebt_megatron.training.faults import SpikeDetector, StopSignal, Watchdog
 from ebt_megatron.training.lock import RunLock
 from ebt_megatron.training.loop import Hook, Moment, train
@@ -30,8 +31,8 @@ def train_to_end(run: Run) -> None:
         run.on_main(lock.acquire)
         run.begin()
         # In this order: what went wrong is not saved; what is saved knows what will be recorded of its step; saving
-        # does not wait for validation.
-        kinds = (Supervision, Trace, BadLosses, Recording, Saving, Validating, Writing)
+        # does not wait for validation, but for what validation says is best.
+        kinds = (Supervision, Trace, BadLosses, Recording, Saving, Validating, KeepingBest, Writing)
         train(run, [kind(run) for kind in kinds])
     finally:
         lock.release()

@@ -213,8 +213,13 @@ class Run:
 
     # --- saving ---------------------------------------------------------------------------------
 
-    def write_checkpoint(self, row: dict[str, Any] | None) -> str | None:
-        """Save the step with the row that will be recorded of it; returns why it is not there, if it failed."""
+    def write_checkpoint(self, row: dict[str, Any] | None, among: Checkpoints | None = None) -> str | None:
+        """Save the step; returns why it is not there, if it failed.
+
+        Args:
+            row: what will be recorded of it.
+            among: other checkpoints than those that the run goes on from.
+        """
         extra = {
             "tokens": self.tokens,
             "data": self.train_data.state_dict(),
@@ -225,7 +230,7 @@ class Run:
         }
         t, good = self.trainer, not self.bad.in_a_row
         with self.timers.phase("save"):
-            return self.checkpoints.save(
+            return (among or self.checkpoints).save(
                 self.step, t.model, t.optimizer, t.scheduler, extra, t.objective.rank_state(), prune=good
             )
 

@@ -208,6 +208,44 @@ def test_validation(data, tmp_path):
     assert "training.validation_samples=0: must be at least 1" in empty["error"]
 
 
+def _best(data, root):
+    """Validated at every step, with losses that fall and rise; then gone on with from step 6."""
+    from ebt_megatron.session import load_run
+    from ebt_megatron.training import hooks
+
+    found, folder = {}, root / "run"
+    real, losses = hooks.validate, [5.0, 3.0, 4.0, float("nan"), 2.0, 6.0, 1.0, 3.5]
+
+    def validate(objective, batches, steps, measure):
+        made = real(objective, batches, steps, measure)
+        made.losses[:] = losses.pop(0)
+        return made
+
+    hooks.validate = validate
+    often = ("training.micro_batch_size=4", "training.validation_interval=1", "training.keep_best=2")
+    for steps in (6, 8):
+        runs.train(data, folder, (*often, f"training.steps={steps}", "training.keep_checkpoints=1"))
+        found[steps] = sorted(p.name for p in folder.glob("best/step-*"))
+    found["losses"] = json.loads((folder / "best/losses.json").read_text())
+    for name in ("", "best", "best/step-00000005", "checkpoints/step-00000008"):
+        found[name] = load_run(folder / name, splits=(), alone=True).step
+    (folder / "best/step-00000007/common.pt").write_bytes(b"")
+    with pytest.raises(RecipeError, match=r"damaged checkpoint: .*best/step-00000007"):
+        load_run(folder / "best", splits=(), alone=True)
+    return found
+
+
+def test_the_best_checkpoints_are_kept_beside_the_newest(data, tmp_path):
+    (found,) = run_ranks(_best, 1, data, tmp_path, timeout=200)
+    assert found[6] == ["step-00000002", "step-00000005"], "the lowest losses, of finite ones"
+    assert found[8] == ["step-00000005", "step-00000007"]
+    assert found["losses"] == {"step-00000007": 1.0, "step-00000005": 2.0}
+    assert saved(tmp_path / "run") == [8]
+    assert [found[n] for n in ("", "best", "best/step-00000005", "checkpoints/step-00000008")] == [8, 7, 5, 8]
+    with pytest.raises(RecipeError, match=r"training.keep_best=2 goes by validation losses"):
+        runs.recipe_of(data, tmp_path, "training.keep_best=2")
+
+
 @pytest.mark.parametrize(("steps", "warned"), [(20, False), (21, True)])
 def test_more_than_four_epochs_are_warned_of(steps, warned):
     from ebt_megatron.training.run import Run
