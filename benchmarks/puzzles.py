@@ -54,7 +54,7 @@ class Sudoku(Study):
 
     def flops(self, recipe: Recipe) -> float:
         """Return the FLOPs that a training takes."""
-        puzzle = Puzzle.sudoku(round(recipe.data.sequence_length**0.5))
+        puzzle = Puzzle.of_cells(recipe.data.sequence_length)
         return recipe.training.steps * training_flops(recipe, Puzzles(recipe, puzzle).cost())
 
     def run(self, recipe: Recipe) -> dict[str, Any]:

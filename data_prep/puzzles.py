@@ -1,9 +1,10 @@
 """Puzzles to shards: made by seed, or read from a file of questions and answers; every one is verified.
 
-    ebt-prepare puzzles --kind sudoku --size 6 --count 4000 --clues 10-14 --harder-clues 8-9 --output data/sudoku6
+    ebt-prepare puzzles --kind sudoku --size 6 --count 4000 --range 10-14 --harder-range 8-9 --output data/sudoku6
+    ebt-prepare puzzles --kind maze --size 11 --count 8000 --range 5-7 --harder-range 9-11 --output data/mazes
     ebt-prepare puzzles --input sudoku.csv --output data/sudoku9
 
-OUTPUT has the splits train, validation and, of puzzles with fewer clues than are trained on, harder.
+OUTPUT has the splits train, validation and harder: Sudoku of fewer clues, larger mazes or graphs than are trained on.
 """
 
 from __future__ import annotations
@@ -25,13 +26,13 @@ from ebt_megatron.core.files import sha256_of, write_whole
 from ebt_megatron.core.options import dataclass_options, option
 from ebt_megatron.core.randomness import stable_seed
 from ebt_megatron.data.manifest import Manifest, index_name, read_manifest
-from ebt_megatron.data.puzzles import BLANK, BOXES, Puzzle
+from ebt_megatron.data.puzzles import BLANK, BOXES, KINDS, Puzzle
 from ebt_megatron.data.shards import clear_shards, shard_infos, shard_name, write_shard
 from ebt_megatron.data_prep import options
 from ebt_megatron.data_prep.files import content_of, find_files
 from ebt_megatron.data_prep.job import Execution, Job
 from ebt_megatron.data_prep.pieces import place_of
-from ebt_megatron.data_prep.sudoku import sudoku
+from ebt_megatron.data_prep.rules import rules_of
 
 SPLITS = ("train", "validation", "harder")
 _PER_SHARD = 512
@@ -44,43 +45,43 @@ class PuzzleSettings:
     """What puzzles to make, or of which size they are.
 
     Attributes:
-        kind: "sudoku".
-        size: rows of a grid.
+        kind: of KINDS.
+        size: rows of a grid, or nodes of a graph, at most.
         count, validation, harder: how many of each split to make; of a file `validation` are held out.
-        clues: "LEAST-MOST" of train and validation.
-        harder_clues: the same of the split harder; "": there is none.
+        range: "LEAST-MOST" of what says how hard they are (`Rules.measure`), of train and validation.
+        harder_range: the same of the split harder; "": there is none.
         seed: of all.
     """
 
-    kind: str = option("sudoku", help="What puzzles: sudoku.")
-    size: int = option(9, help=f"Rows: {', '.join(map(str, BOXES))}.")
+    kind: str = option("sudoku", help=f"What puzzles: {', '.join(KINDS)}.")
+    size: int = option(9, help=f"Rows of Sudoku ({', '.join(map(str, BOXES))}) or of a maze (odd); nodes of a graph.")
     count: int = option(0, min=0, help="Puzzles to make and train on.")
     validation: int = option(500, min=0, help="Puzzles held out.")
-    clues: str = option("", help="LEAST-MOST clues of a puzzle; default: of a made one 3 to 5 in 12 cells.")
-    harder: int = option(500, min=0, help="Puzzles with fewer clues to make, held out.")
-    harder_clues: str = option("", help="LEAST-MOST clues of those; default: none are made or held out.")
+    range: str = option(
+        "", help="LEAST-MOST clues of a Sudoku, rows of a maze, nodes of a graph; default: what is usual for the size."
+    )
+    harder: int = option(500, min=0, help="Harder puzzles to make, held out.")
+    harder_range: str = option("", help="LEAST-MOST of those; default: none are made or held out.")
     seed: int = option(0, min=0, help="Of what is made and held out.")
 
     @property
     def puzzle(self) -> Puzzle:
         """What the puzzles are; raises DataError for a kind or size there is not."""
-        if self.kind != "sudoku":
-            raise DataError(f"--kind {self.kind}: there is sudoku")
-        return Puzzle.sudoku(self.size)
+        return Puzzle.of(self.kind, self.size)
 
     def range_of(self, split: str) -> tuple[int, int] | None:
-        """The least and the most clues of a split; None: there is none.
+        """The least and the most of `Rules.measure` in a split; None: there is none.
 
         Raises:
             DataError: for what is no range.
         """
-        cells = self.size**2
-        given, flag = (self.harder_clues, "--harder-clues") if split == "harder" else (self.clues, "--clues")
+        rules = rules_of(self.puzzle)
+        given, flag = (self.harder_range, "--harder-range") if split == "harder" else (self.range, "--range")
         if not given:
-            return None if split == "harder" else (cells // 4, cells * 5 // 12)
-        least, dash, most = given.partition("-")
-        if not (least.isdigit() and (most.isdigit() or not dash) and 0 < int(least) <= int(most or least) < cells):
-            raise DataError(f"{flag} {given}: give LEAST-MOST, from 1 to {cells - 1}")
+            return None if split == "harder" else rules.usual
+        (low, high), (least, dash, most) = rules.limits, given.partition("-")
+        if not (least.isdigit() and (most.isdigit() or not dash) and low <= int(least) <= int(most or least) <= high):
+            raise DataError(f"{flag} {given}: give LEAST-MOST {rules.measure}, from {low} to {high}")
         return int(least), int(most or least)
 
     def counts(self) -> dict[str, int]:
@@ -132,21 +133,22 @@ def read_puzzles(path: str, puzzle: Puzzle) -> tuple[np.ndarray, np.ndarray]:
 
 def split_puzzles(puzzles: np.ndarray, settings: PuzzleSettings) -> dict[str, np.ndarray]:
     """Which of [N, 2, cells] go to each split: the harder, of the others some by a hash of the question, the rest."""
-    clues = (puzzles[:, 0] != BLANK).sum(1)
+    rules = rules_of(settings.puzzle)
+    extent = np.array([rules.extent(question) for question in puzzles[:, 0]])
     places = np.array([place_of(settings.seed, question.tobytes()) for question in puzzles[:, 0]])
     out, left = {}, np.ones(len(puzzles), bool)
     for split, most in (("harder", settings.harder), ("validation", settings.validation), ("train", len(puzzles))):
-        of = settings.range_of(split) if split == "harder" or settings.clues else (0, settings.size**2)
+        of = settings.range_of(split) if split == "harder" or settings.range else rules.limits
         if of is None:
             continue
-        inside = (clues >= of[0]) & (clues <= of[1])
+        inside = (extent >= of[0]) & (extent <= of[1])
         found = np.flatnonzero(left & inside)
         taken = np.sort(found[np.argsort(places[found], kind="stable")[:most]])
         out[split], left[taken] = taken, False
         if split == "harder":
-            left &= ~inside  # none of so few clues is trained on
+            left &= ~inside  # none as hard is trained on
     if not len(out.get("train", ())):
-        raise DataError(f"no puzzle of {len(puzzles)} is left to train on: lower --validation, or widen --clues")
+        raise DataError(f"no puzzle of {len(puzzles)} is left to train on: lower --validation, or widen --range")
     return {split: out[split] for split in SPLITS if len(out.get(split, ()))}
 
 
@@ -156,7 +158,7 @@ Given = tuple[np.ndarray, np.ndarray | None]  # puzzles of a split, and their ra
 def _write(output: Path, settings: PuzzleSettings, given: dict[str, Given], item: tuple[str, int]) -> None:
     """One shard: of puzzles made here, each by its own seed, or of those given, each verified."""
     split, number = item
-    first, rules = number * _PER_SHARD, sudoku(settings.size)
+    first, rules = number * _PER_SHARD, rules_of(settings.puzzle)
     if given:
         samples, ratings = (None if a is None else a[first : first + _PER_SHARD] for a in given[split])
         assert samples is not None
@@ -164,10 +166,10 @@ def _write(output: Path, settings: PuzzleSettings, given: dict[str, Given], item
             if problem := rules.problem(question, answer):
                 raise DataError(f"the puzzle {''.join(map(str, question))} does not do: {problem}")
     else:
-        clues, count = settings.range_of(split), settings.counts()[split]
-        assert clues is not None
+        extent, count = settings.range_of(split), settings.counts()[split]
+        assert extent is not None
         seeds = (stable_seed(settings.seed, split, i) for i in range(first, min(first + _PER_SHARD, count)))
-        samples, ratings = np.array([rules.puzzle(random.Random(seed), clues) for seed in seeds]), None
+        samples, ratings = np.array([rules.puzzle(random.Random(seed), extent) for seed in seeds]), None
     write_shard(output / split, number, "puzzles", samples.astype(np.uint8), ratings=ratings)
 
 

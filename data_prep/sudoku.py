@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import itertools
 import random
-from functools import cache
 from typing import Any
 
 import numpy as np
@@ -28,14 +27,17 @@ def _solver() -> Any:
 
 
 class Sudoku:
-    """The rules of one size.
+    """The rules of one size, `Rules`.
 
     Args:
         size: N, rows and symbols.
     """
 
+    measure = "clues"
+
     def __init__(self, size: int):
         self.size, self.cells = size, size * size
+        self.usual, self.limits = (self.cells // 4, self.cells * 5 // 12), (1, self.cells - 1)
         rows, columns = BOXES[size]
         grid = np.arange(self.cells).reshape(size, size)
         boxes = grid.reshape(size // rows, rows, size // columns, columns).swapaxes(1, 2).reshape(size, size)
@@ -50,6 +52,10 @@ class Sudoku:
             self.solver.add_clause(symbols)
             for pair in itertools.combinations(symbols, 2):
                 self.solver.add_clause([-one for one in pair])
+
+    def extent(self, question: np.ndarray) -> int:
+        """Clues."""
+        return int((question != BLANK).sum())
 
     def _says(self, cell: int, symbol: int) -> int:
         return 1 + cell * self.size + symbol - 1
@@ -119,9 +125,3 @@ class Sudoku:
             f"no sudoku of size {self.size} with {clues[0]} to {clues[1]} clues was found in {_TRIES} tries: "
             "ask for more clues"
         )
-
-
-@cache
-def sudoku(size: int) -> Sudoku:
-    """The rules of a size, in this process."""
-    return Sudoku(size)

@@ -31,7 +31,7 @@ make bench-puzzles"""
 def prepare(step: Steps, processes: int) -> None:
     """Puzzles as shards at DATA, unless they are there."""
     if not (DATA / "harder" / "manifest.json").exists():
-        options = f"--kind sudoku --size {SIDE} --count 4000 --clues 10-14 --harder-clues 8-9".split()
+        options = f"--kind sudoku --size {SIDE} --count 4000 --range 10-14 --harder-range 8-9".split()
         where = "--output", str(DATA), "--workers", str(processes), "--resume"
         step("prepare", "1. make puzzles", "ebt_megatron.data_prep.puzzles", *options, *where)
 

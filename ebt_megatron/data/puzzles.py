@@ -2,10 +2,18 @@
 
 A sample is two rows of cells, the question and the answer: symbols 1 .. V, and 0 where the question asks. A puzzle has
 one answer. What a folder's puzzles are is in puzzle.json beside its manifest, and in the manifest.
+
+sudoku: N x N cells hold 1 .. N, each once in a row, a column and a box.
+maze: N x N cells are WALL, END (two of them), or asked for: FREE, or PATH where the shortest way between the ends goes.
+graph: N rows of N cells say which of N nodes are joined (EDGE or APART); the last row asks which node can be reached
+(REACHED or not, UNREACHED) from the one that is given as reached.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import Any, Self
 
@@ -17,6 +25,10 @@ from ebt_megatron.core.randomness import SYMMETRY_STREAM, uniform
 
 BLANK = 0
 BOXES = {4: (2, 2), 6: (2, 3), 9: (3, 3)}  # rows and columns of a box of Sudoku, by size
+WALL, END, FREE, PATH = 1, 2, 3, 4
+APART, EDGE, UNREACHED, REACHED = 1, 2, 3, 4
+KINDS = ("sudoku", "maze", "graph")
+_LARGEST = 99  # rows of a maze, and nodes of a graph
 
 
 @dataclass(frozen=True)
@@ -24,7 +36,7 @@ class Puzzle:
     """What the puzzles of a folder are.
 
     Attributes:
-        kind: "sudoku".
+        kind: of KINDS.
         height, width: of the grid, in cells.
         symbols: V; a cell holds 1 .. V, or BLANK.
     """
@@ -37,9 +49,36 @@ class Puzzle:
     @classmethod
     def sudoku(cls, size: int) -> Self:
         """Sudoku of so many rows; raises DataError for a size it has no boxes for."""
-        if size not in BOXES:
-            raise DataError(f"sudoku of size {size}: choose one of {', '.join(map(str, BOXES))}")
-        return cls("sudoku", size, size, size)
+        return cls.of("sudoku", size)
+
+    @classmethod
+    def of(cls, kind: str, size: int) -> Self:
+        """Puzzles of a kind: sudoku or mazes of so many rows, graphs of so many nodes.
+
+        Raises:
+            DataError: for a kind or size there is not.
+        """
+        if kind not in KINDS:
+            raise DataError(f"puzzles of kind {kind}: choose one of {', '.join(KINDS)}")
+        if kind == "sudoku":
+            if size not in BOXES:
+                raise DataError(f"sudoku of size {size}: choose one of {', '.join(map(str, BOXES))}")
+            return cls(kind, size, size, size)
+        if not 5 <= size <= _LARGEST or (kind == "maze" and size % 2 == 0):
+            raise DataError(f"{kind} of size {size}: choose {'an odd' if kind == 'maze' else 'a'} one, 5 to {_LARGEST}")
+        return cls(kind, size + (kind == "graph"), size, 4)
+
+    @classmethod
+    def of_cells(cls, cells: int) -> Self:
+        """The first of KINDS that has puzzles of so many cells; raises DataError where none has."""
+        for kind, extra in (("sudoku", 0), ("maze", 0), ("graph", 1)):
+            size = math.isqrt(cells)
+            if size * (size + extra) == cells:
+                with suppress(DataError):
+                    return cls.of(kind, size)
+        raise DataError(
+            f"no puzzle has {cells} cells (data.sequence_length): Sudoku and mazes have N^2, graphs N^2 + N"
+        )
 
     @classmethod
     def read(cls, described: dict[str, Any], where: str) -> Self:
@@ -48,8 +87,12 @@ class Puzzle:
         if missing:
             raise DataError(f"{where}/manifest.json does not say {', '.join(missing)} of its puzzles: prepare it again")
         puzzle = cls(*(described[key] for key in ("kind", "height", "width", "symbols")))
-        if puzzle.kind != "sudoku" or puzzle.symbols not in BOXES:
-            raise DataError(f"{where} holds {puzzle.kind} of {puzzle.symbols} symbols, which is not known: sudoku is")
+        try:
+            known = cls.of(puzzle.kind, puzzle.width)
+        except DataError as error:
+            raise DataError(f"{where}: {error}") from None
+        if puzzle != known:
+            raise DataError(f"{where} holds {puzzle.name} with {puzzle.symbols} symbols: {known.name} has others")
         return puzzle
 
     def describe(self) -> dict[str, Any]:
@@ -74,7 +117,9 @@ def _shuffled_lines(u_bands: Tensor, u_lines: Tensor) -> Tensor:
 
 
 def turned(puzzle: Puzzle, samples: Tensor, sample_ids: Tensor, seed: int) -> Tensor:
-    """Every puzzle as another that its rules allow: of Sudoku symbols, bands, stacks and the lines in them shuffled.
+    """Every puzzle as another that its rules allow.
+
+    Of Sudoku symbols, bands, stacks and the lines in them are shuffled, of graphs nodes; mazes are turned and mirrored.
 
     Args:
         puzzle: what they are.
@@ -85,12 +130,45 @@ def turned(puzzle: Puzzle, samples: Tensor, sample_ids: Tensor, seed: int) -> Te
     Returns:
         int64 [B, 2, cells].
     """
+    grids = samples.unflatten(2, (puzzle.height, puzzle.width))
+
+    def draws(*parts: int) -> tuple[Tensor, ...]:
+        """Uniform numbers [B, part] for each part."""
+        numbers = torch.arange(sum(parts), device=sample_ids.device)
+        return uniform(seed, sample_ids, numbers, SYMMETRY_STREAM).t().split(parts, 1)
+
+    return _TURNED[puzzle.kind](puzzle, grids, draws).flatten(2)
+
+
+def _by_rows(grids: Tensor, rows: Tensor) -> Tensor:
+    return grids.gather(2, rows[:, None, :, None].expand(-1, grids.shape[1], -1, grids.shape[3]))
+
+
+def _by_columns(grids: Tensor, columns: Tensor) -> Tensor:
+    return grids.gather(3, columns[:, None, None, :].expand(*grids.shape[:3], -1))
+
+
+def _turned_sudoku(puzzle: Puzzle, grids: Tensor, draws: _Draws) -> Tensor:
     size, (rows, columns) = puzzle.symbols, BOXES[puzzle.symbols]
-    parts = [size, size // rows, size, size // columns, size]  # symbols; bands and their rows; stacks and their columns
-    u = uniform(seed, sample_ids, torch.arange(sum(parts), device=sample_ids.device), SYMMETRY_STREAM)
-    symbols, bands, lines, stacks, more = u.t().split(parts, 1)
+    symbols, bands, lines, stacks, more = draws(size, size // rows, size, size // columns, size)
     name = torch.cat([torch.zeros_like(symbols[:, :1]), symbols.argsort(1) + 1], 1).long()  # the blank stays
-    grids = name.gather(1, samples.flatten(1)).unflatten(1, (2, puzzle.height, puzzle.width))
-    by_row, by_column = _shuffled_lines(bands, lines), _shuffled_lines(stacks, more)
-    grids = grids.gather(2, by_row[:, None, :, None].expand_as(grids))
-    return grids.gather(3, by_column[:, None, None, :].expand_as(grids)).flatten(2)
+    grids = name.gather(1, grids.flatten(1)).view_as(grids)
+    return _by_columns(_by_rows(grids, _shuffled_lines(bands, lines)), _shuffled_lines(stacks, more))
+
+
+def _turned_maze(puzzle: Puzzle, grids: Tensor, draws: _Draws) -> Tensor:
+    (u,) = draws(3)
+    for change, turn in zip(u.t() < 0.5, (lambda g: g.mT, lambda g: g.flip(2), lambda g: g.flip(3)), strict=True):
+        grids = torch.where(change[:, None, None, None], turn(grids), grids)
+    return grids
+
+
+def _turned_graph(puzzle: Puzzle, grids: Tensor, draws: _Draws) -> Tensor:
+    (u,) = draws(puzzle.width)
+    nodes = u.argsort(1)
+    last = torch.full_like(nodes[:, :1], puzzle.width)  # the row of what is asked stays the last
+    return _by_columns(_by_rows(grids, torch.cat([nodes, last], 1)), nodes)
+
+
+_Draws = Callable[..., tuple[Tensor, ...]]
+_TURNED = {"sudoku": _turned_sudoku, "maze": _turned_maze, "graph": _turned_graph}

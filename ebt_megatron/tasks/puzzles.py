@@ -93,8 +93,8 @@ class Puzzles:
 
     @classmethod
     def of_size(cls, recipe: Recipe, vocab_size: int, channels: int) -> Puzzles:
-        """See `Task`: Sudoku of as many cells as `data.sequence_length` says."""
-        return cls(recipe, Puzzle.sudoku(round(recipe.data.sequence_length**0.5)))
+        """See `Task`: puzzles of as many cells as `data.sequence_length` says."""
+        return cls(recipe, Puzzle.of_cells(recipe.data.sequence_length))
 
     def sample(self, batch: MicroBatch, device: torch.device) -> Sample:
         """Clues [B, S] (0: none) are observed; targets [B, S] are the symbols less 1, `GIVEN` where there is a clue.

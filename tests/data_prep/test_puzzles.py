@@ -7,10 +7,11 @@ import pytest
 
 from ebt_megatron.core.errors import DataError
 from ebt_megatron.data.folder import ShardFolder
-from ebt_megatron.data.puzzles import BLANK
+from ebt_megatron.data.puzzles import BLANK, Puzzle
 from ebt_megatron.data_prep import puzzles as command
 from ebt_megatron.data_prep.puzzles import PuzzleSettings, prepare_puzzles, split_puzzles
-from ebt_megatron.data_prep.sudoku import sudoku
+from ebt_megatron.data_prep.rules import rules_of
+from ebt_megatron.data_prep.sudoku import Sudoku
 from tests.data_prep.media import invoke, said
 
 ANSWER = "1234341221434321"
@@ -19,7 +20,7 @@ ONE = "1234341021430000"
 
 
 def made(output, **settings):
-    wanted = {"size": 4, "count": 20, "validation": 8, "harder": 6, "clues": "6-8", "harder_clues": "4-5"} | settings
+    wanted = {"size": 4, "count": 20, "validation": 8, "harder": 6, "range": "6-8", "harder_range": "4-5"} | settings
     return prepare_puzzles(output, PuzzleSettings(**wanted))
 
 
@@ -29,7 +30,7 @@ def rows(folder):
 
 def test_made_puzzles_have_one_answer_and_as_many_clues_as_asked(tmp_path):
     manifests = made(tmp_path)
-    rules = sudoku(4)
+    rules = Sudoku(4)
     for split, (count, least, most) in {"train": (20, 6, 8), "validation": (8, 6, 8), "harder": (6, 4, 5)}.items():
         found = rows(tmp_path / split)
         assert len(found) == count == manifests[split].samples
@@ -45,7 +46,7 @@ def test_a_seed_says_which(tmp_path):
 
 
 def test_a_puzzle_does_not_depend_on_those_before_it():
-    rules = sudoku(6)
+    rules = Sudoku(6)
     first = rules.puzzle(random.Random(3), (10, 14))
     for seed in range(5):
         rules.puzzle(random.Random(seed), (10, 14))
@@ -60,12 +61,12 @@ def csv(tmp_path, *lines, head="question,answer,rating"):
 
 
 def test_puzzles_of_a_file(tmp_path):
-    every = [sudoku(4).puzzle(random.Random(i), (4, 8)) for i in range(24)]
+    every = [Sudoku(4).puzzle(random.Random(i), (4, 8)) for i in range(24)]
     lines = [
         ",".join("".join(map(str, grid)) for grid in pair).replace("0", ".") + f",{i / 2}"
         for i, pair in enumerate(every)
     ]
-    settings = PuzzleSettings(size=4, validation=4, harder_clues="1-4")
+    settings = PuzzleSettings(size=4, validation=4, harder_range="1-4")
     manifests = prepare_puzzles(tmp_path / "out", settings, [str(csv(tmp_path, *lines))])
     few = sum((question != BLANK).sum() <= 4 for question, _ in every)
     assert few and manifests["harder"].samples == few and manifests["validation"].samples == 4
@@ -76,8 +77,8 @@ def test_puzzles_of_a_file(tmp_path):
 
 
 def test_a_split_has_none_of_another():
-    puzzles = np.array([sudoku(4).puzzle(random.Random(i), (4, 8)) for i in range(40)])
-    parts = split_puzzles(puzzles, PuzzleSettings(size=4, validation=8, harder_clues="4-5"))
+    puzzles = np.array([Sudoku(4).puzzle(random.Random(i), (4, 8)) for i in range(40)])
+    parts = split_puzzles(puzzles, PuzzleSettings(size=4, validation=8, harder_range="4-5"))
     taken = [i for part in parts.values() for i in part]
     assert len(set(taken)) == len(taken) == len(puzzles)
 
@@ -105,9 +106,12 @@ def test_what_is_no_puzzle(line, problem, tmp_path):
     ("options", "problem"),
     [
         (["--count", 3, "--size", 5], "size 5: choose one of 4, 6, 9"),
-        (["--count", 3, "--size", 4, "--clues", "9"], ""),
-        (["--count", 3, "--size", 4, "--clues", "8-6"], "give LEAST-MOST, from 1 to 15"),
-        (["--count", 3, "--kind", "chess"], "there is sudoku"),
+        (["--count", 3, "--size", 4, "--range", "9"], ""),
+        (["--count", 3, "--size", 4, "--range", "8-6"], "give LEAST-MOST clues, from 1 to 15"),
+        (["--count", 3, "--kind", "chess"], "choose one of sudoku, maze, graph"),
+        (["--count", 3, "--kind", "maze", "--size", 6], "choose an odd one"),
+        (["--count", 3, "--kind", "maze", "--size", 9, "--range", "6"], "its rows are odd"),
+        (["--count", 3, "--kind", "graph", "--range", "3"], "give LEAST-MOST nodes, from 4 to 9"),
         ([], "either --input, to read puzzles, or --count"),
     ],
 )
@@ -119,3 +123,50 @@ def test_options(options, problem, tmp_path):
 def test_a_file_without_names_of_columns(tmp_path):
     with pytest.raises(DataError, match="no columns question and answer"):
         prepare_puzzles(tmp_path / "out", PuzzleSettings(size=4), [str(csv(tmp_path, f"{ONE},{ANSWER}", head="a,b"))])
+
+
+# --- mazes and graphs -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("kind", "trained", "harder"), [("maze", (5, 7), (9, 9)), ("graph", (4, 6), (8, 9))])
+def test_networks_are_as_hard_as_asked_and_have_one_answer(kind, trained, harder, tmp_path):
+    ranges = {"range": "{}-{}".format(*trained), "harder_range": "{}-{}".format(*harder)}
+    prepare_puzzles(tmp_path, PuzzleSettings(kind=kind, size=9, count=20, validation=4, harder=8, **ranges))
+    rules = rules_of(Puzzle.of(kind, 9))
+    for split, (least, most) in {"train": trained, "validation": trained, "harder": harder}.items():
+        for question, answer in rows(tmp_path / split):
+            assert rules.problem(question, answer) == "" and least <= rules.extent(question) <= most
+            asked = np.flatnonzero(question == BLANK)
+            assert (question == answer)[question != BLANK].all() and set(answer[asked]) <= {3, 4}
+            wrong = answer.copy()
+            wrong[asked[0]] = 7 - wrong[asked[0]]  # the other of 3 and 4
+            assert "its answer is not" in rules.problem(question, wrong)
+
+
+def shown(text):
+    return np.array([int(symbol) for symbol in text if symbol != " "])
+
+
+MAZE = shown("11111 12001 11101 12001 11111")
+GRAPH = shown("12111 21111 11121 11211 11111 00400")
+
+
+@pytest.mark.parametrize(
+    ("kind", "question", "problem"),
+    [
+        ("maze", MAZE, ""),
+        ("maze", shown("11111 12001 10101 12001 11111"), "its answer is not the shortest way"),  # straight on
+        ("maze", shown("11111 12001 10101 10021 11111"), "it has several answers"),
+        ("maze", shown("11111 12011 11111 12001 11111"), "no way leads"),
+        ("maze", shown("11111 12001 11101 10001 11111"), "no way leads"),  # one end
+        ("maze", shown("11111 12301 11101 12001 11111"), "other cells than walls"),
+        ("graph", GRAPH, ""),
+        ("graph", shown("12111 11111 11121 11211 11111 00400"), "whether they are joined"),
+        ("graph", shown("12111 21111 11121 11211 11111 00000"), "no one node"),
+        ("graph", shown("12111 21111 11121 11211 11111 04000"), "its answer is not what can be reached"),
+    ],
+)
+def test_what_is_wrong_with_a_network(kind, question, problem):
+    answers = {"maze": shown("11111 12441 11141 12441 11111"), "graph": shown("12111 21111 11121 11211 11111 33443")}
+    found = rules_of(Puzzle.of(kind, 5)).problem(question, answers[kind])
+    assert problem in found and bool(found) == bool(problem)

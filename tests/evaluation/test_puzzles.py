@@ -79,7 +79,7 @@ def test_thinking_ends_before_a_step_that_raises_the_energy_or_when_it_settles(e
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     folder = tmp_path_factory.mktemp("puzzles")
-    settings = {"count": 64, "validation": 20, "harder": 12, "clues": "6-8", "harder_clues": "4-5"}
+    settings = {"count": 64, "validation": 20, "harder": 12, "range": "6-8", "harder_range": "4-5"}
     prepare_puzzles(folder / "4", PuzzleSettings(size=4, **settings))
     prepare_puzzles(folder / "6", PuzzleSettings(size=6, count=2, validation=0))
     return folder

@@ -7,9 +7,11 @@ import pytest
 import torch
 
 from ebt_megatron.config import RecipeError
+from ebt_megatron.core.errors import DataError
 from ebt_megatron.data.loader import MicroBatch
 from ebt_megatron.data.puzzles import BLANK, Puzzle, turned
-from ebt_megatron.data_prep.sudoku import sudoku
+from ebt_megatron.data_prep.rules import rules_of
+from ebt_megatron.data_prep.sudoku import Sudoku
 from ebt_megatron.objectives.flops import sample_flops
 from ebt_megatron.prediction.cells import GIVEN, cell_weights
 from ebt_megatron.tasks.puzzles import Puzzles
@@ -24,7 +26,7 @@ CPU = torch.device("cpu")
 
 
 def grids(count, size=SIZE, first=0, clues=(5, 8)):
-    rules = sudoku(size)
+    rules = Sudoku(size)
     return torch.from_numpy(np.array([rules.puzzle(random.Random(first + i), clues) for i in range(count)])).long()
 
 
@@ -151,7 +153,7 @@ def test_losses_equal_those_of_a_single_process(layout, single):
 @pytest.mark.parametrize("size", [4, 6, 9])
 def test_a_turned_puzzle_is_another_puzzle(size):
     clues = {4: (5, 8), 6: (10, 14), 9: (28, 36)}[size]
-    samples, rules = grids(6, size, clues=clues), sudoku(size)
+    samples, rules = grids(6, size, clues=clues), Sudoku(size)
     found = turned(Puzzle.sudoku(size), samples, torch.arange(6), seed=3)
     for before, after in zip(samples, found, strict=True):
         question, answer = after.numpy()
@@ -160,6 +162,26 @@ def test_a_turned_puzzle_is_another_puzzle(size):
     again = turned(Puzzle.sudoku(size), samples[2:4], torch.arange(2, 4), seed=3)
     assert torch.equal(again, found[2:4])
     assert not torch.equal(turned(Puzzle.sudoku(size), samples, torch.arange(6) + 6, seed=3), found)
+
+
+@pytest.mark.parametrize(("kind", "size"), [("sudoku", 9), ("maze", 11), ("graph", 12)])
+def test_the_number_of_cells_says_which_puzzle(kind, size):
+    puzzle = Puzzle.of(kind, size)
+    assert Puzzle.of_cells(puzzle.cells) == puzzle
+    with pytest.raises(DataError, match="no puzzle has 7 cells"):
+        Puzzle.of_cells(7)
+
+
+@pytest.mark.parametrize("kind", ["maze", "graph"])
+def test_a_turned_network_is_another(kind):
+    puzzle = Puzzle.of(kind, 9)
+    rules = rules_of(puzzle)
+    made = [np.stack(rules.puzzle(random.Random(seed), rules.usual)) for seed in range(8)]
+    samples = torch.from_numpy(np.stack(made))
+    found = turned(puzzle, samples, torch.arange(8), seed=3)
+    assert all(rules.problem(*sample.numpy()) == "" for sample in found)
+    assert [rules.extent(q) for q in found[:, 0].numpy()] == [rules.extent(q) for q in samples[:, 0].numpy()]
+    assert sum(torch.equal(a, b) for a, b in zip(samples, found, strict=True)) <= 3  # of mazes an eighth stays
 
 
 def test_validation_is_not_turned():
