@@ -13,7 +13,7 @@ from ebt_megatron.data.manifest import Manifest
 
 _USE = {
     "text": 'print(model.generate("Return the", max_tokens=32).text)',
-    "video": "clip = model.rollout(frames, given=8)",
+    "video": "clip = model.rollout(frames, count=8)",
     "images": "pictures = model.make(4)  # or model.denoise(noisy), as it was trained",
 }
 
