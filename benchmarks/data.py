@@ -29,8 +29,8 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from benchmarks.step import machine
 from ebt_megatron.core.files import sha256_of, write_whole
+from ebt_megatron.core.machine import machine
 from ebt_megatron.data.folder import ShardFolder
 from ebt_megatron.data.manifest import Manifest
 from ebt_megatron.data.shards import shard_infos, write_shard

@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from benchmarks.step import machine
+from ebt_megatron.core.machine import machine
 
 if TYPE_CHECKING:
     from ebt_megatron.inference.predictor import Predictor

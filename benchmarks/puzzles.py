@@ -17,10 +17,10 @@ from typing import Any
 import typer
 
 from benchmarks.seeds import over_seeds, text_of
-from benchmarks.step import machine
 from benchmarks.study import Model, Study, train
 from ebt_megatron.config import Recipe, load_recipe
 from ebt_megatron.core.cli import guarded, quiet_libraries
+from ebt_megatron.core.machine import machine
 from ebt_megatron.data.puzzles import Puzzle
 from ebt_megatron.evaluation.tables import Table
 from ebt_megatron.objectives.flops import training_flops

@@ -14,13 +14,11 @@ import itertools
 import json
 import math
 import os
-import platform
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
-from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +28,7 @@ from rich.progress import track
 from rich.table import Table
 
 from ebt_megatron.core.files import write_whole
+from ebt_megatron.core.machine import machine
 
 if TYPE_CHECKING:
     from ebt_megatron.config import Recipe
@@ -252,25 +251,6 @@ def _spawn(case: str, variant: str, timed: bool, threads: int) -> dict[str, Any]
     if done.returncode:
         raise RuntimeError(f"{variant} on {case} failed:\n{done.stderr[-2000:]}")
     return json.loads(done.stdout.strip().splitlines()[-1])
-
-
-def machine() -> dict[str, str]:
-    """What the numbers were measured on."""
-    import torch
-
-    model = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        names = [line.split(":")[1].strip() for line in info.read_text().splitlines() if "model name" in line]
-        model = f"{names[0]} x {len(names)}" if names else model
-    if torch.cuda.is_available():
-        model = torch.cuda.get_device_name()
-    return {
-        "machine": model,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "date": date.today().isoformat(),
-    }
 
 
 def _table(case: str, rows: dict[str, dict[str, Any]]) -> Table:

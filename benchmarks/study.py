@@ -17,9 +17,9 @@ import typer
 from rich.console import Console
 from rich.progress import track
 
-from benchmarks.step import machine
 from ebt_megatron.config import Recipe, load_recipe, to_yaml
 from ebt_megatron.core.files import write_whole
+from ebt_megatron.core.machine import machine
 from ebt_megatron.evaluation.tables import Table
 
 SEEDS: int = typer.Option(3, min=1, max=10, help="Runs of each model.")

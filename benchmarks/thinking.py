@@ -21,8 +21,8 @@ from rich.progress import track
 
 from benchmarks.learning import SHARDS, STEPS, Learning, prepared
 from benchmarks.seeds import over_seeds, text_of
-from benchmarks.step import machine
 from benchmarks.study import OUTPUT, SEEDS, evaluated, runs_option
+from ebt_megatron.core.machine import machine
 from ebt_megatron.evaluation.tables import Table
 from examples import other_texts
 

@@ -31,12 +31,9 @@ __all__ = ["DataError", "RecipeError", "__version__", "load", "push_to_hub"]
 
 def __getattr__(name: str) -> Any:
     if name == "__version__":
-        from importlib.metadata import PackageNotFoundError, version
+        from ebt_megatron.core.version import installed_version
 
-        try:
-            return version("ebt-megatron")
-        except PackageNotFoundError:
-            return "0+unknown"  # a checkout on the path that nobody installed
+        return installed_version()
     if name in _WHERE:
         return getattr(importlib.import_module(_WHERE[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

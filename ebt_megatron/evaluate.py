@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import typer
 
@@ -16,18 +16,6 @@ if TYPE_CHECKING:
     from ebt_megatron.evaluation.interface import SuiteOptions
 
 app = typer.Typer(add_completion=False)
-
-
-def _line(row: dict[str, Any]) -> str:
-    """One number of steps, for the terminal."""
-    parts = [f"loss {row['loss']:.4f}"]
-    if "perplexity" in row:
-        parts.append(f"perplexity {row['perplexity']:.2f}")
-    if "psnr" in row:
-        parts.append(f"PSNR {row['psnr']:.2f} dB")
-    if row.get("changed") is not None:
-        parts.append(f"most likely token changed {100 * row['changed']:.1f} %")
-    return f"{row['steps']:>3} steps: {', '.join(parts)}"
 
 
 def _suite(run_dir: Path, overrides: list[str], options: SuiteOptions, target: Path) -> None:
@@ -91,16 +79,15 @@ def main(
             _suite(run_dir, overrides or [], SuiteOptions(steps, starts, baselines, shifts), target)
             return
         from ebt_megatron.evaluation.evaluate import evaluate
+        from ebt_megatron.evaluation.lines import lines_of
         from ebt_megatron.session import open_run
 
         with open_run(run_dir, overrides or []) as run:
             result = evaluate(run, steps, example)
             if run.state.rank == 0:
                 write_whole(target, to_json(result, indent=1) + "\n")
-                for row in result["thinking"]:
-                    print(_line(row))
-                if "unigram_entropy" in result:
-                    print(f"unigram entropy of the targets {result['unigram_entropy']:.4f}")
+                for line in lines_of(result):
+                    print(line)
 
     guarded(work)
 

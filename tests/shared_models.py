@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 
+from ebt_megatron.config import Recipe
+from ebt_megatron.data_prep.images import PictureSource
+from ebt_megatron.data_prep.video import VideoSource
 from ebt_megatron.parallel import setup
 from ebt_megatron.sharing.export import export_folder
 from tests import builders
+from tests.data.test_latents import prepare
+from tests.data_prep.media import moving_square, write_videos
 from tests.training.runs import DOCUMENTS, recipe_of
 
 MODELS = {
@@ -39,9 +45,27 @@ def exported(runs: dict[str, Path], folder: Path) -> dict[str, Path]:
     return {name: folder / name for name in runs}
 
 
-def pixels(*shape: int) -> np.ndarray:
-    """uint8 [*shape, 16, 16, 3]: smooth pictures."""
-    x = np.arange(16)
-    phase = np.arange(int(np.prod(shape))).reshape(*shape, 1, 1, 1)
-    wave = np.sin((x[:, None, None] + 2 * x[None, :, None]) / 5 + phase + np.arange(3))
-    return ((wave + 1) * 127).astype(np.uint8)
+def film_shards(folder: Path, **settings) -> Path:
+    """Clips of six frames of 16 x 16, of four films; needs PyAV."""
+    folder.mkdir(exist_ok=True)
+    return prepare(write_videos(folder, 4, 30), folder / "out", VideoSource(frames=6, height=16, width=16), **settings)
+
+
+def picture_shards(folder: Path, **settings) -> Path:
+    """Forty pictures of 16 x 16, of two classes."""
+    folder.mkdir(exist_ok=True)
+    np.savez(folder / "a.npz", images=moving_square(40, 16, 16), labels=np.arange(40) % 2)
+    return prepare(folder, folder / "out", PictureSource(16, 16), **settings)
+
+
+def untrained(made: Callable[..., Recipe], data: Path, folder: Path, *overrides: str) -> Path:
+    """A run of random weights, of the recipe that `made` gives."""
+    from ebt_megatron.training.run import Run
+
+    splits = f"data.train=[{data}/train]", f"data.validation=[{data}/validation]"
+    run = Run(made(*splits, f"training.output_dir={folder}", f"name={folder.name}", *overrides))
+    run.begin()
+    assert not (run.write_checkpoint(None) or run.checkpoints.wait())
+    run.close()
+    setup.shutdown()
+    return folder

@@ -35,9 +35,8 @@ class VideoModel(FramesModel):
         Returns:
             The next frame of each clip: as given, without F.
         """
-        given = frames.shape[-4] if _is_pixels(frames) else frames.shape[-3]
-        out = self.rollout(frames, 1, steps)
-        return out[..., given, :, :, :] if _is_pixels(frames) else out[..., given, :, :]
+        latents, back = self.as_latents(frames, 4)
+        return back(self._longer(latents, 1, steps)[:, -1])
 
     def rollout(self, frames: np.ndarray | Tensor, count: int, steps: int | None = None) -> Any:
         """Clips that go on: each new frame is predicted from those before it, predicted ones included.
@@ -54,6 +53,9 @@ class VideoModel(FramesModel):
             DataError: for frames of another size, or more than the model sees.
         """
         latents, back = self.as_latents(frames, 4)
+        return back(self._longer(latents, count, steps))
+
+    def _longer(self, latents: Tensor, count: int, steps: int | None) -> Tensor:
         given = latents.shape[1]
         if given < 1 or count < 1 or given + count > self.frames + 1:
             raise DataError(
@@ -63,9 +65,4 @@ class VideoModel(FramesModel):
         clip = torch.zeros(latents.shape[0], self.frames + 1, *latents.shape[2:])
         clip[:, :given] = latents
         until = given + count
-        made = rolled_out(self.run, clip, given, self.steps_of(steps), until)
-        return back(made[:, :until])
-
-
-def _is_pixels(frames: np.ndarray | Tensor) -> bool:
-    return isinstance(frames, np.ndarray) and frames.dtype == np.uint8
+        return rolled_out(self.run, clip, given, self.steps_of(steps), until)[:, :until]

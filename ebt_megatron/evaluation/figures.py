@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import matplotlib
@@ -13,7 +14,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.ticker import NullFormatter
+from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
 
 from ebt_megatron.evaluation.run_files import RunFiles
 
@@ -22,26 +23,59 @@ _DASHES = ("-", "--", ":", "-.")
 _NIGHT = dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), "#d8d8d8")
 
 
+_STACKED: ContextVar[bool] = ContextVar("stacked", default=False)
+_engineering = EngFormatter(sep="")
+
+
 @contextmanager
-def colours(night: bool) -> Iterator[None]:
-    """Figures drawn inside have no background, and lettering that is seen by day, or by night."""
+def colours(night: bool, stacked: bool = False) -> Iterator[None]:
+    """Figures drawn inside have no background, and lettering that is seen by day, or by night.
+
+    Args:
+        night: light lettering.
+        stacked: panels are below each other, for narrow pages.
+    """
     settings: Any = {"savefig.transparent": True, "axes.facecolor": "none", **(_NIGHT if night else {})}
-    with plt.rc_context(settings):
-        yield
+    before = _STACKED.set(stacked)
+    try:
+        with plt.rc_context(settings):
+            yield
+    finally:
+        _STACKED.reset(before)
 
 
 def png_of(figure: Figure) -> bytes:
     """Its picture; the figure is closed."""
     buffer = io.BytesIO()
+    for axes in figure.axes:
+        for axis in (axes.xaxis, axes.yaxis):
+            if axis.get_scale() == "log":
+                _plain_numbers(axis)
     figure.tight_layout()
     figure.savefig(buffer, format="png")
     plt.close(figure)
     return buffer.getvalue()
 
 
+def _plain_numbers(axis: Any) -> None:
+    """Ticks of a logarithmic axis as people say them: 50, 60, 70 where it is short; 20 k, 50 k, 100 k; 10 k and 1 M."""
+    low, high = axis.get_view_interval()
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}" if value < 1000 else _engineering(value)))
+    axis.set_minor_formatter(NullFormatter())
+    if high / low < 4:
+        axis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10], min_n_ticks=3))
+    elif high / low < 300:
+        axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    if high / low < 300:
+        axis.set_minor_locator(NullLocator())
+
+
 def figure_of(width: float = 6.4, columns: int = 1, ratios: Sequence[float] | None = None) -> tuple[Figure, Any]:
-    """A figure and its axes, or several side by side, plain."""
-    figure, axes = plt.subplots(1, columns, figsize=(width, 3.8), dpi=110, width_ratios=ratios)
+    """A figure and its axes, or several side by side (below each other where `colours` says so), plain."""
+    if _STACKED.get() and columns > 1:
+        figure, axes = plt.subplots(columns, 1, figsize=(5.2, 3.6 * columns), dpi=110)
+    else:
+        figure, axes = plt.subplots(1, columns, figsize=(width, 3.8), dpi=110, width_ratios=ratios)
     for one in [axes] if columns == 1 else axes:
         _plain(one)
     return figure, axes
@@ -78,7 +112,25 @@ def losses(ebts: Sequence[RunFiles], baselines: Sequence[RunFiles]) -> Figure:
         axes.legend(frameon=False, fontsize=8)
     tokens.set(xlabel="training tokens", ylabel="loss", title="At equal tokens (faint: training)")
     flops.set(xlabel="training FLOPs", xscale="log", title="At equal FLOPs")
-    flops.xaxis.set_minor_formatter(NullFormatter())
+    return figure
+
+
+def of_a_run(run: RunFiles) -> Figure:
+    """What a model card shows of one model: its losses in training, and, if it was evaluated, against thinking."""
+    colour = EBT_COLOURS[0] if run.thinks else BASELINE_COLOURS[0]
+    rows = run.evaluation.get("thinking", []) if run.thinks else []
+    figure, panels = figure_of(9.2 if rows else 6.4, 2 if rows else 1)
+    training = panels[0] if rows else panels
+    training.plot(*run.series("final_step_loss"), color=colour, alpha=0.4, lw=1, label="training")
+    if run.series("validation_loss")[0]:
+        training.plot(*run.series("validation_loss"), "o-", color=colour, ms=3, label="validation")
+    training.set(xlabel="training tokens", ylabel="loss", title=lettered(run.label))
+    training.legend(frameon=False, fontsize=8)
+    if rows:
+        panels[1].plot([r["steps"] for r in rows], [r["loss"] for r in rows], "o-", color=colour)
+        panels[1].plot(run.final["steps"], run.final["loss"], "o", ms=12, mfc="none", color=colour)
+        panels[1].xaxis.set_major_locator(MaxNLocator(integer=True))
+        panels[1].set(xlabel="thinking steps (ring: as trained)", title="Validation loss against thinking")
     return figure
 
 
@@ -132,40 +184,51 @@ def thinking(ebts: Sequence[RunFiles], baselines: Sequence[RunFiles]) -> Figure:
 
 
 def energies(ebts: Sequence[RunFiles]) -> Figure:
-    """Mean energy before and after every step, each step on a scale of its own: landscapes do not compare."""
-    most = max(len(run.evaluation["example"]["mean_energies"]) for run in ebts)
-    figure, grid = plt.subplots(len(ebts), most, figsize=(1.7 * most + 0.6, 2.5 * len(ebts)), dpi=110, squeeze=False)
-    for (run, colour), row in zip(_coloured(ebts), grid, strict=True):
+    """How far every step moves the mean energy, all models on one axis; energies of landscapes do not compare."""
+    figure, panels = figure_of(max(6.4, 3.6 * len(ebts)), len(ebts))
+    panels = [panels] if len(ebts) == 1 else list(panels)
+    for (run, colour), axes in zip(_coloured(ebts), panels, strict=True):
         pairs = run.evaluation["example"]["mean_energies"]
-        for step, axes in enumerate(row):
-            if step >= len(pairs):
-                axes.set_visible(False)
-                continue
-            axes.plot([0, 1], pairs[step], "o-", color=colour)
-            axes.set_title(f"step {step + 1}: {pairs[step][1] - pairs[step][0]:+.3g}", fontsize=9)
-            axes.set(xticks=[0, 1], xlim=(-0.3, 1.3))
-            axes.set_xticklabels(["before", "after"], fontsize=8)
-            axes.ticklabel_format(axis="y", useOffset=False)
-            axes.tick_params(axis="y", labelsize=7)
-            _plain(axes)
-        row[0].set_ylabel(f"{lettered(run.label)}\nmean energy", fontsize=9)
+        moved = [after - before for before, after in pairs]
+        bars = axes.bar(range(1, len(pairs) + 1), moved, color=colour, width=0.6)
+        axes.bar_label(bars, [f"{change:+.2g}" for change in moved], fontsize=8, padding=2)
+        axes.axhline(0, color=NEUTRAL, lw=1)
+        axes.set_xticks(range(1, len(pairs) + 1))
+        axes.set_xticklabels([f"step {i}\n{_short(x)} →\n{_short(y)}" for i, (x, y) in enumerate(pairs, 1)], fontsize=8)
+        axes.set(xlabel="mean energy before → after it", title=lettered(run.label))
+        if axes is not panels[0]:
+            axes.sharey(panels[0])
+    panels[0].margins(y=0.15)
+    for axes in panels if _STACKED.get() else panels[:1]:
+        axes.set_ylabel("change of the mean energy")
     return figure
+
+
+def _short(energy: float) -> str:
+    return f"{energy:.3g}"
 
 
 def example(run: RunFiles) -> Figure:
     """One token's predicted distribution after each step."""
     shown = run.evaluation["example"]
     states = shown["states"]
-    figure, all_axes = plt.subplots(1, len(states), figsize=(2.5 * len(states), 3.6), dpi=110, sharex=True)
-    for axes, state in zip(all_axes, states, strict=True):
+    figure, panels = figure_of(2.5 * len(states), len(states))
+    panels = [panels] if len(states) == 1 else list(panels)
+    most = max(t["probability"] for state in states for t in state["top"])
+    for axes, state in zip(panels, states, strict=True):
         names = [lettered(repr(t["token"])[1:-1]) for t in state["top"]]
         colours = [EBT_COLOURS[0] if t["token"] == shown["target"] else NEUTRAL for t in state["top"]]
-        axes.barh(range(len(names)), [t["probability"] for t in state["top"]][::-1], color=colours[::-1])
+        values = [t["probability"] for t in state["top"]][::-1]
+        bars = axes.barh(range(len(names)), values, color=colours[::-1])
+        axes.bar_label(bars, [f"{100 * p:.{0 if p > 0.1 else 1}f} %" for p in values], fontsize=7, padding=2)
         axes.set_yticks(range(len(names)), names[::-1])
         pair = state["energies"]
         descent = f"\nenergy {pair[0]:.3f} → {pair[1]:.3f}" if pair else "\n(the start)"
         axes.set_title(f"after {state['steps']} steps{descent}", fontsize=9)
-        axes.spines[["top", "right"]].set_visible(False)
+        axes.set_xlim(0, 1.3 * most)  # the same for all, with room for the labels
+        axes.xaxis.set_major_locator(MaxNLocator(3))
+        axes.tick_params(labelsize=8)
+        axes.grid(visible=False)
     return figure
 
 

@@ -108,6 +108,7 @@ def write_report(runs: Mapping[str, Path], output: Path, title: str, next_steps:
     if makers:
         _making(page, makers)
     page.text("How to go on", next_steps)
+    page.origin(runs)
     return page.write(output)
 
 

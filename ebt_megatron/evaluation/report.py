@@ -198,4 +198,5 @@ def write_report(
             if not table.title.startswith("Thinking"):  # it has a table of its own above
                 page.table(replace(table, title=f"{run.label}: {table.title}"))
     page.text("How to go on", next_steps)
+    page.origin({run.label: run.path for run in read})
     return page.write(output)

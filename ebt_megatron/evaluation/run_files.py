@@ -13,6 +13,15 @@ from ebt_megatron.core.errors import RecipeError
 from ebt_megatron.core.records import record_of, rows_of
 
 
+def metrics_of(path: Path) -> list[dict[str, Any]]:
+    """The rows of a run's metrics.jsonl that are of a step; says how many lines are no whole rows."""
+    found = [row for row, _ in rows_of(path / "metrics.jsonl")]
+    metrics = [row for row in found if row is not None and "step" in row]
+    if broken := len(found) - len(metrics):
+        say(f"{path / 'metrics.jsonl'}: {broken} lines are no whole rows, and are read over", "yellow", "note:")
+    return metrics
+
+
 @dataclass
 class RunFiles:
     """A run's metrics.jsonl, evaluation.json and, where it was evaluated with --suite, suite.json.
@@ -40,12 +49,9 @@ class RunFiles:
         ):
             if not (path / name).exists():
                 raise RecipeError(f"{path / name} is missing: {how}")
-        found = [row for row, _ in rows_of(path / "metrics.jsonl")]
-        metrics = [row for row in found if row is not None and "step" in row]
+        metrics = metrics_of(path)
         if not metrics:
             raise RecipeError(f"{path / 'metrics.jsonl'} has no row of a step: train it first")
-        if broken := len(found) - len(metrics):
-            say(f"{path / 'metrics.jsonl'}: {broken} lines are no whole rows, and are read over", "yellow", "note:")
         evaluation = record_of(path / "evaluation.json")
         if any(row["loss"] is None for row in evaluation["thinking"]):
             raise RecipeError(f"{path / 'evaluation.json'} has losses that are not finite: leave the run out")

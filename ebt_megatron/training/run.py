@@ -17,6 +17,7 @@ from ebt_megatron.config import Recipe, RecipeError, to_yaml
 from ebt_megatron.core import cli
 from ebt_megatron.core.files import write_whole
 from ebt_megatron.core.launch import attempts
+from ebt_megatron.core.machine import record_machine
 from ebt_megatron.data.loader import Loader, MicroBatch, identity
 from ebt_megatron.session import DATA, Session, bring_up
 from ebt_megatron.training.faults import BadSteps, BrokenOff, agree
@@ -131,6 +132,7 @@ class Run:
         self.checkpoints.go_on_from(self.step)
         self.on_main(partial(self.session.source.copy_to, self.folder / DATA))
         self.on_main(partial(write_whole, self.folder / "recipe.yaml", to_yaml(self.recipe)))
+        self.on_main(partial(record_machine, self.folder, self.state.world_size))
         logged = self.on_main(partial(last_step, self.folder))
         if logged > self.step:
             why = "" if newest else f"no checkpoint in {self.checkpoints.folder}, starting at step 0: "

@@ -17,6 +17,7 @@ from ebt_megatron.report import app
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 PLAIN = ("loss", "start", "thinking", "energy", "example")
+STACKED = ("loss", "start", "energy", "example")  # on narrow pages, for they have several panels
 JUDGED = ("compute", "starts", "risk", "shifts", "landscape-1")
 
 
@@ -77,9 +78,22 @@ def suite():
 
 @pytest.fixture
 def runs(tmp_path):
+    return written_runs(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def judged(tmp_path_factory):
+    """The report of an EBT with a suite, and a baseline."""
+    folder = tmp_path_factory.mktemp("judged")
+    runs = written_runs(folder)
+    (runs["ebt"] / "suite.json").write_text(json.dumps(suite()))
+    return write_report(list(runs.values()), folder / "report", "A title", "x" * 200)
+
+
+def written_runs(root):
     folders = {}
     for name in ("ebt", "baseline"):
-        folder = folders[name] = tmp_path / name
+        folder = folders[name] = root / name
         folder.mkdir()
         (folder / "recipe.yaml").write_text("model: {size: tiny}\n")
         rows = [
@@ -133,7 +147,8 @@ def test_html_and_markdown(runs, tmp_path):
     labels = {"S1": runs["ebt"], "S2": runs["ebt"], "Transformer++": runs["baseline"]}
     paths = write_report(labels, tmp_path / "report", "A title", "do this next")
     html, markdown = paths["html"].read_text(), paths["markdown"].read_text()
-    assert html.count("data:image/png;base64,") == 2 * len(PLAIN)  # by day and by night
+    assert html.count("data:image/png;base64,") == 2 * (len(PLAIN) + len(STACKED))  # by day and by night
+    assert html.count("(max-width: 40em)") == 2 * len(STACKED)
     assert "http" not in html
     assert "one &lt;b&gt; of" in html
     for text in (html, markdown):
@@ -144,11 +159,9 @@ def test_html_and_markdown(runs, tmp_path):
     assert markdown.count("| 12.5 % |") == 6 and "Thinking longer: S2" in markdown
 
 
-def test_a_suite_adds_its_parts(runs, tmp_path):
-    (runs["ebt"] / "suite.json").write_text(json.dumps(suite()))
-    paths = write_report(list(runs.values()), tmp_path / "report", "A title", "")
-    html = paths["html"].read_text()
-    assert set(JUDGED) <= paths.keys() and "Which token is wrong" in html
+def test_a_suite_adds_its_parts(judged):
+    html = judged["html"].read_text()
+    assert set(JUDGED) <= judged.keys() and "Which token is wrong" in html
     assert " a&lt;b</span>" in html and "So &lt;i&gt;" in html and "it goes &amp; goes" in html
     assert "&#x27;&lt;/y&gt;&#x27; 60 %" in html, "hovering over a token shows what was predicted"
 
@@ -170,16 +183,17 @@ def test_the_command_writes_it_or_says_what_is_missing(runs, tmp_path):
 
 PROBE = """<script>addEventListener("load", () => { const seen = [...document.images].map(i => {
 const r = i.getBoundingClientRect(); return [i.alt, i.naturalWidth, Math.round(r.width), r.right <= innerWidth] });
-document.title = JSON.stringify({seen, wide: document.documentElement.scrollWidth, window: innerWidth,
-dark: matchMedia("(prefers-color-scheme: dark)").matches, color: getComputedStyle(document.body).color}) })</script>"""
+const scrolled = [...document.querySelectorAll("*")].filter(e => e.scrollWidth > e.clientWidth + 1 &&
+["auto", "scroll"].includes(getComputedStyle(e).overflowX)).map(e => e.innerText.slice(0, 60));
+document.title = JSON.stringify({seen, scrolled, wide: document.documentElement.scrollWidth, window: innerWidth,
+dark: matchMedia("(prefers-color-scheme: dark)").matches}) })</script>"""
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
-@pytest.mark.parametrize("night", [False, True])
-def test_a_browser_shows_every_figure_on_a_narrow_screen(night, runs, tmp_path):
-    (runs["ebt"] / "suite.json").write_text(json.dumps(suite()))
-    page = write_report(list(runs.values()), tmp_path / "report", "A title", "x" * 200)["html"]
-    page.write_text(page.read_text().replace("<h1>", PROBE + "<h1>", 1))
+@pytest.mark.parametrize(("width", "night"), [(400, True), (1280, False)])
+def test_a_browser_shows_every_figure(width, night, judged, tmp_path):
+    page = tmp_path / "report.html"
+    page.write_text(judged["html"].read_text().replace("<h1>", PROBE + "<h1>", 1))
     dark = ["--force-dark-mode", "--blink-settings=preferredColorScheme=0"] if night else []
     done = subprocess.run(
         [
@@ -195,7 +209,7 @@ def test_a_browser_shows_every_figure_on_a_narrow_screen(night, runs, tmp_path):
             f"--user-data-dir={tmp_path / 'profile'}",
             "--enable-logging=stderr",
             "--virtual-time-budget=5000",
-            "--window-size=400,900",
+            f"--window-size={width},900",
             *dark,
             "--dump-dom",
             page.as_uri(),
@@ -211,6 +225,10 @@ def test_a_browser_shows_every_figure_on_a_narrow_screen(night, runs, tmp_path):
         assert natural > 300 and shown > 250 and inside, name
     assert told["wide"] <= told["window"], "the page is as wide as the window"
     assert told["dark"] == night
+    assert width < 1280 or not told["scrolled"], "nothing scrolls by itself in a laptop's window"
+    stacked = {name for name, natural, *_ in told["seen"] if name in STACKED and natural < 600}
+    several = {*STACKED} - {"energy"}  # of one EBT
+    assert stacked == (several if width == 400 else set()), "panels are below each other on a narrow page"
 
 
 def test_half_a_row_is_read_over_and_files_are_named(runs, capsys):

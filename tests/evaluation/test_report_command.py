@@ -2,37 +2,17 @@
 
 import json
 
-import numpy as np
 import pytest
 from typer.testing import CliRunner
 
 from ebt_megatron import evaluate, report
-from ebt_megatron.data_prep.images import PictureSource
-from ebt_megatron.data_prep.video import VideoSource
 from ebt_megatron.evaluation.video_evaluation import evaluated
-from ebt_megatron.parallel.setup import shutdown
-from ebt_megatron.training.run import Run
-from tests.data.test_latents import prepare
-from tests.data_prep.media import moving_square, write_videos
+from tests import shared_models
 from tests.tasks.latents import pictures_recipe, recipe
 
 
-def saved(made, data, folder, *overrides):
-    """A run of random weights."""
-    run = Run(
-        made(
-            f"data.train=[{data}/train]",
-            f"data.validation=[{data}/validation]",
-            f"training.output_dir={folder}",
-            f"name={folder.name}",
-            *overrides,
-        )
-    )
-    run.begin()
-    assert not (run.write_checkpoint(None) or run.checkpoints.wait())
-    run.close()
-    shutdown()
-    return str(folder)
+def saved(*given):
+    return str(shared_models.untrained(*given))
 
 
 def reported(tmp_path, *runs):
@@ -43,15 +23,12 @@ def reported(tmp_path, *runs):
 @pytest.fixture(scope="module")
 def films(tmp_path_factory):
     pytest.importorskip("av")
-    folder = tmp_path_factory.mktemp("films")
-    return prepare(write_videos(folder, 4, 30), folder / "out", VideoSource(frames=6, height=16, width=16))
+    return shared_models.film_shards(tmp_path_factory.mktemp("films"))
 
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("pictures")
-    np.savez(folder / "a.npz", images=moving_square(40, 16, 16), labels=np.arange(40) % 2)
-    return prepare(folder, folder / "out", PictureSource(16, 16))
+    return shared_models.picture_shards(tmp_path_factory.mktemp("pictures"))
 
 
 def test_of_video_it_shows_losses_and_clips(films, tmp_path):
@@ -66,9 +43,24 @@ def test_of_video_it_shows_losses_and_clips(films, tmp_path):
     text = (tmp_path / "report" / "report.md").read_text()
     assert "Held out: validation" in text and "| ebt |" in text and "| plain |" in text
     assert "the last frame again" in text and "after 3 frames" in text
+    assert "Where this comes from" in text and "trained by" in text
     kept = tmp_path / "ebt" / "evaluation-validation.json"
     kept.write_text(json.dumps(json.loads(kept.read_text()) | {"step": 7, "repeat_last_loss": 1e6}))
     assert evaluated(tmp_path / "ebt", "validation", f"{films}/validation")["step"] == 0
+
+
+def test_the_terminal_shows_what_learns_nothing_beside_the_losses(films, tmp_path):
+    run = saved(recipe, films, tmp_path / "ebt", "data.sequence_length=5")
+    done = CliRunner().invoke(evaluate.app, [run, "--steps", "2", "training.validation_samples=4"])
+    numbers = json.loads((tmp_path / "ebt" / "evaluation.json").read_text())
+    assert done.output.splitlines() == [
+        *(
+            f"  {r['steps']} steps: loss {r['loss']:.4f}, energy {r['energy']:.4f}, PSNR {r['psnr']:.2f} dB"
+            for r in numbers["thinking"]
+        ),
+        f"the last frame again: loss {numbers['repeat_last_loss']:.4f}, PSNR {numbers['repeat_last_psnr']:.2f} dB",
+        f"extrapolation: loss {numbers['extrapolation_loss']:.4f}, PSNR {numbers['extrapolation_psnr']:.2f} dB",
+    ]
 
 
 def test_of_pictures_it_shows_what_is_denoised_and_what_is_made(pictures, tmp_path):
