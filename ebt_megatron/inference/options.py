@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +15,9 @@ CHOICES = ("energy", "drop", "max", "mixture")
 
 def _option(default: Any, help: str) -> Any:
     return option(default, help=help, rich_help_panel="Thinking (EBTs)")
+
+
+_LARGEST = 1e30  # what arithmetic in fp32 stands
 
 
 @dataclass(frozen=True)
@@ -90,14 +92,14 @@ class ThinkingOptions:
                 raise RecipeError(f"{name}={getattr(self, name)}: choose one of {', '.join(choices)}")
         for name in ("flops", "step_size", "step_size_scale", "tau"):
             value = getattr(self, name)
-            if value is not None and not (value > 0 and math.isfinite(value)):
-                raise RecipeError(f"{name}={value}: must be a finite number greater than 0")
+            if value is not None and not 0 < value <= _LARGEST:
+                raise RecipeError(f"{name}={value}: must be greater than 0, and at most {_LARGEST:g}")
         if self.confidence is not None and not 0 <= self.confidence <= 1:
             raise RecipeError(f"confidence={self.confidence}: must be from 0 to 1")
         for name in ("energy_tolerance", "prediction_tolerance", "langevin_noise"):
             value = getattr(self, name)
-            if value is not None and not (value >= 0 and math.isfinite(value)):
-                raise RecipeError(f"{name}={value}: must be a finite number of at least 0")
+            if value is not None and not 0 <= value <= _LARGEST:
+                raise RecipeError(f"{name}={value}: must be from 0 to {_LARGEST:g}")
 
     def noise(self, thinking: ThinkingConfig, step: int = 0) -> float:
         """The deviation of the Langevin noise before a step, of a run with this recipe."""

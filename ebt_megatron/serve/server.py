@@ -1,4 +1,4 @@
-"""`ebt-serve RUN`: a text model over HTTP, as OpenAI's completions, and a page to watch it think."""
+"""A text model over HTTP, as OpenAI's completions, and a page to watch it think."""
 
 from __future__ import annotations
 
@@ -8,24 +8,21 @@ import math
 import secrets
 import time
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-import typer
 from fastapi import FastAPI, Request
 from fastapi.responses import HTMLResponse, JSONResponse, StreamingResponse
 
 from ebt_megatron.api.text import TextModel
-from ebt_megatron.core.cli import guarded, say
 from ebt_megatron.core.errors import DataError, RecipeError
 from ebt_megatron.inference.options import ThinkingOptions
 from ebt_megatron.inference.pool import Growing, Pool
 from ebt_megatron.inference.sampling import Sampling
 from ebt_megatron.serve.worker import Worker
 
-command = typer.Typer(add_completion=False)
 PAGE = Path(__file__).with_name("page.html")
 _IGNORED = {"model", "user", "stream_options", "store", "metadata"}
 _NEUTRAL: dict[str, Any] = {
@@ -36,6 +33,8 @@ _NEUTRAL: dict[str, Any] = {
     "suffix": None,
     "logit_bias": {},
 }
+GRACE = 2.0  # seconds that requests under way have when the server is stopped
+_LOOK = 0.5  # seconds between looks whether a client is still there
 _THINKING = {f.name for f in fields(ThinkingOptions)} - {"final_energy"}
 
 
@@ -47,6 +46,7 @@ class Limits:
         rows: texts that grow at a time.
         waiting: texts that wait for a row; more are refused with 503.
         length: tokens of a text, its prompt included.
+        steps, candidates: of thinking, of a token.
         body: bytes of a request.
         seconds: until a request is given up with 504.
     """
@@ -54,6 +54,8 @@ class Limits:
     rows: int = 16
     waiting: int = 256
     length: int = 2048
+    steps: int = 256
+    candidates: int = 16
     body: int = 1 << 20
     seconds: float = 120.0
 
@@ -119,9 +121,11 @@ def read_request(body: Any, model: TextModel, limits: Limits) -> Asked:
     count = _number(body, "n", 1, int, 1, limits.rows)
     most = _number(body, "max_tokens", 16, int, 1, limits.length)
     stop = body.get("stop") or []
-    stops = (stop,) if isinstance(stop, str) else tuple(stop)
+    stops = (stop,) if isinstance(stop, str) else tuple(stop) if isinstance(stop, list) else (None,)
     if not all(isinstance(s, str) and s for s in stops) or len(stops) > 16:
         raise Refused(400, "stop: must be a text, or up to 16 of them, none empty")
+    if len(several) * count > limits.waiting:
+        raise Refused(400, f"{len(several)} prompts and n={count} are more than {limits.waiting} texts: ask for fewer")
     sampling = Sampling(
         _number(body, "temperature", 1.0, float, 0, 100),
         _number(body, "top_k", None, int, 1, 1 << 30),
@@ -129,6 +133,8 @@ def read_request(body: Any, model: TextModel, limits: Limits) -> Asked:
         _number(body, "seed", secrets.randbits(31), int, 0, (1 << 62) - 1),
     )
     logprobs = _number(body, "logprobs", -1, int, 0, 20)
+    for option, most_of_it in (("steps", limits.steps), ("candidates", limits.candidates)):
+        _number(body, option, None, int, 0, most_of_it)
     thinking = ThinkingOptions.of({name: body[name] for name in _THINKING if name in body})
     energies = bool(body.get("energies", model.thinks))
     thinking = replace(thinking, final_energy=model.thinks and energies)
@@ -156,7 +162,12 @@ class Completions:
 
     def __init__(self, model: TextModel, name: str, limits: Limits):
         self.model, self.name, self.limits = model, name, limits
+        self.stops_at = math.inf
         self.worker = Worker(Pool(model.predictor, model.texts, limits.rows, limits.length), limits.waiting)
+
+    def stop_soon(self) -> None:
+        """Give up requests under way, in GRACE seconds."""
+        self.stops_at = time.monotonic() + GRACE
 
     def grow(self, asked: Asked) -> asyncio.Queue[tuple[int, str]]:
         """Start the texts of a request; the queue gets (number, what its string gained) after each of their tokens."""
@@ -178,22 +189,25 @@ class Completions:
         """Tokens as they come, until all texts are complete; texts are put out if nobody listens any more."""
         tokens, deadline = self.grow(asked), time.monotonic() + self.limits.seconds
         open_texts, heard = set(range(len(asked.texts))), [0] * len(asked.texts)
+        looked = 0.0
         try:
             while open_texts:
-                try:
-                    number, new = await asyncio.wait_for(tokens.get(), 0.5)
-                except TimeoutError:
+                if time.monotonic() > looked + _LOOK:
                     if await gone():
-                        raise Refused(499, "the client is gone") from None
-                    if time.monotonic() > deadline:
-                        raise Refused(504, f"not complete within {self.limits.seconds:g} s: ask for less") from None
+                        raise Refused(499, "the client is gone")
+                    looked = time.monotonic()
+                if time.monotonic() > self.stops_at:
+                    raise Refused(503, "the server is being stopped")
+                if time.monotonic() > deadline:
+                    raise Refused(504, f"not complete within {self.limits.seconds:g} s: ask for less")
+                try:
+                    number, new = await asyncio.wait_for(tokens.get(), _LOOK)
+                except TimeoutError:
                     continue
                 text = asked.texts[number]
                 heard[number] += 1
                 if text.error:
                     raise Refused(500, text.error)
-                if time.monotonic() > deadline:
-                    raise Refused(504, f"not complete within {self.limits.seconds:g} s: ask for less")
                 yield number, new
                 if text.done and len(text.draft.tokens) == heard[number]:
                     open_texts.discard(number)
@@ -246,7 +260,7 @@ class Completions:
 
 
 def server(model: TextModel, name: str, limits: Limits | None = None) -> FastAPI:
-    """The application: /v1/completions, /v1/models, /v1/think, /health and the page."""
+    """The application: /v1/completions, /v1/models, /v1/think, /health, the page; `state.stop_soon` ends requests."""
     completions = Completions(model, name, limits or Limits())
     worker = completions.worker
 
@@ -257,16 +271,21 @@ def server(model: TextModel, name: str, limits: Limits | None = None) -> FastAPI
         await asyncio.to_thread(worker.stop)
 
     web = FastAPI(lifespan=lifespan, title="ebt-serve")
+    web.state.stop_soon = completions.stop_soon
 
     async def body_of(request: Request) -> Any:
-        data = b""
-        async for part in request.stream():
-            data += part
-            if len(data) > completions.limits.body:
-                raise Refused(413, f"a request has at most {completions.limits.body} bytes")
+        data, limits = bytearray(), completions.limits
         try:
-            return json.loads(data)
-        except ValueError as error:
+            async with asyncio.timeout(limits.seconds):
+                async for part in request.stream():
+                    data += part
+                    if len(data) > limits.body:
+                        raise Refused(413, f"a request has at most {limits.body} bytes")
+        except TimeoutError:
+            raise Refused(408, f"the body did not come within {limits.seconds:g} s") from None
+        try:
+            return json.loads(bytes(data))
+        except (ValueError, RecursionError) as error:
             raise Refused(400, f"the body is not JSON ({error})") from None
 
     def error_of(status: int, message: str) -> JSONResponse:
@@ -314,47 +333,12 @@ def server(model: TextModel, name: str, limits: Limits | None = None) -> FastAPI
         body = await body_of(request)
         if not isinstance(body, dict) or not isinstance(body.get("prompt"), str):
             raise Refused(400, "the body must be a JSON object with a prompt, a text")
-        steps, top = _number(body, "steps", None, int, 1, 256), _number(body, "top", 5, int, 1, 50)
+        steps, top = _number(body, "steps", None, int, 1, completions.limits.steps), _number(body, "top", 5, int, 1, 50)
         tokens = model.texts.prompt(body["prompt"], 1)
         if len(tokens) > completions.limits.length:
             raise Refused(400, f"{len(tokens)} tokens of a prompt are more than {completions.limits.length}")
         thoughts = model.think(body["prompt"], top=top, **({} if steps is None else {"steps": steps}))
-        found = await asyncio.to_thread(worker.use, lambda: list(thoughts))
+        found = await asyncio.wrap_future(worker.use(lambda: list(thoughts)))
         return {"thoughts": [{"step": t.step, "energy": _finite(t.energy), "top": t.top} for t in found]}
 
     return web
-
-
-@command.command()
-def main(
-    model: str = typer.Argument(..., help="A run, an exported folder, or USER/MODEL on the Hub; of text."),
-    host: str = typer.Option("127.0.0.1", help="Where to listen; 0.0.0.0: for other machines as well."),
-    port: int = typer.Option(8000, min=0, max=65535),
-    name: str | None = typer.Option(None, help="What /v1/models calls it; default: the recipe's name."),
-    device: str | None = typer.Option(None, help="cpu, cuda, cuda:1; default: the GPU, if there is one."),
-    rows: int = typer.Option(16, min=1, help="Texts that grow at a time."),
-    waiting: int = typer.Option(256, min=1, help="Texts that wait; more are refused (503)."),
-    length: int = typer.Option(2048, min=2, help="Tokens of a text, its prompt included."),
-    seconds: float = typer.Option(120.0, help="Until a request is given up (504)."),
-) -> None:
-    """Serve a text model over HTTP, as OpenAI's completions, with a page at / to watch it think."""
-
-    def work() -> None:
-        import uvicorn
-
-        from ebt_megatron.api.loading import load
-
-        loaded = load(model, device)
-        if not isinstance(loaded, TextModel):
-            raise RecipeError(f"{model} is a model of {loaded.recipe.data.modality}: only text is served")
-        application = server(loaded, name or loaded.name, Limits(rows, waiting, length, seconds=seconds))
-        say(f"{loaded!r}: http://{host}:{port}/ (Ctrl-C ends it)")
-        with suppress(KeyboardInterrupt):
-            uvicorn.run(application, host=host, port=port, log_level="warning", timeout_graceful_shutdown=5)
-        say("stopped: no request is under way")
-
-    guarded(work)
-
-
-if __name__ == "__main__":
-    command()

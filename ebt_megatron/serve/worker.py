@@ -5,7 +5,8 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Callable
-from typing import TypeVar
+from concurrent.futures import Future
+from typing import Any, TypeVar
 
 from ebt_megatron.core.errors import RecipeError
 from ebt_megatron.inference.pool import Growing, Pool
@@ -25,8 +26,8 @@ class Worker(threading.Thread):
         super().__init__(name="model", daemon=True)
         self.pool, self.most, self.served = pool, waiting, 0
         self._queue: deque[Growing] = deque()
-        self._changed, self._model = threading.Condition(), threading.Lock()
-        self._stopping = False
+        self._jobs: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
+        self._changed, self._stopping = threading.Condition(), False
 
     def submit(self, texts: list[Growing]) -> None:
         """Let texts grow; each is told of by its `watch`, in this thread.
@@ -40,10 +41,13 @@ class Worker(threading.Thread):
             self._queue.extend(texts)
             self._changed.notify()
 
-    def use(self, work: Callable[[], Result]) -> Result:
-        """Do something else with the model, between two passes."""
-        with self._model:
-            return work()
+    def use(self, work: Callable[[], Result]) -> Future[Result]:
+        """Let this thread do something else with the model, between two passes; the future has what it gives."""
+        future: Future[Result] = Future()
+        with self._changed:
+            self._jobs.append((work, future))
+            self._changed.notify()
+        return future
 
     @property
     def load(self) -> dict[str, int]:
@@ -61,20 +65,25 @@ class Worker(threading.Thread):
         """Until `stop`."""
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: self._stopping or self._queue or self.pool.busy)
+                self._changed.wait_for(lambda: self._stopping or self._queue or self._jobs or self.pool.busy)
                 if self._stopping:
                     break
+                jobs = list(self._jobs)
+                self._jobs.clear()
                 while self.pool.free and self._queue:
                     text = self._queue.popleft()
                     if not text.cancelled:
                         self.pool.add(text)
+            for work, future in jobs:
+                if future.set_running_or_notify_cancel():
+                    try:
+                        future.set_result(work())
+                    except Exception as error:
+                        future.set_exception(error)
             growing = [text for text in self.pool.rows if text is not None]
             try:
-                with self._model:
-                    self.pool.step()
-            except (
-                Exception
-            ) as error:  # of a text, or of the machine: the others are to be told, and the next ones served
+                self.pool.step()
+            except Exception as error:  # of a text, or of the machine: all are told, and the next ones served
                 for text in growing:
                     text.cancelled, text.error = True, f"{type(error).__name__}: {error}"
                     if text.watch is not None:

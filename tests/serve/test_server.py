@@ -90,6 +90,9 @@ def test_two_hundred_at_sixteen_at_a_time_lose_nothing(client, model):
         ({"thoughts": 3}, 400, "thoughts: no such field"),
         ({"echo": True}, 400, "echo=True: is not supported"),
         ({"stop": [""]}, 400, "stop: must be a text"),
+        ({"steps": 257}, 400, "steps=257: must be a whole number from 0 to 256"),
+        ({"stop": 5}, 400, "stop: must be a text"),
+        ({"prompt": ["a"] * 100, "n": 4}, 400, "100 prompts and n=4 are more than 300 texts"),
         ({"prompt": "word " * 10_000}, 413, "at most 20000 bytes"),
     ],
 )
@@ -100,9 +103,22 @@ def test_what_does_not_do_is_one_line_and_leaves_it_healthy(body, status, line, 
 
 
 def test_malformed_bodies(client):
-    for content in (b"", b"{", b"[1]", b"\xff"):
+    for content in (b"", b"{", b"[1]", b"\xff", b"[" * 15_000):
         answer = client.post("/v1/completions", content=content)
         assert answer.status_code == 400 and answer.json()["error"]["type"] == "invalid_request_error"
+    assert ask(client).status_code == 200
+
+
+def test_no_value_of_any_field_is_an_error_of_the_server(client):
+    from ebt_megatron.serve import server
+
+    fields = {*server._NEUTRAL, *server._THINKING, "prompt", "max_tokens", "temperature", "top_p", "top_k", "n", "stop"}
+    for field in sorted(fields | {"seed", "stream", "logprobs", "energies"}):
+        for value in (True, -1, 0, 1.5, 1e300, 1e29, "x", "", [], [[]], {}, ["\ud800"]):
+            answer = client.post(
+                "/v1/completions", content=json.dumps({"prompt": "a", "max_tokens": 1} | {field: value})
+            )
+            assert answer.status_code in (200, 400), (field, value, answer.text)
     assert ask(client).status_code == 200
 
 
