@@ -25,9 +25,8 @@ setup(
             "ebt-convert = ebt_megatron.tools.convert:app",
             "ebt-import = ebt_megatron.tools.import_ebt_checkpoint:app",
             "ebt-pictures = ebt_megatron.tools.pictures:app",
-            "ebt-films = ebt_megatron.tools.films:app",
             "ebt-report = ebt_megatron.report:app",
-            "ebt-serve = ebt_megatron.serve.server:command",
+            "ebt-serve = ebt_megatron.serve.command:app",
         ]
     },
     install_requires=[
@@ -88,6 +87,7 @@ setup(
             "wandb>=0.18",
             "lm_eval>=0.4.10",
             "transformers>=5",
+            "accelerate>=1",  # lm_eval's own model of transformers needs it
             "fastapi>=0.115",
             "uvicorn>=0.30",
             "httpx>=0.27",

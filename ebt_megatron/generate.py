@@ -93,6 +93,11 @@ def main(
     prompts: str | None = typer.Option(
         None, help='A file of prompts, or - for stdin: a prompt a line, or JSON with a "prompt" a line.'
     ),
+    chat: bool = typer.Option(
+        False,
+        "--chat",
+        help="Ask for prompts in the terminal, one after another, until Ctrl-D; each begins a new text.",
+    ),
     max_tokens: int = typer.Option(64, help="The most tokens of a continuation."),
     stop: list[str] = typer.Option([], help="A string that ends a continuation; give it again for more."),
     temperature: float = typer.Option(1.0, help="0: always the most likely token.", rich_help_panel=_DRAWING),
@@ -139,6 +144,8 @@ def main(
 
       ebt-generate RUN_DIR --prompt "Return the" --steps 8 --stream
 
+      ebt-generate RUN_DIR --chat --steps 8
+
       ebt-generate RUN_DIR --prompts prompts.jsonl --candidates 4 --choose energy --output out.jsonl
     """
 
@@ -160,10 +167,49 @@ def main(
         how.check()
         if output is not None and str(output) != "-":
             require_free(output, prompts)
+        if chat:
+            if prompt or prompts or output is not None or stream:
+                raise RecipeError(
+                    "--chat asks for prompts and shows what follows: leave --prompt(s), --output, --stream out"
+                )
+            _chat(run_dir, overrides or [], thinking, how, keep, energies)
+            return
         given = read_prompts(prompt, prompts)
         _generate(run_dir, overrides or [], given, thinking, how, keep, output, stream, energies)
 
     guarded(work)
+
+
+def _chat(
+    run_dir: Path,
+    overrides: list[str],
+    options: ThinkingOptions,
+    how: GenerationOptions,
+    keep: str | None,
+    energies: bool,
+) -> None:
+    from ebt_megatron.inference.predictor import predictor_of
+    from ebt_megatron.inference.prompt_loop import prompt_loop
+    from ebt_megatron.inference.texts import Texts
+    from ebt_megatron.session import open_run
+
+    with open_run(run_dir, overrides, splits=()) as run:
+        if run.state.world_size > 1:
+            raise RecipeError("--chat is for one process: leave torchrun out")
+        options, how = _fitting(run.objective.thinks, options, how, keep, energies)
+        predictor, texts = predictor_of(run, options), Texts(run)
+        say(f"{run.recipe.name}, {run.step:,} steps: a line is continued. Ctrl-C ends a text, Ctrl-D the loop.")
+        prompt_loop(predictor, texts, how)
+
+
+def _fitting(
+    thinks: bool, options: ThinkingOptions, how: GenerationOptions, keep: str | None, energies: bool
+) -> tuple[ThinkingOptions, GenerationOptions]:
+    """Options of a model that thinks, or does not."""
+    from dataclasses import replace
+
+    options = replace(options, final_energy=thinks and (energies or how.continuations > 1))
+    return options, replace(how, keep=keep or ("energy" if thinks else "log_p"))
 
 
 def _generate(
@@ -177,8 +223,6 @@ def _generate(
     stream: bool,
     energies: bool,
 ) -> None:
-    from dataclasses import replace
-
     import torch.distributed as dist
 
     from ebt_megatron.inference.generation import generate
@@ -188,8 +232,7 @@ def _generate(
 
     with open_run(run_dir, overrides, splits=()) as run:
         thinks = run.objective.thinks
-        options = replace(options, final_energy=thinks and (energies or how.continuations > 1))
-        how = replace(how, keep=keep or ("energy" if thinks else "log_p"))
+        options, how = _fitting(thinks, options, how, keep, energies)
         predictor, texts = predictor_of(run, options), Texts(run)
         tokens = [texts.prompt(text, number) for number, text in enumerate(given, 1)]
         speaks = run.state.rank == 0

@@ -67,6 +67,29 @@ def test_the_pipeline_generates_what_we_do_with_padding_and_without(name, folder
         assert made["generated_text"] == ours.generate(text, max_tokens=4, temperature=0).text
 
 
+@pytest.mark.parametrize("name", ["ebt", "noisy"])
+@pytest.mark.parametrize("how", [{"do_sample": False}, {"num_beams": 3}])
+def test_a_token_is_read_once_and_nothing_is_other_than_without_what_is_kept(name, how, folders, monkeypatch):
+    model, tokenizer, _ = opened(folders[name])
+    given = tokenizer(TEXTS[:2], return_tensors="pt", padding=True)
+    read, reader = [], model.predictor.reader
+    one = reader.read
+
+    def counted(context, rows, positions, tokens):
+        read.append(len(rows))
+        return one(context, rows, positions, tokens)
+
+    monkeypatch.setattr(reader, "read", counted)
+    made = {}
+    for kept in (True, False):
+        read.clear()
+        made[kept] = model.generate(**given, max_new_tokens=12, use_cache=kept, **how).tolist()  # past the window
+        if kept:
+            prompts, beams = int(given.attention_mask.sum()), how.get("num_beams", 1)
+            assert read == [prompts * beams, *[2 * beams] * 11]
+    assert made[True] == made[False]
+
+
 def test_perplexity_and_its_mask(folders):
     model, tokenizer, ours = opened(folders["ebt"])
     tokens = tokenizer(TEXTS[:2], return_tensors="pt", padding=True)
@@ -74,6 +97,21 @@ def test_perplexity_and_its_mask(folders):
     out = model(**tokens, labels=labels)
     every = [p for text in TEXTS[:2] for p in ours.score(text).log_p]
     assert float(out.loss) == pytest.approx(-sum(every) / len(every), abs=1e-4)
+
+
+def test_lm_evals_own_model_of_transformers_scores_and_continues_as_we_do(folders):
+    huggingface = pytest.importorskip("lm_eval.models.huggingface")
+    instance = pytest.importorskip("lm_eval.api.instance").Instance
+    model, tokenizer, ours = opened(folders["ebt"])
+    harness = huggingface.HFLM(pretrained=model, tokenizer=tokenizer, batch_size=2, device="cpu")
+    asked = [("Document 3 says", " word3"), ("Document 5", " says word5")]
+    found = harness.loglikelihood([instance("loglikelihood", {}, pair, i) for i, pair in enumerate(asked)])
+    for (context, continuation), (log_p, _) in zip(asked, found, strict=True):
+        count = len(ours.encode(context + continuation)) - len(ours.encode(context))
+        assert log_p == pytest.approx(sum(ours.score(context + continuation).log_p[-count:]), abs=1e-4)
+    how = {"until": ["word"], "max_gen_toks": 4, "do_sample": False}
+    (text,) = harness.generate_until([instance("generate_until", {}, ("Document 3", how), 0)])
+    assert text == ours.generate("Document 3", max_tokens=4, stop="word", temperature=0).text
 
 
 def test_a_transformer_needs_none_of_our_code(folders):

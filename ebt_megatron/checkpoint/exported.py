@@ -4,7 +4,7 @@ model.safetensors   whole weights; of a Transformer++ of text as a Llama's (`che
 config.json         what transformers reads: model_type "ebt" or "llama"; and under "ebt_megatron" what we do
 recipe.yaml         the recipe, without paths
 manifest.json       what its data were, and beside it the tokenizer or encoder
-README.md           the model card
+README.md           the model card, and losses.png, which it shows
 """
 
 from __future__ import annotations

@@ -9,13 +9,28 @@ from typing import Any
 import yaml
 
 from ebt_megatron.config import Recipe, to_yaml
+from ebt_megatron.core.records import record_of
 from ebt_megatron.data.manifest import Manifest
+from ebt_megatron.evaluation.figures import of_a_run, png_of
+from ebt_megatron.evaluation.run_files import RunFiles, metrics_of
 
+FIGURE = "losses.png"
 _USE = {
     "text": 'print(model.generate("Return the", max_tokens=32).text)',
-    "video": "clip = model.rollout(frames, count=8)",
-    "images": "pictures = model.make(4)  # or model.denoise(noisy), as it was trained",
+    "video": "clip = model.rollout(frames, 4)  # uint8 [frames, height, width, 3], and four frames more",
 }
+
+
+def _use(recipe: Recipe, manifest: Manifest) -> str:
+    """A line of Python that does what the model is for."""
+    if manifest.kind != "images":
+        return _USE.get(manifest.kind, "model.run  # a modality of its own: see its task")
+    if recipe.model.architecture == "ebt" and recipe.thinking.initial == "observed":
+        return (
+            "pictures = model.denoise(pictures, level=100)  # uint8 [pictures, height, width, 3]; noised, then denoised"
+        )
+    told = '["a caption"]' if recipe.images.captions else "[0, 1, 2]" if recipe.images.classes else "4"
+    return f"pictures = model.make({told})  # uint8 [pictures, height, width, 3]"
 
 
 def _losses(evaluation: dict[str, Any]) -> list[str]:
@@ -30,7 +45,25 @@ def _losses(evaluation: dict[str, Any]) -> list[str]:
     return lines
 
 
-def model_card(run: Path, recipe: Recipe, manifest: Manifest, step: int, tokens: int) -> str:
+def evaluated(run: Path, step: int) -> dict[str, Any]:
+    """What `ebt-evaluate` said of a run at a step, or {}."""
+    path = run / "evaluation.json"
+    evaluation = record_of(path) if path.exists() else {}
+    return evaluation if evaluation.get("step") == step else {}
+
+
+def figure(run: Path, recipe: Recipe, step: int) -> bytes:
+    """The card's figure, a PNG: losses in training up to a step, and against thinking; b"" where nothing was logged."""
+    rows = metrics_of(run) if (run / "metrics.jsonl").exists() else []
+    rows = [row for row in rows if row["step"] <= step]
+    if not rows:
+        return b""
+    thinks = recipe.model.architecture == "ebt"
+    evaluation = {"architecture": recipe.model.architecture} | (evaluated(run, step) if thinks else {})
+    return png_of(of_a_run(RunFiles(recipe.name, run, rows, evaluation, {})))
+
+
+def model_card(run: Path, recipe: Recipe, manifest: Manifest, step: int, tokens: int, shows: bool) -> str:
     """The card as Markdown.
 
     Args:
@@ -38,6 +71,7 @@ def model_card(run: Path, recipe: Recipe, manifest: Manifest, step: int, tokens:
         recipe: without paths.
         manifest: of its data.
         step, tokens: how far it was trained.
+        shows: whether the folder has the figure, as `FIGURE`.
     """
     ebt = recipe.model.architecture == "ebt"
     kind = "An Energy-Based Transformer" if ebt else "A Transformer++" if manifest.kind != "images" else "A DiT"
@@ -56,7 +90,7 @@ def model_card(run: Path, recipe: Recipe, manifest: Manifest, step: int, tokens:
         f"{tokens:,} {counted}."
     )
     lines += ["", "## Use", "", "```python", "import ebt_megatron as ebt", "", 'model = ebt.load("this folder")']
-    lines += [_USE.get(manifest.kind, "model.run  # a modality of its own: see its task"), "```"]
+    lines += [_use(recipe, manifest), "```"]
     if text:
         lines += ["", "With transformers:", "", "```python"]
         lines += ["import ebt_megatron.hf  # registers the architecture"] if ebt else []
@@ -70,9 +104,10 @@ def model_card(run: Path, recipe: Recipe, manifest: Manifest, step: int, tokens:
     lines += ["", "## Data", "", "| | |", "| --- | --- |"]
     lines += [f"| {key} | {_cell(value)} |" for key, value in manifest.provenance.items()]
     lines += ["", "## Losses", ""]
-    evaluated = run / "evaluation.json"
-    evaluation = json.loads(evaluated.read_text()) if evaluated.exists() else {}
-    if evaluation.get("step") == step:
+    if shows:
+        lines += [f"![Losses of {recipe.name} in training, and against thinking]({FIGURE})", ""]
+    evaluation = evaluated(run, step)
+    if evaluation:
         lines += [f"On {evaluation['positions']:,} held-out positions, by `ebt-evaluate`.", "", *_losses(evaluation)]
     else:
         lines.append("Not evaluated at this step: `ebt-evaluate RUN`, then export again.")

@@ -19,7 +19,7 @@ from ebt_megatron.config import ParallelConfig, Recipe, RecipeError, load_recipe
 from ebt_megatron.core.files import write_whole
 from ebt_megatron.data.description import Description
 from ebt_megatron.parallel.setup import initialize
-from ebt_megatron.sharing.card import model_card
+from ebt_megatron.sharing.card import FIGURE, figure, model_card
 
 DESCRIPTION = "data_description"
 _RUN = ("checkpoints", "metrics.jsonl")  # what is in a run's folder, and not to be written over
@@ -102,7 +102,11 @@ def export_folder(source: Path, output: Path) -> Saved:
     if data.manifest.tokenizer:
         _describe_tokenizer(output, data, recipe)
     write_weights(output / WEIGHTS, weights, to_yaml(recipe), saved.fingerprint, saved.step)
-    write_whole(output / "README.md", model_card(saved.run, recipe, data.manifest, saved.step, saved.tokens))
+    shown = figure(saved.run, recipe, saved.step)
+    if shown:
+        write_whole(output / FIGURE, shown)
+    card = model_card(saved.run, recipe, data.manifest, saved.step, saved.tokens, bool(shown))
+    write_whole(output / "README.md", card)
     write_whole(output / CONFIG, json.dumps(config, indent=1) + "\n")  # last: a folder with it is complete
     return saved
 

@@ -127,6 +127,29 @@ def test_prompts_are_lines_that_newlines_end(runs, tmp_path):
     assert plain.stdout.startswith("word1") and plain.exit_code == 0
 
 
+def test_a_terminal_is_asked_for_lines_and_each_is_continued_alone(runs, monkeypatch):
+    from ebt_megatron.inference import prompt_loop
+
+    lines = "Document 3\n\nsays word5\nDocument 3\n"
+    done = call(runs / "ebt", "--chat", "--max-tokens", 4, "--temperature", 0, "--steps", 3, stdin=lines)
+    assert done.exit_code == 0, done.output
+    alone = call(runs / "ebt", "--prompts", "-", "--max-tokens", 4, "--temperature", 0, "--steps", 3, stdin=lines)
+    assert done.stdout.replace("> ", "").strip() == alone.stdout.strip()
+    assert done.stderr.count("4 tokens, ") == 3 and done.stderr.count("3 steps each, mean energy ") == 3
+
+    real = prompt_loop.generate
+
+    def ended(*given):
+        monkeypatch.setattr(prompt_loop, "generate", real)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(prompt_loop, "generate", ended)
+    done = call(runs / "ebt", "--chat", "--max-tokens", 4, "--temperature", 0, stdin="Document 3\nword3\n")
+    assert done.exit_code == 0 and done.stderr.count("4 tokens, ") == 1, "Ctrl-C ends one text"
+    done = call(runs / "ebt", "--chat", "--prompt", "a")
+    assert done.exit_code == 2 and "--chat asks for prompts" in done.stderr
+
+
 def test_what_is_written_is_gone_on_with_after_an_end_in_between(runs, tmp_path, monkeypatch):
     """Of seven prompts, two at a time, three rows and a half are there: the first two stay, byte by byte the same."""
     from ebt_megatron.inference import predictor

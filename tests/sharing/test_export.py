@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import stat
+import struct
 
 import pytest
 import torch
@@ -20,6 +21,13 @@ from ebt_megatron.tools.convert import app
 from tests import shared_models
 
 PROMPT = "Document 3 says"
+
+
+def size_of(png):
+    """Width and height of a picture, as its header says."""
+    content = png.read_bytes()
+    assert content[:8] == b"\x89PNG\r\n\x1a\n"
+    return struct.unpack(">II", content[16:24])
 
 
 @pytest.fixture(scope="module")
@@ -59,6 +67,7 @@ def test_what_is_in_a_folder_and_who_may_read_it(folders):
             "manifest.json",
             "tokenizer.json",
             "README.md",
+            "losses.png",
         } <= names
         mask = os.umask(0)
         os.umask(mask)
@@ -76,12 +85,14 @@ def test_the_card_says_where_it_comes_from_and_what_it_lost(runs, folders, tmp_p
     header = yaml.safe_load(card.split("---")[1])
     assert header["library_name"] == "ebt-megatron" and header["pipeline_tag"] == "text-generation"
     assert "An Energy-Based Transformer" in card and "| documents |" in card and "hidden_size: 32" in card
-    assert "Not evaluated at this step" in card
+    assert "Not evaluated at this step" in card and "](losses.png)" in card
+    trained_only = size_of(folders["ebt"] / "losses.png")
     rows = [{"steps": 1, "loss": 2.0, "energy": -1.0}, {"steps": 2, "loss": 1.5, "energy": -1.2}]
     evaluation = {"step": 3, "positions": 40, "trained_steps": 2, "thinking": rows}
     (runs["ebt"] / "evaluation.json").write_text(json.dumps(evaluation))
     export_folder(runs["ebt"], tmp_path / "again")
     assert "| 2 (trained with) | 1.5 | -1.2 |" in (tmp_path / "again" / "README.md").read_text()
+    assert size_of(tmp_path / "again" / "losses.png")[0] > trained_only[0], "a panel against thinking"
 
 
 def test_transformer_weights_go_to_llama_and_back(runs, folders):
