@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -40,6 +41,8 @@ def checkpoint_weights(folder: Path) -> dict[str, Tensor]:
     for key in stored:
         if key.startswith(_MODEL):
             wanted[key.removeprefix(_MODEL)] = stored.get(_MAIN + key, stored[key])
+    for weight in wanted.values():
+        weight.replica_id = dist.get_rank()  # every rank reads them all
     loaded = dist_checkpointing.load(dict(wanted), str(folder))  # with the common state
     return {name: loaded[name] for name in wanted}
 

@@ -57,6 +57,9 @@ class TrainingConfig:
     output_dir: str = path("runs/run")  # the run's folder
     # go on from the newest good checkpoint in output_dir; false: move what is there aside first (not after a restart)
     resume: bool = True
+    # a run, an exported model or a Llama of transformers whose weights a new run begins with: a Transformer++'s go into
+    # the context stream and its output
+    start_from: str | None = path(None)
     log_interval: int = positive(10)  # steps from one line of metrics to the next
     # the report reads jsonl
     metrics: list[str] = some_of("jsonl", "tensorboard", "wandb", default=["jsonl", "tensorboard"])

@@ -13,6 +13,7 @@ import torch.distributed as dist
 
 from ebt_megatron.checkpoint.checkpoints import Checkpoints
 from ebt_megatron.checkpoint.history import begin_anew
+from ebt_megatron.checkpoint.start import start_from
 from ebt_megatron.config import Recipe, RecipeError, to_yaml
 from ebt_megatron.core import cli
 from ebt_megatron.core.files import write_whole
@@ -128,6 +129,11 @@ class Run:
                     "nothing is changed; give more steps, or training.resume=false to begin anew"
                 )
             self.say(f"resumed from {newest}")
+        elif self.recipe.training.start_from:
+            vocab_size = getattr(self.session.task, "vocab_size", 0)
+            source, model = Path(self.recipe.training.start_from), self.trainer.model
+            self.say(f"begins with {start_from(source, model, self.recipe, self.session.identity, vocab_size)}")
+            self.trainer.optimizer.reload_model_params()
         # Only now: a run that does not fit the folder must leave it as it is.
         self.checkpoints.go_on_from(self.step)
         self.on_main(partial(self.session.source.copy_to, self.folder / DATA))
