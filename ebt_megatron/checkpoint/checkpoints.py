@@ -27,10 +27,12 @@ import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
+from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies import torch as torch_strategy
 
+from ebt_megatron.checkpoint.average import PREFIX, WeightAverage, renamed
 from ebt_megatron.checkpoint.history import CheckpointError, History, located, verify
 from ebt_megatron.checkpoint.history import digest as _digest
 from ebt_megatron.checkpoint.history import write as _write
@@ -156,6 +158,7 @@ class Checkpoints:
         extra: dict[str, Any],
         rank_state: dict[str, Any] | None = None,
         prune: bool = True,
+        average: WeightAverage | None = None,
     ) -> str | None:
         """Write and publish a checkpoint.
 
@@ -165,6 +168,7 @@ class Checkpoints:
             extra: small, equal on every rank.
             rank_state: this rank's own tensors (its part of the replay buffer), stored beside.
             prune: older checkpoints than the newest `keep` go once this one is there.
+            average: of the weights, where one is kept.
 
         Returns:
             None, or why nothing was published (a full disk, say); earlier checkpoints are untouched.
@@ -183,6 +187,8 @@ class Checkpoints:
         model_state = model.sharded_state_dict(prefix="model.")
         optimizer_state = OptimizerState(optimizer, model_state, loading=False)
         whole = {"model": model_state, "optimizer": optimizer_state.tensors}
+        if average is not None:
+            whole["average"] = average.sharded(model_state)
         sharded, _ = save_preprocess(whole, validate_access_integrity=True)
         writer, metadata = _Strategy().async_save(sharded, partial)
         function, to_cpu, arguments = writer.get_save_function_and_args()
@@ -294,14 +300,20 @@ class Checkpoints:
             raise OSError(None, error, str(self.folder))
 
     def load(
-        self, folder: Path, model: Any, optimizer: Any | None = None, scheduler: Any | None = None
+        self,
+        folder: Path,
+        model: Any,
+        optimizer: Any | None = None,
+        scheduler: Any | None = None,
+        average: WeightAverage | None = None,
     ) -> tuple[int, dict[str, Any], list[dict[str, Any]]]:
         """Load a checkpoint, whatever layout wrote it.
 
         Args:
             folder: from `newest_good`.
             model: unwrapped.
-            optimizer, scheduler: None to load weights only.
+            optimizer, scheduler: None to load weights only: their average, where the checkpoint has one.
+            average: of the weights, where one is kept; begins with the weights of a checkpoint that has none.
 
         Returns:
             The step, the `extra` saved with it, and every writing rank's `rank_state`.
@@ -318,13 +330,21 @@ class Checkpoints:
                     "model, or set another training.output_dir"
                 )
         model_state = model.sharded_state_dict(prefix="model.")
+        averaged = any(key.startswith(PREFIX) for key in dist_checkpointing.load_tensors_metadata(str(folder)))
         wanted: dict[str, Any] = {"model": model_state}
+        if averaged and optimizer is None:
+            wanted["model"] = {k: renamed(v) if isinstance(v, ShardedTensor) else v for k, v in model_state.items()}
+        elif averaged and average is not None:
+            wanted["average"] = average.sharded(model_state)
         optimizer_state = None
         if optimizer is not None:
             optimizer_state = OptimizerState(optimizer, model_state, loading=True)
             wanted["optimizer"] = dict(optimizer_state.tensors)
         loaded = dist_checkpointing.load(wanted, str(folder))
         model.load_state_dict(loaded["model"])
+        if average is not None:
+            average.reset()
+            average.weights.update(loaded.get("average", {}))
         if optimizer_state is not None:
             optimizer_state.restore(loaded["optimizer"], common["optimizer_steps"])
         if scheduler is not None:

@@ -24,6 +24,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from ebt_megatron.checkpoint.average import PREFIX
 from ebt_megatron.config import RecipeError
 from ebt_megatron.core.files import replacing
 from ebt_megatron.parallel.parameters import main_parameter
@@ -34,13 +35,15 @@ _MODEL, _MAIN = "model.", "optimizer.state.fp32_param."
 def checkpoint_weights(folder: Path) -> dict[str, Tensor]:
     """The whole weights in a checkpoint of any layout; Megatron's process groups must exist.
 
-    Where the run trained in bf16, these are the optimizer's fp32 weights, of which the model's are roundings.
+    Where the run averaged its weights, these are the averages. Where it trained in bf16, they are the optimizer's fp32
+    weights, of which the model's are roundings.
     """
     stored = dist_checkpointing.load_tensors_metadata(str(folder))
     wanted = {}
     for key in stored:
         if key.startswith(_MODEL):
-            wanted[key.removeprefix(_MODEL)] = stored.get(_MAIN + key, stored[key])
+            name = key.removeprefix(_MODEL)
+            wanted[name] = stored.get(PREFIX + name, stored.get(_MAIN + key, stored[key]))
     for weight in wanted.values():
         weight.replica_id = dist.get_rank()  # every rank reads them all
     loaded = dist_checkpointing.load(dict(wanted), str(folder))  # with the common state

@@ -24,6 +24,8 @@ class OptimizerConfig:
     beta2: float = fraction(0.999)  # decay of the mean squared gradient
     epsilon: float = positive(1e-8)  # added to Adam's denominator
     clip_grad: float = at_least(0, 1.0)  # the largest norm of the gradient; 0: not clipped
+    # > 0: an exponential moving average of the weights, which validation and every command use
+    ema_decay: float = fraction(0.0)
 
 
 @dataclass

@@ -267,7 +267,8 @@ class Validating(Hook):
         steps = run.recipe.thinking.max_steps if objective.thinks else 1
         with run.timers.phase("validation"):
             batches = (batch for some in iter(partial(run.read, iter(run.validation_data)), []) for batch in some)
-            losses = validate(objective, batches, steps, measure=False).by_steps()
+            with run.trainer.averaged():
+                losses = validate(objective, batches, steps, measure=False).by_steps()
         row["validation_loss"] = losses[steps]
         row["validation_loss_one_step"] = losses[1] if objective.thinks else None
         if 0 in losses:

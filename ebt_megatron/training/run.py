@@ -134,6 +134,8 @@ class Run:
             source, model = Path(self.recipe.training.start_from), self.trainer.model
             self.say(f"begins with {start_from(source, model, self.recipe, self.session.identity, vocab_size)}")
             self.trainer.optimizer.reload_model_params()
+            if self.trainer.average is not None:
+                self.trainer.average.reset()
         # Only now: a run that does not fit the folder must leave it as it is.
         self.checkpoints.go_on_from(self.step)
         self.on_main(partial(self.session.source.copy_to, self.folder / DATA))
@@ -153,7 +155,7 @@ class Run:
     def restore(self, newest: Path) -> None:
         """Go back to a checkpoint."""
         t = self.trainer
-        self.step, extra, rank_states = self.checkpoints.load(newest, t.model, t.optimizer, t.scheduler)
+        self.step, extra, rank_states = self.checkpoints.load(newest, t.model, t.optimizer, t.scheduler, t.average)
         self.tokens = extra["tokens"]
         self.train_data.load_state_dict(extra["data"])
         t.objective.load_rank_states(rank_states)
@@ -239,7 +241,7 @@ class Run:
         t, good = self.trainer, not self.bad.in_a_row
         with self.timers.phase("save"):
             return (among or self.checkpoints).save(
-                self.step, t.model, t.optimizer, t.scheduler, extra, t.objective.rank_state(), prune=good
+                self.step, t.model, t.optimizer, t.scheduler, extra, t.objective.rank_state(), good, t.average
             )
 
     def report_unsaved(self, error: str | None) -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 
+from ebt_megatron.checkpoint.average import WeightAverage
 from ebt_megatron.config import Recipe
 from ebt_megatron.core.timing import Timers
 from ebt_megatron.data.loader import MicroBatch
@@ -57,6 +59,8 @@ class Trainer:
         self.chunks = wrap([self.model], recipe)
         self.optimizer = build_optimizer(self.chunks, recipe, self.model.lr_multipliers)
         self.scheduler = build_scheduler(self.optimizer, recipe)
+        decay = recipe.optimizer.ema_decay
+        self.average = WeightAverage(self.model, decay) if decay else None
 
     def train_step(self, micro_batches: Sequence[MicroBatch], iteration: int) -> StepResult:
         """One optimizer step on this rank's micro-batches of a global batch.
@@ -72,6 +76,8 @@ class Trainer:
         finite = all(map(torch.isfinite, [loss, *step_losses, *energies, *start]))
         with self.timers.phase("optimizer"):
             update = apply_gradients(self.chunks, self.optimizer, self.scheduler, skip=not finite)
+            if self.average is not None and update.applied:
+                self.average.update(iteration)
         return StepResult(
             loss.item(),
             step_losses.tolist(),
@@ -83,6 +89,10 @@ class Trainer:
             update.applied,
             start.item() if len(start) else None,
         )
+
+    def averaged(self) -> AbstractContextManager[None]:
+        """The model has its averaged weights meanwhile, if there are any."""
+        return nullcontext() if self.average is None else self.average.in_use()
 
     def _reduce(self, totals: BatchMetrics) -> tuple[torch.Tensor, ...]:
         """Sum every rank's share: losses live on the first stage, energies on the last."""
