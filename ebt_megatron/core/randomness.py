@@ -13,7 +13,7 @@ import torch
 
 STEP_SIZE_STREAM = 1 << 20  # apart from the noise streams, which count thinking steps
 LEVEL_STREAM, CLASS_STREAM = STEP_SIZE_STREAM + 1, STEP_SIZE_STREAM + 2
-SYMMETRY_STREAM, CLUE_STREAM = STEP_SIZE_STREAM + 3, STEP_SIZE_STREAM + 4
+SYMMETRY_STREAM, CLUE_STREAM, START_STREAM = STEP_SIZE_STREAM + 3, STEP_SIZE_STREAM + 4, STEP_SIZE_STREAM + 5
 PICTURE_NOISE_STREAM = 1 << 21  # and, above it, of the passes that sample a picture
 
 

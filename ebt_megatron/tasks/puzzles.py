@@ -11,18 +11,21 @@ from megatron.core.transformer import TransformerConfig
 from torch import Tensor
 
 from ebt_megatron.config import Recipe, RecipeError
-from ebt_megatron.core.randomness import CLUE_STREAM, uniform
+from ebt_megatron.core.randomness import CLUE_STREAM, START_STREAM, uniform
 from ebt_megatron.data.description import Description
 from ebt_megatron.data.loader import MicroBatch
 from ebt_megatron.data.puzzles import BLANK, Puzzle, turned
 from ebt_megatron.kernels import Kernels
 from ebt_megatron.model.cells import CellEnergy, CellTransformer
 from ebt_megatron.model.flops import Cost, cost, padded, position_flops
+from ebt_megatron.parallel.collectives import TensorGroup
 from ebt_megatron.prediction.cells import GIVEN, CellPrediction
 from ebt_megatron.prediction.logits import most_likely
 from ebt_megatron.tasks.interface import Sample
 from ebt_megatron.tasks.puzzle_model import CellEmbedding, Feedback, PuzzleEmbeddings, PuzzleOutput
 from ebt_megatron.thinking.dual_stream import Thinker
+
+_SURE = 3.0  # a logit of a cell that thinking starts at: about what one step of a trained model says
 
 
 class Puzzles:
@@ -109,7 +112,19 @@ class Puzzles:
         if training and self.options.clues_given_away:
             question = torch.where(self._given_away(ids), answer, question)
         targets = torch.where(question == BLANK, answer - 1, GIVEN)
-        return Sample(question, targets, ids)
+        near = training and self.options.starts_near_answer > 0 and self.recipe.model.architecture == "ebt"
+        return Sample(question, targets, ids, start=self._near_answer(answer - 1, ids) if near else None)
+
+    def _near_answer(self, answer: Tensor, sample_ids: Tensor) -> Tensor:
+        """Logits [S, B, V padded / TP] to start at: right but for a share of cells; NaN: as ever."""
+        places = torch.arange(2 * self.length + 2, device=sample_ids.device)
+        u = uniform(self.recipe.training.seed, sample_ids, places, START_STREAM).t()
+        wrong, other, (share, chosen) = u[:, : self.length], u[:, self.length : -2], u[:, -2:].t()
+        symbols = torch.where(wrong < share[:, None], (other * self.puzzle.symbols).long(), answer)
+        start = _SURE * torch.nn.functional.one_hot(symbols, self._vocab[1]).float()
+        start[chosen >= self.options.starts_near_answer] = torch.nan
+        group = TensorGroup()
+        return start.chunk(group.size, -1)[group.rank].transpose(0, 1).contiguous()
 
     def _given_away(self, sample_ids: Tensor) -> Tensor:
         """Which cells [B, S] are; at most all but one."""

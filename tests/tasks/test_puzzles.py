@@ -105,6 +105,7 @@ LAYOUTS = {
 }
 MODELS = {
     "EBT": ["thinking.reuse=true"],
+    "EBT, near answers": ["puzzles.starts_near_answer=0.5"],
     "feed-forward": ["model.architecture=baseline"],
     "recurrent": ["model.architecture=baseline", "puzzles.passes=3"],
 }
@@ -141,7 +142,7 @@ def single():
 @pytest.mark.parametrize("layout", [slow("TP 2"), "TP 2 + SP", "PP 2", slow("DP 2")])
 def test_losses_equal_those_of_a_single_process(layout, single):
     for losses in run_ranks(losses_of, 2, LAYOUTS[layout]):
-        assert len(losses) == 3 - (layout == "PP 2")
+        assert len(losses) == len(MODELS) - (layout == "PP 2")
         for name, ours in losses.items():
             assert ours == pytest.approx(single[name], rel=1e-5), name
             assert ours[0] != pytest.approx(ours[1], rel=1e-4), f"{name} does not change"
@@ -199,6 +200,20 @@ def test_answers_are_given_away_at_first():
     given = [(s.observed != BLANK).sum(1).float().mean() for s in (begin, end)]
     assert given[0] > given[1] + 2 and given[1] == (tokens[:, 0] != BLANK).sum(1).float().mean()
     assert torch.equal(torch.where(begin.observed != BLANK, begin.observed, tokens[:, 1]), tokens[:, 1])
+
+
+def test_some_samples_start_at_answers_of_which_some_cells_are_wrong():
+    task = Puzzles(recipe("puzzles.starts_near_answer=0.5", "puzzles.symmetries=false"), PUZZLE)
+    batch = MicroBatch(torch.arange(400), grids(8).repeat(50, 1, 1))
+    sample = task.sample(batch, CPU)
+    begun = ~sample.first.isnan().any((1, 2))
+    assert begun.float().mean() == pytest.approx(0.5, abs=0.1)
+    right = (sample.first[begun].argmax(-1) == batch.samples[begun, 1] - 1).float().mean(1)
+    assert right.min() < 0.4 and right.max() > 0.9 and right.mean() == pytest.approx(0.5 + 0.5 / SIZE, abs=0.05)
+    part = task.sample(MicroBatch(torch.arange(7, 9), batch.samples[7:9]), CPU)
+    assert torch.equal(part.first.nan_to_num(-1), sample.first[7:9].nan_to_num(-1))
+    batch.counts = torch.ones(400, dtype=torch.bool)  # of validation
+    assert task.sample(batch, CPU).start is None
 
 
 # --- baselines ------------------------------------------------------------------------------------
