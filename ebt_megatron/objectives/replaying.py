@@ -65,7 +65,7 @@ class Replaying:
             torch.cat([sample.targets, torch.stack([e.targets for e in entries])]),
             torch.cat([sample.sample_ids, ids]),
             None,
-            stack_start(len(sample.observed), entries),
+            stack_start(len(sample.observed), entries, sample.start),
             entries,
         )
 

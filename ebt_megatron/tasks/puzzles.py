@@ -74,10 +74,6 @@ class Puzzles:
                 "thinking.langevin_on=embedding is for video and images, data.modality is puzzles: set prediction",
             ),
             (
-                thinking.replay.enabled,
-                "thinking.replay.enabled=true would replay grids, which are not kept yet: set it to false",
-            ),
-            (
                 self.recipe.data.document_mask,
                 "data.document_mask=true is about text, data.modality is puzzles: set it to false",
             ),

@@ -108,11 +108,12 @@ def reshard(states: list[dict[str, Any]], tensor_rank: int, tensor_size: int, sl
     return merged
 
 
-def stack_start(fresh: int, entries: list[Entry]) -> Tensor | None:
-    """Starting predictions [S, fresh + replayed, ...]: NaN (draw noise) for the fresh ones."""
+def stack_start(fresh: int, entries: list[Entry], given: Tensor | None = None) -> Tensor | None:
+    """Starting predictions [S, fresh + replayed, ...]: of the fresh ones those given, or NaN (by the recipe)."""
     predictions = [e.prediction for e in entries if e.prediction is not None]
     if not predictions:
         return None
     replayed = torch.stack(predictions, 1)
-    blank = torch.full((replayed.shape[0], fresh, *replayed.shape[2:]), torch.nan, dtype=replayed.dtype)
-    return torch.cat([blank.to(replayed.device), replayed], 1)
+    if given is None:
+        given = replayed.new_full((replayed.shape[0], fresh, *replayed.shape[2:]), torch.nan)
+    return torch.cat([given.to(replayed), replayed], 1)

@@ -105,7 +105,11 @@ LAYOUTS = {
 }
 MODELS = {
     "EBT": ["thinking.reuse=true"],
-    "EBT, near answers": ["puzzles.starts_near_answer=0.5"],
+    "EBT, near answers, replayed": [
+        "puzzles.starts_near_answer=0.5",
+        "thinking.replay.enabled=true",
+        "thinking.replay.capacity=1",
+    ],
     "feed-forward": ["model.architecture=baseline"],
     "recurrent": ["model.architecture=baseline", "puzzles.passes=3"],
 }
@@ -242,7 +246,6 @@ def test_flops_of_two_passes_are_about_those_of_two_networks():
         ("model.conditioning=adaln", "time_embed"),
         ("model.num_query_groups=2", "one group for each head"),
         ("thinking.initial=observed", "initial_std"),
-        ("thinking.replay.enabled=true", "false"),
         ("puzzles.passes=2 model.architecture=baseline parallel.pipeline=2", "parallel.pipeline=1"),
     ],
 )
