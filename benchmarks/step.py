@@ -105,7 +105,7 @@ def _peak_rss() -> int:
 
 
 def _task(recipe: Recipe, width: int) -> Task:
-    """Text of a vocabulary, or square pictures of patches, of this size."""
+    """A task of text with `width` entries in its vocabulary, or of square pictures of `width` channels a patch."""
     from ebt_megatron.tasks.images import Images
     from ebt_megatron.tasks.text import Text
 

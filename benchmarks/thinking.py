@@ -254,7 +254,7 @@ class Thinking(Learning):
         return {"machine": machine(), "seeds": seeds, "suites": suites}
 
     def tables(self, results: dict[str, Any]) -> list[Table]:
-        """All of them."""
+        """Every table of the results."""
         of = results["suites"]
         return [
             facets(of),

@@ -113,7 +113,7 @@ class NextFrames(Study):
         }
 
     def tables(self, results: dict[str, Any]) -> list[Table]:
-        """Each set of held-out films, and the loss against thinking."""
+        """Tables of each set of held-out films, and of the loss against thinking."""
         models = results["models"]
         sets = models[0]["sets"]
         head = ["model", "frames trained on (M)", "TFLOPs", "loss", "below the last frame again", "PSNR"]

@@ -1,1 +1,1 @@
-"""Preparation of raw text, video and images as WebDataset shards: `ebt-prepare --help`."""
+"""Turns raw text, video, pictures and puzzles into WebDataset shards: `ebt-prepare --help`."""

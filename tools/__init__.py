@@ -1,1 +1,1 @@
-"""Command-line tools for prepared data, plans and weights; setup.py installs their commands."""
+"""Commands on data and runs: shards, plans, conversion, pictures. setup.py installs them."""

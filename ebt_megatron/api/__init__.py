@@ -1,1 +1,1 @@
-"""Trained models in Python: `ebt_megatron.load`, and what a model of each modality can do."""
+"""Gives trained models to Python code: `ebt_megatron.load`, and a class for each modality's models."""

@@ -1,1 +1,1 @@
-"""Checkpoints: written atomically, verified, kept or removed; and weights alone as safetensors."""
+"""Writes checkpoints atomically, verifies, keeps and removes them; reads and writes weights alone as safetensors."""

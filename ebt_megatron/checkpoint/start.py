@@ -75,7 +75,7 @@ def start_from(source: Path, model: Any, recipe: Recipe, identity: dict[str, Any
 
 
 def _gathered(own: Any) -> list[Any]:
-    """Of every rank."""
+    """Every rank's object, in the order of ranks."""
     out = [own] * dist.get_world_size()
     dist.all_gather_object(out, own)
     return out

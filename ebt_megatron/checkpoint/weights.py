@@ -5,8 +5,8 @@ A file holds each weight of the model once, uncut, under its name in a single-pr
 metadata says which model it is, so that weights of the right shapes and the wrong meaning are refused:
 
     recipe       the resolved recipe, YAML
-    fingerprint  JSON of what a run must have in common to use the weights (`training.loop.fingerprint`,
-                 and vocab_size where it is known)
+    fingerprint  JSON of what a run must have in common to use the weights (`checkpoints.fingerprint`, and
+                 vocab_size where it is known)
     step         optimizer steps the weights have had, where it is known
 """
 

@@ -1,4 +1,4 @@
-"""The recipe: typed configuration, one dataclass per owner with its own choices and checks, files and overrides."""
+"""Reads and checks recipes: a dataclass for each part with its own choices and checks, files and overrides."""
 
 from ebt_megatron.config.data import DataConfig
 from ebt_megatron.config.images import ImagesConfig

@@ -1,1 +1,1 @@
-"""What every package may use: errors, command lines, launchers, randomness, whole files, options, timers."""
+"""Serves every package and needs none: errors, command lines, launchers, randomness, whole files, options, timers."""

@@ -1,1 +1,1 @@
-"""Kinds of sample, shards, the global order, remote folders, and the loader, which resumes exactly on any layout."""
+"""Reads shards: kinds of sample, the global order, remote folders, and a loader that resumes exactly on any layout."""

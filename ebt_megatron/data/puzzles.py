@@ -101,12 +101,12 @@ class Puzzle:
 
     @property
     def cells(self) -> int:
-        """Of a grid."""
+        """How many cells a grid has."""
         return self.height * self.width
 
     @property
     def name(self) -> str:
-        """In words."""
+        """The kind and size of the puzzle, in words."""
         return f"{self.kind} of {self.height} x {self.width}"
 
 

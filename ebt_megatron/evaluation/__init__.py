@@ -1,1 +1,1 @@
-"""A run at every number of steps, the suites of text and pictures, and a report for each modality."""
+"""Evaluates runs: at every number of steps, by the suites of text, pictures and puzzles, and in reports."""

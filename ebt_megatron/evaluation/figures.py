@@ -45,7 +45,7 @@ def colours(night: bool, stacked: bool = False) -> Iterator[None]:
 
 
 def png_of(figure: Figure) -> bytes:
-    """Its picture; the figure is closed."""
+    """Draw a figure as a PNG and close it."""
     buffer = io.BytesIO()
     for axes in figure.axes:
         for axis in (axes.xaxis, axes.yaxis):

@@ -75,7 +75,7 @@ def puzzle_tables(numbers: Mapping[str, Any]) -> list[Table]:
 
 
 class PuzzleEvaluation(Evaluation):
-    """Of puzzles: the suite above."""
+    """The evaluation of puzzles: the suite and tables above."""
 
     def suite(self, run_dir: Path, overrides: Sequence[str], options: SuiteOptions) -> dict[str, Any]:
         """See `Evaluation`."""

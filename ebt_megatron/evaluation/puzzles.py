@@ -44,27 +44,27 @@ class Thoughts:
 
     @property
     def asked(self) -> Tensor:
-        """Bool [B, S]."""
+        """Which cells are asked for, bool [B, S]."""
         return self.targets != GIVEN
 
     @property
     def grids(self) -> Tensor:
-        """The most likely symbol of every cell, int64 [n, B, S]; what is given is not."""
+        """The most likely symbol of every cell, int64 [n, B, S]; of a given cell it means nothing."""
         return self.logits.argmax(-1)
 
     @property
     def right(self) -> Tensor:
-        """Bool [n, B, S]: as the answer is, or given."""
+        """Which cells are as the answer says, or given; bool [n, B, S]."""
         return (self.grids == self.targets) | ~self.asked
 
     @property
     def solved(self) -> Tensor:
-        """Bool [n, B]: every cell is right."""
+        """Which puzzles have every cell right, bool [n, B]."""
         return self.right.all(-1)
 
     @property
     def losses(self) -> Tensor:
-        """Nats per asked cell, [n, B]."""
+        """The loss in nats per asked cell, [n, B]."""
         log_p = self.logits.log_softmax(-1)
         target = self.targets.clamp_min(0).expand(len(log_p), -1, -1)
         return (-log_p.gather(-1, target[..., None])[..., 0] * cell_weights(self.targets).t()).mean(-1)
@@ -76,7 +76,7 @@ class Thoughts:
 
 
 def most_steps(run: TrainedRun, wanted: int) -> int:
-    """How many a model can take."""
+    """Return how many of the wanted steps a model can take: a feed-forward one takes one."""
     return wanted if run.objective.thinks or run.recipe.puzzles.passes > 1 else 1
 
 
@@ -279,7 +279,7 @@ def measure(
     looked_at: int = 16,
     starts: int = 8,
 ) -> dict[str, Any]:
-    """All of it, of one folder's puzzles.
+    """Measure everything above on the puzzles of one folder.
 
     Args:
         run: opened on one process.
@@ -305,7 +305,7 @@ def measure(
 
 
 def _one_pass(run: TrainedRun) -> Cost:
-    """Of a baseline, whose task counts all passes that were trained."""
+    """Return what one pass of a baseline costs; its task counts all passes that were trained."""
     whole, passes = run.task.cost(), run.recipe.puzzles.passes
     return Cost(whole.layers / passes, whole.vocabulary / (passes + (passes - 1) * 2 / 3))
 

@@ -1,1 +1,1 @@
-"""The use of a trained model: thinking over a cached context, generation, scoring, lm-evaluation-harness."""
+"""Uses a trained model: thinking over a cached context, generation, scoring, lm-evaluation-harness."""

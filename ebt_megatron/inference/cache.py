@@ -43,7 +43,7 @@ class Queries:
         return Queries(self.rows[index], self.positions[index])
 
     def group(self, x: Tensor) -> Tensor:
-        """[R, ...] -> [B', Q, ...], with zeros where a row has fewer."""
+        """Put queries [R, ...] of a row beside each other: [B', Q, ...], with zeros where a row has fewer."""
         if not self._in_order:
             x = x.new_zeros(self._places, *x.shape[1:]).index_copy(0, self._place, x)
         return x.unflatten(0, (-1, self.most))
@@ -139,7 +139,7 @@ class ContextCache:
         return (k, v) if len(queries.own) == len(k) else (k[queries.own], v[queries.own])
 
     def _seen(self, queries: Queries) -> Tensor:
-        """Bool [B', Q, C]."""
+        """Which cached positions each query may see, bool [B', Q, C]."""
         at = queries.group(queries.positions)[..., None]
         there = self.positions[queries.own, None, : self.used]
         return (there <= at) & ((at - there < self.window) | (there < self.sinks))

@@ -88,7 +88,7 @@ class RunLM(TemplateLM):
 
     @classmethod
     def of(cls, predictor: Predictor, texts: Texts, batch_size: int = 16) -> RunLM:
-        """The same of a run that is open."""
+        """Make the model of a run that is already open."""
         lm = cls.__new__(cls)
         TemplateLM.__init__(lm)
         lm._use(predictor, texts, batch_size)

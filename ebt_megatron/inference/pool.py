@@ -53,7 +53,7 @@ class Growing:
 
 
 class Pool:
-    """Rows of a context, some of them taken.
+    """The rows of one cached context, some of them taken by texts that grow.
 
     Args:
         predictor_of: makes the predictor of options; over one model, so that all read the same context.

@@ -1,7 +1,7 @@
-"""How the hot parts run. `select` is the one dispatch table; `interface` says what is offered.
+"""Has the operations that take most of the time. `interface` says which, and `select` chooses a backend.
 
-Backends: `reference` (plain formulas, the judge), `torch` (tiled, for CPU, and wherever
-there is no Triton), `triton` (GPU; the vocabulary's products stay with cuBLAS).
+There are three backends. `reference` has plain formulas and is the judge of the others. `torch` is tiled, for CPU and
+wherever there is no Triton. `triton` is for GPUs; the vocabulary's products stay with cuBLAS.
 """
 
 from __future__ import annotations

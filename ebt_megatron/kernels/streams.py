@@ -22,7 +22,7 @@ def streams(x: Tensor, tangent: bool) -> tuple[Tensor, ...]:
 
 
 def wide(*tensors: Tensor) -> list[Tensor]:
-    """At least float32, for accumulation."""
+    """Return tensors in float32 at least, for accumulation."""
     return [t if t.dtype == torch.float64 else t.float() for t in tensors]
 
 

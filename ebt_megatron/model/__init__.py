@@ -1,1 +1,1 @@
-"""What the network is: layers, the energy model, the Transformer++ and DiT baselines."""
+"""Has the networks: layers, the energy models of sequences, pictures and puzzles, and their baselines."""

@@ -32,7 +32,7 @@ Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # rotated queries and keys,
 
 @dataclass
 class LayerSubmodules:
-    """Which parallel linear layers a TransformerLayer is built from."""
+    """The parallel linear layers that a TransformerLayer is built from."""
 
     column_linear: ModuleSpec
     row_linear: ModuleSpec

@@ -1,4 +1,4 @@
-"""What a training step and validation compute for an energy model and a feed-forward one, and their FLOPs."""
+"""Computes a training step and validation, for an energy model and for a feed-forward one, and counts their FLOPs."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Megatron's process groups and configuration, collectives, its attributes of parameters, and the CPU backend."""
+"""Meets megatron-core: process groups, configuration, collectives, attributes of parameters, and the CPU backend."""

@@ -1,1 +1,1 @@
-"""The state that thinking improves: its interface, and one module per kind of state."""
+"""Holds the predictions that thinking improves: their interface, and a module for each kind."""

@@ -69,7 +69,7 @@ class CellAdjoint(LogitsAdjoint):
 
 @dataclass(kw_only=True)
 class PlainCells(PlainText):
-    """The same in plain torch.
+    """Predicted symbols in plain torch.
 
     Attributes:
         weights: [S, B] of each cell's loss.

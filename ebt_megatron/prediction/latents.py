@@ -44,7 +44,7 @@ class LatentMap:
         return x if self.positions is None else x + self.group.own_positions(self.positions)[:, None].to(x.dtype)
 
     def direction(self, values: Tensor) -> Tensor:
-        """The same of a direction in latents: neither bias nor position."""
+        """Map a direction in latents likewise, without bias and position."""
         return F.linear(self.group.own_positions(values).to(self.weight.dtype), self.weight.detach())
 
     def unit_direction(self, values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -178,7 +178,7 @@ class LatentPrediction:
         return self.begin_backward_along(torch.zeros_like(self._initial), weight)
 
     def begin_backward_along(self, adjoint: Tensor, weight: Tensor) -> Tensor:
-        """The same, and along an adjoint by the start."""
+        """Go back as `begin_backward` does, with the adjoint of the start added."""
         assert self.output is not None
         gradient = _loss_gradient(self._initial, self.target)
         return self.output.backward(self._hidden, adjoint + weight[..., None].to(gradient.dtype) * gradient)

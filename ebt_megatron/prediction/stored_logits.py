@@ -146,7 +146,7 @@ class StoredLogits:
             yield rows, y
 
     def parts_of(self, step: Step) -> Iterator[tuple[slice, Tensor, Step]]:
-        """The same, with what a step from them is made of."""
+        """Yield the same parts as `parts`, with what a step from them is made of."""
         for rows, y in self.parts():
             yield rows, y, step.of(rows)
 

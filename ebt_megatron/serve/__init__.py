@@ -1,1 +1,1 @@
-"""A small server of one text model: OpenAI's completions with thinking, requests that share passes, and a page."""
+"""Serves one text model: OpenAI's completions with thinking, requests that share passes, and a page."""

@@ -1,4 +1,4 @@
-"""Modalities: what a batch means to a model, the models of it, and what its evaluation is. One module each."""
+"""Has the modalities, a module each: what a batch means to a model, the models, and what their evaluation is."""
 
 from __future__ import annotations
 

@@ -114,11 +114,11 @@ class PuzzleOutput(TextOutput):
 
     @torch.no_grad()
     def probabilities(self, logits: Tensor) -> Tensor:
-        """Of all symbols, [S, B, V], of logits [S, B, V / TP]; nothing is learned through them."""
+        """Probabilities of all symbols, [S, B, V], from logits [S, B, V / TP]; nothing is learned through them."""
         return TensorGroup().columns(logits.float())[..., : self.vocab_size].softmax(-1)
 
     def loss(self, logits: Tensor, targets: Tensor) -> Tensor:
-        """[S, B] of logits [S, B, V / TP] and targets [B, S]."""
+        """The cross-entropy [S, B] of logits [S, B, V / TP] and targets [B, S], times each cell's weight."""
         asked = targets.clamp_min(0).t().contiguous()
         return vocab_parallel_cross_entropy(logits.float(), asked) * cell_weights(targets)
 

@@ -1,1 +1,1 @@
-"""Thinking and learning: plan, dual stream, pipeline and its schedule, replay, and double backward as the judge."""
+"""Thinks and learns: plan, dual stream, pipeline and its schedule, replay, and double backward as the judge."""

@@ -60,7 +60,7 @@ def _mlp(layer: Any, n: Tensor) -> Tensor:
 
 
 def _energy(model: Any, h: Tensor, n: Tensor) -> Tensor:
-    """Of last hidden states h and their norm n, [S, B]."""
+    """The energies [S, B] of last hidden states h and their normalised form n."""
     if model.energy_head == "linear":
         return n @ model.head
     return 5 / h.shape[-1] * (n @ model.head + h.square() @ model.curvature / 2)

@@ -1,1 +1,1 @@
-"""The training step, the run, the loop and its hooks, the optimizer, metrics and faults."""
+"""Trains: the step, the run, the loop and its hooks, the optimizer, metrics and faults."""

@@ -47,16 +47,16 @@ class Hook:
         self.run = run
 
     def begin(self) -> None:
-        """Before the first step."""
+        """Called before the first step."""
 
     def after_step(self, moment: Moment) -> None:
-        """After each step, on every rank."""
+        """Called after each step, on every rank."""
 
     def broken_off(self) -> None:
-        """Before an error that ends the run and that all ranks know of, between two steps."""
+        """Called between two steps, before an error that all ranks know of ends the run."""
 
     def close(self) -> None:
-        """At the end, also after an error."""
+        """Called at the end, also after an error."""
 
 
 def train(run: Run, hooks: Sequence[Hook]) -> None:

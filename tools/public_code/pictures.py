@@ -183,7 +183,7 @@ def _noise(source: Source, trunk: str, channels: int, patch: int, order: Tensor)
 
 
 def _modulation(source: Source, theirs: str, ours: str, parts: int, order: Tensor) -> dict[str, Tensor]:
-    """Its rows act on hidden channels; its columns are the condition's own."""
+    """Reorder a modulation's rows, which act on hidden channels; its columns are the condition's own."""
     made = source.modulation(theirs, ours, parts, len(order))
     return {name: w.unflatten(0, (parts, -1))[:, order].flatten(0, 1) for name, w in made.items()}
 
