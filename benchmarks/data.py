@@ -258,7 +258,7 @@ def preparation(folder: Path, megabytes: float, workers: int) -> float:
 def main(
     data: Path | None = typer.Option(None, help="Prepared text, e.g. data/text/train; default: random tokens."),
     samples: int = typer.Option(48_828, help="Random samples to make."),
-    sequence_length: int = typer.Option(2047, help="Of them; a sample has one token more."),
+    sequence_length: int = typer.Option(2047, help="Tokens of a sample, less one."),
     micro_batch: int = typer.Option(8, min=1, help="Samples in a micro-batch."),
     seconds: float = typer.Option(5.0, help="Time for each loader."),
     megabytes: float = typer.Option(40.0, help="Text for preparation."),

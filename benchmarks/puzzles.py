@@ -129,9 +129,9 @@ class Sudoku(Study):
 
 
 def main(
-    seeds: int = typer.Option(5, help="Of every model."),
+    seeds: int = typer.Option(5, help="Seeds of every model."),
     steps: int | None = typer.Option(None, help="Updates; default: the recipes'."),
-    models: list[str] = typer.Option(list(MODELS), help="Of the table; those that are done are shown as well."),
+    models: list[str] = typer.Option(list(MODELS), help="Models of the table; those that are done are shown as well."),
     only: bool = typer.Option(False, help="Train and evaluate, and write no results."),
 ) -> None:
     """Train, evaluate and compare."""

@@ -179,13 +179,13 @@ class PictureSource:
         captions: of the pictures, or None.
     """
 
-    height: int = option(128, min=1, help="Of a sample: a picture made smaller and cropped to its centre.")
-    width: int = option(128, min=1, help="Of a sample.")
+    height: int = option(128, min=1, help="Height of a sample, a picture made smaller and cropped to its centre.")
+    width: int = option(128, min=1, help="Width of a sample.")
     ground: str = option(WHITE, parser=colour, help=GROUND_HELP)
     tile: bool = option(False, help="Cut pictures into samples instead of making them smaller.")
     classes: list[str] = field(default_factory=list)
-    array_key: str = option("images", help="Of the pictures in an .npz.")
-    labels_key: str = option("labels", help="Of the labels in an .npz.")
+    array_key: str = option("images", help="Key of the pictures in an .npz.")
+    labels_key: str = option("labels", help="Key of the labels in an .npz.")
     captions: CaptionTexts | None = None
     kind: ClassVar[str] = "images"
     piece: ClassVar[str] = "picture"

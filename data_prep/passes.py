@@ -44,7 +44,7 @@ class Settings:
 
     validation_fraction: float = option(0.02, min=0.0, max=0.5, help="Share held out; 0: no validation folder.")
     skip_broken: bool = option(False, help="Leave out what cannot be read or decoded; OUTPUT/skipped.txt names it.")
-    seed: int = option(0, min=0, help="Of the split and of what is fitted.")
+    seed: int = option(0, min=0, help="Seed of the split and of what is fitted.")
 
     @property
     def splits(self) -> list[str]:

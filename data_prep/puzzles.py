@@ -62,7 +62,7 @@ class PuzzleSettings:
     )
     harder: int = option(500, min=0, help="Harder puzzles to make, held out.")
     harder_range: str = option("", help="LEAST-MOST of those; default: none are made or held out.")
-    seed: int = option(0, min=0, help="Of what is made and held out.")
+    seed: int = option(0, min=0, help="Seed of what is made and held out.")
 
     @property
     def puzzle(self) -> Puzzle:

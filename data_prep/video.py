@@ -106,14 +106,14 @@ class VideoSource:
     """
 
     frames: int = option(16, min=2, help="Frames of a clip.")
-    height: int = option(128, min=1, help="Of a frame, after making it smaller and cropping to the centre.")
-    width: int = option(128, min=1, help="Of a frame.")
+    height: int = option(128, min=1, help="Height of a frame, after making it smaller and cropping to the centre.")
+    width: int = option(128, min=1, help="Width of a frame.")
     stride: int = option(1, min=1, help="Take every so-many-th frame.")
     frame_rate: float = option(0.0, min=0.0, help="Take so many frames a second instead (0: by --stride).")
     hop: int = option(
         0, min=0, help="Frames of the film (with --frame-rate: taken) from a clip's begin to the next's; 0: no overlap."
     )
-    mirror: bool = option(False, help="Each clip also as in a mirror.")
+    mirror: bool = option(False, help="Add a mirrored copy of each clip.")
     tiles: int = option(1, min=1, help="Cut frames into samples, so many along the shorter side.")
     ground: str = option(WHITE, parser=colour, help=GROUND_HELP)
     pause: float = option(

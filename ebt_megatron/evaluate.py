@@ -44,14 +44,18 @@ def main(
     output: Path | None = typer.Option(None, help="Where to write; default: RUN_DIR/evaluation.json, or suite.json."),
     example: bool = typer.Option(True, help="Work out one token, too."),
     suite: bool = typer.Option(
-        False, "--suite", help="Text: thinking, starts, energies, uncertainty, shifts. Images: passes, a probe, shifts."
+        False,
+        "--suite",
+        help="Text: thinking, starts, energies, uncertainty, shifts. Images: passes, a probe, shifts. Puzzles: solved.",
     ),
-    baseline: list[Path] = typer.Option([], help="Of text's suite: runs of Transformer++; the first measures shifts."),
+    baseline: list[Path] = typer.Option(
+        [], help="For the suite of text: runs of Transformer++; the first measures shifts."
+    ),
     rival: list[Path] = typer.Option([], hidden=True, help="The name of --baseline before 0.2."),
     shift: list[str] = typer.Option(
-        [], help="Of the suite: NAME=FOLDER of other text or pictures, of the run's tokenizer or encoder."
+        [], help="For the suite: NAME=FOLDER of other samples, prepared with the run's tokenizer or encoder."
     ),
-    starts: int = typer.Option(8, min=1, help="Of text's suite: the most starts to choose among."),
+    starts: int = typer.Option(8, min=1, help="For the suites of text and puzzles: the most starts to choose among."),
 ) -> None:
     """Write validation loss, perplexity, energy and accuracy against thinking steps as JSON.
 

@@ -105,7 +105,7 @@ def main(
     top_p: float = typer.Option(
         1.0, help="Draw among the fewest most likely tokens of this probability together.", rich_help_panel=_DRAWING
     ),
-    seed: int = typer.Option(0, help="Of draws and noise.", rich_help_panel=_DRAWING),
+    seed: int = typer.Option(0, help="Seed of draws and noise.", rich_help_panel=_DRAWING),
     continuations: int = typer.Option(
         1, help="N continuations of each prompt, of which one is kept.", rich_help_panel=_DRAWING
     ),

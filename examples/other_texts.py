@@ -119,7 +119,7 @@ def main(
     tokenizer: Path = typer.Option(..., help="The run's: tokenizer.json in its folder of training shards."),
     output: Path = typer.Option(OUTPUT, help="A folder of shards for each text goes in here."),
     sequence_length: int = typer.Option(128, min=1, help="The run's."),
-    characters: int = typer.Option(600_000, min=_EXCERPT, help="Of each text."),
+    characters: int = typer.Option(600_000, min=_EXCERPT, help="Characters of each text."),
 ) -> None:
     """Prepare text unlike the quickstart's; what is there is left."""
 

@@ -25,7 +25,8 @@ MODEL_SIZES: dict[str, tuple[int, int, int, float]] = {
 class ModelConfig:
     """What the network is."""
 
-    architecture: str = one_of("ebt", "baseline", default="ebt")  # baseline: Transformer++; of images a DiT
+    # baseline: Transformer++; of images a DiT; of puzzles by puzzles.passes
+    architecture: str = one_of("ebt", "baseline", default="ebt")
     size: str | None = None  # a name of MODEL_SIZES; explicit fields below win over it
     num_layers: int | None = positive(None)  # layers; default: the size's
     num_attention_heads: int | None = positive(None)  # query heads; default: the size's
