@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ebt_megatron.config.fields import at_least, positive, within
+from ebt_megatron.config.fields import at_least, positive
 
 
 @dataclass
@@ -15,6 +15,4 @@ class PuzzlesConfig:
     # over the first so many samples of a run, answers are given away as clues: of each puzzle a share that is uniform
     # below one that falls from 1 to 0
     clues_given_away: int = at_least(0, 0)
-    # of an EBT: the share of samples whose thinking begins at an answer of which some cells are wrong, from none to all
-    starts_near_answer: float = within(0, 1, 0.0, "between 0 and 1")
     passes: int = positive(1)  # of model.architecture=baseline: 1: feed-forward; more: recurrent, trained on so many

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from ebt_megatron.config.fields import at_least, one_of, positive
+from ebt_megatron.config.fields import at_least, one_of, positive, within
 from ebt_megatron.core.errors import RecipeError
 
 
@@ -45,6 +45,9 @@ class ThinkingConfig:
     # observed: of video, the last frame that is observed; of pictures, the noised one
     initial: str = one_of("noise", "context", "observed", default="noise")
     initial_std: float = at_least(0, 0.0)  # of the noise; 0: zeros, which for text saves passes over the vocabulary
+    # in training, this share of samples starts on the way to the answer instead: puzzles with a drawn share of cells
+    # wrong, pictures a drawn part of the way from where they would start
+    starts_near_answer: float = within(0, 1, 0.0, "between 0 and 1")
     initial_loss_weight: float = positive(1.0)  # initial=context: of its loss, beside 1 for the steps' together
     engine: str = one_of("dual_stream", "double_backward", default="dual_stream")  # the latter: the slow reference
     reuse: bool = False  # learn takes activations and input gradients from propose (more memory)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ebt_megatron.config import ImagesConfig, Recipe, RecipeError
 from ebt_megatron.core.errors import DataError
-from ebt_megatron.core.randomness import CLASS_STREAM, LEVEL_STREAM, PICTURE_NOISE_STREAM, uniform
+from ebt_megatron.core.randomness import CLASS_STREAM, LEVEL_STREAM, PICTURE_NOISE_STREAM, START_STREAM, uniform
 from ebt_megatron.data.captions import LONGEST, NOT_TOLD
 from ebt_megatron.data.decoder import Decoder, psnr
 from ebt_megatron.data.description import Description
@@ -155,10 +155,18 @@ class Images:
                 self.options.learn_sigma and model.architecture == "ebt",
                 "images.learn_sigma is about a DiT's random steps: set it to false, or model.architecture=baseline",
             ),
+            (
+                self._starts_near and self.recipe.thinking.initial != "observed",
+                "thinking.starts_near_answer goes on the way from the noised picture: set thinking.initial=observed",
+            ),
             (self.recipe.training.precision == "fp8", "training.precision=fp8 has no layers for pictures: set bf16"),
         ):
             if wrong:
                 raise RecipeError(why)
+
+    @property
+    def _starts_near(self) -> bool:
+        return self.recipe.model.architecture == "ebt" and self.recipe.thinking.starts_near_answer > 0
 
     @classmethod
     def from_data(cls, recipe: Recipe, source: Description) -> Images:
@@ -190,9 +198,19 @@ class Images:
         levels = self._levels(ids) if level is None else torch.full_like(ids, level)
         noise = self.noise(ids)
         observed = self._conditions(batch, ids, levels)
-        start = self.schedule.noised(clean, noise, levels).transpose(0, 1) if self.denoises else None
+        start = self.schedule.noised(clean, noise, levels) if self.denoises else None
+        if self._starts_near and start is not None and batch.counts is None:
+            start = start + self._way(ids)[:, None, None] * (clean - start)
+        start = None if start is None else start.transpose(0, 1)
         targets = clean if self.recipe.model.architecture == "ebt" else noise
         return Sample(observed, targets, ids, start=start)
+
+    def _way(self, sample_ids: Tensor) -> Tensor:
+        """How far [B] each picture's start is on the way to the clean one: for some a drawn part, else 0."""
+        far, chosen = uniform(
+            self.recipe.training.seed, sample_ids, torch.arange(2, device=sample_ids.device), START_STREAM
+        )
+        return torch.where(chosen < self.recipe.thinking.starts_near_answer, far, 0.0)
 
     def noise(self, sample_ids: Tensor, stream: int = 0) -> Tensor:
         """N(0, 1) [B, S, C], a function of sample and stream."""

@@ -108,7 +108,7 @@ class Puzzles:
         if training and self.options.clues_given_away:
             question = torch.where(self._given_away(ids), answer, question)
         targets = torch.where(question == BLANK, answer - 1, GIVEN)
-        near = training and self.options.starts_near_answer > 0 and self.recipe.model.architecture == "ebt"
+        near = training and self.recipe.thinking.starts_near_answer > 0 and self.recipe.model.architecture == "ebt"
         return Sample(question, targets, ids, start=self._near_answer(answer - 1, ids) if near else None)
 
     def _near_answer(self, answer: Tensor, sample_ids: Tensor) -> Tensor:
@@ -118,7 +118,7 @@ class Puzzles:
         wrong, other, (share, chosen) = u[:, : self.length], u[:, self.length : -2], u[:, -2:].t()
         symbols = torch.where(wrong < share[:, None], (other * self.puzzle.symbols).long(), answer)
         start = _SURE * torch.nn.functional.one_hot(symbols, self._vocab[1]).float()
-        start[chosen >= self.options.starts_near_answer] = torch.nan
+        start[chosen >= self.recipe.thinking.starts_near_answer] = torch.nan
         group = TensorGroup()
         return start.chunk(group.size, -1)[group.rank].transpose(0, 1).contiguous()
 

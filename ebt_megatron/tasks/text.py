@@ -55,6 +55,8 @@ class Text:
             raise RecipeError(
                 "thinking.langevin_on=embedding is for video and images, data.modality is text: set prediction"
             )
+        if recipe.thinking.starts_near_answer:
+            raise RecipeError("thinking.starts_near_answer is for puzzles and images, data.modality is text: set 0")
         if recipe.thinking.initial == "observed":
             raise RecipeError(
                 "thinking.initial=observed is for video and images, data.modality is text: set noise or zeros"

@@ -80,6 +80,8 @@ class Video:
     @classmethod
     def from_data(cls, recipe: Recipe, source: Description) -> Video:
         """See `Task`."""
+        if recipe.thinking.starts_near_answer:
+            raise RecipeError("thinking.starts_near_answer is for puzzles and images, data.modality is video: set 0")
         encoder, (_, _, channels) = encoder_of(source), source.manifest.shape
         rows, columns = (encoder[side] // encoder["patch"] for side in ("height", "width"))
         tokens = FrameTokens(rows, columns, channels, recipe.video.tokens_per_side)

@@ -18,6 +18,8 @@ from tests.cases import slow
 from tests.distributed_utils import run_ranks
 from tests.tasks import latents
 
+CPU = torch.device("cpu")
+
 RANDOM = ("thinking.step_size_scale=2",)
 MODES = {
     "S1, one step": (Plan((1.0,), "detached"), RANDOM),
@@ -126,6 +128,23 @@ def test_noise_levels_and_classes_are_drawn_by_sample():
     assert torch.equal(part.start, whole.start[:, 100:110]) and torch.equal(part.observed, whole.observed[100:110])
     batch.counts = torch.ones(400, dtype=torch.bool)  # of validation
     assert torch.equal(task.sample(batch, torch.device("cpu")).observed[:, 1], batch.beside["labels"])
+
+
+def test_some_pictures_start_on_the_way_to_the_clean_one():
+    batch, given = latents.pictures(400), "thinking.initial=observed"
+    plain, near = (
+        latents.task(latents.pictures_recipe(given, f"thinking.starts_near_answer={share}")).sample(batch, CPU)
+        for share in (0, 0.5)
+    )
+    distances = [(sample.first - sample.targets).flatten(1).norm(dim=1) for sample in (near, plain)]
+    gone = 1 - distances[0] / distances[1]
+    moved = gone > 1e-6
+    assert moved.float().mean() == pytest.approx(0.5, abs=0.1) and gone[moved].mean() == pytest.approx(0.5, abs=0.1)
+    task = latents.task(latents.pictures_recipe(given, "thinking.starts_near_answer=1"))
+    batch.counts = torch.ones(400, dtype=torch.bool)  # of validation
+    assert torch.equal(task.sample(batch, CPU).start, plain.start)
+    with pytest.raises(RecipeError, match=r"set thinking.initial=observed"):
+        latents.task(latents.pictures_recipe("thinking.initial=noise", "thinking.starts_near_answer=0.5"))
 
 
 @pytest.mark.parametrize(("name", "nothing"), [("tokens", -1), ("vectors", 0)])

@@ -106,7 +106,7 @@ LAYOUTS = {
 MODELS = {
     "EBT": ["thinking.reuse=true"],
     "EBT, near answers, replayed": [
-        "puzzles.starts_near_answer=0.5",
+        "thinking.starts_near_answer=0.5",
         "thinking.replay.enabled=true",
         "thinking.replay.capacity=1",
     ],
@@ -207,7 +207,7 @@ def test_answers_are_given_away_at_first():
 
 
 def test_some_samples_start_at_answers_of_which_some_cells_are_wrong():
-    task = Puzzles(recipe("puzzles.starts_near_answer=0.5", "puzzles.symmetries=false"), PUZZLE)
+    task = Puzzles(recipe("thinking.starts_near_answer=0.5", "puzzles.symmetries=false"), PUZZLE)
     batch = MicroBatch(torch.arange(400), grids(8).repeat(50, 1, 1))
     sample = task.sample(batch, CPU)
     begun = ~sample.first.isnan().any((1, 2))
