@@ -55,9 +55,9 @@ def prepare_text(
     if settings.validation_fraction and len(files) == 1 and holds_one_document(files[0][0]):
         threshold(np.zeros(1), settings.validation_fraction, "document")
     given = settings.tokenizer
-    record = {
-        k: str(v) for k, v in vars(settings).items() if k not in ("skip_broken", "most_unknown")
-    }  # they change nothing
+    record = {k: str(v) for k, v in vars(settings).items() if k not in ("skip_broken", "most_unknown")}
+    if not settings.answers_after:
+        del record["answers_after"]  # preparations of before had none
     record["content"] = hashlib.sha256(load_tokenizer(given).to_str().encode()).hexdigest() if given else ""
     with Job(output, record, files, execution) as job:
         if job.complete:
@@ -87,6 +87,9 @@ def prepare_text(
                 f"left out: {made['skipped']:,} lines or files that cannot be read (skipped.txt names them) and "
                 f"{made['nulls']:,} nulls; {made['replaced']:,} characters became U+FFFD"
             )
+        if settings.answers_after:
+            answers = sum(m.provenance["answers"] for m in manifests.values())
+            job.console.print(f"answers: {answers:,} tokens")
         if unknown := sum(m.provenance.get("unknown", 0) for m in manifests.values()):
             tokens = sum(m.provenance["tokens"] for m in manifests.values())
             job.console.print(f"unknown to the tokenizer: {unknown:,} times, beside {tokens:,} tokens")

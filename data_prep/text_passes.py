@@ -26,6 +26,7 @@ from ebt_megatron.data_prep.options import check_known, most_unknown, path_or_na
 from ebt_megatron.data_prep.passes import Settings, Shard, Unit, WorkFolder, save, threshold, write_skipped
 from ebt_megatron.data_prep.tokens import (
     END_OF_TEXT,
+    answers_of,
     dtype_of,
     encode,
     entries,
@@ -48,6 +49,7 @@ class TextSettings(Settings):
         samples_per_shard: in every tar but the last.
         text_key: of JSONL and Parquet.
         max_bytes: text after this many bytes is left out; 0: none is.
+        answers_after: what answers follow in a document, which then are marked; "": nothing is.
         most_unknown: the share of tokens that may be the tokenizer's unknown one; it changes nothing of what is made.
     """
 
@@ -59,6 +61,7 @@ class TextSettings(Settings):
     samples_per_shard: int = option(8192, min=1, help="Samples in each tar.")
     text_key: str = option("text", help="Key or column of the text in JSONL and Parquet.")
     max_bytes: int = option(0, min=0, help="Stop after this many bytes of text (0: all).")
+    answers_after: str = option("", help="Mark what follows this text in a document, for data.learn_from=answers.")
     most_unknown: float = most_unknown("text")
 
 
@@ -139,7 +142,8 @@ class Documents:
 class TokenShards:
     """The tokens of documents that are kept, as shards of each split.
 
-    Of the whole input: lengths-N.npy and tokens-N.npy, of unit N, each document ended by the end of text.
+    Of the whole input: lengths-N.npy and tokens-N.npy, of unit N, each document ended by the end of text; and
+    answers-N.npy, which of the tokens are answers, if they are marked.
     """
 
     work: WorkFolder
@@ -178,7 +182,8 @@ class TokenShards:
         """Second pass: the tokens of the documents that are kept."""
         tokenizer = load_tokenizer(self.work.whole("tokenizer.json"))
         streams, lengths, lacking = [np.zeros(0, dtype_of(entries(tokenizer)))], [], Lacking(tokenizer)
-        unknown, waiting = [], deque[str]()
+        unknown, waiting, mark = [], deque[str](), self.settings.answers_after
+        answers = [np.zeros(0, np.uint8)]
 
         def documents() -> Iterator[str]:
             for _, document in self.documents.kept(unit):
@@ -188,9 +193,14 @@ class TokenShards:
         for tokens in encode(tokenizer, documents()):
             streams.append(tokens)
             lengths.append(len(tokens))
-            unknown.append(lacking.count(waiting.popleft(), tokens))
+            document = waiting.popleft()
+            unknown.append(lacking.count(document, tokens))
+            if mark:
+                answers.append(answers_of(tokenizer, document, tokens, mark))
         save(self.work.of_whole("unknown", unit.number), np.array(unknown, dtype=np.int64))
         save(self.work.of_whole("lengths", unit.number), np.array(lengths, dtype=np.int64))
+        if mark:
+            save(self.work.of_whole("answers", unit.number), np.concatenate(answers))
         save(self.tokens(unit), np.concatenate(streams))
 
     def plan(self, units: list[Unit]) -> list[Shard]:
@@ -200,6 +210,8 @@ class TokenShards:
         ends it.
         """
         self._check_unknown(units)
+        if self.settings.answers_after and not any(self._answers(units, s) for s in range(len(self.settings.splits))):
+            raise DataError(f"no document holds {self.settings.answers_after!r}: check --answers-after")
         shards = []
         for split, name in enumerate(self.settings.splits):
             rows, position = [np.zeros((0, 3), np.int64)], 0
@@ -231,6 +243,15 @@ class TokenShards:
             total += int(counts[splits[splits >= 0] == split].sum())
         return total
 
+    def _answers(self, units: list[Unit], split: int) -> int:
+        """How many tokens of a split are answers."""
+        total = 0
+        for unit in units:
+            splits = self.documents.splits(unit)
+            of = np.repeat(splits[splits >= 0] == split, np.load(self.work.of_whole("lengths", unit.number)))
+            total += int(np.load(self.work.of_whole("answers", unit.number))[of].sum())
+        return total
+
     def _check_unknown(self, units: list[Unit]) -> None:
         """Whether the tokenizer knows the text; raises DataError."""
         unknown = sum(self.unknown(units, split) for split in range(len(self.settings.splits)))
@@ -240,6 +261,12 @@ class TokenShards:
 
     def write(self, item: Shard) -> None:
         """Third pass: one shard, cut from its split's stream."""
+        split, number = item
+        answers = self._rows("answers", item) if self.settings.answers_after else None
+        write_shard(self.work.output / split, number, "text", self._rows("tokens", item), answers=answers)
+
+    def _rows(self, what: str, item: Shard) -> np.ndarray:
+        """A shard's rows of tokens, or of what there is for each of them."""
         split, number = item
         stream = np.load(self.work.whole(f"stream-{split}.npy"), mmap_mode="r")
         length, per_shard = self.settings.sequence_length, self.settings.samples_per_shard
@@ -252,20 +279,19 @@ class TokenShards:
             if position >= end:
                 break
             if unit != open_unit:
-                open_unit, tokens = unit, np.load(self.work.of_whole("tokens", unit), mmap_mode="r")
+                open_unit, tokens = unit, np.load(self.work.of_whole(what, unit), mmap_mode="r")
             pieces.append(tokens[offset + max(0, begin - position) :][: end - max(begin, position)])
             first += 1
             pieces[-1] = pieces[-1][: int(stream[first, 2]) - max(begin, position)]
         flat = np.concatenate(pieces)
-        rows = np.lib.stride_tricks.sliding_window_view(flat, length + 1)[::length]
-        write_shard(self.work.output / split, number, "text", rows)
+        return np.lib.stride_tricks.sliding_window_view(flat, length + 1)[::length]
 
     def publish(self, units: list[Unit], shards: list[Shard], source: str) -> dict[str, Manifest]:
         """Write tokenizers and manifests."""
         kept = np.concatenate([self.documents.splits(u) for u in units])
         size = np.concatenate([self.documents.hashes(u)[:, 2] for u in units])
         tokenizer = load_tokenizer(self.work.whole("tokenizer.json"))
-        vocab_size = entries(tokenizer)
+        vocab_size, mark = entries(tokenizer), self.settings.answers_after
         manifests = {}
         for split, name in enumerate(self.settings.splits):
             folder = self.work.output / name
@@ -294,7 +320,9 @@ class TokenShards:
                     "seed": self.settings.seed,
                     **self.documents.left_out(units),
                     **({"unknown": unknown} if (unknown := self.unknown(units, split)) else {}),
+                    **({"answers": self._answers(units, split)} if mark else {}),
                 },
+                facts={"answers_after": mark} if mark else {},
             )
         for name, manifest in manifests.items():
             manifest.write(self.work.output / name)

@@ -158,6 +158,26 @@ def encode(tokenizer: Tokenizer, documents: Iterable[str]) -> Iterator[np.ndarra
     yield from encoded()
 
 
+def answers_of(tokenizer: Tokenizer, document: str, tokens: np.ndarray, mark: str) -> np.ndarray:
+    """Which of a document's tokens answer: those that hold something of what follows the mark, and the end of text.
+
+    Args:
+        tokenizer: that made the tokens.
+        document: its text.
+        tokens: with the end of text.
+        mark: that comes before an answer; the first one counts.
+
+    Returns:
+        uint8, 1 or 0; all 0 where there is no mark.
+    """
+    out, at = np.zeros(len(tokens), np.uint8), document.find(mark)
+    if at >= 0:
+        ends = [end for _, end in tokenizer.encode(document, add_special_tokens=False).offsets]
+        out[:-1] = np.array(ends, np.int64) > at + len(mark)
+        out[-1] = 1
+    return out
+
+
 def dtype_of(vocab_size: int) -> str:
     """What tokens are stored as."""
     return "uint16" if vocab_size <= 65536 else "uint32"

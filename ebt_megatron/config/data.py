@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from ebt_megatron.config.fields import at_least, path, paths, positive
+from ebt_megatron.config.fields import at_least, one_of, path, paths, positive
 from ebt_megatron.core.errors import RecipeError
 
 
@@ -17,6 +17,9 @@ class DataConfig:
     train_weights: list[float] = field(default_factory=list)  # blend; default: by sample count
     validation: list[str] = paths()  # the same of held-out samples
     sequence_length: int = positive(256)  # tokens predicted per sample
+    # positions of text whose loss counts: all | all but those where the end of text comes, which are the padding of the
+    # public code's rows | those that shards mark as answers
+    learn_from: str = one_of("all", "text", "answers", default="all")
     document_mask: bool = False  # attention stays inside a document of a packed sequence
     shuffle: bool = True  # a new random order each epoch; false: as stored
     # samples are mixed within random groups of so many shards; 0: with all others

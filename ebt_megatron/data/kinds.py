@@ -138,10 +138,16 @@ def _symbols(manifest: Manifest) -> Bounds:
     return Bounds("symbol", 0, manifest.encoder["symbols"] + 1, "symbols and the blank")
 
 
+ANSWERS = Part(
+    "answers",
+    lambda m: m.shape if "answers_after" in m.facts else None,
+    lambda m: np.int64,
+    lambda m: Bounds("mark", 0, 2, "marks"),
+)
 RATINGS = Part("ratings", lambda m: [] if m.encoder.get("rated") else None, lambda m: np.float32)
 
 KINDS = {
-    "text": Kind("tokens", np.int64, 64, "tokens", "tokenizer", _tokens, text=_decoded),
+    "text": Kind("tokens", np.int64, 64, "tokens", "tokenizer", _tokens, (ANSWERS,), _decoded),
     "video": Kind("latents", np.float32, 1, "frames", "encoder"),
     "images": Kind("latents", np.float32, 64, "", "encoder", beside=(LABELS, CAPTIONS)),
     "puzzles": Kind("puzzles", np.int64, 256, "", "encoder", _symbols, beside=(RATINGS,)),

@@ -54,7 +54,8 @@ class Manifest:
             "width", "symbols"}, what their cells are.
         classes: names of the labels, where pictures have labels.
         captions: where pictures have captions: {"kind", "shape", "sha256", "origin", ...}; see `data.captions`.
-        facts: what else is true of all samples, for a kind of one's own; folders that are read together share it.
+        facts: what else is true of all samples: of text with answers "answers_after", what they follow; for a kind of
+            one's own whatever it needs. Folders that are read together share it.
     """
 
     kind: str

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ebt_megatron.config import Recipe
 from ebt_megatron.data.loader import MicroBatch
+from ebt_megatron.objectives.counting import mean_of, weighed
 from ebt_megatron.objectives.graphs import Graphs, graphs_of
 from ebt_megatron.objectives.interface import BatchMetrics, Phase, RankState, Timing
 from ebt_megatron.objectives.replaying import Replaying
@@ -63,7 +64,7 @@ class EnergyObjective:
         if self.replaying is not None:
             samples = [self.replaying.extend(sample, i, iteration) for i, sample in enumerate(samples)]
             count += self.replaying.in_batch()
-        positions = count * self.task.length
+        samples, positions = weighed(samples, self.state), count * self.task.length
         if self.graphs is not None:
             thoughts = [self._train_recorded(self.graphs, sample, plan, positions) for sample in samples]
         elif self.state.pipeline_size > 1:
@@ -74,13 +75,11 @@ class EnergyObjective:
             ]
         if self.replaying is not None:
             self.replaying.begun = True
-        losses = torch.stack([t.losses.double().sum((1, 2)) for t in thoughts]).sum(0) / positions
-        energies = torch.stack([t.energies.double().sum((1, 2)) for t in thoughts]).sum(0) / positions
+        losses = mean_of([t.losses for t in thoughts], samples, positions)
+        energies = mean_of([t.energies for t in thoughts], samples, positions)
         loss, initial = (losses * losses.new_tensor(plan.step_weights)).sum(), None
         if plan.initial_weight is not None:
-            initial = (
-                torch.stack([t.initial.double().sum() for t in thoughts if t.initial is not None]).sum() / positions
-            )
+            initial = mean_of([t.initial for t in thoughts if t.initial is not None], samples, positions)
             loss = loss + plan.initial_weight * initial
         return BatchMetrics(losses, energies, loss, positions, initial)
 
@@ -99,14 +98,19 @@ class EnergyObjective:
 
     def _train_recorded(self, graphs: Graphs, sample: Sample, plan: Plan, positions: int) -> ThinkingOutput:
         def work(
-            observed: Tensor, targets: Tensor, sample_ids: Tensor, segments: Tensor | None, start: Tensor | None
+            observed: Tensor,
+            targets: Tensor,
+            sample_ids: Tensor,
+            segments: Tensor | None,
+            start: Tensor | None,
+            weight: Tensor | None,
         ) -> tuple[Tensor, ...]:
-            recorded = Sample(observed, targets, sample_ids, segments, start)
+            recorded = Sample(observed, targets, sample_ids, segments, start, weight=weight)
             thought = self._train_one(recorded, 0, plan, positions, nullcontext)  # a phase would wait for the device
             initial = () if thought.initial is None else (thought.initial,)
             return thought.losses, thought.energies, *initial
 
-        inputs = sample.observed, sample.targets, sample.sample_ids, sample.segments, sample.start
+        inputs = sample.observed, sample.targets, sample.sample_ids, sample.segments, sample.start, sample.weight
         with self.timers.phase("graph"):
             return ThinkingOutput(*graphs.run((plan, positions), work, *inputs))
 
@@ -169,7 +173,7 @@ class EnergyObjective:
             alpha, slope = step_sizes(
                 model.step_size, options, sample.sample_ids, self.task.length, seed, random, model.separable
             )
-            weight = torch.full_like(alpha, 1 / positions)
+            weight = torch.full_like(alpha, 1 / positions) if sample.weight is None else sample.weight.to(alpha)
             descent = Descent(
                 prediction, model.step_size, alpha, slope, plan, weight, separable=model.separable, observe=observe
             )

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ebt_megatron.config import Recipe
 from ebt_megatron.data.loader import MicroBatch
+from ebt_megatron.objectives.counting import mean_of, weighed
 from ebt_megatron.objectives.graphs import Graphs, graphs_of
 from ebt_megatron.objectives.interface import BatchMetrics, RankState, Timing
 from ebt_megatron.parallel.setup import ParallelState
@@ -50,7 +51,8 @@ class FeedForwardObjective:
             sample = next(iterator)
 
             def loss(output: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-                total = output.sum() / (positions or output.numel())
+                weight = sample.weight
+                total = output.sum() / (positions or output.numel()) if weight is None else (output * weight).sum()
                 return total, torch.tensor(output.numel(), dtype=torch.int), output.detach()
 
             return model(*_given(sample)), loss
@@ -67,17 +69,17 @@ class FeedForwardObjective:
         )
 
     def _train_recorded(self, graphs: Graphs, samples: list[Sample], positions: int) -> list[Tensor]:
-        def work(*given: Tensor | None) -> tuple[Tensor]:
+        def work(weight: Tensor | None, *given: Tensor | None) -> tuple[Tensor]:
             losses = self.model(*given)
-            (losses.sum() / positions).backward()
+            (losses.sum() / positions if weight is None else (losses * weight).sum()).backward()
             return (losses.detach(),)
 
-        return [graphs.run(positions, work, *_given(s))[0] for s in samples]
+        return [graphs.run(positions, work, s.weight, *_given(s))[0] for s in samples]
 
     def train_batch(self, micro_batches: list[MicroBatch], iteration: int) -> BatchMetrics:
         """Add the gradients of this rank's micro-batches of one optimizer step, forward and backward once each."""
         positions = self.recipe.training.global_batch_size * self.task.length
-        samples = [self.task.sample(micro_batch, self.state.device) for micro_batch in micro_batches]
+        samples = weighed([self.task.sample(m, self.state.device) for m in micro_batches], self.state)
         if self.graphs is not None:
             with self.timers.phase("graph"):
                 losses = self._train_recorded(self.graphs, samples, positions)
@@ -85,8 +87,8 @@ class FeedForwardObjective:
             with self.timers.phase("context"):
                 losses = self._losses(samples, positions)
         total = torch.zeros((), dtype=torch.float64, device=self.state.device)
-        for loss in losses:
-            total += loss.double().sum() / positions
+        for loss, sample in zip(losses, samples, strict=False):  # on the last stage
+            total += mean_of([loss], [sample], positions)
         return BatchMetrics(total.view(1), total.new_zeros(0), total, positions)
 
     @torch.no_grad()

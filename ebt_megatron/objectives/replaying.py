@@ -59,6 +59,11 @@ class Replaying:
         entries = [e for e in drawn if e is not None]
         if not entries:
             return sample
+        counted = sample.counted
+        if counted is not None:
+            all_of_it = torch.ones_like(counted[0])  # of what was kept before the recipe said what counts
+            kept = [all_of_it if e.counted is None else e.counted for e in entries]
+            counted = torch.cat([counted, torch.stack(kept)])
         ids = torch.tensor([ReplayBuffer.replay_id(e) for e in entries], device=sample.sample_ids.device)
         return ReplayedSample(
             torch.cat([sample.observed, torch.stack([e.observed for e in entries])]),
@@ -66,7 +71,8 @@ class Replaying:
             torch.cat([sample.sample_ids, ids]),
             None,
             stack_start(len(sample.observed), entries, sample.start),
-            entries,
+            counted,
+            replayed=entries,
         )
 
     def keep(self, sample: Sample, index: int, final: Tensor | None) -> None:
@@ -78,7 +84,10 @@ class Replaying:
             self.buffer.update(entry, end)
         for i, slot in enumerate(self._slots(index, fresh)):
             if slot is not None:
-                self.buffer.add(slot, int(sample.sample_ids[i]), sample.observed[i], sample.targets[i], ended[i])
+                counted = None if sample.counted is None else sample.counted[i]
+                self.buffer.add(
+                    slot, int(sample.sample_ids[i]), sample.observed[i], sample.targets[i], ended[i], counted
+                )
 
     def state(self) -> RankState:
         """What a checkpoint must keep of this rank."""

@@ -16,7 +16,7 @@ from ebt_megatron.objectives.interface import Objective
 
 @dataclass
 class Validation:
-    """Means over all validation positions.
+    """Means over all validation positions that count.
 
     Attributes:
         losses: after 1 .. n thinking steps (nats per token for text), [n]; before them the loss of none, [n + 1], where
@@ -63,13 +63,16 @@ def validate(objective: Objective, micro_batches: Iterable[MicroBatch], steps: i
         thought = objective.evaluate(sample, steps, observe)
         start = [] if thought.initial is None else [thought.initial[None].to(thought.losses)]
         parts = [torch.cat([*start, thought.losses]), thought.energies]
-        if not valid.all():
+        counted = valid.to(state.device).expand(thought.losses.shape[1], size)
+        if sample.counted is not None:
+            counted = counted & sample.counted.t()
+        if not counted.all():
             zero = torch.zeros((), device=state.device)
-            parts = [x.where(valid.to(state.device), zero.to(x.dtype)) for x in parts]
+            parts = [x.where(counted, zero.to(x.dtype)) for x in parts]
         sums = [x.double().sum((1, 2)) for x in parts]
         losses = sums[0] if losses is None else losses + sums[0]
         energies = sums[1] if energies is None else energies + sums[1]
-        positions += thought.losses.shape[1] * int(valid.sum())
+        positions += counted.sum()
     if losses is None or energies is None:
         raise ValueError("no validation samples on this rank")
     over_data, over_stages = meter.sums()

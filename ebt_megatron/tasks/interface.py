@@ -30,6 +30,9 @@ class Sample:
         sample_ids: int64 [B] global sample indices, which fix all noise.
         segments: int32 [B, S] documents, or None.
         start: [S, B, ...] where predictions start (NaN: by `thinking.initial`), or None.
+        counted: bool [B, S] whose losses count; None: all do.
+        weight: [S, B] what each counts for in the mean over the global batch, of a sample to be learned; None: all
+            alike.
     """
 
     observed: Tensor
@@ -37,6 +40,8 @@ class Sample:
     sample_ids: Tensor
     segments: Tensor | None = None
     start: Tensor | None = None
+    counted: Tensor | None = None
+    weight: Tensor | None = None
 
     @property
     def first(self) -> Tensor:

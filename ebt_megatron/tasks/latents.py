@@ -22,6 +22,7 @@ def check_latents(recipe: Recipe) -> None:
         ("thinking.regenerate", thinking.regenerate > 0, "0"),
         ("thinking.logits_dtype=bfloat16", thinking.logits_dtype != "float32", "float32"),
         ("data.document_mask", recipe.data.document_mask, "false"),
+        (f"data.learn_from={recipe.data.learn_from}", recipe.data.learn_from != "all", "all"),
     ):
         if given:
             raise RecipeError(f"{key} is about text, data.modality is {modality}: set {key.split('=')[0]}={fix}")

@@ -78,6 +78,10 @@ class Puzzles:
                 "data.document_mask=true is about text, data.modality is puzzles: set it to false",
             ),
             (
+                self.recipe.data.learn_from != "all",
+                f"data.learn_from={self.recipe.data.learn_from} is about text, data.modality is puzzles: set it to all",
+            ),
+            (
                 recurrent and stages > 1,
                 f"puzzles.passes={passes} goes through all layers again and again: set parallel.pipeline=1",
             ),

@@ -12,6 +12,7 @@ from megatron.core.transformer import TransformerConfig
 from torch import Tensor
 
 from ebt_megatron.config import Recipe, RecipeError
+from ebt_megatron.core.errors import DataError
 from ebt_megatron.data.description import Description
 from ebt_megatron.data.loader import MicroBatch
 from ebt_megatron.kernels import Kernels
@@ -36,13 +37,25 @@ class Text:
         recipe: the run.
         vocab_size: tokens.
         tokenizer: its file and SHA-256, where they are known.
+        end_of_text: the token that ends documents; None: there is none.
+
+    Raises:
+        RecipeError: for `data.learn_from=text` where nothing ends a document.
     """
 
     kind = "text"
     evaluation = "ebt_megatron.evaluation.text_evaluation:TextEvaluation"
 
-    def __init__(self, recipe: Recipe, vocab_size: int, tokenizer: tuple[Path | None, str] = (None, "")):
-        self.recipe, self.vocab_size = recipe, vocab_size
+    def __init__(
+        self,
+        recipe: Recipe,
+        vocab_size: int,
+        tokenizer: tuple[Path | None, str] = (None, ""),
+        end_of_text: int | None = None,
+    ):
+        self.recipe, self.vocab_size, self.end_of_text = recipe, vocab_size, end_of_text
+        if recipe.data.learn_from == "text" and end_of_text is None:
+            raise RecipeError("data.learn_from=text, and the data does not say what ends a text: set it to all")
         self.tokenizer_file, checksum = tokenizer
         self.length = recipe.data.sequence_length
         self.identity = {"tokenizer": checksum}
@@ -67,7 +80,8 @@ class Text:
                 "the logits it starts at by their probabilities: set thinking.step_rule=mirror_descent"
             )
         manifest = source.manifest
-        return cls(recipe, manifest.vocab_size, (source.sidecar(), manifest.tokenizer["sha256"]))
+        tokenizer = source.sidecar(), manifest.tokenizer["sha256"]
+        return cls(recipe, manifest.vocab_size, tokenizer, manifest.tokenizer.get("end_of_text"))
 
     @classmethod
     def of_size(cls, recipe: Recipe, vocab_size: int, channels: int) -> Text:
@@ -82,7 +96,23 @@ class Text:
             targets=tokens[:, 1:].to(device),
             sample_ids=batch.sample_ids.to(device),
             segments=None if documents is None else documents[:, :-1].to(device=device, dtype=torch.int32),
+            counted=self._counted(batch, device),
         )
+
+    def _counted(self, batch: MicroBatch, device: torch.device) -> Tensor | None:
+        """Which positions count, bool [B, S]; raises DataError where the data does not say."""
+        which = self.recipe.data.learn_from
+        if which == "all":
+            return None
+        if which == "text":
+            assert self.end_of_text is not None
+            return batch.samples[:, 1:].ne(self.end_of_text).to(device)
+        if "answers" not in batch.beside:
+            raise DataError(
+                "data.learn_from=answers, and the shards mark no answers: prepare them with --answers-after, or set "
+                "it to all"
+            )
+        return batch.beside["answers"][:, 1:].bool().to(device)
 
     def energy_model(self, config: TransformerConfig, kernels: Kernels, first: bool, last: bool) -> EnergyTransformer:
         """See `Task`."""
@@ -135,10 +165,11 @@ class TextMeter:
 
     def watch(self, sample: Sample, valid: Tensor) -> Callable[[TextPrediction], None]:
         """See `Meter`."""
-        valid = valid.to(self.counts.device)
-        seen = torch.bincount(sample.targets[valid].reshape(-1), minlength=len(self.counts))
+        valid = valid.to(self.counts.device)[:, None].expand(sample.targets.shape)
+        valid = valid if sample.counted is None else valid & sample.counted
+        seen = torch.bincount(sample.targets[valid], minlength=len(self.counts))
         self.counts += seen.double()
-        targets = sample.targets.t()
+        targets, valid = sample.targets.t(), valid.t()
         taken: list[Tensor] = []
 
         def observe(prediction: TextPrediction) -> None:

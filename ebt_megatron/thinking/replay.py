@@ -30,6 +30,7 @@ class Entry:
     observed: Tensor
     targets: Tensor
     prediction: Tensor | None  # [S, ...], of this tensor-parallel rank; None off the first pipeline stage
+    counted: Tensor | None = None  # bool [S] whose losses count; None: all do
 
 
 class ReplayBuffer:
@@ -66,11 +67,20 @@ class ReplayBuffer:
         entry.uses += 1
         entry.prediction = None if prediction is None else prediction.clone()
 
-    def add(self, slot: int, sample_id: int, observed: Tensor, targets: Tensor, prediction: Tensor | None) -> None:
+    def add(
+        self,
+        slot: int,
+        sample_id: int,
+        observed: Tensor,
+        targets: Tensor,
+        prediction: Tensor | None,
+        counted: Tensor | None = None,
+    ) -> None:
         """Keep a fresh sample and the prediction it ended with; the oldest of a full slot goes."""
         entries = self.slots.setdefault(slot, deque(maxlen=self.capacity))
         prediction = None if prediction is None else prediction.clone()
-        entries.append(Entry(sample_id, 0, observed.clone(), targets.clone(), prediction))
+        counted = None if counted is None else counted.clone()
+        entries.append(Entry(sample_id, 0, observed.clone(), targets.clone(), prediction, counted))
 
     def state_dict(self) -> dict[str, Any]:
         """This rank's entries by slot, as plain tensors and integers."""

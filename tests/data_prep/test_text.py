@@ -5,6 +5,7 @@ import json
 import sys
 
 import fsspec
+import numpy as np
 import pytest
 import zstandard
 from fsspec.implementations.memory import MemoryFileSystem
@@ -18,6 +19,8 @@ from ebt_megatron.data.manifest import read_manifest
 from ebt_megatron.data_prep import text, tokens
 from ebt_megatron.data_prep.documents import SUFFIXES, Part, read_part, split_files, strip_html
 from ebt_megatron.data_prep.files import find_files
+from ebt_megatron.tools.rewrite import rewrite
+from ebt_megatron.tools.shards import shard_problems
 from tests.builders import text_shards
 from tests.data_prep.media import invoke, prepare_text
 
@@ -258,3 +261,34 @@ def test_prepared_data_is_not_overwritten_unasked(tmp_path):
 
 def test_html_keeps_visible_text_only():
     assert strip_html("<html><style>x</style><h1>Title</h1>one<br>two") == "Title\none\ntwo"
+
+
+def test_answers_are_marked_beside_the_tokens(tmp_path):
+    """Of every document what follows the first mark, and its end; a document without a mark has no answer."""
+    mark, documents = (
+        "[[Answer]]: ",
+        [f"What is {i} plus {i}? [[Answer]]: It is {2 * i}, [[Answer]]: ß." for i in range(9)],
+    )
+    lines = [json.dumps({"text": d}) + "\n" for d in [*documents, "No question, no answer."]]
+    (tmp_path / "a.jsonl").write_text("".join(lines))
+    options = ("--answers-after", mark, "--sequence-length", 7, "--samples-per-shard", 10, "--validation-fraction", 0)
+    done = prepare_text(tmp_path / "a.jsonl", tmp_path / "out", *options)
+    assert done.exit_code == 0, done.output
+    rewrite([str(tmp_path / "out/train")], tmp_path / "again", 7, overwrite=False)
+    for folder in (tmp_path / "out/train", tmp_path / "again"):
+        shards = ShardFolder(str(folder))
+        assert not [p for s in shards.manifest.shards for p in shard_problems(folder, s, shards.manifest)]
+        rows, marks = np.stack(list(shards.rows())), shards.gather_beside("answers", np.arange(len(shards)))
+        flat, answers = rows[:, :-1].ravel(), marks[:, :-1].ravel().astype(bool)
+        assert (rows[1:, 0] == rows[:-1, -1]).all() and (marks[1:, 0] == marks[:-1, -1]).all()
+        tokenizer = Tokenizer.from_file(str(shards.sidecar()))
+        said = tokenizer.decode(flat[answers].tolist(), skip_special_tokens=False).split(tokens.END_OF_TEXT)
+        assert len(said) > 5
+        for document, answer in zip(
+            documents, said[:-1], strict=False
+        ):  # a token that holds both, " It", is the answer's
+            assert answer == " " + document.partition(mark)[2]
+    made = read_manifest(str(tmp_path / "out/train"))
+    assert made.facts == {"answers_after": mark} and f"answers: {made.provenance['answers']:,} tokens" in done.output
+    done = prepare_text(tmp_path / "a.jsonl", tmp_path / "other", "--answers-after", "none such")
+    assert done.exit_code == 2 and "no document holds 'none such'" in done.output

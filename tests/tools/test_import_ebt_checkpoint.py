@@ -105,7 +105,7 @@ def imported(original, folder, kind, dtype, **hyper):
     convert(checkpoint, folder / "weights.safetensors")
     recipe = load_recipe(folder / "weights.yaml", ["model.kernels=reference"])
     initialize(recipe.parallel, 0)
-    model = build_model(recipe, Text(recipe, VOCAB)).to(dtype)
+    model = build_model(recipe, Text(recipe, VOCAB, end_of_text=0)).to(dtype)
     set_weights(folder / "weights.safetensors", model, read_weights(folder / "weights.safetensors")[0])
     return model, recipe
 
@@ -227,6 +227,10 @@ def test_settings_become_a_recipe(tmp_path):
     assert (t.max_steps, t.loss, t.gradient, t.step_size, t.step_size_scale) == (3, "last", "detached", 5.0, 2.0)
     assert (t.langevin_noise, t.replay.enabled, recipe.training.steps, recipe.optimizer.lr) == (2.5, True, 77, 0.0012)
     assert (t.initial, t.initial_std) == ("noise", 1)  # the public code's default
+    assert recipe.data.learn_from == "text"
+    path = save(original, tmp_path / "tuned.ckpt", hyper | {"execution_mode": "finetune"})
+    described, _ = convert(path, tmp_path / "tuned.safetensors")
+    assert described.recipe.data.learn_from == "answers" and "--answers-after '[[Answer]]: '" in described.prepare
     assert to_yaml(load_recipe(tmp_path / "w.yaml")) == to_yaml(recipe)
 
 

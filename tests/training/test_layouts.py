@@ -17,12 +17,13 @@ S2 = (
     "thinking.replay.enabled=true",
     "thinking.replay.capacity=2",
     "model.energy_head=quadratic",
+    "data.learn_from=answers",
 )
 FULL = ("thinking.gradient=full", "thinking.max_steps=2", "model.conditioning=adaln_sequence")
 REUSE = ("thinking.reuse=true", "thinking.max_steps=2")
 SEQUENCE = ("model.conditioning=time_embed_sequence",)
 CONTEXT = ("thinking.initial=context", "thinking.step_rule=mirror_descent", "thinking.max_steps=2")
-TRANSFORMER = ("model.architecture=baseline",)
+TRANSFORMER = ("model.architecture=baseline", "data.learn_from=answers")
 RECIPES = {
     "S1": S1,
     "S2": S2,
@@ -71,7 +72,8 @@ def micro_batches_of(trainer, step: int) -> list[MicroBatch]:
     micro_batches = []
     for m in range(8 // (size * micro)):
         slots = torch.arange(micro) + (m * size + rank) * micro
-        micro_batches.append(MicroBatch(sample_ids=slots + 8 * step, samples=whole[slots]))
+        answers = whole[slots] > 4 * slots[:, None]  # more of the first samples, so that ranks count differently
+        micro_batches.append(MicroBatch(slots + 8 * step, whole[slots], beside={"answers": answers.long()}))
     return micro_batches
 
 

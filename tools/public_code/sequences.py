@@ -32,6 +32,7 @@ _CONDITIONING = {
 _TRUNK = "model.transformer"
 _STEPS = f"{_TRUNK}.time_embeddings.weight"
 _DOWN_BIAS = "model.encoder_down_projection.bias"
+_ANSWER = "[[Answer]]: "  # what it finetunes on comes after it
 _LATENTS = 4  # channels of the VAE, which has a number of each for 8 x 8 pixels
 _MODELS = ("ebt", "baseline_transformer")
 _EBT: Supported = {
@@ -64,8 +65,11 @@ def describe_text(hyper: Hyper, source: Source) -> Described:
         t.initial_std = std * number(hyper, "gaussian_random_noise_scaling", 1)
         t.replay.enabled = bool(hyper.get("mcmc_replay_buffer"))
     take(recipe.data, hyper, sequence_length="context_length")
+    finetunes = hyper.get("execution_mode") == "finetune"
+    recipe.data.learn_from = "answers" if finetunes else "text"
     resolve(recipe)
-    return Described(recipe, {"vocab_size": len(source.left["model.embeddings.weight"])})
+    prepare = f"text --answers-after '{_ANSWER}'" if finetunes else ""
+    return Described(recipe, {"vocab_size": len(source.left["model.embeddings.weight"])}, prepare)
 
 
 def describe_video(hyper: Hyper, source: Source) -> Described:
