@@ -8,7 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ebt_megatron.data.decoder import psnr
 from ebt_megatron.data.loader import MicroBatch
+from ebt_megatron.evaluation.pictures import ssim
 from ebt_megatron.session import TrainedRun
 from ebt_megatron.tasks import task_as
 from ebt_megatron.tasks.video import Video
@@ -40,6 +42,46 @@ def rolled_out(
         run.objective.evaluate(task.sample(MicroBatch(ids, clip), frames.device), steps, keep)
         clip[:, frame] = task.tokens.join(made[-1].transpose(0, 1))[:, frame - 1]
     return clip
+
+
+def continued(run: TrainedRun, frames: Tensor, count: int, steps: int | None = None) -> Tensor:
+    """Frames [B, given, patches, channels] and `count` more, [B, given + count, ...], beyond a clip's length as well.
+
+    A clip that gets longer than those trained on goes on from its last frames, as many as a clip has but one.
+
+    Args:
+        run, steps: as of `rolled_out`.
+        frames: to go on from, at least one of each clip.
+        count: frames to add.
+    """
+    longest, made = run.recipe.data.sequence_length + 1, frames
+    total = frames.shape[1] + count
+    while made.shape[1] < total:
+        seen = made[:, 1 - longest :]
+        given = seen.shape[1]
+        until = min(longest, given + total - made.shape[1])
+        room = seen.new_zeros(len(seen), longest - given, *seen.shape[2:])
+        clip = rolled_out(run, torch.cat([seen, room], 1), given, steps, until)
+        made = torch.cat([made, clip[:, given:until]], 1)
+    return made
+
+
+def pixels_ahead(made: Tensor, true: Tensor, given: int) -> dict[str, list[float]]:
+    """How like the truth films are 1, 2 ... frames ahead, and how much moves in them: the mean over clips.
+
+    Args:
+        made, true: pixels [B, F, height, width, 3] from 0 to 255.
+        given: frames at the start that are not looked at.
+
+    Returns:
+        By name: "psnr" in dB and "ssim"; "motion", the mean absolute change of a pixel from the frame before.
+    """
+    ahead = [(made[:, t].float(), true[:, t].float(), made[:, t - 1].float()) for t in range(given, made.shape[1])]
+    return {
+        "psnr": [psnr((a - b).square().mean((1, 2, 3)).double()).mean().item() for a, b, _ in ahead],
+        "ssim": [ssim(a, b).mean().item() for a, b, _ in ahead],
+        "motion": [(a - before).abs().mean().item() for a, _, before in ahead],
+    }
 
 
 def by_horizon(clips: Tensor, frames: Tensor, given: int) -> dict[str, list[float]]:

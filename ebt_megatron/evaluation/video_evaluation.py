@@ -90,15 +90,18 @@ def clips_of(run_dir: Path, sets: Mapping[str, str]) -> tuple[Any, Any, dict[str
     return made, true, ahead
 
 
-def animation(rows: list[Any], scale: int = 3) -> bytes:
-    """A GIF whose rows are models' clips, uint8 [clips, frames, height, width, 3], side by side."""
+def animation(rows: list[Any], given: int, scale: int = 3) -> bytes:
+    """A GIF whose rows are models' clips, uint8 [clips, frames, height, width, 3], side by side.
+
+    Those after the first `given` frames are under a red line.
+    """
     from PIL import Image
 
     frames = []
     for t in range(rows[0].shape[1]):
         picture = np.concatenate([np.concatenate(list(row[:, t]), 1) for row in rows], 0)
         picture = picture.repeat(scale, 0).repeat(scale, 1)
-        if t >= given_of(rows[0].shape[1]):  # a mark: these are predicted
+        if t >= given:  # a mark: these are predicted
             picture[:4] = (200, 68, 45)
         frames.append(Image.fromarray(picture))
     out = io.BytesIO()
@@ -198,7 +201,8 @@ def write_report(
         "given; under the red line every frame is predicted from those predicted before it."
     )
     if rolled[first][1] is not None:
-        page.picture("clips.gif", animation([rolled[first][1], *(clips for clips, _, _ in rolled.values())]), caption)
+        clips = [rolled[first][1], *(made for made, _, _ in rolled.values())]
+        page.picture("clips.gif", animation(clips, given), caption)
 
     header = ["model", "thinking steps", "validation loss", "against the last frame", "PSNR, dB"]
     for held in sets:
