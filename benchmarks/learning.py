@@ -35,6 +35,9 @@ MODELS = {
     "S2": Model("text/quickstart_s2"),
     "S2, quadratic energy": Model("text/quickstart_s2", (QUADRATIC, "thinking.step_size=10")),
     "EBT from its context": Model("text/quickstart_context"),
+    "feed-forward refinement": Model(
+        "text/quickstart_transformer", ("data.modality=benchmarks.refinement:Refinement",)
+    ),
     "Transformer++": Model("text/quickstart_transformer"),
     "Transformer++, FLOPs of S1": Model("text/quickstart_transformer", flops_of="S1"),
     # The EBT from its context has 1.3 times the weights of its Transformer++: the prediction embedding.
