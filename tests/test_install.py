@@ -36,14 +36,19 @@ NOT_INSTALLED = {"benchmarks", "examples", "tests", "tools", "data_prep", "recip
 A_MODULE = re.compile(rf"({'|'.join(NOT_INSTALLED)}|ebt_megatron)(\.[A-Za-z_]\w*)+")
 
 
+def copied(folder: Path) -> Path:
+    """The folder, with what a package is built from: building leaves things where it is done."""
+    for name in ("setup.py", "pyproject.toml"):
+        shutil.copy(ROOT / name, folder)
+    for name in ("ebt_megatron", "data_prep", "tools", "recipes"):
+        shutil.copytree(ROOT / name, folder / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
+    return folder
+
+
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory):
     """A folder with what pip installs (its dependencies are this environment's)."""
-    source, target = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("installed")
-    for name in ("setup.py", "pyproject.toml"):
-        shutil.copy(ROOT / name, source)
-    for name in ("ebt_megatron", "data_prep", "tools", "recipes"):
-        shutil.copytree(ROOT / name, source / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
+    source, target = copied(tmp_path_factory.mktemp("source")), tmp_path_factory.mktemp("installed")
     subprocess.run(
         [
             sys.executable,

@@ -66,6 +66,7 @@ def load(
             f"torch.distributed has {dist.get_world_size()} ranks here, and a loaded model is one process's: load it "
             "before the process group, or use ebt-generate under torchrun"
         )
+    warnings.filterwarnings("ignore", module=r"megatron\.")  # for good: it warns at every pass of things to come
     with without_a_trace():
         from ebt_megatron.api.model import Model
         from ebt_megatron.session import load_run
