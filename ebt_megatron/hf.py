@@ -14,19 +14,20 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutput
 
-from ebt_megatron.api.loading import load
-from ebt_megatron.api.text import TextModel
 from ebt_megatron.core.errors import RecipeError
-from ebt_megatron.inference.cache import Context
 from ebt_megatron.inference.options import ThinkingOptions
-from ebt_megatron.inference.predictor import EnergyPredictor, FeedForwardPredictor
+
+if TYPE_CHECKING:  # when a model is loaded, and not before: importing Megatron warns of what is not there
+    from ebt_megatron.api.text import TextModel
+    from ebt_megatron.inference.cache import Context
+    from ebt_megatron.inference.predictor import EnergyPredictor, FeedForwardPredictor
 
 
 class EBTConfig(PretrainedConfig):
@@ -86,6 +87,8 @@ class EBTForCausalLM(PreTrainedModel, GenerationMixin):
     _supports_cache_class = False
 
     def __init__(self, config: EBTConfig, loaded: TextModel | None = None):
+        from ebt_megatron.api.loading import load
+
         super().__init__(config)
         self.loaded: TextModel = load(str(config.name_or_path)) if loaded is None else loaded
         self.ebt: nn.Module = self.loaded.run.model
@@ -104,6 +107,9 @@ class EBTForCausalLM(PreTrainedModel, GenerationMixin):
         Raises:
             RecipeError: where it is none of text, or its loading is told something that does not do.
         """
+        from ebt_megatron.api.loading import load
+        from ebt_megatron.api.text import TextModel
+
         name = pretrained_model_name_or_path
         config = given.pop("config", None)
         known = {f: given.pop(f) for f in ("thinking",) if f in given}

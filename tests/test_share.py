@@ -30,7 +30,8 @@ import ebt_megatron as ebt
 print(repr(ebt.load(sys.argv[1]).generate(sys.argv[2], max_tokens=12, temperature=0).text))
 """
 BY_TRANSFORMERS = """
-import sys
+import sys, warnings
+warnings.filterwarnings("error", module="megatron|ebt_megatron")
 if sys.argv[3] == "ebt":
     import ebt_megatron.hf
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline

@@ -1,14 +1,14 @@
 """Texts that grow together and come and go: each has a row of one cached context from its prompt to its last token.
 
 Where `generation.generate` continues a batch that is known beforehand, a `Pool` takes a new text whenever a row is
-free, so that many users share the passes of one model. A text is the same as when it is continued alone.
+free, so that many users share the passes of one model. A text is the same as when it is continued alone. Those that
+think alike share a pass; where noise has a part in thinking, those of one seed.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 
@@ -121,14 +121,15 @@ class Pool:
 
     def step(self) -> None:
         """One pass: read the next chunk of every new prompt, and the newest token of every other text; add a token."""
-        groups: dict[Any, list[int]] = {}
+        groups: dict[tuple[ThinkingOptions, int], list[int]] = {}
         for row, text in enumerate(self.rows):
             if text is None:
                 continue
             if text.cancelled:
                 self._end(row)
                 continue
-            groups.setdefault((text.thinking, text.sampling.seed), []).append(row)
+            seed = text.sampling.seed if self.predictor(text.thinking).noisy else 0  # else it is of the draws alone
+            groups.setdefault((text.thinking, seed), []).append(row)
         for (thinking, seed), rows in groups.items():
             self._advance(self.predictor(thinking), seed, rows)
 

@@ -46,12 +46,14 @@ class Predictor(Protocol):
 
     Attributes:
         thinks: whether its predictions have energies.
+        noisy: whether predictions depend on the seed.
         window: the most positions that a prediction sees: those trained with.
         vocab_size: V.
         device: where contexts are.
     """
 
     thinks: bool
+    noisy: bool
     window: int
     vocab_size: int
     device: torch.device
@@ -138,13 +140,14 @@ class EnergyPredictor(_Reading):
         engine: over the run's model.
         options: how to think.
         vocab_size: V.
+        noisy: whether noise has a part in it.
     """
 
     thinks = True
 
-    def __init__(self, engine: Engine, options: ThinkingOptions, vocab_size: int):
+    def __init__(self, engine: Engine, options: ThinkingOptions, vocab_size: int, noisy: bool):
         super().__init__(engine, vocab_size)
-        self.engine, self.options = engine, options
+        self.engine, self.options, self.noisy = engine, options, noisy
 
     def check_batch(self, rows: int, length: int, chunk: int) -> None:
         """See `Predictor`."""
@@ -174,7 +177,7 @@ class FeedForwardPredictor(_Reading):
         vocabulary: FLOPs of the output, per token.
     """
 
-    thinks = False
+    thinks = noisy = False
 
     def __init__(self, reader: Reader, vocab_size: int, vocabulary: float):
         super().__init__(reader, vocab_size)
@@ -237,7 +240,8 @@ def build_predictor(
                 f"candidates={options.candidates}: without noise every start of {where} is the same: "
                 "give a langevin_noise, 0.3 say, or leave candidates out"
             )
-        return EnergyPredictor(Engine(model, recipe, stages, task.length, vocabulary), options, task.vocab_size)
+        engine = Engine(model, recipe, stages, task.length, vocabulary)
+        return EnergyPredictor(engine, options, task.vocab_size, noisy)
     if options != ThinkingOptions(final_energy=options.final_energy):
         raise RecipeError(
             f"{where} is a {recipe.model.architecture}, which does not think: leave out steps, candidates and the like"

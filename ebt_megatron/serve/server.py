@@ -34,6 +34,7 @@ _NEUTRAL: dict[str, Any] = {
     "logit_bias": {},
 }
 GRACE = 2.0  # seconds that requests under way have when the server is stopped
+_UNSEEDED = secrets.randbits(31)  # the seed of requests without one: they differ by number, and share passes
 _LOOK = 0.5  # seconds between looks whether a client is still there
 _THINKING = {f.name for f in fields(ThinkingOptions)} - {"final_energy"}
 
@@ -130,7 +131,7 @@ def read_request(body: Any, model: TextModel, limits: Limits) -> Asked:
         _number(body, "temperature", 1.0, float, 0, 100),
         _number(body, "top_k", None, int, 1, 1 << 30),
         _number(body, "top_p", 1.0, float, 0, 1),
-        _number(body, "seed", secrets.randbits(31), int, 0, (1 << 62) - 1),
+        _number(body, "seed", _UNSEEDED, int, 0, (1 << 62) - 1),
     )
     logprobs = _number(body, "logprobs", -1, int, 0, 20)
     for option, most_of_it in (("steps", limits.steps), ("candidates", limits.candidates)):
@@ -138,12 +139,13 @@ def read_request(body: Any, model: TextModel, limits: Limits) -> Asked:
     thinking = ThinkingOptions.of({name: body[name] for name in _THINKING if name in body})
     energies = bool(body.get("energies", model.thinks))
     thinking = replace(thinking, final_energy=model.thinks and energies)
+    first = 0 if body.get("seed") is not None else secrets.randbelow(1 << 22)
     texts, prompt_tokens = [], 0
     for number, text in enumerate(several, 1):
         tokens = model.texts.prompt(text, number)
         prompt_tokens += len(tokens)
         for i in range(count):
-            texts.append(Growing(tokens, most, stops, sampling, thinking, number=i, top=max(logprobs, 0)))
+            texts.append(Growing(tokens, most, stops, sampling, thinking, number=first + i, top=max(logprobs, 0)))
     return Asked(texts, bool(body.get("stream")), logprobs, energies, prompt_tokens)
 
 

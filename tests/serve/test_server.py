@@ -60,6 +60,33 @@ def test_streaming_several_choices_with_a_seed(client, model):
     assert texts[0] == model.generate(PROMPT, max_tokens=5, seed=7).text
 
 
+@pytest.mark.parametrize(("noise", "passes"), [(None, 5), (0.3, 20)])
+def test_texts_of_several_users_share_passes_unless_each_has_a_noise_of_its_own(noise, passes, model, monkeypatch):
+    from ebt_megatron.inference.options import ThinkingOptions
+    from ebt_megatron.inference.pool import Growing, Pool
+    from ebt_megatron.inference.predictor import EnergyPredictor
+    from ebt_megatron.inference.sampling import Sampling
+    from ebt_megatron.serve.server import Limits, read_request
+
+    def grown(seeds):
+        made = [Growing(model.encode(PROMPT), 5, (), Sampling(seed=s), thinking=thinking) for s in seeds]
+        pool = Pool(model.predictor, model.texts, rows=4, length=64)
+        for text in made:
+            pool.add(text)
+        while pool.busy:
+            pool.step()
+        return [text.draft.tokens for text in made]
+
+    real, calls = EnergyPredictor.__call__, []
+    monkeypatch.setattr(EnergyPredictor, "__call__", lambda *a: calls.append(1) or real(*a))
+    thinking = ThinkingOptions(steps=2, langevin_noise=noise)
+    together = grown(range(4))
+    assert len(calls) == passes
+    assert together == [grown([seed])[0] for seed in range(4)]
+    unseeded = [t for _ in range(2) for t in read_request({"prompt": PROMPT, "n": 2}, model, Limits()).texts]
+    assert len({t.sampling.seed for t in unseeded}) == 1 and len({t.number for t in unseeded}) == 4
+
+
 @pytest.mark.slow
 def test_two_hundred_at_sixteen_at_a_time_lose_nothing(client, model):
     prompts = [f"Document {i}" for i in range(200)]
