@@ -6,7 +6,7 @@ BIN     = $(VENV)/bin
 TORCH  ?= torch==2.13.0
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart video images puzzles test test-slow test-gpu lint format docs bench bench-learning ablation bench-thinking bench-images bench-captions bench-video bench-puzzles bench-inference bench-data validate-gpu clean
+.PHONY: help install quickstart video images puzzles test test-slow test-gpu lint format docs bench bench-learning ablation bench-thinking bench-images bench-captions bench-video bench-puzzles bench-inference bench-serving bench-data validate-gpu clean
 
 help:            ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 16
@@ -81,6 +81,9 @@ bench-puzzles: install  ## where thinking pays: 6 x 6 Sudoku, several seeds, at 
 
 bench-inference: install  ## the time of a new token: against the prefix, the candidates and Transformer++
 	$(BIN)/python -m benchmarks.inference
+
+bench-serving: install  ## ebt-serve over a socket: 200 requests one at a time and sixteen at a time
+	$(BIN)/python -m benchmarks.serving
 
 bench-data: install  ## the loader against plain webdataset (and energon, if installed), and preparation
 	$(BIN)/python -m benchmarks.data

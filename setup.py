@@ -92,6 +92,8 @@ setup(
             "fastapi>=0.115",
             "uvicorn>=0.30",
             "httpx>=0.27",
+            "openai>=1.40",  # its client is a test of ebt-serve
+            "playwright>=1.45",  # the page's test, where there is a Chromium
         ],
     },
 )

@@ -1,7 +1,6 @@
 """`ebt-serve`: OpenAI's completions with thinking; many at once lose nothing, and what is wrong leaves it healthy."""
 
 import json
-from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -85,22 +84,6 @@ def test_texts_of_several_users_share_passes_unless_each_has_a_noise_of_its_own(
     assert together == [grown([seed])[0] for seed in range(4)]
     unseeded = [t for _ in range(2) for t in read_request({"prompt": PROMPT, "n": 2}, model, Limits()).texts]
     assert len({t.sampling.seed for t in unseeded}) == 1 and len({t.number for t in unseeded}) == 4
-
-
-@pytest.mark.slow
-def test_two_hundred_at_sixteen_at_a_time_lose_nothing(client, model):
-    prompts = [f"Document {i}" for i in range(200)]
-    with ThreadPoolExecutor(16) as pool:
-        answers = list(
-            pool.map(lambda p: ask(client, prompt=p, max_tokens=2 + len(p) % 3, steps=1 + len(p) % 2), prompts)
-        )
-    assert {a.status_code for a in answers} == {200}
-    for i in (0, 57, 199):
-        p = prompts[i]
-        wanted = model.generate(p, max_tokens=2 + len(p) % 3, temperature=0, steps=1 + len(p) % 2)
-        assert answers[i].json()["choices"][0]["text"] == wanted.text
-    load = client.get("/health").json()
-    assert load["growing"] == load["waiting"] == 0
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ import time
 import pytest
 
 import ebt_megatron as ebt
+from benchmarks import serving
 from ebt_megatron.parallel import setup
 from tests import shared_models
 
@@ -141,6 +142,65 @@ def test_many_at_once_lose_nothing(address):
     assert {a.status_code for a in answers} == {200}
     assert [len(a.json()["choices"][0]["thinking"]["steps"]) for a in answers] == [1 + i % 3 for i in range(48)]
     assert load_of(address) == {"status": "ok", "growing": 0, "waiting": 0, "served": before + 48}
+
+
+@pytest.mark.slow
+def test_two_hundred_at_sixteen_at_a_time_lose_nothing_and_are_faster_than_one_at_a_time(folder):
+    found = serving.measure(folder, 200, 8, [1, 16])
+    assert [found[n]["lost"] for n in ("1", "16")] == [0, 0]
+    assert found["16"]["tokens a second"] > 2 * found["1"]["tokens a second"]
+
+
+def test_the_page_by_keyboard_on_a_narrow_screen(address):
+    playwright = pytest.importorskip("playwright.sync_api")
+    chromium = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if chromium is None:
+        pytest.skip("needs Chromium")
+    with playwright.sync_playwright() as started:
+        browser = started.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        page, said = browser.new_page(viewport={"width": 400, "height": 800}), []
+        page.on("console", lambda message: said.append(message.text))
+        page.on("pageerror", lambda error: said.append(str(error)))
+        page.goto(address)
+        key = page.keyboard.press
+
+        def focused():
+            return page.evaluate("document.activeElement.id || document.activeElement.className")
+
+        def until(condition):
+            page.wait_for_function(condition, timeout=30_000)
+
+        until("document.title.includes('watch it think')")
+        order = [key("Tab") or focused() for _ in range(5)]
+        assert order == ["prompt", "steps", "tokens", "temperature", "main"]
+        page.fill("#prompt", PROMPT)
+        page.fill("#tokens", "6")
+        key("Control+Enter")
+        until("document.querySelector('#stop').disabled && document.querySelectorAll('.token').length")
+        wanted = ask(address, max_tokens=6).json()["choices"][0]
+        assert page.text_content("#out") == PROMPT + wanted["text"]
+        colours = page.evaluate("[...document.querySelectorAll('.token')].map(t => t.style.background)")
+        energies = wanted["thinking"]["energies"]
+        assert len(set(colours)) == len(set(energies)) > 1, "a colour for each energy"
+        assert all(page.evaluate("[...document.querySelectorAll('.token')].map(t => t.style.borderBottomWidth)"))
+
+        page.focus(".token")
+        key("ArrowRight")
+        key("Enter")
+        until("document.querySelectorAll('#thoughts h2').length === 2")
+        assert page.text_content("#thoughts h2:last-of-type >> nth=1") == "After 2 steps"
+        page.focus("#steps")
+        key("ArrowRight")
+        until("document.querySelector('#thoughts').textContent.includes('After 3 steps')")
+        assert page.evaluate("document.querySelectorAll('#thoughts tr').length") == 1 + 4
+        assert page.evaluate("document.documentElement.scrollWidth") <= 400
+        page.fill("#tokens", "5000")
+        page.evaluate("document.querySelector('#tokens').max = 5000")
+        key("Control+Enter")
+        until("document.querySelector('#out .error')")
+        assert "max_tokens=5000: must be a whole number from 1 to 2000" in page.text_content("#out .error")
+        browser.close()
+    assert said == [] or all("400 (Bad Request)" in line for line in said), said
 
 
 def test_ctrl_c_ends_it_while_a_request_is_under_way(folder):
