@@ -22,18 +22,25 @@ DATA, RUNS = Path("data/sudoku6"), Path("runs/puzzles")
 MODELS = {"ebt": "EBT", "recurrent": "recurrent", "feed_forward": "feed-forward"}
 SPLITS = {"validation": "as trained on", "harder": "fewer clues than trained on"}
 SIDE = 6
-NEXT_STEPS = """ebt-prepare puzzles --kind sudoku --size 9 --count 20000 --output data/sudoku9
-ebt-train puzzles/sudoku6_ebt data.train=[data/sudoku9/train] data.validation=[data/sudoku9/validation] \\
-    data.sequence_length=81 model.num_layers=4 training.output_dir=runs/sudoku9
-make bench-puzzles"""
+PUZZLES = {  # how they are made
+    "sudoku6": f"--kind sudoku --size {SIDE} --count 4000 --range 10-14 --harder-range 8-9",
+    "sudoku9": "--kind sudoku --size 9 --count 6000 --validation 300 --harder 300 --range 36-48 --harder-range 30-34",
+    "mazes": "--kind maze --size 11 --count 8000 --range 5-7 --harder-range 9-11",
+    "graphs": "--kind graph --size 12 --count 8000 --range 4-8 --harder-range 10-12",
+}
+NEXT_STEPS = """make bench-puzzles
+python -m benchmarks.puzzles --puzzles sudoku9 --seeds 1
+python -m benchmarks.puzzles --puzzles mazes --seeds 1
+python -m benchmarks.puzzles --puzzles graphs --seeds 1"""
 
 
-def prepare(step: Steps, processes: int) -> None:
-    """Puzzles as shards at DATA, unless they are there."""
-    if not (DATA / "harder" / "manifest.json").exists():
-        options = f"--kind sudoku --size {SIDE} --count 4000 --range 10-14 --harder-range 8-9".split()
-        where = "--output", str(DATA), "--workers", str(processes), "--resume"
-        step("prepare", "1. make puzzles", "ebt_megatron.data_prep.puzzles", *options, *where)
+def prepare(step: Steps, processes: int, name: str = "sudoku6") -> Path:
+    """Puzzles, of PUZZLES, as shards; they are made unless they are there. Returns the folder of their splits."""
+    folder = Path("data") / name
+    if not (folder / "harder" / "manifest.json").exists():
+        where = "--output", str(folder), "--workers", str(processes), "--resume"
+        step("prepare", "1. make puzzles", "ebt_megatron.data_prep.puzzles", *PUZZLES[name].split(), *where)
+    return folder
 
 
 def curves(suites: Mapping[str, Mapping[str, Any]]) -> Figure:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from benchmarks.puzzles import SPLITS, Sudoku
+from benchmarks.puzzles import SPLITS, Puzzling
 
 
 def run(solved, left):
@@ -16,14 +16,14 @@ def run(solved, left):
 
 
 def test_equal_flops_are_equal(tmp_path):
-    study = Sudoku(tmp_path, 100)
+    study = Puzzling("sudoku6", tmp_path, 100)
     energy, equal = (study.recipe(name, 2) for name in ("EBT", "recurrent, equal FLOPs"))
     assert study.flops(equal) == pytest.approx(study.flops(energy), rel=0.02)
     assert energy.training.steps == 100 < equal.training.steps and equal.training.seed == 2
 
 
 def test_tables_show_what_is_done_and_what_is_asked_for(tmp_path, monkeypatch):
-    study = Sudoku(tmp_path, 100)
+    study = Puzzling("sudoku6", tmp_path, 100)
     (study.folder("recurrent", 1)).mkdir()
     (study.folder("recurrent", 1) / "suite.json").touch()
     monkeypatch.setattr(study, "run", lambda recipe: run(0.2 * recipe.training.seed, None))
