@@ -92,8 +92,6 @@ def convert(checkpoint: Path, output: Path, trust: bool = False) -> tuple[Descri
                     left_out.setdefault(what, []).append(name)
                     del stored[name]
         described = FAMILIES[modality].describe(hyper, Source(stored))
-        if modality == "VID" and hyper.get("mcmc_replay_buffer"):
-            left_out["a replay buffer, which video has not here"] = ["mcmc_replay_buffer"]
         weights = convert_weights(stored, described.recipe)
     except RecipeError as error:
         raise RecipeError(f"{checkpoint}: {error}") from None

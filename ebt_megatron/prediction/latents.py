@@ -123,7 +123,7 @@ class LatentPrediction:
         sample_ids: int64 [B], which fix the noise.
         thinking: how it starts and steps; a step is one on y whatever the step rule, which is about logits.
         seed: the run's seed.
-        start: [S, B, C] where it starts, or None: by `thinking.initial`.
+        start: [S, B, C] where it starts; where it is NaN, or None, by `thinking.initial`.
         output: on the context stream, whose change of `start`, or of 0, is where thinking starts.
     """
 
@@ -143,9 +143,9 @@ class LatentPrediction:
         self.thinking, self.seed, self.sample_ids = thinking, seed, sample_ids
         dtype = torch.promote_types(embed.weight.dtype, torch.float32)
         self.target = targets.transpose(0, 1).to(dtype)
-        self.y = torch.zeros_like(self.target) if start is None else start.to(dtype)
-        if start is None and thinking.starts_at_noise:
-            self.y = self.y + self._noise(0, thinking.initial_std)
+        self.y = self._noise(0, thinking.initial_std) if thinking.starts_at_noise else torch.zeros_like(self.target)
+        if start is not None:
+            self.y = torch.where(start.isnan(), self.y, start.to(dtype))
         self.history: list[_Step] = []
         self.now = 0  # the step that is taken
 

@@ -81,7 +81,7 @@ class LatentEmbeddings(LatentEmbedding):
     def prediction(
         self, targets: Tensor, sample_ids: Tensor, thinking: ThinkingConfig, seed: int, start: Tensor | None = None
     ) -> LatentPrediction:
-        """See `Embeddings`; `start` is whole, without NaN."""
+        """See `Embeddings`; `start` is whole."""
         places = None if self.places is None else self.places.to(self.weight.device)
         assert self.bias is not None
         embed, output = LatentMap(self.weight, self.bias, self.group, places), None

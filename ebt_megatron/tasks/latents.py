@@ -18,7 +18,6 @@ def check_latents(recipe: Recipe) -> None:
     """
     thinking, modality = recipe.thinking, recipe.data.modality
     for key, given, fix in (
-        ("thinking.replay.enabled", thinking.replay.enabled, "false"),
         ("thinking.regenerate", thinking.regenerate > 0, "0"),
         ("thinking.logits_dtype=bfloat16", thinking.logits_dtype != "float32", "float32"),
         ("data.document_mask", recipe.data.document_mask, "false"),

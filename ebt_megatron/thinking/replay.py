@@ -99,7 +99,8 @@ def reshard(states: list[dict[str, Any]], tensor_rank: int, tensor_size: int, sl
 
     Args:
         states: of each old rank of the first pipeline stage, with its "tensor_rank" and "replay".
-        tensor_rank, tensor_size: of the new rank; predictions are split over their last dimension.
+        tensor_rank, tensor_size: of the new rank. Predictions are split over their last dimension, but for those of the
+            targets' own shape (latents), which every rank has whole.
         slots: replay slots of the new rank.
     """
     parts: dict[str, dict[int, Any]] = {}
@@ -112,9 +113,10 @@ def reshard(states: list[dict[str, Any]], tensor_rank: int, tensor_size: int, sl
         ordered = [by_rank[r] for r in sorted(by_rank)]
         merged[slot] = []
         for same in zip(*ordered, strict=True):
-            whole = torch.cat([entry["prediction"] for entry in same], -1)
-            part = whole.chunk(tensor_size, -1)[tensor_rank].clone()
-            merged[slot].append({**same[0], "prediction": part})
+            part = same[0]["prediction"]
+            if part.shape != same[0]["targets"].shape:
+                part = torch.cat([entry["prediction"] for entry in same], -1).chunk(tensor_size, -1)[tensor_rank]
+            merged[slot].append({**same[0], "prediction": part.clone()})
     return merged
 
 

@@ -87,7 +87,7 @@ def test_an_energy_begins_flat_and_its_head_learns_first():
 
 
 RECIPES = {
-    "S1": ("thinking.max_steps=2",),
+    "S1": ("thinking.max_steps=2", "thinking.replay.enabled=true"),
     "S1, reuse": ("thinking.max_steps=2", "thinking.reuse=true"),
     "S2": (
         "thinking.loss=last",

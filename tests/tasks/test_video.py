@@ -136,6 +136,11 @@ def test_where_predictions_start():
     assert torch.equal(start("thinking.initial=observed").transpose(0, 1), batch.observed)
     assert not start().any()
     assert start("thinking.initial=noise", "thinking.initial_std=2").std() == pytest.approx(2, rel=0.2)
+    noisy = latents.recipe("thinking.initial=noise", "thinking.initial_std=2")
+    fresh = builders.new_descent(model, noisy, batch).prediction.y.clone()
+    batch.start = torch.cat([torch.full_like(fresh[:, :1], torch.nan), fresh[:, 1:] + 5], 1)
+    replayed = builders.new_descent(model, noisy, batch).prediction.y
+    assert torch.equal(replayed[:, :1], fresh[:, :1]) and torch.equal(replayed[:, 1:], fresh[:, 1:] + 5)
 
 
 RECIPES = {
@@ -145,6 +150,8 @@ RECIPES = {
         "thinking.learn_step_size=false",
         "thinking.step_size_scale=2",
         "thinking.langevin_noise=0.5",
+        "thinking.initial_std=1",
+        "thinking.replay.enabled=true",
         "model.conditioning=none",
     ),
     "2 x 2 tokens": ("thinking.max_steps=2", "video.tokens_per_side=2"),
@@ -207,10 +214,9 @@ def test_a_frame_repeated_exactly_has_no_error():
     ("override", "why"),
     [
         (
-            "thinking.replay.enabled=true",
-            "thinking.replay.enabled is about text, data.modality is video: set thinking.replay.enabled=false",
+            "thinking.regenerate=4",
+            "thinking.regenerate is about text, data.modality is video: set thinking.regenerate=0",
         ),
-        ("thinking.regenerate=4", "set thinking.regenerate=0"),
         ("thinking.logits_dtype=bfloat16", "set thinking.logits_dtype=float32"),
         ("video.tokens_per_side=3", "video.tokens_per_side=3 does not divide frames of 2 x 2 patches"),
         ("video.tokens_per_side=2 model.conditioning=time_embed_sequence", "set video.tokens_per_side=1"),

@@ -53,6 +53,15 @@ def test_resharding_gives_what_the_new_layout_would_have_kept():
                 assert (a.sample_id, a.uses) == (b.sample_id, b.uses)
 
 
+def test_resharding_leaves_latents_whole():
+    """Every rank has them whole."""
+    values = torch.arange(12.0).view(3, 4)
+    entry = {"sample_id": 1, "uses": 0, "observed": values, "targets": values, "prediction": values + 1}
+    old = [{"tensor_rank": r, "replay": {"1": [entry]}} for r in range(2)]
+    for rank, size in ((0, 1), (1, 2), (3, 4)):
+        assert torch.equal(reshard(old, rank, size, {1})["1"][0]["prediction"], values + 1)
+
+
 def test_fresh_samples_start_from_noise_and_replayed_ones_from_their_prediction():
     buffer = filled()
     start = stack_start(2, [buffer.draw(0, 0), buffer.draw(1, 0)])

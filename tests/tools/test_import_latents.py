@@ -290,7 +290,7 @@ def test_settings_of_video_become_a_recipe(tmp_path):
     )
     assert (t.initial, t.step_size, t.min_steps, t.max_steps) == ("observed", 4.0, STEPS + 1, STEPS + 2)
     assert to_yaml(load_recipe(tmp_path / "w.yaml")) == to_yaml(recipe)
-    assert list(left_out) == ["the frozen encoder of pictures", "a replay buffer, which video has not here"]
+    assert list(left_out) == ["the frozen encoder of pictures"] and t.replay.enabled
     weights, metadata = read_weights(tmp_path / "w.safetensors")
     assert t.landscapes == len(weights["step_embedding"]) == STEPS, "the last landscape is one, however often it comes"
     assert '"frame": [4, 4], "latent_scale": 0.18215' in metadata["fingerprint"]

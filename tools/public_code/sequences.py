@@ -89,6 +89,7 @@ def describe_video(hyper: Hyper, source: Source) -> Described:
     if thinks:
         t = recipe.thinking
         t.langevin_on = "embedding"
+        t.replay.enabled = bool(hyper.get("mcmc_replay_buffer"))
         t.initial, t.initial_std = _INITIAL[hyper.get("denoising_initial_condition") or "random_noise"]
     recipe.data.sequence_length = int(number(hyper, "context_length")) - 1
     resolve(recipe)
