@@ -24,19 +24,24 @@ class ImageModel(FramesModel):
     back is of the kind that was given.
     """
 
-    def denoise(self, pictures: np.ndarray | Tensor, level: int | None = None, steps: int | None = None) -> Any:
+    def denoise(
+        self, pictures: np.ndarray | Tensor, level: int | None = None, steps: int | None = None, times: int = 1
+    ) -> Any:
         """Put noise on pictures, and take it off again: what the model was trained to do, and is judged by.
 
         Args:
             pictures: clean ones, one or a batch.
             level: of the noise, from 0 on; default: the highest one trained with.
             steps: of thinking, or passes of a DiT; default: as trained, and for a DiT level + 1 up to 50.
+            times: a DiT denoises what it made again, from the same level, until it has so many times in all; it may
+                help with noise or pictures that it was not trained on.
 
         Returns:
             The denoised pictures, as given.
 
         Raises:
-            RecipeError: for a model that makes pictures instead, or a level that there is not.
+            RecipeError: for a model that makes pictures instead, a level that there is not, or an EBT that is to
+                denoise several times (which more steps do).
         """
         task: Any = self.run.task
         if not task.denoises:
@@ -45,10 +50,12 @@ class ImageModel(FramesModel):
         level = (task.options.highest_level if self.thinks else highest) if level is None else level
         if not 0 <= level <= highest:
             raise RecipeError(f"level={level}: the model's noise has levels 0 to {highest}")
+        if times < 1 or (times > 1 and self.thinks):
+            raise RecipeError(f"times={times}: at least 1, and of a DiT; an EBT takes more steps instead")
         latents, back = self.as_latents(pictures, 3)
         ids = torch.arange(len(latents)) + (1 << 51)  # apart from training's and validation's
         passes = self.steps_of(steps) if self.thinks else steps or min(level + 1, _PASSES)
-        (out,) = denoised(self.run, MicroBatch(ids, latents), level, [passes])
+        (out,) = denoised(self.run, MicroBatch(ids, latents), level, [passes], times=times)
         return back(out)
 
     def make(

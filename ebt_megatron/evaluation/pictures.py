@@ -141,15 +141,30 @@ def thought_of(
 
 
 def denoised(
-    run: TrainedRun, batch: MicroBatch, level: int, passes: Sequence[int], ancestral: bool = False
+    run: TrainedRun, batch: MicroBatch, level: int, passes: Sequence[int], ancestral: bool = False, times: int = 1
 ) -> list[Tensor]:
-    """Pictures [B, S, C] after each number of passes, from `level`."""
+    """Pictures [B, S, C] after each number of passes, from `level`.
+
+    Args:
+        run: of pictures, which denoises.
+        batch: clean ones.
+        level: of the noise that is put on them.
+        passes: of a DiT, or thinking steps.
+        ancestral: as of `sampled`.
+        times: a DiT denoises what it made, as if that had the same noise still, until it has so many times in all.
+    """
     task = task_as(run.task, Images)
     sample = task.sample(batch, run.state.device, level)
     if run.objective.thinks:
         thoughts = thought_of(run, sample, max(passes))
         return [thoughts[n - 1] for n in passes]
-    return [sampled(run, sample.observed, sample.first, sample.sample_ids, level, n, ancestral) for n in passes]
+    out = []
+    for count in passes:
+        pictures = sample.first
+        for _ in range(times):
+            pictures = sampled(run, sample.observed, pictures, sample.sample_ids, level, count, ancestral)
+        out.append(pictures)
+    return out
 
 
 def denoising(run: TrainedRun, levels: Sequence[int], passes: Sequence[int], pictures: int = 128) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import torch
 
 import ebt_megatron as ebt
 from ebt_megatron.data.loader import MicroBatch
+from ebt_megatron.evaluation.pictures import sampled
 from ebt_megatron.parallel import setup
 from tests import shared_models
 from tests.tasks.latents import pictures_recipe, recipe, unless_zero
@@ -105,6 +106,14 @@ def test_denoising_starts_at_the_noise_trained_with(models):
     assert not torch.allclose(*(models["denoiser"].denoise(given, level=99, steps=n) for n in (1, 4)), atol=1e-5)
 
 
+def test_a_dit_denoises_again_what_it_made(models):
+    model, latents, ids = models["DiT"], models["DiT"].encode(clips()[:, 0]), torch.arange(len(clips())) + (1 << 51)
+    once, twice = (model.denoise(latents, 50, 3, times=times) for times in (1, 2))
+    observed = model.run.task.sample(MicroBatch(ids, latents), torch.device("cpu"), 50).observed
+    assert torch.allclose(twice, sampled(model.run, observed, once, ids, 50, 3))
+    assert not torch.allclose(twice, once, atol=1e-3)
+
+
 @pytest.mark.parametrize("name", ["maker", "DiT"])
 def test_pictures_are_made_by_class(name, models):
     model = models[name]
@@ -134,6 +143,7 @@ def test_a_model_that_is_told_nothing_is_told_how_many(models):
         (lambda m: m["denoiser"].make(2), "denoiser denoises pictures, and makes none: use denoise"),
         (lambda m: m["maker"].denoise(clips()[:, 0]), "maker makes pictures from noise, and does not denoise"),
         (lambda m: m["denoiser"].denoise(clips()[:, 0], level=1000), "level=1000: the model's noise has levels 0 to"),
+        (lambda m: m["denoiser"].denoise(clips()[:, 0], times=2), "times=2: at least 1, and of a DiT"),
         (lambda m: m["maker"].make([0, 7]), "told=[0, 7]: maker is told 2 classes, from 0 on"),
         (lambda m: m["maker"].make("a red square"), "told='a red square': maker is told no captions"),
         (lambda m: m["untold"].make([0, 1]), "told=[0, 1]: untold is told nothing: give how many"),
