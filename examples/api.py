@@ -1,7 +1,7 @@
 # %% [markdown]
 # # A trained model in Python
 #
-# Cells of a notebook (editors open this file as one), and a script: `python -m examples.api runs/quickstart/s1`.
+# Cells of a notebook (editors open this file as one), and a script: `python -m examples.api runs/quickstart/context`.
 # %% A run, a folder of `ebt-convert export`, or USER/MODEL on the Hub
 """The library's API on a model of text, cell by cell."""
 
@@ -9,7 +9,7 @@ import sys
 
 import ebt_megatron as ebt
 
-model = ebt.load(sys.argv[1] if len(sys.argv) > 1 else "runs/quickstart/s1")
+model = ebt.load(sys.argv[1] if len(sys.argv) > 1 else "runs/quickstart/context")
 print(model)
 
 # %% Continue a text, thinking longer than it was trained to

@@ -13,7 +13,7 @@ from examples.steps import PROCESSES, Steps
 
 DATA = Path("data/quickstart")
 RUNS = Path("runs/quickstart")
-RECIPES = {name: f"recipes/text/quickstart_{name}.yaml" for name in ("s1", "s2", "transformer")}
+RECIPES = {name: f"recipes/text/quickstart_{name}.yaml" for name in ("context", "s2", "transformer")}
 
 
 def prepare(step: Steps, processes: int, megabytes: int) -> None:
@@ -43,7 +43,7 @@ def main(processes: int = PROCESSES, megabytes: int = typer.Option(16, help="How
         from ebt_megatron.evaluation.text_evaluation import NEXT_STEPS
 
         title = "EBT and Transformer++ on real text, on this machine"
-        runs = {"EBT, S1": RUNS / "s1", "EBT, S2": RUNS / "s2", "Transformer++": RUNS / "transformer"}
+        runs = {"EBT": RUNS / "context", "EBT, S2": RUNS / "s2", "Transformer++": RUNS / "transformer"}
         step.done(write_report(runs, RUNS / "report", title, NEXT_STEPS), NEXT_STEPS)
 
     Steps.run("make quickstart", work)
