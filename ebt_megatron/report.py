@@ -28,6 +28,7 @@ def main(
     """
 
     def work() -> None:
+        quiet_libraries()
         from ebt_megatron.evaluation.interface import evaluation_of
         from ebt_megatron.session import recipe_of
 
@@ -37,7 +38,6 @@ def main(
             raise RecipeError(f"a report is about one modality ({said}): give runs of one")
         if label and (len(label) != len(runs) or len(set(label)) < len(label)):
             raise RecipeError(f"--label: give each of the {len(runs)} runs one of its own, in their order")
-        quiet_libraries()
         named = dict(zip(label, runs, strict=True)) if label else runs
         paths = evaluation_of(modalities[runs[0]]).report(named, output, title, "")
         Console(soft_wrap=True, highlight=False).print(f"report: {paths['html']} and {paths['markdown']}")

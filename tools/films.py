@@ -88,6 +88,7 @@ def main(
     """Make films: each frame is predicted from those before it, predicted ones included."""
 
     def work() -> None:
+        quiet_libraries()
         import numpy as np
 
         from ebt_megatron.evaluation.video_evaluation import animation
@@ -96,7 +97,6 @@ def main(
             raise RecipeError(f"--output {output}: give a name that ends in .gif or .npz")
         if not output.absolute().parent.is_dir():
             raise RecipeError(f"--output {output}: {output.parent} is not a folder")
-        quiet_libraries()
         made, _, begun, measures = make(run_dir, overrides or [], clips, given, frames, steps)
         if output.suffix == ".gif":
             write_whole(output, animation([made], begun))

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from matplotlib.ticker import MaxNLocator
 
 from ebt_megatron.checkpoint.history import History, step_of
 from ebt_megatron.core.errors import RecipeError
@@ -33,6 +34,7 @@ SIMPLE = {"repeat_last": "the last frame again", "extrapolation": "extrapolation
 DASHES = {"repeat_last": "--", "extrapolation": ":"}
 GIVEN = 8  # frames that a rolled-out clip begins with, at most
 SHOWN, MEASURED = 4, 96  # clips of each set
+_SIDE = 128  # pixels of a frame in the animation, where it has fewer
 NEXT_STEPS = """ebt-prepare video --input 'films/**/*.mp4' --output data/films --height 224 --width 224 \\
     --frame-rate 4 --encoder vae --model FOLDER
 ebt-train video/s1_xxs data.train=[data/films/train] data.validation=[data/films/validation]"""
@@ -90,14 +92,14 @@ def clips_of(run_dir: Path, sets: Mapping[str, str]) -> tuple[Any, Any, dict[str
     return made, true, ahead
 
 
-def animation(rows: list[Any], given: int, scale: int = 3) -> bytes:
+def animation(rows: list[Any], given: int) -> bytes:
     """A GIF whose rows are models' clips, uint8 [clips, frames, height, width, 3], side by side.
 
-    Those after the first `given` frames are under a red line.
+    Small frames are shown larger, up to about _SIDE pixels. Those after the first `given` frames are under a red line.
     """
     from PIL import Image
 
-    frames = []
+    frames, scale = [], max(1, _SIDE // rows[0].shape[2])
     for t in range(rows[0].shape[1]):
         picture = np.concatenate([np.concatenate(list(row[:, t]), 1) for row in rows], 0)
         picture = picture.repeat(scale, 0).repeat(scale, 1)
@@ -150,6 +152,7 @@ def write_report(
         for held, plot in zip(sets, several, strict=True):
             draw(plot, held)
             plot.set(xlabel=x, ylabel=y, title=held)
+            plot.xaxis.set_major_locator(MaxNLocator(integer=True))
         several[-1].legend(frameon=False, fontsize=8)
         return figure
 
@@ -191,7 +194,7 @@ def write_report(
             horizons,
             "frames ahead",
             "loss",
-            f"Rolled out: after {given} frames each is predicted from those predicted before it; {MEASURED} clips.",
+            f"Rolled out: after {given} frames each is predicted from those predicted before it; up to {MEASURED} clips.",
         ),
     ):
         page.figure(figure, caption, partial(panels, draw, x, y))
@@ -223,7 +226,7 @@ def write_report(
                 )
         for simple, label in SIMPLE.items():
             loss = any_of[f"{simple}_loss"]
-            ratio = f"{any_of[f'{simple}_psnr']:.2f}" if "psnr" in any_of else "-"
+            ratio = f"{any_of[f'{simple}_psnr']:.2f}" if f"{simple}_psnr" in any_of else "-"
             rows.append([label, "-", f"{loss:.4f}", f"{100 * (loss / repeat - 1):+.1f} %", ratio])
         page.table(Table(f"Held out: {held}", header, rows))
     page.text("How to go on", next_steps)
