@@ -4,7 +4,7 @@ import typer
 
 from ebt_megatron.data_prep import images, local_text, puzzles, text, video
 
-app = typer.Typer(add_completion=False, no_args_is_help=True, help="Turn text, video, images and puzzles into shards.")
+app = typer.Typer(no_args_is_help=True, help="Turn text, video, images and puzzles into shards.")
 for name, module in (
     ("text", text),
     ("video", video),

@@ -15,7 +15,7 @@ from ebt_megatron.core.records import to_json
 if TYPE_CHECKING:
     from ebt_megatron.evaluation.interface import SuiteOptions
 
-app = typer.Typer(add_completion=False)
+app = typer.Typer()
 
 
 def _suite(run_dir: Path, overrides: list[str], options: SuiteOptions, target: Path) -> None:

@@ -21,7 +21,7 @@ from ebt_megatron.inference.rows_file import RowsFile
 if TYPE_CHECKING:
     from ebt_megatron.inference.generation import Continuation, GenerationOptions
 
-app = typer.Typer(add_completion=False)
+app = typer.Typer()
 _OUTPUT = "Output"
 _DRAWING = "Drawing tokens"
 

@@ -10,7 +10,7 @@ from rich.console import Console
 from ebt_megatron.core.cli import guarded, quiet_libraries
 from ebt_megatron.core.errors import RecipeError
 
-app = typer.Typer(add_completion=False)
+app = typer.Typer()
 
 
 @app.command()

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 from pathlib import Path
 
+import click
 import typer
+from typer.core import TyperCommand
 
 from ebt_megatron.config import all_keys, load_recipe, to_yaml
-from ebt_megatron.config.catalog import describe_recipes
+from ebt_megatron.config.catalog import describe_recipes, recipe_names
 from ebt_megatron.core.cli import guarded, quiet_libraries
 
-app = typer.Typer(add_completion=False)
+app = typer.Typer()
 
 
 def _list_recipes(asked: bool) -> None:
     if asked:
-        print(describe_recipes())
+        print(describe_recipes(shutil.get_terminal_size().columns if sys.stdout.isatty() else None))
         raise typer.Exit
 
 
@@ -28,10 +31,33 @@ def _explain(key: str | None) -> None:
         raise typer.Exit
 
 
-@app.command(epilog="Keys: " + ", ".join(all_keys()))
+class _WithKeys(TyperCommand):
+    """The command, whose help ends with a line for each key of a recipe."""
+
+    def format_help(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        from ebt_megatron.config.explain import explain
+
+        super().format_help(ctx, formatter)
+        lines = explain("all").replace("\n", "\n ")
+        typer.echo(f" Keys, with their defaults; --explain KEY says more:\n\n {lines}")
+
+
+def _recipes_like(incomplete: str) -> list[str]:
+    return [name for name in recipe_names() if name.startswith(incomplete)]
+
+
+def _keys_like(incomplete: str) -> list[str]:
+    return [f"{key}=" for key in all_keys() if key.startswith(incomplete)]
+
+
+@app.command(cls=_WithKeys)
 def main(
-    recipe: Path = typer.Argument(..., help="A name of --list, e.g. text/s1_xxs, or a YAML file."),
-    overrides: list[str] = typer.Argument(None, help="key=value pairs, e.g. model.hidden_size=256."),
+    recipe: Path = typer.Argument(
+        ..., help="A name of --list, e.g. text/s1_xxs, or a YAML file.", autocompletion=_recipes_like
+    ),
+    overrides: list[str] = typer.Argument(
+        None, help="key=value pairs, e.g. model.hidden_size=256.", autocompletion=_keys_like
+    ),
     show_list: bool = typer.Option(
         False, "--list", is_eager=True, callback=_list_recipes, help="Show the recipes that come with this, and stop."
     ),

@@ -26,6 +26,7 @@ COMMANDS = (
     "convert",
     "import",
     "pictures",
+    "films",
     "report",
     "serve",
     "generate",
@@ -190,3 +191,7 @@ def test_the_list_says_what_each_recipe_is():
     for name, path in recipe_names().items():
         assert path.read_text().startswith("# "), f"{path} says in its first line what it is"
         assert f"{name} " in text
+    assert "told the pooled output of CLIP-large." in text, "a sentence of two lines is not cut"
+    narrow = describe_recipes(70).split("\n\n")[0]
+    assert max(map(len, narrow.splitlines())) <= 70
+    assert " ".join(narrow.split()) == " ".join(text.split("\n\n")[0].split())

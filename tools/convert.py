@@ -15,7 +15,7 @@ from ebt_megatron.config import RecipeError, load_recipe, to_yaml
 from ebt_megatron.core.cli import guarded, quiet_libraries
 from ebt_megatron.core.files import write_whole
 
-app = typer.Typer(add_completion=False, help=__doc__, no_args_is_help=True)
+app = typer.Typer(help=__doc__, no_args_is_help=True)
 
 _ONE_PROCESS = [
     "parallel.tensor=1",

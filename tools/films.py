@@ -13,7 +13,7 @@ from ebt_megatron.core.errors import RecipeError
 from ebt_megatron.core.files import write_whole
 from ebt_megatron.core.records import to_json
 
-app = typer.Typer(add_completion=False)
+app = typer.Typer()
 
 
 def make(

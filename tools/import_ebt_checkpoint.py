@@ -22,7 +22,7 @@ from ebt_megatron.tools.public_code import pictures, sequences
 from ebt_megatron.tools.public_code.settings import Described, Hyper
 from ebt_megatron.tools.public_code.source import Source, read_checkpoint
 
-app = typer.Typer(add_completion=False)
+app = typer.Typer()
 
 
 class Family(NamedTuple):

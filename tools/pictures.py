@@ -12,7 +12,7 @@ from ebt_megatron.core.errors import DataError, RecipeError
 from ebt_megatron.core.files import write_whole
 from ebt_megatron.evaluation.sheet import sheet
 
-app = typer.Typer(add_completion=False)
+app = typer.Typer()
 
 
 def make(run_dir: Path, captions: list[str], labels: list[int], each: int, passes: int | None, guidance: float) -> Any:

@@ -173,7 +173,7 @@ def rows(e: Estimate) -> list[tuple[str, str]]:
     ]
 
 
-app = typer.Typer(add_completion=False)
+app = typer.Typer()
 
 
 @app.command()

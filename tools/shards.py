@@ -38,7 +38,7 @@ def _console(stderr: bool = False) -> Console:
     return Console(stderr=stderr, highlight=False, soft_wrap=True, markup=False)
 
 
-app = typer.Typer(add_completion=False, help=__doc__, no_args_is_help=True)
+app = typer.Typer(help=__doc__, no_args_is_help=True)
 FOLDER = typer.Argument(..., parser=user_path, help="A folder with manifest.json, e.g. data/text/train.")
 
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import difflib
+import itertools
+import re
+import textwrap
 from pathlib import Path
 
 from ebt_megatron.core.errors import RecipeError
@@ -37,9 +40,22 @@ def find_recipe(given: str | Path) -> Path:
     raise RecipeError(f"no recipe at {given}{hint}")
 
 
-def describe_recipes() -> str:
-    """Every recipe's name and the first line of its comment, and where they are."""
+def describe_recipes(columns: int | None = None) -> str:
+    """Every recipe's name and the first sentence of its comment, and where they are.
+
+    Args:
+        columns: of a terminal, in which sentences go on under themselves; None: one line for each recipe.
+    """
     names = recipe_names()
-    width = max(map(len, names), default=0)
-    lines = [f"{name:<{width}}  {path.read_text().splitlines()[0].lstrip('# ')}" for name, path in names.items()]
+    width = max(map(len, names), default=0) + 2
+    lines = []
+    for name, path in names.items():
+        said = _first_sentence(path.read_text())
+        parts = [said] if columns is None else textwrap.wrap(said, max(columns - width, 30))
+        lines += [f"{head:<{width}}{part}" for head, part in zip([name, *[""] * len(parts)], parts, strict=False)]
     return "\n".join([*lines, f"\nin {RECIPES}; a path works as well as a name"])
+
+
+def _first_sentence(text: str) -> str:
+    comment = itertools.takewhile(lambda line: line.startswith("#"), text.splitlines())
+    return re.split(r"(?<=\.)\s", " ".join(line.strip("# ") for line in comment))[0]

@@ -20,7 +20,8 @@ from ebt_megatron.evaluation.tables import Table
 # Tables may be wider than text; below the width of a small laptop's window they scroll by themselves.
 _STYLE = """:root{color-scheme:light dark}body{font:16px/1.5 system-ui,sans-serif;max-width:76em;margin:2em auto;
 padding:0 1em;color:#222;background:#fff}p,ol,h1{max-width:60em}img{max-width:100%;height:auto}figure{
-margin:1em 1em 1em 0;display:inline-block;vertical-align:top;max-width:100%}figcaption{font-size:.9em;opacity:.8;contain:inline-size}.wide{
+margin:1em 1em 1em 0;display:inline-block;vertical-align:top;max-width:100%}figcaption{
+font-size:.9em;opacity:.8;contain:inline-size}.wide{
 overflow-x:auto}table{border-collapse:collapse;margin:1em 0}td,th{padding:.3em .8em;border-bottom:1px solid #8884;
 text-align:right}td:first-child,th:first-child{text-align:left}pre{background:#8882;padding:1em;white-space:pre-wrap;
 overflow-wrap:anywhere}.text{font-family:ui-monospace,monospace;font-size:.85em;overflow-wrap:anywhere;white-space:

@@ -194,7 +194,7 @@ def write_report(
             horizons,
             "frames ahead",
             "loss",
-            f"Rolled out: after {given} frames each is predicted from those predicted before it; up to {MEASURED} clips.",
+            f"Rolled out: after {given} frames each is predicted from those before it; up to {MEASURED} clips.",
         ),
     ):
         page.figure(figure, caption, partial(panels, draw, x, y))

@@ -11,7 +11,7 @@ import typer
 from ebt_megatron.core.cli import guarded, quiet_libraries, say
 from ebt_megatron.core.errors import RecipeError
 
-app = typer.Typer(add_completion=False)
+app = typer.Typer()
 
 
 def listen(host: str, port: int) -> socket.socket:

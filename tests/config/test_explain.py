@@ -48,6 +48,22 @@ def test_a_key_is_explained_by_the_command():
     assert len(explain("all").splitlines()) == len(all_keys())
 
 
+def test_help_has_a_line_for_each_key_and_tab_completes_them():
+    said = CliRunner().invoke(app, ["--help"]).output
+    assert set(explain("all").splitlines()) <= {line.strip() for line in said.splitlines()}
+    words = {
+        "COMP_WORDS": "ebt-train text/s1_xxs thinking.st",
+        "COMP_CWORD": "2",
+        "_EBT_TRAIN_COMPLETE": "complete_bash",
+    }
+    keys = CliRunner().invoke(app, prog_name="ebt-train", env=words).output.split()
+    assert keys == [f"{key}=" for key in all_keys() if key.startswith("thinking.st")]
+    recipes = CliRunner().invoke(
+        app, prog_name="ebt-train", env=words | {"COMP_CWORD": "1", "COMP_WORDS": "ebt-train text/s1"}
+    )
+    assert recipes.output.split() == ["text/s1_xl", "text/s1_xxs"]
+
+
 @pytest.mark.parametrize(
     ("given", "hint"), [("step_rule", "did you mean thinking.step_rule"), ("qqq", "--explain all")]
 )
