@@ -51,7 +51,7 @@ def describe_recipes(columns: int | None = None) -> str:
     lines = []
     for name, path in names.items():
         said = _first_sentence(path.read_text())
-        parts = [said] if columns is None else textwrap.wrap(said, max(columns - width, 30))
+        parts = [said] if columns is None else textwrap.wrap(said, max(columns - width, 30), break_on_hyphens=False)
         lines += [f"{head:<{width}}{part}" for head, part in zip([name, *[""] * len(parts)], parts, strict=False)]
     return "\n".join([*lines, f"\nin {RECIPES}; a path works as well as a name"])
 
