@@ -47,6 +47,10 @@ MODELS = {
     "Transformer++, FLOPs of EBT from its context": Model(
         "text/quickstart_transformer", flops_of="EBT from its context"
     ),
+    # On as many tokens as the EBT saw (1,200 steps of 8 samples), again and again.
+    "Transformer++, FLOPs and unique tokens of EBT from its context": Model(
+        "text/quickstart_transformer", ("data.unique_samples=9600",), flops_of="EBT from its context"
+    ),
     "Transformer++, inference FLOPs of EBT from its context": Model(
         "text/quickstart_transformer", ("model.num_layers=3", "model.hidden_size=160", "optimizer.lr=2.4e-3")
     ),

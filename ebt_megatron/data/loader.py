@@ -26,7 +26,7 @@ from ebt_megatron.config import Recipe
 from ebt_megatron.core.errors import DataError
 from ebt_megatron.data.folder import ShardFolder
 from ebt_megatron.data.manifest import Manifest
-from ebt_megatron.data.order import Blend
+from ebt_megatron.data.order import Blend, first_samples
 from ebt_megatron.data.remote import Cache
 
 VALIDATION_IDS = 1 << 50  # sample ids of validation samples start here, apart from training's
@@ -161,6 +161,9 @@ class Loader:
         weights = recipe.data.train_weights if train else []
         shuffle = recipe.data.shuffle and train
         sizes = [s.sizes for s in self.sources]
+        if train and recipe.data.unique_samples is not None:
+            sizes = first_samples(sizes, recipe.data.unique_samples)
+        self.unique = [sum(of) for of in sizes]
         self.blend = Blend(sizes, weights, recipe.training.seed, shuffle, recipe.data.shuffle_shards)
         self.end_of_text: int = self.sources[0].manifest.tokenizer.get("end_of_text", -1)
         if recipe.data.document_mask and self.end_of_text < 0:
@@ -194,7 +197,7 @@ class Loader:
 
     def most_repeated(self, samples: int) -> tuple[float, str]:
         """How often the source that is repeated most is gone through in so many samples of the run, and its name."""
-        turns = self.blend.share / [len(s) for s in self.sources] * samples / len(self.blend)
+        turns = self.blend.share / np.array(self.unique) * samples / len(self.blend)
         worst = int(np.argmax(turns))
         return float(turns[worst]), self.sources[worst].folder
 

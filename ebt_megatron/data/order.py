@@ -12,9 +12,34 @@ from typing import Any
 
 import numpy as np
 
+from ebt_megatron.core.errors import DataError
 from ebt_megatron.core.randomness import stable_seed
 
 _BLOCK = 1 << 16  # positions between two running counts of a blend's sources
+
+
+def first_samples(shards: list[list[int]], samples: int) -> list[list[int]]:
+    """The samples of each source's shards when only the first ones are taken, of each source by its size.
+
+    Args:
+        shards: of each source, samples of each of its shards.
+        samples: in all.
+
+    Raises:
+        DataError: if there are not so many, or a source would give none.
+    """
+    sizes = np.array([sum(of) for of in shards])
+    if samples > sizes.sum():
+        raise DataError(f"data.unique_samples={samples}, and data.train has {sizes.sum()} samples")
+    ends = np.round(np.cumsum(sizes) * (samples / sizes.sum())).astype(int)
+    wanted = np.diff(ends, prepend=0).tolist()
+    if not all(wanted):
+        raise DataError(f"data.unique_samples={samples} is not one sample of each of {len(shards)} sources: raise it")
+    taken = []
+    for of, left in zip(shards, wanted, strict=True):
+        before = np.cumsum([0, *of[:-1]]).tolist()
+        taken.append([min(size, left - at) for size, at in zip(of, before, strict=True) if at < left])
+    return taken
 
 
 class SourceOrder:

@@ -278,6 +278,22 @@ def test_a_weight_that_gives_no_sample_is_refused(shards):
     )
 
 
+def test_of_all_samples_only_the_first_are_seen_again_and_again(shards):
+    train, validation = (ShardFolder(f"{shards}/{split}") for split in ("train", "validation"))
+    wanted = train.sizes[0] + 7  # a shard, and a part of the next
+    loader = Loader(recipe_for(shards, f"data.unique_samples={wanted}"), "train", 0, 1)
+    seen = [row.numpy().tobytes() for _, samples in take(loader, wanted) for row in samples]  # two epochs
+    first = [np.asarray(row).astype(np.int64).tobytes() for row in itertools.islice(train.rows(), wanted)]
+    assert sorted(seen[:wanted]) == sorted(first) == sorted(seen[wanted:]) and len(loader.blend) == wanted
+    assert loader.most_repeated(3 * wanted)[0] == pytest.approx(3)
+    both = f"data.train=[{shards}/train,{shards}/validation]"
+    loader = Loader(
+        recipe_for(shards, both, f"data.unique_samples={(len(train) + len(validation)) // 2}"), "train", 0, 1
+    )
+    assert loader.unique == pytest.approx([len(train) / 2, len(validation) / 2], abs=1)
+    refuse(shards, "data.unique_samples=99999, and data.train has", "data.unique_samples=99999")
+
+
 def test_the_source_that_is_repeated_most_is_named(shards):
     both = f"data.train=[{shards}/train,{shards}/validation]"
     loader = Loader(recipe_for(shards, both, "data.train_weights=[1,1]"), "train", 0, 1)
