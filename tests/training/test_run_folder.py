@@ -212,8 +212,11 @@ def _best(data, root):
     """Validated at every step, with losses that fall and rise; then gone on with from step 6."""
     from ebt_megatron.session import load_run
     from ebt_megatron.training import hooks
+    from ebt_megatron.training.run import Run
 
-    found, folder = {}, root / "run"
+    found, folder, saves = {}, root / "run", []
+    write = Run.write_checkpoint
+    Run.write_checkpoint = lambda run, row, among=None: saves.append((run.step, among)) or write(run, row, among)
     real, losses = hooks.validate, [5.0, 3.0, 4.0, float("nan"), 2.0, 6.0, 1.0, 3.5]
 
     def validate(objective, batches, steps, measure):
@@ -226,6 +229,7 @@ def _best(data, root):
     for steps in (6, 8):
         runs.train(data, folder, (*often, f"training.steps={steps}", "training.keep_checkpoints=1"))
         found[steps] = sorted(p.name for p in folder.glob("best/step-*"))
+    found["saves"] = [step for step, among in saves if among is not None]
     found["losses"] = json.loads((folder / "best/losses.json").read_text())
     for name in ("", "best", "best/step-00000005", "checkpoints/step-00000008"):
         found[name] = load_run(folder / name, splits=(), alone=True).step
@@ -239,6 +243,7 @@ def test_the_best_checkpoints_are_kept_beside_the_newest(data, tmp_path):
     (found,) = run_ranks(_best, 1, data, tmp_path, timeout=200)
     assert found[6] == ["step-00000002", "step-00000005"], "the lowest losses, of finite ones"
     assert found[8] == ["step-00000005", "step-00000007"]
+    assert found["saves"] == [1, 2, 3, 5, 7], "no others are written"
     assert found["losses"] == {"step-00000007": 1.0, "step-00000005": 2.0}
     assert saved(tmp_path / "run") == [8]
     assert [found[n] for n in ("", "best", "best/step-00000005", "checkpoints/step-00000008")] == [8, 7, 5, 8]
