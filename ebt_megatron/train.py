@@ -5,8 +5,8 @@ from __future__ import annotations
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
-import click
 import typer
 from typer.core import TyperCommand
 
@@ -34,7 +34,7 @@ def _explain(key: str | None) -> None:
 class _WithKeys(TyperCommand):
     """The command, whose help ends with a line for each key of a recipe."""
 
-    def format_help(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+    def format_help(self, ctx: Any, formatter: Any) -> None:  # of click, or of typer's own copy of it
         from ebt_megatron.config.explain import explain
 
         super().format_help(ctx, formatter)
