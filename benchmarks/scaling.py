@@ -30,6 +30,7 @@ from typing import Any
 import numpy as np
 import typer
 import yaml
+from omegaconf import OmegaConf
 
 from benchmarks.fits import Law, Runs, detectable, fit, ratio
 from benchmarks.seeds import Interval, steps_at
@@ -77,13 +78,17 @@ class Plan:
     def read(cls, path: Path) -> Plan:
         """Read a file; raises RecipeError where it does not do."""
         try:
-            given = yaml.safe_load(path.read_text())
+            given: Any = OmegaConf.to_container(OmegaConf.load(path))
             plan = cls(**given)
-        except (OSError, yaml.YAMLError, TypeError) as error:
+        except (OSError, ValueError, yaml.YAMLError, TypeError, AttributeError) as error:
             raise RecipeError(f"{path} is no study ({error})") from None
         for wrong, why in (
             (plan.axis not in AXES, f"axis={plan.axis}: choose one of {', '.join(AXES)}"),
-            (plan.values != sorted(set(plan.values)), f"values={plan.values}: give them rising"),
+            (
+                not all(isinstance(v, int | float) and v > 0 for v in plan.values),
+                f"values={plan.values}: give numbers above 0",
+            ),
+            (plan.values != sorted(set(plan.values), key=float), f"values={plan.values}: give them rising"),
             (len(plan.values) < 4, f"values={plan.values}: a floor, a scale and an exponent need four at least"),
             (plan.baseline not in plan.models, f"baseline={plan.baseline}: choose one of {', '.join(plan.models)}"),
             (plan.seeds < 1, f"seeds={plan.seeds}: one at least"),
