@@ -165,6 +165,7 @@ def main(
             chunk,
         )
         how.check()
+        _require_text(run_dir, overrides or [])
         if output is not None and str(output) != "-":
             require_free(output, prompts)
         if chat:
@@ -178,6 +179,15 @@ def main(
         _generate(run_dir, overrides or [], given, thinking, how, keep, output, stream, energies)
 
     guarded(work)
+
+
+def _require_text(run_dir: Path, overrides: list[str]) -> None:
+    """Raise RecipeError for a run that makes something else, and name the command that does."""
+    from ebt_megatron.session import recipe_of
+
+    modality = recipe_of(run_dir, overrides).data.modality
+    if (command := {"video": "ebt-films", "images": "ebt-pictures"}.get(modality)) is not None:
+        raise RecipeError(f"{run_dir} is a run of {modality}: {command} {run_dir} makes them")
 
 
 def _chat(

@@ -194,3 +194,5 @@ def test_runs_that_do_not_do(runs, tmp_path):
     assert done.exit_code == 2 and "is not a run directory: recipe.yaml is missing" in done.stderr
     done = call(runs / "baseline", "--prompt", "a", "--steps", 3)
     assert done.exit_code == 2 and "is a baseline, which does not think: leave out steps" in done.stderr
+    done = call(runs / "ebt", "data.modality=video", "--prompt", "a")
+    assert done.exit_code == 2 and f"is a run of video: ebt-films {runs / 'ebt'} makes them" in done.stderr
