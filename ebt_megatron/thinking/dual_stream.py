@@ -75,6 +75,8 @@ def step_sizes(
 
     alpha = max(step_size, step_size_min) times a factor that is 1, or in training uniform in
     [1/scale, scale] per position; where the positions of a sample share an energy, one for the sample.
+    The derivative is that of alpha at its least where step_size is below it: a step size that fell too
+    far may rise again.
     """
     alpha = step_size.detach().clamp_min(options.step_size_min)
     factor = torch.ones(length, len(sample_ids), dtype=alpha.dtype, device=alpha.device)
@@ -83,7 +85,7 @@ def step_sizes(
         draw = uniform(seed, sample_ids.to(alpha.device), positions, STEP_SIZE_STREAM).to(alpha.dtype)
         low, high = 1 / options.step_size_scale, options.step_size_scale
         factor = (low + (high - low) * draw).expand_as(factor)
-    return alpha * factor, factor * (step_size.detach() >= options.step_size_min)
+    return alpha * factor, factor
 
 
 def split_factor(factor: Tensor, separable: bool) -> tuple[Tensor | None, Tensor]:
