@@ -51,6 +51,9 @@ class _Text(html.parser.HTMLParser):
             self.parts.append(data)
 
 
+_PIECES = 64  # of work that an input is cut into, about
+
+
 def strip_html(page: str) -> str:
     """The visible text of a page, blank lines collapsed."""
     parser = _Text()
@@ -143,6 +146,15 @@ def _suffix(path: str) -> str:
 def holds_one_document(path: str) -> bool:
     """Whether a file is a text or a page, rather than lines or rows of them."""
     return _suffix(path) not in (*_LINES, ".parquet")
+
+
+def unit_bytes_for(files: list[InputFile]) -> int:
+    """Bytes of a piece of work, so that every worker has some: a 64th of the input, from 64 KiB to 16 MiB.
+
+    A power of two, so that an input that grows a little is cut where it was.
+    """
+    total = sum(file.bytes for file in files)
+    return min(max(1 << (total // _PIECES).bit_length(), 1 << 16), 1 << 24)
 
 
 def split_files(files: list[InputFile], unit_bytes: int) -> list[list[Part]]:

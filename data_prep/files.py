@@ -17,7 +17,8 @@ from typing import Any, NamedTuple
 import fsspec
 import zstandard
 
-from ebt_megatron.core.errors import DataError
+from ebt_megatron.core.errors import DataError, RecipeError
+from ebt_megatron.core.network import require_hub
 
 DAMAGED = (EOFError, OSError, zlib.error, zstandard.ZstdError)  # what reading a file or archive may raise
 _PACKINGS = (".gz", ".zst")
@@ -93,6 +94,8 @@ def _remote(pattern: str, suffixes: tuple[str, ...]) -> tuple[list[InputFile], d
     besides: dict[str, str] = {}
     try:
         system, root = fsspec.core.url_to_fs(pattern)
+        if type(system).__module__.startswith("huggingface_hub."):
+            require_hub()
         if glob.has_magic(root) and not system.exists(root):
             paths = [p for p in system.glob(root) if not system.isdir(p)]
         elif system.isdir(root):
@@ -104,10 +107,10 @@ def _remote(pattern: str, suffixes: tuple[str, ...]) -> tuple[list[InputFile], d
         return [InputFile(system.unstrip_protocol(p), system.size(p) or 0, 0) for p in paths], besides
     except ImportError as error:
         raise DataError(
-            f"--input {pattern} cannot be read ({error}): the extra 'remote' (pip install '.[remote]') has "
+            f"--input {pattern} cannot be read ({error}): the extra 'remote' (pip install 'ebt-megatron[remote]') has "
             "what s3:// and hf:// need"
         ) from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecipeError) as error:
         raise DataError(f"--input {pattern} cannot be read ({' '.join(str(error).split())})") from None
 
 

@@ -22,6 +22,7 @@ import multiprocessing
 import os
 import re
 import shutil
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -29,6 +30,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wai
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass
+from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -68,6 +70,17 @@ def _follow(parent: int) -> None:
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
+
+
+@contextmanager
+def _without_ctrl_c() -> Iterator[None]:
+    """Processes that are started meanwhile do not hear of Ctrl-C; this one does, a little later."""
+    resource_tracker.ensure_running()  # with the first process it would let signals through
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 @contextmanager
@@ -196,6 +209,10 @@ class Job:
         if isinstance(error, DataError) and self.rank == 0 and not any(self.work.rglob("*.np[yz]")):
             shutil.rmtree(self.work, ignore_errors=True)  # nothing is finished: the next try need not resume
             (self.output / "job.json").unlink(missing_ok=True)
+        if isinstance(error, KeyboardInterrupt) and self.rank == 0:
+            self.console.print(
+                f"stopped: what is finished is kept in {self.output}; the same command with --resume goes on"
+            )
         self._lock.release()
 
     def _agree(self, error: Exception | None) -> None:
@@ -264,7 +281,8 @@ class Job:
         try:
             while True:
                 while len(pending) < 2 * self.workers and (item := next(rest, None)) is not None:
-                    pending.add(self._pool.submit(function, item))
+                    with _without_ctrl_c():  # workers that this starts finish their piece, and say nothing
+                        pending.add(self._pool.submit(function, item))
                 if not pending:
                     return
                 done, pending = wait(pending, return_when=FIRST_COMPLETED)

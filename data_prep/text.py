@@ -24,7 +24,14 @@ from ebt_megatron.core.errors import DataError
 from ebt_megatron.core.options import dataclass_options
 from ebt_megatron.data.manifest import Manifest, read_manifest
 from ebt_megatron.data_prep import options
-from ebt_megatron.data_prep.documents import SUFFIXES, Part, check_kinds, holds_one_document, split_files
+from ebt_megatron.data_prep.documents import (
+    SUFFIXES,
+    Part,
+    check_kinds,
+    holds_one_document,
+    split_files,
+    unit_bytes_for,
+)
 from ebt_megatron.data_prep.files import find_files
 from ebt_megatron.data_prep.job import Execution, Job
 from ebt_megatron.data_prep.passes import WorkFolder, finish, threshold, units_of
@@ -102,7 +109,10 @@ def main(
     output: Path = options.OUTPUT,
     input: list[str] = typer.Option(..., help=f"Globs, folders or URLs of {', '.join(SUFFIXES)}; also .gz and .zst."),
     settings: TextSettings,
-    unit_megabytes: float = typer.Option(16, help="Input that makes one piece of work; changes nothing but speed."),
+    unit_megabytes: float | None = typer.Option(
+        None,
+        help="Input that makes one piece of work; changes nothing but speed [default: a 64th of it, at most 16].",
+    ),
     execution: Execution,
     dry_run: bool = options.DRY_RUN,
 ) -> None:
@@ -116,7 +126,8 @@ def main(
         found = find_files(input, SUFFIXES)
         if not settings.skip_broken:
             check_kinds(found.files)
-        units = split_files(found.files, max(1, int(unit_megabytes * 1e6)))
+        size = unit_bytes_for(found.files) if unit_megabytes is None else max(1, int(unit_megabytes * 1e6))
+        units = split_files(found.files, size)
         what = f"sequences of {settings.sequence_length} tokens"
         if options.announce(output, found, SUFFIXES, settings.splits, what, dry_run):
             prepare_text(output, units, settings, str(found), execution)

@@ -12,6 +12,7 @@ import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from ebt_megatron.core.errors import DataError
+from ebt_megatron.core.network import PATIENCE, require_hub
 
 END_OF_TEXT = "<|endoftext|>"
 _BATCH = 1 << 20  # characters encoded at once by tokenizers' own threads; each takes about 200 bytes meanwhile
@@ -41,6 +42,18 @@ def train_bpe(documents: Iterable[str], vocab_size: int) -> Tokenizer:
     return tokenizer
 
 
+def _of_the_hub(name: str) -> Tokenizer:
+    """The tokenizer of a repository: the one that was fetched before, or else over the network, if there is one."""
+    from huggingface_hub import hf_hub_download
+
+    try:
+        path = hf_hub_download(name, "tokenizer.json", local_files_only=True)
+    except Exception:  # it was not fetched before
+        require_hub()
+        path = hf_hub_download(name, "tokenizer.json", etag_timeout=PATIENCE)
+    return Tokenizer.from_file(path)
+
+
 @functools.cache
 def load_tokenizer(given: str | Path) -> Tokenizer:
     """A tokenizer with an end-of-text entry.
@@ -55,7 +68,7 @@ def load_tokenizer(given: str | Path) -> Tokenizer:
     """
     name, is_file = str(given), Path(given).is_file()
     try:
-        tokenizer = Tokenizer.from_str(Path(given).read_text()) if is_file else Tokenizer.from_pretrained(name)
+        tokenizer = Tokenizer.from_str(Path(given).read_text()) if is_file else _of_the_hub(name)
     except Exception as error:  # both raise whatever the libraries beneath them do
         reason = " ".join(str(error).split())
         if is_file:

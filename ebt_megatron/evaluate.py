@@ -93,7 +93,13 @@ def main(
                 for line in lines_of(result):
                     print(line)
 
-    guarded(work)
+    guarded(
+        work,
+        stopped=lambda: (
+            "nothing was written; the same command begins again, and is shorter with fewer --steps or "
+            "training.validation_samples"
+        ),
+    )
 
 
 if __name__ == "__main__":

@@ -178,7 +178,12 @@ def main(
         given = read_prompts(prompt, prompts)
         _generate(run_dir, overrides or [], given, thinking, how, keep, output, stream, energies)
 
-    guarded(work)
+    def stopped() -> str:
+        if output is None or str(output) == "-":
+            return "what was made is above; with --output FILE it is kept, and the same command goes on"
+        return f"what is finished is in {RowsFile.partial_of(output)}: the same command goes on after it"
+
+    guarded(work, stopped=stopped)
 
 
 def _require_text(run_dir: Path, overrides: list[str]) -> None:

@@ -18,10 +18,12 @@ from rich.console import Console
 from rich.table import Table
 
 from ebt_megatron.config import Recipe, check, load_recipe
-from ebt_megatron.core.cli import guarded
+from ebt_megatron.core.cli import guarded, quiet_libraries
 from ebt_megatron.tasks import Task, task_class
 from ebt_megatron.thinking.plan import Plan
 from ebt_megatron.thinking.schedule import FLOP_DURATIONS, feed_forward_sweeps, gpt_bubble, simulate
+
+_SPARE = 0.1  # of a GPU's memory: what libraries and fragments take
 
 
 @dataclass(frozen=True)
@@ -173,6 +175,21 @@ def rows(e: Estimate) -> list[tuple[str, str]]:
     ]
 
 
+def verdict(e: Estimate, memory: float) -> str:
+    """Whether an estimate fits the memory of a GPU, in GB, with a tenth of it to spare; and what makes it smaller."""
+    needed = (e.weight_bytes + e.activation_bytes) / 1e9
+    said = f"{needed:.1f} GB of {memory:g} GB a GPU"
+    if needed <= (1 - _SPARE) * memory:
+        return f"fits: {said}"
+    most = "activations" if e.activation_bytes > e.weight_bytes else "weights, gradients and optimizer"
+    smaller = {
+        "activations": "a smaller training.micro_batch_size, model.recompute_layers=true, parallel.tensor or pipeline",
+        "weights, gradients and optimizer": "parallel.distributed_optimizer=true, parallel.tensor or pipeline",
+    }[most]
+    near = "may not fit" if needed <= memory else "does not fit"
+    return f"{near}: {said}, most of it {most}; smaller by {smaller}"
+
+
 app = typer.Typer()
 
 
@@ -188,19 +205,23 @@ def main(
     tflops: float = typer.Option(400.0, help="Matrix rate one GPU reaches, TFLOP/s."),
     bandwidth: float = typer.Option(300.0, help="GB/s between tensor-parallel ranks."),
     network: float = typer.Option(40.0, help="GB/s per GPU between nodes."),
+    memory: float = typer.Option(80.0, min=0, help="GB of a GPU: whether the recipe fits."),
 ) -> None:
     """Estimate bubble, memory, communication and step time (no overlap of communication assumed)."""
 
     def work() -> None:
+        quiet_libraries()
         resolved = load_recipe(recipe, overrides or [])
         hardware = Hardware(tflops, bandwidth, network)
         table = Table(title=f"estimate: {resolved.name} on {gpus} GPUs, {hardware}", title_justify="left")
         table.add_column("what")
         table.add_column("value", justify="right")
         task = task_class(resolved.data.modality).of_size(resolved, vocab_size, channels)
-        for row in rows(estimate(resolved, task, gpus, hardware)):
+        planned = estimate(resolved, task, gpus, hardware)
+        for row in rows(planned):
             table.add_row(*row)
         Console().print(table)
+        Console(soft_wrap=True, highlight=False).print(verdict(planned, memory))
 
     guarded(work)
 

@@ -61,7 +61,7 @@ def user_path(value: str) -> Path:
     return Path(value).expanduser()
 
 
-def guarded(work: Callable[[], Any], quiet: bool = False) -> None:
+def guarded(work: Callable[[], Any], quiet: bool = False, stopped: Callable[[], str] | None = None) -> None:
     """Run a command; an error ends all its ranks, and is printed once, by the rank that had it first.
 
     Bad input (RecipeError, DataError, a file that cannot be read or written) is one line and exit code 2.
@@ -70,11 +70,14 @@ def guarded(work: Callable[[], Any], quiet: bool = False) -> None:
     Args:
         work: the command.
         quiet: another process says what is wrong.
+        stopped: says after Ctrl-C what is kept, and how to go on.
     """
     write_any_text()
     try:
         work()
     except KeyboardInterrupt:
+        if stopped is not None and _launch().rank == 0:
+            say(stopped(), "yellow", "stopped:")
         sys.exit(130)
     except Exception as error:
         mistake = isinstance(error, RecipeError | DataError) or _of_a_file(error)

@@ -117,7 +117,7 @@ def read_manifest(folder: str) -> Manifest:
         raw = json.loads(content_of(path))
         recorded = raw.pop("checksum", None)
     except FileNotFoundError:
-        raise DataError(f"no shards at {folder}: manifest.json is missing; make them with data_prep/") from None
+        raise DataError(f"no shards at {folder}: manifest.json is missing; ebt-prepare makes them") from None
     except OSError as error:
         raise DataError(f"no shards at {folder}: {error}") from None
     except (ValueError, AttributeError, TypeError) as error:

@@ -45,7 +45,7 @@ class RunFiles:
         """
         for name, how in (
             ("metrics.jsonl", "train it first"),
-            ("evaluation.json", f"python -m ebt_megatron.evaluate {path}"),
+            ("evaluation.json", f"ebt-evaluate {path}"),
         ):
             if not (path / name).exists():
                 raise RecipeError(f"{path / name} is missing: {how}")

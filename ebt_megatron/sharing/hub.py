@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import os
 import re
-import socket
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 from ebt_megatron.checkpoint.exported import is_exported, read_config
 from ebt_megatron.core.errors import RecipeError
+from ebt_megatron.core.network import PATIENCE, require_hub
 
 _NAME = re.compile(r"[\w.-]+/[\w.-]+")
-_PATIENCE = 3.0  # seconds to find out that there is no network
 
 
 def hub() -> Any:
@@ -23,20 +20,6 @@ def hub() -> Any:
     except ImportError:
         raise RecipeError("the Hub needs huggingface_hub: pip install 'ebt-megatron[hf]'") from None
     return huggingface_hub
-
-
-def require_network() -> None:
-    """Raise RecipeError within about 3 s where the Hub's server cannot be reached, instead of retrying for minutes."""
-    endpoint = hub().constants.ENDPOINT
-    parts = urlsplit(endpoint)
-    proxies = [os.environ.get(name) for name in ("HTTPS_PROXY", "https_proxy", "HTTP_PROXY", "http_proxy", "ALL_PROXY")]
-    if any(proxies):  # then names are not resolved here
-        return
-    try:
-        port = parts.port or (443 if parts.scheme == "https" else 80)
-        socket.create_connection((parts.hostname or "", port), _PATIENCE).close()
-    except OSError as error:
-        raise RecipeError(f"{endpoint} cannot be reached ({error}): give a folder, or connect to the network") from None
 
 
 def local_folder(name: str | Path, revision: str | None = None) -> Path:
@@ -56,11 +39,11 @@ def local_folder(name: str | Path, revision: str | None = None) -> Path:
     except (module.errors.LocalEntryNotFoundError, OSError, ValueError):
         pass
     try:
-        require_network()
+        require_hub()
     except RecipeError as error:
-        raise RecipeError(f"{name}: no such folder here, and {error}") from None
+        raise RecipeError(f"{name}: no such folder here, and {error}: give a folder, or connect") from None
     try:
-        return Path(module.snapshot_download(str(name), revision=revision, etag_timeout=_PATIENCE))
+        return Path(module.snapshot_download(str(name), revision=revision, etag_timeout=PATIENCE))
     except Exception as error:  # the library has many, of its own and of its transports
         raise RecipeError(f"{name}: no such folder here, and {_first_line(error)}") from None
 
@@ -85,7 +68,7 @@ def push_to_hub(folder: str | Path, name: str, private: bool = True, token: str 
         raise RecipeError(f"{folder} is not an exported model: ebt-convert export RUN FOLDER first")
     read_config(folder)
     module = hub()
-    require_network()
+    require_hub()
     api = module.HfApi(token=token)
     try:
         api.create_repo(name, private=private, exist_ok=True)

@@ -166,7 +166,7 @@ def refuse(folder, match, *overrides):
 
 
 def test_no_shards(tmp_path):
-    refuse(tmp_path, "manifest.json is missing; make them with data_prep")
+    refuse(tmp_path, "manifest.json is missing; ebt-prepare makes them")
 
 
 def test_a_missing_shard(copied):

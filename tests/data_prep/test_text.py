@@ -17,8 +17,8 @@ from ebt_megatron.core.errors import DataError
 from ebt_megatron.data.folder import ShardFolder
 from ebt_megatron.data.manifest import read_manifest
 from ebt_megatron.data_prep import text, tokens
-from ebt_megatron.data_prep.documents import SUFFIXES, Part, read_part, split_files, strip_html
-from ebt_megatron.data_prep.files import find_files
+from ebt_megatron.data_prep.documents import SUFFIXES, Part, read_part, split_files, strip_html, unit_bytes_for
+from ebt_megatron.data_prep.files import InputFile, find_files
 from ebt_megatron.tools.rewrite import rewrite
 from ebt_megatron.tools.shards import shard_problems
 from tests.builders import text_shards
@@ -94,6 +94,17 @@ def test_where_the_input_is_cut_into_units_changes_nothing(tmp_path, cut):
     (tmp_path / "b.jsonl").write_text("\r\n".join(lines[70:]) + "\r\n\n")
     units = split_files(find_files([str(tmp_path)], SUFFIXES).files, cut)
     assert [d for unit in units for part in unit for d in read_part(part)] == [json.loads(x)["text"] for x in lines]
+
+
+def test_small_inputs_have_pieces_for_every_worker_and_large_ones_not_too_many():
+    def pieces(*sizes):
+        files = [InputFile(f"{i}.txt", size, 0) for i, size in enumerate(sizes)]
+        return len(split_files(files, unit_bytes_for(files)))
+
+    assert pieces(*[300_000] * 40) > 30 and pieces(10_000) == 1
+    assert pieces(*[10**8] * 100) == 100 and 32 <= pieces(*[10**4] * 2_000) <= 130
+    grown = [InputFile("a.txt", size, 0) for size in (11_600_000, 11_700_000)]
+    assert unit_bytes_for(grown[:1]) == unit_bytes_for(grown[1:])
 
 
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -168,7 +168,7 @@ def test_a_suite_adds_its_parts(judged):
 
 def test_a_run_that_was_not_evaluated_says_how_to(runs):
     (runs["ebt"] / "evaluation.json").unlink()
-    with pytest.raises(RecipeError, match=r"python -m ebt_megatron\.evaluate"):
+    with pytest.raises(RecipeError, match=r"ebt-evaluate"):
         RunFiles.read(runs["ebt"], "EBT")
 
 
@@ -178,7 +178,7 @@ def test_the_command_writes_it_or_says_what_is_missing(runs, tmp_path):
     assert done.exit_code == 0 and (tmp_path / "page" / "report.html").exists(), done.output
     (runs["ebt"] / "evaluation.json").unlink()
     done = CliRunner().invoke(app, command)
-    assert done.exit_code == 2 and "ebt_megatron.evaluate" in done.stderr and done.stderr.count("\n") == 1
+    assert done.exit_code == 2 and "ebt-evaluate" in done.stderr and done.stderr.count("\n") == 1
 
 
 PROBE = """<script>addEventListener("load", () => { const seen = [...document.images].map(i => {

@@ -4,7 +4,7 @@ import pytest
 
 from ebt_megatron.config import RecipeError, load_recipe
 from ebt_megatron.tasks import task_class
-from ebt_megatron.tools.plan import Hardware, estimate
+from ebt_megatron.tools.plan import Hardware, estimate, verdict
 
 HARDWARE = Hardware(tflops=100, bandwidth=100, network=10)
 
@@ -104,3 +104,13 @@ def test_levers_save_memory():
 def test_a_layout_that_does_not_fit_is_refused():
     with pytest.raises(RecipeError, match="number of ranks=3"):
         planned(recipe("parallel.pipeline=2"), 1000, 3)
+
+
+def test_it_says_whether_the_recipe_fits_and_what_makes_it_smaller():
+    estimated = planned(recipe(), 1000, 8)
+    needed = (estimated.weight_bytes + estimated.activation_bytes) / 1e9
+    assert verdict(estimated, 2 * needed).startswith(f"fits: {needed:.1f} GB of ")
+    assert verdict(estimated, 1.05 * needed).startswith("may not fit")
+    assert "does not fit" in (said := verdict(estimated, needed / 2)) and "micro_batch_size" in said
+    states = planned(recipe("training.micro_batch_size=1", "data.sequence_length=16", "model.num_layers=60"), 100, 8)
+    assert "distributed_optimizer" in verdict(states, 0.01)
