@@ -206,10 +206,13 @@ def energies_of(model: Any, context: Tensor, segments: Tensor | None) -> Callabl
     """(step, embedded prediction) -> energies, of a model on one process, for `train`.
 
     Args:
-        model: an EnergyTransformer, a CellEnergy or a JointEnergy.
+        model: an EnergyTransformer, a CellEnergy or a JointEnergy; or one that has a `plain_energy` of its own,
+            (context, step, embedded prediction) -> energies.
         context: what its modality embeds of what is observed.
         segments: int32 [B, S] documents, or None.
     """
+    if (own := getattr(model, "plain_energy", None)) is not None:
+        return partial(own, context)
     judge = text_energies if model.separable else cell_energies if isinstance(model, CellEnergy) else joint_energies
     return partial(judge, model, context, segments)
 
