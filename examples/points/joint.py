@@ -1,5 +1,7 @@
 """An energy of one's own in which predictions see each other: every point sees the mean of all of them."""
 
+from typing import Any
+
 import torch
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 
@@ -11,43 +13,43 @@ from examples.points.points import Points
 
 
 class Layer(torch.nn.Module):
-    def __init__(self, config, kernels):
+    def __init__(self, config: Any, kernels: Any):
         super().__init__()
         width, how = config.hidden_size, {"config": config, "init_method": config.init_method, "bias": False}
         self.kernels, self.draws = kernels, {f"{n}.weight": Draw.xavier(width, 2 * width) for n in ("up", "down")}
         self.up = ColumnParallelLinear(width, 2 * width, gather_output=False, **how)
         self.down = RowParallelLinear(2 * width, width, input_is_parallel=True, skip_bias_add=True, **how)
 
-    def forward(self, h, context, tangent):
-        seen = h + h.mean(0, keepdim=True) + (torch.cat([context, 0 * context], 1) if tangent else context)
-        hidden = self.up(seen)[0]  # linear maps treat the tangent, stacked behind the value along B, as the value
+    def forward(self, h: torch.Tensor, context: torch.Tensor, tangent: bool) -> torch.Tensor:
+        hidden = self.up(h + h.mean(0, keepdim=True) + (torch.cat([context, 0 * context], 1) if tangent else context))[
+            0
+        ]
         return h + self.down(self.kernels.gelu(hidden, torch.zeros_like(hidden[0, 0]), tangent=tangent))[0]
 
 
 class MeanEnergy(StageModule):
     separable, context_sees_step, starts_thinking, context_rows, step_tokens = False, False, False, None, 0
 
-    def __init__(self, config, recipe, kernels, size, first, last):
+    def __init__(self, config: Any, recipe: Any, ops: Any, size: int, first: bool, last: bool):
         super().__init__(config)
-        self.modality, self.last = LatentEmbeddings(config, size, kernels) if first else None, last
+        self.modality, self.last = LatentEmbeddings(config, size, ops) if first else None, last
         if first:
             self.step_size = torch.nn.Parameter(torch.tensor(float(recipe.thinking.step_size)))
-        count = config.num_layers // config.pipeline_model_parallel_size
-        self.layers = torch.nn.ModuleList(Layer(config, kernels) for _ in range(count))
+        count, width = config.num_layers // recipe.parallel.pipeline, config.hidden_size
+        self.layers = torch.nn.ModuleList(Layer(config, ops) for _ in range(count))
         if last:
-            self.head = replicated(torch.empty(config.hidden_size), config)
-            self.draws["head"] = Draw.xavier(config.hidden_size, 1)
+            self.head, self.draws["head"] = replicated(torch.empty(width), config), Draw.xavier(width, 1)
 
-    def context(self, h, length, segments, step=0):
+    def context(self, h: torch.Tensor, length: int, segments: Any, step: int = 0) -> Any:
         return h, [(h, h)] * len(self.layers)  # handed on; what a layer reads are two tensors, as keys and values
 
-    def predict(self, h, contexts, length, segments, step, tangent, tape=None):
+    def predict(self, h: Any, contexts: Any, length: int, segments: Any, step: int, tangent: bool, *more: Any) -> Any:
         for layer, (context, _) in zip(self.layers, contexts, strict=True):
             h = layer(h, context, tangent)
         return (h.chunk(2, 1)[1] if tangent else h) @ self.head if self.last else h
 
 
-def plain_energy(model, context, step, x):
+def plain_energy(model: Any, context: torch.Tensor, step: int, x: torch.Tensor) -> torch.Tensor:
     for layer in model.layers:
         hidden = (x + x.mean(0, keepdim=True) + context) @ layer.up.weight.T
         x = x + torch.nn.functional.gelu(hidden, approximate="tanh") @ layer.down.weight.T
@@ -55,5 +57,5 @@ def plain_energy(model, context, step, x):
 
 
 class JointPoints(Points):
-    def energy_model(self, config, kernels, first, last):
+    def energy_model(self, config: Any, kernels: Any, first: bool, last: bool) -> Any:
         return MeanEnergy(config, self.recipe, kernels, self.size, first, last)
