@@ -20,10 +20,8 @@ class Layer(torch.nn.Module):
         self.up = ColumnParallelLinear(width, 2 * width, gather_output=False, **how)
         self.down = RowParallelLinear(2 * width, width, input_is_parallel=True, skip_bias_add=True, **how)
 
-    def forward(self, h: torch.Tensor, context: torch.Tensor, tangent: bool) -> torch.Tensor:
-        hidden = self.up(h + h.mean(0, keepdim=True) + (torch.cat([context, 0 * context], 1) if tangent else context))[
-            0
-        ]
+    def forward(self, h: torch.Tensor, read: torch.Tensor, tangent: bool) -> torch.Tensor:
+        hidden = self.up(h + h.mean(0, keepdim=True) + (torch.cat([read, 0 * read], 1) if tangent else read))[0]
         return h + self.down(self.kernels.gelu(hidden, torch.zeros_like(hidden[0, 0]), tangent=tangent))[0]
 
 
