@@ -86,7 +86,7 @@ class Puzzling(Study):
         numbers, rows = train(recipe, "--suite", "--shift", f"harder={self.data / 'harder'}", result="suite.json")
         recipe = load_recipe(Path(recipe.training.output_dir) / "recipe.yaml")
         more = {"left the plateau": left_plateau(rows), "updates": recipe.training.steps, "flops": self.flops(recipe)}
-        return numbers | more
+        return {key: value for key, value in numbers.items() if key != "followed"} | more
 
     def summary(self, name: str, results: list[dict[str, Any]], recipe: Recipe) -> dict[str, Any]:
         """The runs of one model and their means."""
@@ -146,7 +146,7 @@ class Puzzling(Study):
                 axes.plot([row[by] for row in rows], shares, marker="o", label=name)
             axes.set(xscale="log", xlabel="thinking steps" if by == "steps" else "FLOPs per puzzle", title=split)
             axes.set_ylabel("solved, %")
-        figure.axes[0].legend(fontsize=8)
+        figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=5, fontsize=8)
         out = io.BytesIO()
         figure.savefig(out, format="png", dpi=120)
         return out.getvalue()
