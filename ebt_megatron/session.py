@@ -11,6 +11,9 @@ from ebt_megatron.checkpoint.checkpoints import Checkpoints, chosen, fingerprint
 from ebt_megatron.checkpoint.exported import is_exported, load_weights
 from ebt_megatron.checkpoint.history import located
 from ebt_megatron.config import Recipe, RecipeError, check, load_recipe
+from ebt_megatron.core.machine import MACHINE
+from ebt_megatron.core.own_modules import look_in
+from ebt_megatron.core.records import record_of
 from ebt_megatron.core.timing import Timers
 from ebt_megatron.data.description import Description
 from ebt_megatron.data.loader import Loader
@@ -124,6 +127,9 @@ def recipe_of(run_dir: Path, overrides: Sequence[str] = ()) -> Recipe:
     saved = located(run_dir)[0] / "recipe.yaml"
     if not saved.exists():
         raise RecipeError(f"{run_dir} is not a run directory: recipe.yaml is missing")
+    recorded = saved.with_name(MACHINE)
+    if recorded.exists() and (modules := record_of(recorded).get("modules")):
+        look_in(Path(modules))
     return load_recipe(saved, [*_ONE_PROCESS, *overrides])
 
 

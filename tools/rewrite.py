@@ -121,9 +121,8 @@ def _write(
             for name in sources[0].beside
         }
         write_shard(output, number, first.kind, samples, **beside)
-    for recorded in (first.sidecar, first.captions):
-        if "file" in recorded:
-            write_whole(output / recorded["file"], sources[0].verified(recorded).read_bytes())
+    for recorded in first.files:
+        write_whole(output / recorded["file"], sources[0].verified(recorded).read_bytes())
     tokenizer = dict(first.tokenizer)
     if tokenizer:  # by tokens; every sample has as many
         shares = [s.manifest.tokenizer["bytes_per_token"] * len(s) / total for s in sources]

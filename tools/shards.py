@@ -25,7 +25,7 @@ from ebt_megatron.core.errors import DataError
 from ebt_megatron.core.files import replacing, sha256_of
 from ebt_megatron.data.agreement import manifest_problems, members_of
 from ebt_megatron.data.folder import ShardFolder
-from ebt_megatron.data.kinds import Bounds, kind_of, part_name
+from ebt_megatron.data.kinds import KINDS, Bounds, kind_of, part_name
 from ebt_megatron.data.manifest import Manifest, ShardInfo, read_manifest
 from ebt_megatron.data.shards import Member
 from ebt_megatron.tools.rewrite import rewrite
@@ -154,15 +154,15 @@ def verify(folder: Path = FOLDER) -> None:
         m, console = read_manifest(str(folder)), _console()
         kind = kind_of(m.kind)
         problems = []
-        if kind.sidecar and not getattr(m, kind.sidecar):
+        if kind.sidecar and not (getattr(m, kind.sidecar, None) or m.facts.get(kind.sidecar)):
             problems.append(f"{folder}/manifest.json: says nothing of the {kind.sidecar} that {m.kind} has")
         for shard in track(m.shards, description="verifying", console=Console(stderr=True)):
             problems += shard_problems(folder, shard, m)
-        for recorded in (m.tokenizer, m.encoder, m.captions):
-            beside = folder / recorded.get("file", "manifest.json")
-            if "file" in recorded and (not beside.exists() or sha256_of(beside) != recorded["sha256"]):
+        for recorded in m.files:
+            beside = folder / recorded["file"]
+            if not beside.exists() or sha256_of(beside) != recorded["sha256"]:
                 problems.append(f"{beside}: missing, or not the one the shards were made with")
-            elif "file" in recorded and recorded is m.tokenizer:
+            elif recorded is m.tokenizer and m.kind in KINDS:  # of a kind of one's own it may be anything
                 problems += _vocabulary_problems(beside, m)
         problems += [f"{folder}/manifest.json: {problem}" for problem in manifest_problems(m)]
         for problem in problems:

@@ -20,6 +20,7 @@ from ebt_megatron.config.catalog import find_recipe
 from ebt_megatron.config.recipe import Recipe, resolve
 from ebt_megatron.core.cli import say
 from ebt_megatron.core.errors import RecipeError
+from ebt_megatron.core.own_modules import look_in
 
 
 def all_keys(cls: type = Recipe, prefix: str = "") -> list[str]:
@@ -168,6 +169,8 @@ def load_recipe(path: str | Path | None, overrides: Sequence[str] = ()) -> Recip
         raise _value_error(str(path or "recipe"), error) from None
     assert isinstance(recipe, Recipe)
     resolve(recipe)
+    if ":" in recipe.data.modality:
+        look_in(*([] if path is None else [find_recipe(path).parent]), Path.cwd())
     return recipe
 
 

@@ -33,6 +33,7 @@ def machine() -> dict[str, str]:
     }
 
 
-def record_machine(folder: Path, ranks: int) -> None:
-    """Write machine.json: this machine, and how many ranks train."""
-    write_whole(folder / MACHINE, json.dumps(machine() | {"ranks": str(ranks)}, indent=1) + "\n")
+def record_machine(folder: Path, ranks: int, modules: Path | None = None) -> None:
+    """Write machine.json: this machine, how many ranks train, and where the run's own modality is imported from."""
+    own = {} if modules is None else {"modules": str(modules)}
+    write_whole(folder / MACHINE, json.dumps(machine() | {"ranks": str(ranks)} | own, indent=1) + "\n")

@@ -52,7 +52,6 @@ class Description:
     def copy_to(self, folder: Path) -> None:
         """Write the manifest, and the files it names, to a folder, which then describes the samples and holds none."""
         folder.mkdir(parents=True, exist_ok=True)
-        for recorded in (self.manifest.sidecar, self.manifest.captions):
-            if "file" in recorded:
-                write_whole(folder / recorded["file"], self.verified(recorded).read_bytes())
+        for recorded in self.manifest.files:
+            write_whole(folder / recorded["file"], self.verified(recorded).read_bytes())
         replace(self.manifest, shards=[]).write(folder)

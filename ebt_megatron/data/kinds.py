@@ -9,12 +9,14 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from tokenizers import Tokenizer
 
 from ebt_megatron.core.errors import DataError
+from ebt_megatron.core.own_modules import look_in
 from ebt_megatron.data.description import Description
 from ebt_megatron.data.manifest import Manifest
 
@@ -76,7 +78,8 @@ class Kind:
         rows: samples of one member.
         unit: what samples are sequences of, one longer than `data.sequence_length` ("tokens", "frames"); "": they are
             no sequences.
-        sidecar: the manifest's field that says what samples were made with: "tokenizer", "encoder", or "" for nothing.
+        sidecar: the manifest's field, or its fact, that says what samples were made with: "tokenizer", "encoder", a
+            name in `facts`, or "" for nothing. With "file" and "sha256" it is a file beside the manifest.
         bounds: of samples that are integers, by the manifest; see `Part`.
         beside: what else a sample has.
         text: a sample as text, for `ebt-shards sample`; None: as pictures if an encoder made it, else as numbers.
@@ -164,6 +167,7 @@ def kind_of(name: str) -> Kind:
         return KINDS[name]
     module, colon, attribute = name.partition(":")
     why = ""
+    look_in(Path.cwd())
     try:
         found = getattr(importlib.import_module(module), attribute) if colon else None
     except (ImportError, AttributeError) as error:

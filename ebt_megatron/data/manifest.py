@@ -87,6 +87,12 @@ class Manifest:
         return self.tokenizer or self.encoder
 
     @property
+    def files(self) -> list[dict[str, Any]]:
+        """What is recorded of each file beside the manifest: its name ("file") and "sha256"; also those of facts."""
+        facts = [fact for fact in self.facts.values() if isinstance(fact, dict) and {"file", "sha256"} <= fact.keys()]
+        return [recorded for recorded in (self.tokenizer, self.encoder, self.captions, *facts) if "file" in recorded]
+
+    @property
     def caption_key(self) -> list[Any]:
         """What captions must have in common to be given to one model."""
         return [self.captions.get(key) for key in ("kind", "shape", "sha256")]

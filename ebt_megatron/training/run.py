@@ -19,6 +19,7 @@ from ebt_megatron.core import cli
 from ebt_megatron.core.files import write_whole
 from ebt_megatron.core.launch import attempts
 from ebt_megatron.core.machine import record_machine
+from ebt_megatron.core.own_modules import folder_of
 from ebt_megatron.data.loader import Loader, MicroBatch, identity
 from ebt_megatron.session import DATA, Session, bring_up
 from ebt_megatron.training.faults import BadSteps, BrokenOff, agree
@@ -140,7 +141,9 @@ class Run:
         self.checkpoints.go_on_from(self.step)
         self.on_main(partial(self.session.source.copy_to, self.folder / DATA))
         self.on_main(partial(write_whole, self.folder / "recipe.yaml", to_yaml(self.recipe)))
-        self.on_main(partial(record_machine, self.folder, self.state.world_size))
+        module, own, _ = self.recipe.data.modality.partition(":")
+        modules = folder_of(module) if own else None
+        self.on_main(partial(record_machine, self.folder, self.state.world_size, modules))
         logged = self.on_main(partial(last_step, self.folder))
         if logged > self.step:
             why = "" if newest else f"no checkpoint in {self.checkpoints.folder}, starting at step 0: "

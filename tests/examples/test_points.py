@@ -1,6 +1,8 @@
 """docs/extending.md: a modality is one module and one recipe; it trains, resumes and is evaluated."""
 
+import importlib
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,12 +11,15 @@ from torch.nn.functional import smooth_l1_loss
 from typer.testing import CliRunner
 
 from ebt_megatron.config import load_recipe
+from ebt_megatron.core.own_modules import look_in
 from ebt_megatron.data.loader import Loader
 from ebt_megatron.data.manifest import read_manifest
+from ebt_megatron.evaluate import app as evaluate_app
 from ebt_megatron.evaluation.evaluate import evaluate
 from ebt_megatron.parallel.setup import shutdown
 from ebt_megatron.session import open_run
 from ebt_megatron.tools.shards import app
+from ebt_megatron.train import app as train_app
 from ebt_megatron.training.hooks import train_to_end
 from ebt_megatron.training.run import Run
 from examples.points.points import write_points
@@ -64,6 +69,40 @@ def test_it_trains_and_is_evaluated(architecture, data, tmp_path):
     with open_run(tmp_path) as run:
         row = evaluate(run)["thinking"][1 if architecture == "ebt" else 0]
     assert row["loss"] == pytest.approx(end, rel=1e-5) and row["distance"] == pytest.approx(2 * row["loss"] ** 0.5)
+
+
+def test_a_module_beside_the_recipe_is_found_by_every_command_from_any_folder(tmp_path, monkeypatch):
+    project, elsewhere = tmp_path / "project", tmp_path / "elsewhere"
+    project.mkdir()
+    elsewhere.mkdir()
+    (project / "melody.py").write_text((HERE / "points.py").read_text().replace("examples.points.points", "melody"))
+    recipe = (HERE / "points.yaml").read_text().replace("examples.points.points", "melody")
+    (project / "melody.yaml").write_text(recipe)
+
+    def forget():
+        monkeypatch.setattr(
+            sys, "path", [folder for folder in sys.path if folder not in map(str, (project, elsewhere))]
+        )
+        sys.modules.pop("melody", None)
+        importlib.invalidate_caches()
+
+    forget()
+    monkeypatch.chdir(project)  # where data are prepared, and looked at
+    assert CliRunner().invoke(app, ["verify", str(project)]).exit_code == 2, "there is nothing"
+    look_in(project)
+    importlib.import_module("melody").write_points(project / "data", 64, 12, seed=0)
+    forget()
+    assert CliRunner().invoke(app, ["verify", "data"]).exit_code == 0
+    forget()
+    monkeypatch.chdir(elsewhere)
+    data = f"data.train=[{project}/data]", f"data.validation=[{project}/data]"
+    few = "training.steps=2", "training.save_interval=2", "training.validation_interval=2", "training.output_dir=run"
+    done = CliRunner().invoke(train_app, [str(project / "melody.yaml"), *data, *few])
+    assert done.exit_code == 0, done.output
+    forget()
+    done = CliRunner().invoke(evaluate_app, ["run"])
+    assert done.exit_code == 0 and "distance" in done.output, done.output
+    forget()
 
 
 def test_it_goes_on_where_it_stopped(data, tmp_path):

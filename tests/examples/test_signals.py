@@ -1,6 +1,7 @@
 """docs/extending.md: a kind of sample that is neither text nor latents is checked, shown, blended and learned from."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,6 +11,8 @@ from typer.testing import CliRunner
 
 from ebt_megatron.config import load_recipe
 from ebt_megatron.core.errors import DataError
+from ebt_megatron.core.files import sha256_of
+from ebt_megatron.data.description import Description
 from ebt_megatron.data.loader import Loader
 from ebt_megatron.data.manifest import read_manifest
 from ebt_megatron.data.shards import shard_infos, write_shard
@@ -56,6 +59,22 @@ def test_values_that_its_kind_rules_out_are_found(data, tmp_path):
     wrong.write(tmp_path)
     result = CliRunner().invoke(app, ["verify", str(tmp_path)])
     assert result.exit_code == 1 and "holds value 300, outside the 128 levels" in " ".join(result.output.split())
+
+
+@pytest.mark.parametrize("where", ["tokenizer", "window"])
+def test_a_file_that_made_its_samples_is_checked_and_kept_whatever_it_is(where, data, tmp_path):
+    folder = shutil.copytree(data / "train", tmp_path / "made")
+    (folder / "made.bin").write_bytes(b"any bytes")
+    recorded = {"file": "made.bin", "sha256": sha256_of(folder / "made.bin")}
+    given = read_manifest(str(folder))
+    own = {"tokenizer": recorded} if where == "tokenizer" else {"facts": given.facts | {where: recorded}}
+    replace(given, **own).write(folder)
+    Description(str(folder)).copy_to(tmp_path / "kept")
+    assert (tmp_path / "kept" / "made.bin").read_bytes() == b"any bytes"
+    assert "all good" in CliRunner().invoke(app, ["verify", str(folder)]).output
+    (folder / "made.bin").write_bytes(b"other bytes")
+    result = CliRunner().invoke(app, ["verify", str(folder)])
+    assert result.exit_code == 1 and "not the one the shards were made with" in " ".join(result.output.split())
 
 
 def test_folders_that_differ_in_a_fact_are_not_blended(data):
