@@ -11,7 +11,7 @@ from ebt_megatron.tasks import TASKS
 PACKAGE = Path(ebt_megatron.__file__).parent
 THEIRS = ("tasks/", "config/", "data_prep/", "recipes/", "tools/")
 EXCEPTIONS = {
-    "api/model.py": "chooses the class of a loaded model by its task",
+    "api/loading.py": "chooses the class of a loaded model by its task",
     "checkpoint/llama.py": "a Llama is a model of text",
     "evaluation/clips.py": "goes on with films",
     "evaluation/ood_detection.py": "compares pictures with others",

@@ -7,12 +7,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 
 from ebt_megatron.core.errors import RecipeError
+
+if TYPE_CHECKING:
+    from ebt_megatron.api.model import Model
+    from ebt_megatron.session import TrainedRun
 
 _PRECISIONS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float64: "fp32"}
 
@@ -68,7 +72,6 @@ def load(
         )
     warnings.filterwarnings("ignore", module=r"megatron\.")  # for good: it warns at every pass of things to come
     with without_a_trace():
-        from ebt_megatron.api.model import Model
         from ebt_megatron.session import load_run
         from ebt_megatron.sharing.hub import local_folder
 
@@ -83,4 +86,18 @@ def load(
             run.objective.state = run.state
         if chosen is torch.float64:
             run.model.double()
-        return Model.of(run)
+        return model_of(run)
+
+
+def model_of(run: TrainedRun) -> Model:
+    """The model of a run, by its modality."""
+    from ebt_megatron.api.images import ImageModel
+    from ebt_megatron.api.model import Model
+    from ebt_megatron.api.text import TextModel
+    from ebt_megatron.api.video import VideoModel
+    from ebt_megatron.tasks.images import Images
+    from ebt_megatron.tasks.text import Text
+    from ebt_megatron.tasks.video import Video
+
+    kinds: list[tuple[type, type[Model]]] = [(Text, TextModel), (Video, VideoModel), (Images, ImageModel)]
+    return next((model for task, model in kinds if isinstance(run.task, task)), Model)(run)

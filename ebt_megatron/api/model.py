@@ -27,19 +27,6 @@ class Model:
         self.name, self.step, self.tokens = run.recipe.name, run.step, run.tokens
         self.thinks = bool(run.objective.thinks)
 
-    @staticmethod
-    def of(run: TrainedRun) -> Model:
-        """The model of a run, by its modality."""
-        from ebt_megatron.api.images import ImageModel
-        from ebt_megatron.api.text import TextModel
-        from ebt_megatron.api.video import VideoModel
-        from ebt_megatron.tasks.images import Images
-        from ebt_megatron.tasks.text import Text
-        from ebt_megatron.tasks.video import Video
-
-        kinds: list[tuple[type, type[Model]]] = [(Text, TextModel), (Video, VideoModel), (Images, ImageModel)]
-        return next((model for task, model in kinds if isinstance(run.task, task)), Model)(run)
-
     @property
     def device(self) -> Any:
         """Where its weights are."""
