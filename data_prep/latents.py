@@ -32,7 +32,20 @@ from ebt_megatron.data_prep.latent_shards import LatentShards
 from ebt_megatron.data_prep.passes import WorkFolder, finish, units_of
 from ebt_megatron.data_prep.pieces import Source
 
+_NAMED = 10  # classes that are said by name
+
 LATER = {"hop": 0, "mirror": False, "least_motion": 0.0, "ground": WHITE, "pause": 2.0}  # of a source: not recorded
+
+
+def _told(manifest: Manifest) -> str:
+    """Classes and captions, where there are some."""
+    classes, captions = manifest.classes, manifest.captions
+    names = ", ".join(classes[:_NAMED]) + (", ..." if len(classes) > _NAMED else "")
+    out = f"; {len(classes)} classes: {names}" if classes else ""
+    if captions:
+        put = f"up to {captions['shape'][0]} tokens" if captions["kind"] == "tokens" else "CLIP's vectors"
+        out += f"; captions ({put}) from {captions['origin']}"
+    return out
 
 
 def prepare_latents(
@@ -91,6 +104,7 @@ def prepare_latents(
             shape = " x ".join(map(str, manifest.shape))
             job.console.print(
                 f"{name}: {counts}, {manifest.samples:,} samples of {shape} in {len(manifest.shards)} shards"
+                f"{_told(manifest)}"
             )
         if captions is not None and captions.losses:
             told = ", ".join(f"{count:,} {name}" for name, count in captions.losses.items())

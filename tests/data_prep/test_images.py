@@ -88,7 +88,8 @@ def test_folders_are_classes(tmp_path):
     array = pictures(40)
     for i, picture in enumerate(array):
         save(tmp_path / "raw" / ("cats" if i % 2 else "dogs"), f"{i}.png", picture)
-    assert prepare_pictures(tmp_path / "raw", tmp_path / "out", "--classes", "folders").exit_code == 0
+    done = prepare_pictures(tmp_path / "raw", tmp_path / "out", "--classes", "folders")
+    assert done.exit_code == 0 and "; 2 classes: cats, dogs" in " ".join(done.output.split())
     assert decoded(tmp_path / "out")[0] == {p.tobytes(): (i + 1) % 2 for i, p in enumerate(array)}
     assert read_manifest(str(tmp_path / "out/validation")).classes == ["cats", "dogs"]
 
