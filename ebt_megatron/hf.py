@@ -108,7 +108,6 @@ class EBTForCausalLM(PreTrainedModel, GenerationMixin):
             RecipeError: where it is none of text, or its loading is told something that does not do.
         """
         from ebt_megatron.api.loading import load
-        from ebt_megatron.api.text import TextModel
 
         name = pretrained_model_name_or_path
         config = given.pop("config", None)
@@ -130,6 +129,8 @@ class EBTForCausalLM(PreTrainedModel, GenerationMixin):
         if place in ("auto", "balanced", "sequential"):
             place = None
         loaded = load(Path(name) if Path(name).is_dir() else name, place, dtype, given.get("revision"))
+        from ebt_megatron.api.text import TextModel  # now that Megatron is there
+
         if not isinstance(loaded, TextModel):
             raise RecipeError(f"{name} is a model of {loaded.recipe.data.modality}, which predicts no tokens")
         return cls(config, loaded).eval()
