@@ -6,6 +6,7 @@ import contextlib
 import errno
 import hashlib
 import io
+import logging
 import os
 import signal
 import socket
@@ -34,6 +35,7 @@ def quiet_libraries() -> None:
     """Silence warnings of libraries about optional accelerators that this program does not need."""
     warnings.filterwarnings("ignore", category=UserWarning, module="megatron")
     warnings.filterwarnings("ignore", category=FutureWarning)
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # it warns of a CUDA toolkit without a GPU
 
 
 def say(text: str, style: str = "", head: str = "") -> None:
