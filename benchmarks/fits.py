@@ -15,7 +15,6 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import numpy as np
 from scipy.optimize import least_squares, nnls
@@ -59,54 +58,53 @@ class Runs:
         return self.x.reshape(len(self.x), -1).astype(np.float64)
 
 
-def _design(models: Sequence[Runs], exponents: Sequence[np.ndarray], shared: bool) -> np.ndarray:
-    """Columns of the linear part: floors (one, or one a model), then every model's scales."""
-    rows, total = [], sum(m.axes.shape[1] for m in models)
-    floors, done = 1 if shared else len(models), 0
-    for i, (model, beta) in enumerate(zip(models, exponents, strict=True)):
-        block = np.zeros((len(model.loss), floors + total))
-        block[:, 0 if shared else i] = 1
-        block[:, floors + done : floors + done + len(beta)] = model.axes**-beta
-        done += len(beta)
+def _design(models: Sequence[Runs], exponents: np.ndarray) -> np.ndarray:
+    """Columns of the linear part, of models with one floor: the floor, then every model's scales."""
+    rows, done = [], 0
+    for model in models:
+        axes = model.axes
+        block = np.zeros((len(axes), 1 + len(exponents)))
+        block[:, 0] = 1
+        block[:, 1 + done : 1 + done + axes.shape[1]] = axes ** -exponents[done : done + axes.shape[1]]
+        done += axes.shape[1]
         rows.append(block)
     return np.concatenate(rows)
 
 
-def _start(models: Sequence[Runs], shared: bool) -> np.ndarray:
-    """Floors, scales and exponents by variable projection over the grid, least squares of relative residuals."""
-    loss = np.concatenate([m.loss for m in models])
-    axes = [m.axes.shape[1] for m in models]
-    # With a floor each, models are independent; with one floor the grid goes over all exponents together.
-    grids = [EXPONENTS[:: 1 if sum(axes) < 3 else 4]] * sum(axes)
+def _exponents_of(models: Sequence[Runs]) -> int:
+    return sum(model.axes.shape[1] for model in models)
+
+
+def _predicted(models: Sequence[Runs], parameters: np.ndarray) -> np.ndarray:
+    """Losses by a floor, scales and exponents, in this order."""
+    exponents = _exponents_of(models)
+    return _design(models, parameters[-exponents:]) @ parameters[:-exponents]
+
+
+def _start(models: Sequence[Runs]) -> np.ndarray:
+    """A floor, scales and exponents by variable projection over the grid, least squares of relative residuals."""
+    loss, exponents = np.concatenate([m.loss for m in models]), _exponents_of(models)
     best: tuple[float, np.ndarray] | None = None
-    for betas in itertools.product(*grids):
-        exponents = np.split(np.array(betas), np.cumsum(axes)[:-1])
-        linear, misfit = nnls(_design(models, exponents, shared) / loss[:, None], np.ones(len(loss)))
+    for betas in itertools.product(*[EXPONENTS[:: 1 if exponents < 3 else 4]] * exponents):
+        linear, misfit = nnls(_design(models, np.array(betas)) / loss[:, None], np.ones(len(loss)))
         if best is None or misfit < best[0]:
             best = misfit, np.concatenate([linear, betas])
     assert best is not None
     return best[1]
 
 
-def _predicted(models: Sequence[Runs], shared: bool, parameters: np.ndarray) -> np.ndarray:
-    total = sum(m.axes.shape[1] for m in models)
-    exponents = np.split(parameters[-total:], np.cumsum([m.axes.shape[1] for m in models])[:-1])
-    return _design(models, exponents, shared) @ parameters[:-total]
-
-
-def _refined(models: Sequence[Runs], shared: bool, start: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Parameters under the Huber loss from a start, and the Jacobian of log L there."""
-    loss = np.concatenate([m.loss for m in models])
-    total = sum(m.axes.shape[1] for m in models)
+def _refined(models: Sequence[Runs], start: np.ndarray) -> np.ndarray:
+    """The parameters of least Huber loss, from a start."""
+    loss, exponents = np.concatenate([m.loss for m in models]), _exponents_of(models)
 
     def residuals(p: np.ndarray) -> np.ndarray:
-        return np.log(_predicted(models, shared, p) / loss)
+        return np.log(_predicted(models, p) / loss)
 
-    low = np.concatenate([np.full(len(start) - total, 1e-12), np.full(total, _BOUNDS[0])])
-    high = np.concatenate([np.full(len(start) - total, np.inf), np.full(total, _BOUNDS[1])])
+    low = np.concatenate([np.full(len(start) - exponents, 1e-12), np.full(exponents, _BOUNDS[0])])
+    high = np.concatenate([np.full(len(start) - exponents, np.inf), np.full(exponents, _BOUNDS[1])])
     start = np.clip(start, low * 1.01, high * 0.99)
     spread = 1.4826 * float(np.median(np.abs(residuals(start))))
-    found = least_squares(
+    return least_squares(
         residuals,
         start,
         bounds=(low, high),
@@ -114,17 +112,19 @@ def _refined(models: Sequence[Runs], shared: bool, start: np.ndarray) -> tuple[n
         loss="huber",
         f_scale=_HUBER * max(spread, _LEAST_NOISE),
         max_nfev=200,
-    )
-    return found.x, found.jac
+    ).x
 
 
-def _laws(models: Sequence[Runs], shared: bool, parameters: np.ndarray) -> list[Law]:
-    axes = [m.axes.shape[1] for m in models]
-    floors = parameters[:1].repeat(len(models)) if shared else parameters[: len(models)]
-    scales, exponents = np.split(parameters[1 if shared else len(models) :], 2)
-    cuts = np.cumsum(axes)[:-1]
-    parts = zip(floors, np.split(scales, cuts), np.split(exponents, cuts), strict=True)
-    return [Law(float(e), tuple(a.tolist()), tuple(b.tolist())) for e, a, b in parts]
+def _laws(models: Sequence[Runs], parameters: np.ndarray) -> list[Law]:
+    cuts = np.cumsum([m.axes.shape[1] for m in models])[:-1]
+    scales, exponents = (np.split(of, cuts) for of in np.split(parameters[1:], 2))
+    floor = float(parameters[0])
+    return [Law(floor, tuple(a.tolist()), tuple(b.tolist())) for a, b in zip(scales, exponents, strict=True)]
+
+
+def _together(models: Sequence[Runs], shared_floor: bool) -> list[Sequence[Runs]]:
+    """The models that are fitted together: all with one floor, or each by itself."""
+    return [models] if shared_floor else [[model] for model in models]
 
 
 def fit(models: Sequence[Runs], shared_floor: bool = False) -> list[Law]:
@@ -134,9 +134,7 @@ def fit(models: Sequence[Runs], shared_floor: bool = False) -> list[Law]:
         models: runs of each, at least as many sizes as a law has parameters.
         shared_floor: one E for all.
     """
-    if not shared_floor and len(models) > 1:
-        return [fit([model])[0] for model in models]
-    return _laws(models, shared_floor, _refined(models, shared_floor, _start(models, shared_floor))[0])
+    return [law for group in _together(models, shared_floor) for law in _laws(group, _refined(group, _start(group)))]
 
 
 @dataclass(frozen=True)
@@ -177,22 +175,25 @@ def ratio(first: Runs, second: Runs, shared_floor: bool, draws: int = 200, seed:
         seed: of the draws.
     """
     models, draw = [first, second], np.random.default_rng(seed)
-    start = _refined(models, True, _start(models, True))[0] if shared_floor else None
-    laws = _laws(models, True, start) if start is not None else fit(models)
+    begins = [_refined(group, _start(group)) for group in _together(models, shared_floor)]
+
+    def refitted(runs: Sequence[Runs], starts: Sequence[np.ndarray]) -> list[Law]:
+        pairs = zip(_together(runs, shared_floor), starts, strict=True)
+        return [law for group, start in pairs for law in _laws(group, _refined(group, start))]
+
+    def log_ratio(laws: Sequence[Law]) -> float:
+        return float(np.log(laws[1].exponents[0] / laws[0].exponents[0]))
+
+    pairs = zip(_together(models, shared_floor), begins, strict=True)
+    laws = [law for group, begin in pairs for law in _laws(group, begin)]
     noise = [_noise(model, law) for model, law in zip(models, laws, strict=True)]
-    value, found = np.log(laws[1].exponents[0] / laws[0].exponents[0]), []
-    begins = [np.array([law.floor, *law.scales, *law.exponents]) for law in laws]
+    value, found = log_ratio(laws), []
     for _ in range(draws):
         drawn = [
             Runs(m.x, law(m.x) * np.exp(draw.choice(own, len(own))))
             for m, law, own in zip(models, laws, noise, strict=True)
         ]
-        if start is not None:
-            again = _laws(drawn, True, _refined(drawn, True, start)[0])
-        else:
-            parts = zip(drawn, begins, strict=True)
-            again = [_laws([m], False, _refined([m], False, begin)[0])[0] for m, begin in parts]
-        found.append(np.log(again[1].exponents[0] / again[0].exponents[0]))
+        found.append(log_ratio(refitted(drawn, begins)))
     free = len(first.loss) + len(second.loss) - (5 if shared_floor else 6)
     wider = student.ppf(0.975, max(free, 1)) / student.ppf(0.975, 1e6)
     low, high = value + wider * (np.quantile(found, [0.025, 0.975]) - value)
@@ -210,20 +211,23 @@ def detectable(first: Law, second: Law, x: np.ndarray, noise: tuple[float, float
         noise: the standard deviation of log L between seeds, of each model.
         shared_floor: one E for both.
     """
-    models = [Runs(x, law(x)) for law in (first, second)]
-    floors = [first.floor] if shared_floor else [first.floor, second.floor]
-    parameters = np.array([*floors, *first.scales, *second.scales, *first.exponents, *second.exponents])
-    step = 1e-6 * np.abs(parameters)
-    predicted = partial(_predicted, models, shared_floor)
-    jacobian = np.stack(
-        [
-            (np.log(predicted(parameters + d)) - np.log(predicted(parameters - d))) / (2 * d.sum())
-            for d in np.diag(step)
-        ],
-        1,
-    )
-    weights = np.repeat(1 / np.array(noise), len(x))
-    covariance = np.linalg.pinv((jacobian * weights[:, None]).T @ (jacobian * weights[:, None]), rcond=1e-14)
+    groups = [[first, second]] if shared_floor else [[first], [second]]
+    deviations = [noise] if shared_floor else [(noise[0],), (noise[1],)]
+    variance = sum(_variance(laws, x, own) for laws, own in zip(groups, deviations, strict=True))
+    return float(np.exp((1.96 + 0.84) * np.sqrt(variance)))
+
+
+def _variance(laws: Sequence[Law], x: np.ndarray, noise: Sequence[float]) -> float:
+    """Of the log of the exponent of a law, or of the ratio of two with one floor, by their Fisher information."""
+    models = [Runs(x, law(x)) for law in laws]
+    scales, exponents = ([of for law in laws for of in getattr(law, name)] for name in ("scales", "exponents"))
+    parameters = np.array([laws[0].floor, *scales, *exponents])
+    columns = []
+    for d in np.diag(1e-6 * np.abs(parameters)):
+        change = np.log(_predicted(models, parameters + d)) - np.log(_predicted(models, parameters - d))
+        columns.append(change / (2 * d.sum()))
+    jacobian = np.stack(columns, 1) / np.repeat(np.array(noise), len(x))[:, None]
+    covariance = np.linalg.pinv(jacobian.T @ jacobian, rcond=1e-14)
     gradient = np.zeros(len(parameters))
-    gradient[-2:] = -1 / first.exponents[0], 1 / second.exponents[0]  # of the log of the ratio
-    return float(np.exp((1.96 + 0.84) * np.sqrt(gradient @ covariance @ gradient)))
+    gradient[-len(laws) :] = np.array([-1.0, 1.0])[-len(laws) :] / np.array(exponents)
+    return float(gradient @ covariance @ gradient)
