@@ -13,7 +13,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from ebt_megatron.checkpoint.llama import from_llama
 from ebt_megatron.checkpoint.weights import check_fingerprint, read_weights, set_weights
@@ -42,6 +42,26 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
+def in_our_names(folder: Path, weights: dict[str, Tensor], recipe: Recipe, rows: int) -> dict[str, Tensor]:
+    """A folder's weights as our models name them: a Transformer++'s of text are a Llama's there.
+
+    Args:
+        folder: of `ebt-convert export`.
+        weights: whole, as the file has them.
+        recipe: of a model of their sizes.
+        rows: of the vocabulary's tables, padding included.
+
+    Raises:
+        RecipeError: where one is missing.
+    """
+    if read_config(folder)["model_type"] != "llama":
+        return weights
+    try:
+        return from_llama(weights, recipe, rows)
+    except KeyError as error:
+        raise RecipeError(f"{folder / WEIGHTS}: {error.args[0]} is missing: export the model again") from None
+
+
 def load_weights(folder: Path, model: nn.Module, recipe: Recipe, identity: dict[str, Any]) -> tuple[int, int]:
     """Fill a whole model, on one process, with a folder's weights.
 
@@ -62,11 +82,7 @@ def load_weights(folder: Path, model: nn.Module, recipe: Recipe, identity: dict[
     config = read_config(folder)
     weights, metadata = read_weights(folder / WEIGHTS)
     check_fingerprint(folder / WEIGHTS, metadata, identity)
-    if config["model_type"] == "llama":
-        rows = dict(model.named_parameters())["embedding.table.weight"].shape[0]
-        try:
-            weights = from_llama(weights, recipe, rows)
-        except KeyError as error:
-            raise RecipeError(f"{folder / WEIGHTS}: {error.args[0]} is missing: export the model again") from None
-    set_weights(folder / WEIGHTS, model, weights)
+    table = dict(model.named_parameters()).get("embedding.table.weight")
+    rows = 0 if table is None else len(table)
+    set_weights(folder / WEIGHTS, model, in_our_names(folder, weights, recipe, rows))
     return config[SECTION]["step"], config[SECTION]["tokens"]

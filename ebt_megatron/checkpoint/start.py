@@ -18,7 +18,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from torch import Tensor
 
 from ebt_megatron.checkpoint.checkpoints import chosen
-from ebt_megatron.checkpoint.exported import is_exported
+from ebt_megatron.checkpoint.exported import WEIGHTS, in_our_names, is_exported
 from ebt_megatron.checkpoint.history import located
 from ebt_megatron.checkpoint.llama import from_llama, llama_config
 from ebt_megatron.checkpoint.weights import checkpoint_weights, read_weights
@@ -100,12 +100,9 @@ def _weights(
         shape[0] for name, shape in shapes.items() if name.endswith(("context.table.weight", "embedding.table.weight"))
     ]
     if is_exported(source) and (source / "recipe.yaml").exists():
-        files = sorted(source.glob("*.safetensors"))
-        weights, metadata = read_weights(files[0])
+        weights, metadata = read_weights(source / WEIGHTS)
         _compare(source, json.loads(metadata.get("fingerprint", "{}")), identity)
-        if json.loads((source / "config.json").read_text())["model_type"] == "llama":
-            weights = from_llama(weights, recipe, tables[0])
-        return weights
+        return in_our_names(source, weights, recipe, tables[0] if tables else 0)
     if (located(source)[0] / "recipe.yaml").exists():
         folder = chosen(source)
         _compare(source, dist_checkpointing.load_common_state_dict(str(folder))["fingerprint"], identity)
