@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,11 +33,11 @@ from omegaconf import OmegaConf
 
 from benchmarks.fits import Law, Runs, detectable, fit, ratio
 from benchmarks.seeds import Interval, steps_at
-from benchmarks.step import machine
 from benchmarks.study import Model, Study, train
 from ebt_megatron.config import Recipe, RecipeError, load_recipe
 from ebt_megatron.core.cli import guarded, quiet_libraries
 from ebt_megatron.core.files import write_whole
+from ebt_megatron.core.machine import machine
 from ebt_megatron.data.folder import ShardFolder
 from ebt_megatron.evaluation.figures import figure_of, png_of
 from ebt_megatron.evaluation.tables import Table
@@ -300,7 +299,7 @@ def main(
             for table in scaling.planned():
                 typer.echo(f"{table.title}:\n\n{table.markdown()}\n")
             return
-        os.makedirs(scaling.runs, exist_ok=True)
+        scaling.runs.mkdir(parents=True, exist_ok=True)
         scaling.conduct(scaling.chosen([]), plan.seeds, output)
 
     quiet_libraries()

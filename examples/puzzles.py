@@ -34,13 +34,12 @@ python -m benchmarks.puzzles --puzzles mazes --seeds 1
 python -m benchmarks.puzzles --puzzles graphs --seeds 1"""
 
 
-def prepare(step: Steps, processes: int, name: str = "sudoku6") -> Path:
-    """Puzzles, of PUZZLES, as shards; they are made unless they are there. Returns the folder of their splits."""
+def prepare(step: Steps, processes: int, name: str = "sudoku6") -> None:
+    """Puzzles, of PUZZLES, as shards in data/NAME; they are made unless they are there."""
     folder = Path("data") / name
     if not (folder / "harder" / "manifest.json").exists():
         where = "--output", str(folder), "--workers", str(processes), "--resume"
         step("prepare", "1. make puzzles", "ebt_megatron.data_prep.puzzles", *PUZZLES[name].split(), *where)
-    return folder
 
 
 def curves(suites: Mapping[str, Mapping[str, Any]]) -> Figure:

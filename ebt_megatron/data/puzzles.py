@@ -71,11 +71,11 @@ class Puzzle:
     @classmethod
     def of_cells(cls, cells: int) -> Self:
         """The first of KINDS that has puzzles of so many cells; raises DataError where none has."""
-        for kind, extra in (("sudoku", 0), ("maze", 0), ("graph", 1)):
-            size = math.isqrt(cells)
-            if size * (size + extra) == cells:
-                with suppress(DataError):
-                    return cls.of(kind, size)
+        for kind in KINDS:
+            with suppress(DataError):
+                puzzle = cls.of(kind, math.isqrt(cells))
+                if puzzle.cells == cells:
+                    return puzzle
         raise DataError(
             f"no puzzle has {cells} cells (data.sequence_length): Sudoku and mazes have N^2, graphs N^2 + N"
         )
