@@ -32,7 +32,7 @@ from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies import torch as torch_strategy
 
-from ebt_megatron.checkpoint.average import PREFIX, WeightAverage, renamed
+from ebt_megatron.checkpoint.average import WeightAverage, renamed
 from ebt_megatron.checkpoint.history import CheckpointError, History, located, verify
 from ebt_megatron.checkpoint.history import digest as _digest
 from ebt_megatron.checkpoint.history import write as _write
@@ -210,6 +210,7 @@ class Checkpoints:
                     "fingerprint": self.fingerprint,
                     "schedule_steps": scheduler.num_steps,
                     "optimizer_steps": optimizer_state.step,
+                    "averaged": average is not None,
                 }
             )
 
@@ -330,7 +331,7 @@ class Checkpoints:
                     "model, or set another training.output_dir"
                 )
         model_state = model.sharded_state_dict(prefix="model.")
-        averaged = any(key.startswith(PREFIX) for key in dist_checkpointing.load_tensors_metadata(str(folder)))
+        averaged = common.get("averaged", False)  # older checkpoints have no average
         wanted: dict[str, Any] = {"model": model_state}
         if averaged and optimizer is None:
             wanted["model"] = {k: renamed(v) if isinstance(v, ShardedTensor) else v for k, v in model_state.items()}

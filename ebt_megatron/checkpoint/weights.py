@@ -20,9 +20,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from ebt_megatron.checkpoint.average import PREFIX
 from ebt_megatron.config import RecipeError
@@ -38,14 +41,16 @@ def checkpoint_weights(folder: Path) -> dict[str, Tensor]:
     Where the run averaged its weights, these are the averages. Where it trained in bf16, they are the optimizer's fp32
     weights, of which the model's are roundings.
     """
-    stored = dist_checkpointing.load_tensors_metadata(str(folder))
+    metadata = FileSystemReader(folder).read_metadata().state_dict_metadata
+    stored = {key: kept for key, kept in metadata.items() if isinstance(kept, TensorStorageMetadata)}
     wanted = {}
     for key in stored:
         if key.startswith(_MODEL):
             name = key.removeprefix(_MODEL)
-            wanted[name] = stored.get(PREFIX + name, stored.get(_MAIN + key, stored[key]))
-    for weight in wanted.values():
-        weight.replica_id = dist.get_rank()  # every rank reads them all
+            source = next(k for k in (PREFIX + name, _MAIN + key, key) if k in stored)
+            empty = torch.empty(stored[source].size, dtype=stored[source].properties.dtype, device="meta")
+            whole = ShardedTensor.from_rank_offsets(source, empty, replica_id=dist.get_rank())  # every rank reads all
+            wanted[name] = whole.without_data()
     loaded = dist_checkpointing.load(dict(wanted), str(folder))  # with the common state
     return {name: loaded[name] for name in wanted}
 
