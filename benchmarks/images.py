@@ -33,6 +33,16 @@ MODELS = {
     "EBT S2": Model("images/quickstart_s2"),
     "DiT": Model("images/quickstart_dit"),
 }
+# What made thinking go on in puzzles (docs/puzzles.md), tried on pictures; beside "EBT S1, two steps".
+_TWO = MODELS["EBT S1, two steps"].overrides
+_NEAR, _AVERAGE = "thinking.starts_near_answer=0.5", "optimizer.ema_decay=0.99"
+_DRAWN = "thinking.min_steps=1", "thinking.max_steps=4"
+TRIALS = {
+    "two steps, half of the starts near the picture": Model("images/quickstart_s1", (*_TWO, _NEAR)),
+    "two steps, averaged weights": Model("images/quickstart_s1", (*_TWO, _AVERAGE)),
+    "one to four steps": Model("images/quickstart_s1", _DRAWN),
+    "one to four steps, near starts, averaged weights": Model("images/quickstart_s1", (*_DRAWN, _NEAR, _AVERAGE)),
+}
 OVER_SEEDS = Reading(lambda of: of["mean"], lambda of: 0.0 if math.isnan(of["half"]) else of["half"], text_of)
 
 
@@ -40,7 +50,7 @@ class Denoising(Study):
     """What models of pictures denoise, and what a probe reads out of them."""
 
     name, title = "images", "Denoising"
-    models = MODELS
+    models = MODELS | TRIALS
     given = ("training.micro_batch_size=32",)
 
     def run(self, recipe: Recipe) -> dict[str, Any]:
@@ -85,7 +95,7 @@ def _by_name(results: dict[str, Any]) -> dict[str, Any]:
 
 
 def main(
-    model: list[str] = typer.Option([], help="Which: " + "; ".join(MODELS) + "; default: all."),
+    model: list[str] = typer.Option([], help="Which: " + "; ".join({**MODELS, **TRIALS}) + "; default: those without trials."),
     seeds: int = SEEDS,
     steps: int = typer.Option(600, min=1, help="Optimizer steps of 32 pictures."),
     runs: Path = runs_option("runs/bench-images"),
@@ -95,7 +105,7 @@ def main(
 
     def work() -> None:
         study = Denoising(runs, steps)
-        names, step = study.chosen(model), Steps("make bench-images")
+        names, step = study.chosen(model or list(MODELS)), Steps("make bench-images")
         prepare(step, [])
         prepare_others(step)
         study.conduct(names, seeds, output)

@@ -47,9 +47,19 @@ def models(puzzles: str) -> dict[str, Model]:
     }
     # A pass costs 0.95 of what 16 steps of the EBT do.
     wide = "model.num_layers=8", "model.hidden_size=176", "model.ffn_hidden_size=352", "optimizer.lr=1e-3"
-    return out | {"feed-forward, inference FLOPs of 16 steps": Model(recipe, (BASELINE, *wide))}
+    out |= {"feed-forward, inference FLOPs of 16 steps": Model(recipe, (BASELINE, *wide))}
+    return out | {name: Model(recipe, overrides) for name, overrides in TRIALS.items()}
 
 
+# Ways to train the EBT that were tried, beside the recipe's.
+TRIALS = {
+    "EBT, no starts near the answer": ("thinking.starts_near_answer=0",),
+    "EBT, averaged weights": ("optimizer.ema_decay=0.99",),
+    "EBT, one to three steps": ("thinking.min_steps=1", "thinking.max_steps=3"),
+    "EBT, replay": ("thinking.replay.enabled=true",),
+    "EBT, gradient through the steps": ("thinking.gradient=full",),
+    "EBT, truncated gradient": ("thinking.gradient=truncated",),
+}
 SPLITS = ("validation", "harder")
 PLATEAU = 0.75  # nats: below, a run has left the loss (0.86) of what a cell's own row, column and box rule out
 SHOWN = (1, 2, 3, 4, 8, 16, 32)

@@ -90,16 +90,23 @@ class CellTransformer(TransformerLM):
             h = self.maybe_recomputed(layer.joint, h)
         return self.final_norm(h) if self.post_process else h
 
-    def trajectory(self, observed: Tensor, passes: int) -> list[Tensor]:
-        """The logits [S, B, V / TP] of each pass, on one stage; a pass sees no gradient of the one after it."""
+    def trajectory(self, observed: Tensor, passes: int, start: Tensor | None = None) -> list[Tensor]:
+        """The logits [S, B, V / TP] of each pass, on one stage; a pass sees no gradient of the one after it.
+
+        Args:
+            observed: clues [B, S].
+            passes: of a recurrent network; a feed-forward one takes one.
+            start: logits [S, B, V / TP] that the first pass reads; NaN, or None: uniform.
+        """
         assert self.embedding is not None and self.output is not None
         known = self.embedding(observed)
-        out: list[Tensor] = []
+        fed, out = None if start is None else start.nan_to_num(0.0), []
         for number in range(passes if self.feedback is not None else 1):
             h = known
             if self.feedback is not None:
-                h = h + self.feedback(self.output.probabilities(out[-1]) if out else None, number)
-            out.append(self.output.logits(self.hidden(h, observed.shape[1], None)))
+                h = h + self.feedback(None if fed is None else self.output.probabilities(fed), number)
+            fed = self.output.logits(self.hidden(h, observed.shape[1], None))
+            out.append(fed)
         return out
 
     def forward(
@@ -108,5 +115,5 @@ class CellTransformer(TransformerLM):
         """Clues [B, S] -> per-cell loss [S, B] (last stage), the mean over the trained passes, or hidden states."""
         if self.feedback is None:
             return super().forward(observed, targets, segments)
-        losses = [self.output.loss(z, targets) for z in self.trajectory(observed, self.passes)]
+        losses = [self.output.loss(z, targets) for z in self.trajectory(observed, self.passes, start)]
         return torch.stack(losses).mean(0)

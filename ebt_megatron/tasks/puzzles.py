@@ -112,7 +112,8 @@ class Puzzles:
         if training and self.options.clues_given_away:
             question = torch.where(self._given_away(ids), answer, question)
         targets = torch.where(question == BLANK, answer - 1, GIVEN)
-        near = training and self.recipe.thinking.starts_near_answer > 0 and self.recipe.model.architecture == "ebt"
+        starts = self.recipe.model.architecture == "ebt" or self.options.passes > 1
+        near = training and starts and self.recipe.thinking.starts_near_answer > 0
         return Sample(question, targets, ids, start=self._near_answer(answer - 1, ids) if near else None)
 
     def _near_answer(self, answer: Tensor, sample_ids: Tensor) -> Tensor:

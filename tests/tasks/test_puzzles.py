@@ -111,7 +111,7 @@ MODELS = {
         "thinking.replay.capacity=1",
     ],
     "feed-forward": ["model.architecture=baseline"],
-    "recurrent": ["model.architecture=baseline", "puzzles.passes=3"],
+    "recurrent": ["model.architecture=baseline", "puzzles.passes=3", "thinking.starts_near_answer=0.5"],
 }
 
 
@@ -230,6 +230,19 @@ def test_a_recurrent_network_reads_what_it_predicted():
     assert len(logits) == 4 and not torch.allclose(logits[0], logits[1])
     losses = torch.stack([model.output.loss(z, sample.targets) for z in logits[:3]])
     assert torch.allclose(model(sample.observed, sample.targets), losses.mean(0))
+
+
+def test_a_recurrent_network_may_start_near_the_answer_too():
+    network = "model.architecture=baseline", "thinking.starts_near_answer=0.5"
+    _, task, model = build(*network, "puzzles.passes=2", dtype=torch.float32)
+    sample = task.sample(MicroBatch(torch.arange(16), grids(16)), CPU)
+    begun = ~sample.first.isnan().any((1, 2))
+    assert begun.any() and not begun.all()
+    losses = [model(sample.observed, sample.targets, None, start) for start in (sample.start, None)]
+    changed = (losses[0] - losses[1]).abs().amax(0) > 1e-5
+    assert torch.equal(changed, begun)
+    feed_forward = Puzzles(recipe(*network), PUZZLE)
+    assert feed_forward.sample(MicroBatch(torch.arange(16), grids(16)), CPU).start is None
 
 
 def test_flops_of_two_passes_are_about_those_of_two_networks():
