@@ -12,6 +12,7 @@ HOT = ("kernels", "model", "objectives", "parallel", "prediction", "thinking", "
 WAITS = {"item", "tolist", "cpu", "numpy", "nonzero", "masked_select", "unique", "synchronize"}
 MEANT = {
     ("kernels/check.py", "errors"): "compares a kernel with its reference; no step runs it",
+    ("objectives/energy.py", "train_batch"): "the loader's sample ids, which are on the CPU",
     ("objectives/validation.py", "by_steps"): "once a validation",
     ("training/trainer.py", "train_step"): "once a step, when all of it is launched: what is logged of it",
 }

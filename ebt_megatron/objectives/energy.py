@@ -62,7 +62,8 @@ class EnergyObjective:
         samples = [self.task.sample(micro_batch, self.state.device) for micro_batch in micro_batches]
         count = self.recipe.training.global_batch_size
         if self.replaying is not None:
-            samples = [self.replaying.extend(sample, i, iteration) for i, sample in enumerate(samples)]
+            ids = [micro_batch.sample_ids.tolist() for micro_batch in micro_batches]  # on the CPU: nothing waits
+            samples = [self.replaying.extend(sample, i, iteration, ids[i]) for i, sample in enumerate(samples)]
             count += self.replaying.in_batch()
         samples, positions = weighed(samples, self.state), count * self.task.length
         if self.graphs is not None:

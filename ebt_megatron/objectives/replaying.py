@@ -38,6 +38,7 @@ class Replaying:
         self.recipe, self.rank = recipe, state
         self.buffer = ReplayBuffer(recipe.thinking.replay.capacity, recipe.training.seed)
         self.begun = False  # whether any rank's buffer holds something: ranks without slots must know too
+        self._ids: dict[int, list[int]] = {}  # of each micro-batch's fresh samples: the device is not asked for them
 
     @staticmethod
     def share_of(fresh: int) -> int:
@@ -53,8 +54,9 @@ class Replaying:
         first = (index * self.rank.data_size + self.rank.data_rank) * self.recipe.training.micro_batch_size
         return [ReplayBuffer.slot_of(s) for s in range(first, first + count)]
 
-    def extend(self, sample: Sample, index: int, iteration: int) -> Sample:
-        """The fresh samples and, behind them, those the replay buffer gives."""
+    def extend(self, sample: Sample, index: int, iteration: int, sample_ids: list[int]) -> Sample:
+        """The fresh samples of micro-batch `index`, whose ids are given, and behind them those the buffer gives."""
+        self._ids[index] = sample_ids
         drawn = [self.buffer.draw(s, iteration) for s in self._slots(index, len(sample.observed)) if s is not None]
         entries = [e for e in drawn if e is not None]
         if not entries:
@@ -85,9 +87,8 @@ class Replaying:
         for i, slot in enumerate(self._slots(index, fresh)):
             if slot is not None:
                 counted = None if sample.counted is None else sample.counted[i]
-                self.buffer.add(
-                    slot, int(sample.sample_ids[i]), sample.observed[i], sample.targets[i], ended[i], counted
-                )
+                ids = self._ids[index]
+                self.buffer.add(slot, ids[i], sample.observed[i], sample.targets[i], ended[i], counted)
 
     def state(self) -> RankState:
         """What a checkpoint must keep of this rank."""
