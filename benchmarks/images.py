@@ -95,7 +95,9 @@ def _by_name(results: dict[str, Any]) -> dict[str, Any]:
 
 
 def main(
-    model: list[str] = typer.Option([], help="Which: " + "; ".join({**MODELS, **TRIALS}) + "; default: those without trials."),
+    model: list[str] = typer.Option(
+        [], help="Which: " + "; ".join({**MODELS, **TRIALS}) + "; default: those without trials."
+    ),
     seeds: int = SEEDS,
     steps: int = typer.Option(600, min=1, help="Optimizer steps of 32 pictures."),
     runs: Path = runs_option("runs/bench-images"),
