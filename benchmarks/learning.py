@@ -60,6 +60,14 @@ MODELS = {
         ("model.num_layers=5", "model.hidden_size=192", "model.num_attention_heads=4", "optimizer.lr=2e-3"),
     ),
 }
+# 4 layers of 256, where the energy's loss may crowd out the start's.
+LARGER = {
+    "Transformer++, 3xs": Model("text/quickstart_transformer", ("model.size=3xs",)),
+    "EBT from its context, 3xs": Model("text/quickstart_context", ("model.size=3xs",)),
+    "EBT from its context, 3xs, its start weighted 3": Model(
+        "text/quickstart_context", ("model.size=3xs", "thinking.initial_loss_weight=3")
+    ),
+}
 # The rows of the paper's ablation of S2; the quickstart's has no replay.
 ABLATION = {
     "S2": MODELS["S2"],
@@ -82,7 +90,7 @@ class Learning(Study):
     """
 
     title = "Learning"
-    models = MODELS | ABLATION
+    models = MODELS | LARGER | ABLATION
 
     def __init__(self, runs: Path, steps: int, data: Path, starts: int = 0):
         super().__init__(runs, steps)
@@ -237,7 +245,7 @@ def prepared(data: Path, again: str) -> Path:
 
 def main(
     model: list[str] = typer.Option(
-        [], help="Which: " + "; ".join({**MODELS, **ABLATION}) + "; default: those without the ablation's."
+        [], help="Which: " + "; ".join(Learning.models) + "; default: those neither larger nor of the ablation."
     ),
     ablation: bool = typer.Option(False, "--ablation", help="S2 and the rows of its ablation, with self-verification."),
     seeds: int = SEEDS,
