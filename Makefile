@@ -88,7 +88,7 @@ bench-serving: install  ## ebt-serve over a socket: 200 requests one at a time a
 bench-data: install  ## the loader against plain webdataset (and energon, if installed), and preparation
 	$(BIN)/python -m benchmarks.data
 
-validate-gpu: install  ## kernel correctness against float64, then benchmarks, on one GPU
+validate-gpu: install  ## the first hour on a GPU: what is right, then how fast; pieces of nine minutes, resumable
 	$(BIN)/python -m benchmarks.gpu_validate
 
 clean:           ## remove what the commands above made (not the shards and runs)
