@@ -26,6 +26,7 @@ setup(
             "ebt-import = ebt_megatron.tools.import_ebt_checkpoint:app",
             "ebt-pictures = ebt_megatron.tools.pictures:app",
             "ebt-films = ebt_megatron.tools.films:app",
+            "ebt-puzzles = ebt_megatron.tools.puzzles:app",
             "ebt-report = ebt_megatron.report:app",
             "ebt-serve = ebt_megatron.serve.command:app",
         ]

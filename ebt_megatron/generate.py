@@ -191,8 +191,9 @@ def _require_text(run_dir: Path, overrides: list[str]) -> None:
     from ebt_megatron.session import recipe_of
 
     modality = recipe_of(run_dir, overrides).data.modality
-    if (command := {"video": "ebt-films", "images": "ebt-pictures"}.get(modality)) is not None:
-        raise RecipeError(f"{run_dir} is a run of {modality}: {command} {run_dir} makes them")
+    commands = {"video": "ebt-films {} makes", "images": "ebt-pictures {} makes", "puzzles": "ebt-puzzles {} solves"}
+    if (command := commands.get(modality)) is not None:
+        raise RecipeError(f"{run_dir} is a run of {modality}: {command.format(run_dir)} them")
 
 
 def _chat(

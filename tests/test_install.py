@@ -27,6 +27,7 @@ COMMANDS = (
     "import",
     "pictures",
     "films",
+    "puzzles",
     "report",
     "serve",
     "generate",

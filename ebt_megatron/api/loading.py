@@ -55,7 +55,7 @@ def load(
         revision: of a model on the Hub.
 
     Returns:
-        A `TextModel`, `VideoModel` or `ImageModel`; a `Model` for a modality of your own.
+        A `TextModel`, `VideoModel`, `ImageModel` or `PuzzleModel`; a `Model` for a modality of your own.
 
     Raises:
         RecipeError: in one line, where there is no such model or it cannot be used here.
@@ -93,11 +93,18 @@ def model_of(run: TrainedRun) -> Model:
     """The model of a run, by its modality."""
     from ebt_megatron.api.images import ImageModel
     from ebt_megatron.api.model import Model
+    from ebt_megatron.api.puzzles import PuzzleModel
     from ebt_megatron.api.text import TextModel
     from ebt_megatron.api.video import VideoModel
     from ebt_megatron.tasks.images import Images
+    from ebt_megatron.tasks.puzzles import Puzzles
     from ebt_megatron.tasks.text import Text
     from ebt_megatron.tasks.video import Video
 
-    kinds: list[tuple[type, type[Model]]] = [(Text, TextModel), (Video, VideoModel), (Images, ImageModel)]
+    kinds: list[tuple[type, type[Model]]] = [
+        (Text, TextModel),
+        (Video, VideoModel),
+        (Images, ImageModel),
+        (Puzzles, PuzzleModel),
+    ]
     return next((model for task, model in kinds if isinstance(run.task, task)), Model)(run)

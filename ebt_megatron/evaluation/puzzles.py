@@ -1,13 +1,9 @@
-"""What thinking about puzzles is worth: solved against steps, whether the energy knows, and choosing among starts.
-
-All of it is on one process, for an energy, its recurrent twin and a feed-forward network alike, where they have what is
-asked: a recurrent network takes any number of passes, a feed-forward one takes one, and neither has an energy.
-"""
+"""What thinking about puzzles is worth: solved against steps, whether the energy knows, and choosing among starts."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -18,119 +14,13 @@ from ebt_megatron.core.errors import DataError
 from ebt_megatron.data.loader import Loader, MicroBatch
 from ebt_megatron.data.puzzles import Puzzle
 from ebt_megatron.evaluation.statistics import auroc
+from ebt_megatron.inference.puzzles import RULES, Thoughts, energy, last_steps, most_steps, of_symbols, think
 from ebt_megatron.model.flops import Cost
-from ebt_megatron.prediction.cells import GIVEN, cell_weights
+from ebt_megatron.prediction.cells import GIVEN
 from ebt_megatron.session import TrainedRun
 from ebt_megatron.tasks.interface import Sample
 
 STEPS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
-_SURE = 30.0  # a logit whose symbol has all of the probability, in fp32
-_SETTLED = 1e-4  # of an energy: a change that is none
-
-
-@dataclass
-class Thoughts:
-    """What became of a micro-batch, after each of n steps.
-
-    Attributes:
-        logits: [n, B, S, V].
-        energies: [n, B] of the prediction after each step, on the last landscape that was trained; none: nan.
-        targets: int64 [B, S], `GIVEN` where nothing is asked.
-    """
-
-    logits: Tensor
-    energies: Tensor
-    targets: Tensor
-
-    @property
-    def asked(self) -> Tensor:
-        """Which cells are asked for, bool [B, S]."""
-        return self.targets != GIVEN
-
-    @property
-    def grids(self) -> Tensor:
-        """The most likely symbol of every cell, int64 [n, B, S]; of a given cell it means nothing."""
-        return self.logits.argmax(-1)
-
-    @property
-    def right(self) -> Tensor:
-        """Which cells are as the answer says, or given; bool [n, B, S]."""
-        return (self.grids == self.targets) | ~self.asked
-
-    @property
-    def solved(self) -> Tensor:
-        """Which puzzles have every cell right, bool [n, B]."""
-        return self.right.all(-1)
-
-    @property
-    def losses(self) -> Tensor:
-        """The loss in nats per asked cell, [n, B]."""
-        log_p = self.logits.log_softmax(-1)
-        target = self.targets.clamp_min(0).expand(len(log_p), -1, -1)
-        return (-log_p.gather(-1, target[..., None])[..., 0] * cell_weights(self.targets).t()).mean(-1)
-
-    @property
-    def confidence(self) -> Tensor:
-        """The mean over asked cells of the log-probability of what is most likely, [n, B]."""
-        return (self.logits.log_softmax(-1).amax(-1) * cell_weights(self.targets).t()).mean(-1)
-
-
-def most_steps(run: TrainedRun, wanted: int) -> int:
-    """Return how many of the wanted steps a model can take: a feed-forward one takes one."""
-    return wanted if run.objective.thinks or run.recipe.puzzles.passes > 1 else 1
-
-
-@torch.no_grad()
-def think(run: TrainedRun, sample: Sample, steps: int, start: Tensor | None = None) -> Thoughts:
-    """Think about puzzles for so many steps.
-
-    Args:
-        run: on one process.
-        sample: of its task.
-        steps: at least 1.
-        start: [B, S, V] logits to start at; None: as the recipe says.
-    """
-    model: Any = run.model
-    symbols = run.task.puzzle.symbols  # type: ignore[attr-defined]
-    if not run.objective.thinks:
-        logits = torch.stack(model.trajectory(sample.observed, steps))[..., :symbols]
-        nothing = logits.new_full((len(logits), len(sample.targets)), torch.nan)
-        return Thoughts(logits.transpose(1, 2), nothing, sample.targets)
-    if start is not None:
-        sample = replace(sample, start=_padded(run, start).transpose(0, 1))
-    after: list[Tensor] = []  # copies: a step may write over what it starts from
-
-    def observe(prediction: Any) -> None:
-        after.append(prediction.logits[..., :symbols].clone())
-
-    before = run.objective.evaluate(sample, steps, observe).energies.sum(1)
-    logits = torch.stack(after).transpose(1, 2)
-    # A step begins with the energy of what the one before it ended with; on the last landscape from some step on.
-    known = range(max(1, run.recipe.thinking.max_steps - 1), steps)
-    energies = [before[i] if i in known else energy(run, sample, logits[i - 1]).sum(0) for i in range(1, steps + 1)]
-    return Thoughts(logits, torch.stack(energies), sample.targets)
-
-
-def _padded(run: TrainedRun, logits: Tensor) -> Tensor:
-    """[..., V] -> [..., V padded]."""
-    model: Any = run.model
-    rows = len(model.modality.prediction_embedding.weight)
-    return torch.nn.functional.pad(logits, (0, rows - logits.shape[-1]))
-
-
-def energy(run: TrainedRun, sample: Sample, logits: Tensor) -> Tensor:
-    """Each cell's share [S, B] of the energy of grids, given as logits [B, S, V], on the last landscape."""
-    thinker = run.objective.thinker(replace(sample, start=_padded(run, logits).transpose(0, 1)))  # type: ignore
-    thinker.context_forward(0)
-    last = run.recipe.thinking.max_steps - 1
-    with torch.no_grad():
-        x = thinker.descent.propose_input(last)
-        return thinker.model.predict(x, thinker.key_values(constant=True), thinker.length, None, last, tangent=False)
-
-
-def of_symbols(grids: Tensor, symbols: int) -> Tensor:
-    """Grids int64 [B, S] as logits [B, S, V] of certainty."""
-    return torch.nn.functional.one_hot(grids, symbols) * _SURE
 
 
 # --- measures over a folder -----------------------------------------------------------------------
@@ -182,20 +72,12 @@ def stopping(found: Sequence[Thoughts]) -> dict[str, dict[str, float]]:
         found: after each of n steps; what no rule ends goes on to n.
 
     Returns:
-        By rule the mean number of steps taken, and the share of puzzles solved. "grid stays": two steps in a row leave
-        the decoded grid as it is. Of an energy, "energy rises": a step that raises the energy is refused, and as
-        thinking would try it again, ends it; "energy settles": a step changes it by less than `_SETTLED` of itself.
+        By rule (`inference.puzzles.last_steps`) the mean number of steps taken, and the share of puzzles solved.
     """
     rules: dict[str, list[tuple[Tensor, Tensor]]] = {}
     for thoughts in found:
-        same = ((thoughts.grids[1:] == thoughts.grids[:-1]) | ~thoughts.asked).all(-1)  # [n - 1, B]
-        change = thoughts.energies[1:] - thoughts.energies[:-1]
-        ends = {"grid stays": (same[1:] & same[:-1], 2)}  # after which of the steps: those from the third on
-        if not thoughts.energies.isnan().any():
-            ends["energy rises"] = change > 0, 0
-            ends["energy settles"] = change.abs() < _SETTLED * thoughts.energies[1:].abs(), 1
-        for rule, (ended, first) in ends.items():
-            last = torch.where(ended.any(0), ended.int().argmax(0) + first, len(thoughts.grids) - 1)
+        for rule in RULES[: 1 if thoughts.energies.isnan().any() else None]:
+            last = last_steps(thoughts, rule)
             rules.setdefault(rule, []).append((last + 1, thoughts.solved.gather(0, last[None])[0]))
     out = {}
     for rule, by in rules.items():
