@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from scipy.linalg import block_diag
 from scipy.optimize import least_squares, nnls
 from scipy.stats import t as student
 
@@ -39,10 +40,10 @@ class Law:
         x = x.reshape(len(x), -1)
         return self.floor + (np.array(self.scales) * x ** -np.array(self.exponents)).sum(1)
 
-    def slope(self, x: np.ndarray) -> np.ndarray:
-        """-d log L / d log x of a law of one axis at x [N], the relative rate that the paper's percentages compare."""
-        above = self.scales[0] * x ** -self.exponents[0]
-        return self.exponents[0] * above / (self.floor + above)
+    def slope(self, x: np.ndarray, axis: int = 0) -> np.ndarray:
+        """-d log L / d log x_axis at x [N] or [N, axes]: of the straight line in log space that touches there."""
+        x = x.reshape(len(x), -1)
+        return self.exponents[axis] * self.scales[axis] * x[:, axis] ** -self.exponents[axis] / self(x)
 
 
 @dataclass(frozen=True)
@@ -60,15 +61,9 @@ class Runs:
 
 def _design(models: Sequence[Runs], exponents: np.ndarray) -> np.ndarray:
     """Columns of the linear part, of models with one floor: the floor, then every model's scales."""
-    rows, done = [], 0
-    for model in models:
-        axes = model.axes
-        block = np.zeros((len(axes), 1 + len(exponents)))
-        block[:, 0] = 1
-        block[:, 1 + done : 1 + done + axes.shape[1]] = axes ** -exponents[done : done + axes.shape[1]]
-        done += axes.shape[1]
-        rows.append(block)
-    return np.concatenate(rows)
+    own = np.split(exponents, np.cumsum([m.axes.shape[1] for m in models])[:-1])
+    scales = block_diag(*(m.axes**-betas for m, betas in zip(models, own, strict=True)))
+    return np.concatenate([np.ones((len(scales), 1)), scales], 1)
 
 
 def _exponents_of(models: Sequence[Runs]) -> int:
@@ -79,6 +74,14 @@ def _predicted(models: Sequence[Runs], parameters: np.ndarray) -> np.ndarray:
     """Losses by a floor, scales and exponents, in this order."""
     exponents = _exponents_of(models)
     return _design(models, parameters[-exponents:]) @ parameters[:-exponents]
+
+
+def _by_parameters(models: Sequence[Runs], parameters: np.ndarray) -> np.ndarray:
+    """Derivatives of log losses by a floor, scales and exponents."""
+    exponents = _exponents_of(models)
+    design, log_x = _design(models, parameters[-exponents:]), block_diag(*(np.log(m.axes) for m in models))
+    by_exponent = -design[:, 1:] * log_x * parameters[1:-exponents]
+    return np.concatenate([design, by_exponent], 1) / (design @ parameters[:-exponents])[:, None]
 
 
 def _start(models: Sequence[Runs]) -> np.ndarray:
@@ -107,6 +110,7 @@ def _refined(models: Sequence[Runs], start: np.ndarray) -> np.ndarray:
     return least_squares(
         residuals,
         start,
+        lambda p: _by_parameters(models, p),
         bounds=(low, high),
         x_scale=np.maximum(np.abs(start), 1e-6),
         loss="huber",
@@ -162,8 +166,32 @@ def _noise(model: Runs, law: Law) -> np.ndarray:
     return (log - np.log(law(model.x))) * np.sqrt(len(log) / max(free, 1))
 
 
-def ratio(first: Runs, second: Runs, shared_floor: bool, draws: int = 200, seed: int = 0) -> Estimate:
-    """The ratio of two models' exponents, second over first, of laws of one axis, by bootstrap over whole runs.
+@dataclass(frozen=True)
+class Ratios:
+    """How much faster a second model scales than a first: second over first, of each axis.
+
+    Attributes:
+        exponents: of the laws' exponents.
+        rates: of the laws' slopes in log space (`Law.slope`), in the geometric middle of the runs' x.
+    """
+
+    exponents: tuple[Estimate, ...]
+    rates: tuple[Estimate, ...]
+
+
+def _middle(axes: np.ndarray) -> np.ndarray:
+    """The geometric middle [1, axes] of runs."""
+    return np.exp((np.log(axes.min(0)) + np.log(axes.max(0))) / 2)[None]
+
+
+def _log_ratios(laws: Sequence[Law], middle: np.ndarray) -> np.ndarray:
+    """Logs [2, axes] of a second law's exponents, and rates, over those of a first."""
+    rates = [[law.slope(middle, axis).item() for axis in range(middle.shape[1])] for law in laws]
+    return np.log(np.array([laws[1].exponents, rates[1]]) / np.array([laws[0].exponents, rates[0]]))
+
+
+def ratios(first: Runs, second: Runs, shared_floor: bool, draws: int = 200, seed: int = 0) -> Ratios:
+    """Ratios of two models' exponents and rates, second over first, by bootstrap over whole runs.
 
     Every draw gives each run of a size the law's loss there and the noise of a run drawn from all of its model's. Its
     spread about the fit is widened by Student's t of the degrees of freedom that are left, as runs are few.
@@ -175,59 +203,60 @@ def ratio(first: Runs, second: Runs, shared_floor: bool, draws: int = 200, seed:
         seed: of the draws.
     """
     models, draw = [first, second], np.random.default_rng(seed)
-    begins = [_refined(group, _start(group)) for group in _together(models, shared_floor)]
-
-    def refitted(runs: Sequence[Runs], starts: Sequence[np.ndarray]) -> list[Law]:
-        pairs = zip(_together(runs, shared_floor), starts, strict=True)
-        return [law for group, start in pairs for law in _laws(group, _refined(group, start))]
-
-    def log_ratio(laws: Sequence[Law]) -> float:
-        return float(np.log(laws[1].exponents[0] / laws[0].exponents[0]))
-
-    pairs = zip(_together(models, shared_floor), begins, strict=True)
-    laws = [law for group, begin in pairs for law in _laws(group, begin)]
+    groups = _together(models, shared_floor)
+    begins = [_refined(group, _start(group)) for group in groups]
+    laws = [law for group, begin in zip(groups, begins, strict=True) for law in _laws(group, begin)]
     noise = [_noise(model, law) for model, law in zip(models, laws, strict=True)]
-    value, found = log_ratio(laws), []
+    middle = _middle(np.concatenate([model.axes for model in models]))
+    found = []
     for _ in range(draws):
         drawn = [
             Runs(m.x, law(m.x) * np.exp(draw.choice(own, len(own))))
             for m, law, own in zip(models, laws, noise, strict=True)
         ]
-        found.append(log_ratio(refitted(drawn, begins)))
-    free = len(first.loss) + len(second.loss) - (5 if shared_floor else 6)
+        refits = [(group, _refined(group, b)) for group, b in zip(_together(drawn, shared_floor), begins, strict=True)]
+        found.append(_log_ratios([law for group, parameters in refits for law in _laws(group, parameters)], middle))
+    value = _log_ratios(laws, middle)
+    free = sum(len(m.loss) for m in models) - sum(len(begin) for begin in begins)
     wider = student.ppf(0.975, max(free, 1)) / student.ppf(0.975, 1e6)
-    low, high = value + wider * (np.quantile(found, [0.025, 0.975]) - value)
-    return Estimate(float(np.exp(value)), float(np.exp(low)), float(np.exp(high)))
+    # "weibull": so many draws have an inner quantile otherwise, and the intervals hold too little
+    low, high = value + wider * (np.quantile(found, [0.025, 0.975], axis=0, method="weibull") - value)
+    exponents, rates = (
+        tuple(Estimate(*numbers) for numbers in np.exp(np.stack(of, 1)).tolist())
+        for of in zip(value, low, high, strict=True)
+    )
+    return Ratios(exponents, rates)
 
 
-def detectable(first: Law, second: Law, x: np.ndarray, noise: tuple[float, float], shared_floor: bool) -> float:
-    """The least ratio of exponents above 1 that a plan finds in four of five studies, at the 95 % level.
+def detectable(first: Law, second: Law, x: np.ndarray, noise: tuple[float, float], shared_floor: bool) -> np.ndarray:
+    """The least ratios above 1 that a plan finds in four of five studies: [exponents and rates, axes].
 
-    By the laws' Fisher information: no run is simulated.
+    At the 95 % level, by the laws' Fisher information: no run is simulated.
 
     Args:
         first, second: the laws that are expected.
-        x: [N], of the runs of each model that are planned, seeds and all.
+        x: [N] or [N, axes], of the runs of each model that are planned, seeds and all.
         noise: the standard deviation of log L between seeds, of each model.
         shared_floor: one E for both.
     """
     groups = [[first, second]] if shared_floor else [[first], [second]]
     deviations = [noise] if shared_floor else [(noise[0],), (noise[1],)]
-    variance = sum(_variance(laws, x, own) for laws, own in zip(groups, deviations, strict=True))
-    return float(np.exp((1.96 + 0.84) * np.sqrt(variance)))
+    models, middle = [Runs(x, law(x)) for law in (first, second)], _middle(x.reshape(len(x), -1))
+    starts = [
+        np.array([g[0].floor, *(a for w in g for a in w.scales), *(b for w in g for b in w.exponents)]) for g in groups
+    ]
+    cuts = np.cumsum([len(start) for start in starts])[:-1]
+    covariances = []
+    for group, start, own in zip(_together(models, shared_floor), starts, deviations, strict=True):
+        jacobian = _by_parameters(group, start) / np.repeat(np.array(own), len(x))[:, None]
+        covariances.append(np.linalg.pinv(jacobian.T @ jacobian, rcond=1e-14))
 
+    def logs(parameters: np.ndarray) -> np.ndarray:
+        parts = zip(_together(models, shared_floor), np.split(parameters, cuts), strict=True)
+        return _log_ratios([law for group, part in parts for law in _laws(group, part)], middle).ravel()
 
-def _variance(laws: Sequence[Law], x: np.ndarray, noise: Sequence[float]) -> float:
-    """Of the log of the exponent of a law, or of the ratio of two with one floor, by their Fisher information."""
-    models = [Runs(x, law(x)) for law in laws]
-    scales, exponents = ([of for law in laws for of in getattr(law, name)] for name in ("scales", "exponents"))
-    parameters = np.array([laws[0].floor, *scales, *exponents])
-    columns = []
-    for d in np.diag(1e-6 * np.abs(parameters)):
-        change = np.log(_predicted(models, parameters + d)) - np.log(_predicted(models, parameters - d))
-        columns.append(change / (2 * d.sum()))
-    jacobian = np.stack(columns, 1) / np.repeat(np.array(noise), len(x))[:, None]
-    covariance = np.linalg.pinv(jacobian.T @ jacobian, rcond=1e-14)
-    gradient = np.zeros(len(parameters))
-    gradient[-len(laws) :] = np.array([-1.0, 1.0])[-len(laws) :] / np.array(exponents)
-    return float(gradient @ covariance @ gradient)
+    at = np.concatenate(starts)
+    changes = np.diag(1e-6 * at)
+    gradient = np.stack([(logs(at + d) - logs(at - d)) / (2 * d.sum()) for d in changes], 1)
+    deviation = np.sqrt(np.diag(gradient @ block_diag(*covariances) @ gradient.T))
+    return np.exp((1.96 + 0.84) * deviation).reshape(2, -1)

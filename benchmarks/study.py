@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from abc import ABC, abstractmethod
@@ -21,10 +22,17 @@ from ebt_megatron.config import Recipe, load_recipe, to_yaml
 from ebt_megatron.core.files import write_whole
 from ebt_megatron.core.machine import machine
 from ebt_megatron.evaluation.tables import Table
+from ebt_megatron.training.metrics import last_step
 
 SEEDS: int = typer.Option(3, min=1, max=10, help="Runs of each model.")
 OUTPUT: Path | None = typer.Option(None, help="Folder for the results; default: only printed and in --runs.")
 _SHOWN = 2000  # characters of a failed command's errors
+_ENDED = (130, -signal.SIGINT, -signal.SIGTERM, -signal.SIGUSR1)  # codes of a command that was told to end
+_commands: set[subprocess.Popen[str]] = set()  # those that run now
+
+
+class Stopped(RuntimeError):
+    """A command was told to end before it was done; a training that was goes on when it is started again."""
 
 
 def runs_option(folder: str) -> Any:
@@ -168,31 +176,46 @@ class Study(ABC):
         results = self.results(names, seeds)
         text = self.markdown(results)
         self.console.print(text, markup=False, highlight=False)
-        folder = output or self.runs
-        folder.mkdir(parents=True, exist_ok=True)
-        stem = folder / f"{self.name}-cpu-{date.today().isoformat()}"
-        write_whole(stem.with_suffix(".json"), json.dumps(results, indent=1) + "\n")
-        write_whole(stem.with_suffix(".md"), text)
-        write_whole(stem.with_suffix(".png"), self.plot(results))
+        write_results(output or self.runs, self.name, results, text, self.plot(results))
 
 
-def _command(module: str, *arguments: str) -> None:
+def write_results(folder: Path, name: str, results: Any, text: str, plot: bytes) -> None:
+    """Write NAME-cpu-DATE.json, .md and .png."""
+    folder.mkdir(parents=True, exist_ok=True)
+    stem = folder / f"{name}-cpu-{date.today().isoformat()}"
+    write_whole(stem.with_suffix(".json"), json.dumps(results, indent=1) + "\n")
+    write_whole(stem.with_suffix(".md"), text)
+    write_whole(stem.with_suffix(".png"), plot)
+
+
+def command(module: str, *arguments: str) -> None:
     """Run `python -m MODULE ...` on one thread.
 
     Raises:
+        Stopped: if it was told to end.
         RuntimeError: if it fails; with the end of its errors.
     """
     env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
-    command = [sys.executable, "-m", module, *arguments]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise RuntimeError(f"{' '.join(command[2:])} ended with code {done.returncode}:\n{done.stderr[-_SHOWN:]}")
+    line = [sys.executable, "-m", module, *arguments]
+    with subprocess.Popen(line, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
+        _commands.add(process)
+        _, errors = process.communicate()
+        _commands.discard(process)
+    if process.returncode:
+        kind = Stopped if process.returncode in _ENDED else RuntimeError
+        raise kind(f"{' '.join(line[2:])} ended with code {process.returncode}:\n{errors[-_SHOWN:]}")
+
+
+def stop_commands() -> None:
+    """Tell all that run now to end; trainings save before they do."""
+    for process in list(_commands):
+        process.terminate()
 
 
 def evaluated(result: Path, folder: Path, *arguments: str) -> Any:
     """What `ebt-evaluate FOLDER ...` writes to a JSON file; it is not run where that is there."""
     if not result.exists():
-        _command("ebt_megatron.evaluate", str(folder), *arguments)
+        command("ebt_megatron.evaluate", str(folder), *arguments)
     return json.loads(result.read_text())
 
 
@@ -208,12 +231,18 @@ def train(
 
     Returns:
         (what the evaluation wrote, the rows of metrics.jsonl).
+
+    Raises:
+        Stopped: if the training was told to end before its last step.
+        RuntimeError: if a command fails.
     """
     folder = Path(recipe.training.output_dir)
     if not (folder / result).exists():
         folder.mkdir(parents=True, exist_ok=True)
         asked = folder / "asked.yaml"
         asked.write_text(to_yaml(recipe))
-        _command("ebt_megatron.train", str(asked))
+        command("ebt_megatron.train", str(asked))
+        if (step := last_step(folder)) < recipe.training.steps:
+            raise Stopped(f"{folder} is at step {step} of {recipe.training.steps}")
     wrote = evaluated(folder / result, folder, *evaluation)
     return wrote, [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]

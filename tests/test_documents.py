@@ -64,6 +64,8 @@ def script_of(command: str) -> str:
 def invoke(module: str, attribute: str, arguments: list[str], patch: pytest.MonkeyPatch, run: bool) -> str:
     """Give a command its arguments; without `run` it does nothing once it has taken them."""
     loaded = importlib.import_module(module)
+    if not hasattr(loaded, attribute) and not hasattr(loaded, "main"):  # a package
+        loaded = importlib.import_module(f"{module}.__main__")
     app = getattr(loaded, attribute, None)
     if not isinstance(app, typer.Typer):
         app = typer.Typer()

@@ -110,11 +110,11 @@ def cost(recipe: Recipe, vocab_size: int, block: int = 1, distribution: bool = T
         2 * length * m.hidden_size * vocab_size,
         distribution=distribution,
         width=width,
-        parameters=m.num_layers * _layer_weights(recipe) + _ends(recipe, distribution) * width * m.hidden_size,
+        parameters=m.num_layers * layer_weights(recipe) + _ends(recipe, distribution) * width * m.hidden_size,
     )
 
 
-def _layer_weights(recipe: Recipe) -> int:
+def layer_weights(recipe: Recipe) -> int:
     """Of a causal layer's linear maps: queries, keys, values, output, and a gated feed-forward network."""
     m = recipe.model
     assert m.hidden_size and m.num_attention_heads and m.num_query_groups and m.ffn_hidden_size
@@ -128,7 +128,7 @@ def position_flops(recipe: Recipe, visible: float) -> float:
     m = recipe.model
     assert m.hidden_size and m.num_layers
     attention = 2 * m.hidden_size * visible  # scores and their product with the values
-    return 2 * m.num_layers * (_layer_weights(recipe) + attention)
+    return 2 * m.num_layers * (layer_weights(recipe) + attention)
 
 
 def joint_cost(recipe: Recipe, channels: int) -> Cost:

@@ -31,19 +31,24 @@ def test_the_first_seed_of_all_models_comes_first(tmp_path, monkeypatch):
 
 
 def test_what_is_done_is_not_repeated(tmp_path, monkeypatch):
-    commands = []
+    commands, reached = [], [4]
 
     def command(module, folder, *arguments):
         commands.append(module)
+        if module == "ebt_megatron.train":
+            (tmp_path / "metrics.jsonl").write_text(f'{{"step": {reached[0]}}}\n')
         if module == "ebt_megatron.evaluate":
             (tmp_path / "evaluation.json").write_text(json.dumps({"loss": 1.0}))
 
-    monkeypatch.setattr(study, "_command", command)
+    monkeypatch.setattr(study, "command", command)
     recipe = Thinking(tmp_path, 10, tmp_path, {}, 8).recipe("S2", 0)
     recipe.training.output_dir = str(tmp_path)
-    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
+    with pytest.raises(study.Stopped, match="step 4 of 10"):
+        train(recipe)
+    assert commands.pop() == "ebt_megatron.train", "what was told to end is not evaluated"
+    reached[0] = 10
     for _ in range(2):
-        assert train(recipe) == ({"loss": 1.0}, [{"step": 1}])
+        assert train(recipe) == ({"loss": 1.0}, [{"step": 10}])
     assert commands == ["ebt_megatron.train", "ebt_megatron.evaluate"]
     (tmp_path / "b.json").write_text("{}")
     assert evaluated(tmp_path / "b.json", tmp_path) == {} and len(commands) == 2
@@ -51,8 +56,9 @@ def test_what_is_done_is_not_repeated(tmp_path, monkeypatch):
 
 def test_a_command_that_fails_says_why(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "executable", "/bin/false")
-    with pytest.raises(RuntimeError, match="ended with code 1"):
+    with pytest.raises(RuntimeError, match="ended with code 1") as error:
         evaluated(tmp_path / "a.json", tmp_path)
+    assert not isinstance(error.value, study.Stopped)
 
 
 def test_intervals_are_of_every_number_in_a_tree():
