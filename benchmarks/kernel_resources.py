@@ -131,8 +131,8 @@ def _attention_intensity(kernel: str, kind: str, size: int) -> float:
     return products * _LENGTH**2 * size / read_once
 
 
-def calls(family: str) -> Iterator[Call]:
-    """Every call of a family of FAMILIES."""
+def calls(family: str, capability: int) -> Iterator[Call]:
+    """Every call of a family of FAMILIES, as it is launched on a device of DEVICES."""
     at, el, vo = triton_attention, triton_elementwise, triton_vocabulary
     if family.startswith("attention"):
         size = int(family.removeprefix("attention "))
@@ -145,7 +145,7 @@ def calls(family: str) -> Iterator[Call]:
         ):
             flags = {"TANGENT": tangent, "CAUSAL": causal, "SEGMENTS": causal > 0}
             for kernel, function in functions.items():
-                options = at.launch_options(kernel, kind, size, 2)
+                options = at.launch_options(kernel, kind, size, 2, DEVICES[capability].shared[0])
                 warps, stages = options.pop("num_warps"), options.pop("num_stages")
                 own_flags = {"KT": kind == "tangents of keys"} if kernel == "keys" else {"OWN": own}
                 yield Call(
@@ -249,7 +249,7 @@ def main(
     def work() -> None:
         for wrong in (*set(capability) - set(DEVICES), *set(family) - set(FAMILIES)):
             raise typer.BadParameter(f"no '{wrong}': choose of {', '.join(map(str, DEVICES))}; {', '.join(FAMILIES)}")
-        jobs = [(call, of) for name in family for call in calls(name) for of in capability if of >= call.least]
+        jobs = [(call, of) for of in capability for name in family for call in calls(name, of) if of >= call.least]
         console = Console(width=160)
         try:
             rows = [resources(*job) for job in track(jobs, "compile", console=console, transient=True)]

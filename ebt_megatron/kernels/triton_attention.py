@@ -420,26 +420,29 @@ _BLOCKS = {
 }
 
 
+_ROOM = 232448  # bytes of shared memory that a block may have on an H100: what these were chosen for
+
+
 @functools.cache
-def _roomy() -> bool:
-    """Whether a block can have the shared memory of an H100's, 227 KB."""
+def _room() -> int:
+    """Bytes of shared memory that a block may have on the current device; an H100's where there is none."""
     if not torch.cuda.is_available():
-        return True
-    properties = triton.runtime.driver.active.utils.get_device_properties(torch.cuda.current_device())
-    return properties["max_shared_mem"] >= 232448
+        return _ROOM
+    return triton.runtime.driver.active.utils.get_device_properties(torch.cuda.current_device())["max_shared_mem"]
 
 
-def launch_options(kernel: str, kind: str, size: int, itemsize: int) -> dict[str, int]:
-    """Block sizes, warps and stages.
+def launch_options(kernel: str, kind: str, size: int, itemsize: int, room: int | None = None) -> dict[str, int]:
+    """Block sizes, warps and stages; smaller ones where a block may have less than an H100's.
 
     Args:
         kernel: "forward", "queries" or "keys".
         kind: "value", "tangent" or "tangents of keys".
         size: of a head.
         itemsize: bytes of a number.
+        room: bytes of shared memory that a block may have; None: on the current device.
     """
     padded = max(16, triton.next_power_of_2(size))
-    if itemsize == 2 and _roomy():
+    if itemsize == 2 and (_room() if room is None else room) >= _ROOM:
         queries, keys, warps, stages = _BLOCKS[kernel, kind][0 if padded <= 64 else 1 if padded == 128 else 2]
     else:
         queries = keys = 64 if padded <= 64 else 32 if padded == 128 else 16
