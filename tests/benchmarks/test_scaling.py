@@ -3,7 +3,6 @@
 import json
 import os
 import random
-import re
 import signal
 import subprocess
 import sys
@@ -222,6 +221,66 @@ def test_the_plan_says_what_is_left_and_how_long_it_takes_as_measured(machine, s
     assert "of them with the others" in after.stdout and "36 %: can" in after.stdout.replace("35.98", "36")
 
 
+TRAINING = """
+import json, os, sys, time
+from pathlib import Path
+from ebt_megatron.core.files import write_whole
+from ebt_megatron.training.lock import RunLock
+
+folder, value, steps = Path(sys.argv[1]), float(sys.argv[2]), 10
+lock, at = RunLock(folder), folder / "at"
+lock.acquire()
+for step in range(int(at.read_text()) if at.exists() else 0, steps):
+    time.sleep(0.01)
+    write_whole(at, str(step + 1))
+lock.release()
+write_whole(folder / "evaluation.json", json.dumps({"thinking": [{"steps": 1, "loss": value}], "trained_steps": 1}))
+"""
+
+
+def test_killed_ten_times_a_study_comes_to_the_rows_of_an_undisturbed_one(shards, tmp_path, monkeypatch):
+    """Trainings are small processes that go on where they were, as real ones do, and outlive who started them."""
+    monkeypatch.setattr(runs, "_LOOK_SECONDS", 0.05)
+
+    def train(recipe):
+        lr, steps, seed = recipe.optimizer.lr, recipe.training.steps, recipe.training.seed
+        loss = 2.0 + 1.7 * (steps / 100) ** -0.35 + 0.01 * abs(np.log(lr / 3e-3)) + seed % 2 / 1e3
+        line = [sys.executable, "-W", "ignore", "-c", TRAINING, recipe.training.output_dir, str(loss)]
+        subprocess.run(line, check=True, cwd=ROOT)
+        return {}, []
+
+    monkeypatch.setattr(runs, "train", train)
+    path, chance = written(tmp_path, data=str(shards), learning_rates=[1, 2]), random.Random(0)
+    runner, ended = Runner(Plan.read(path), tmp_path / "killed/s", workers=3), []
+    for job in (Job(cell, seed, factor) for cell in runner.plan.cells for seed in (0, 1) for factor in (1, 2)):
+        runner.recipe(job)  # before the forks, so that these train at once
+
+    def steps():
+        return sum(int(path.read_text()) for path in runner.folder.glob("*/at"))
+
+    for _ in range(10):
+        until, child = steps() + 1 + chance.randrange(40), os.fork()
+        if not child:
+            os.setpgid(0, 0)
+            runner.do_all()
+            os._exit(0)
+        while steps() < until and not os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT):
+            time.sleep(0.005)
+        if chance.random() < 0.5:
+            os.killpg(child, signal.SIGKILL)  # its trainings too; else they go on
+        else:
+            os.kill(child, signal.SIGKILL)
+        ended.append(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+    assert ended.count(-signal.SIGKILL) >= 5 and steps() > 100, "killed too late, or too early"
+    tables = []
+    for name in ("killed", "plain"):
+        runner = Runner(Plan.read(path), tmp_path / name / "s", workers=3)
+        runner.do_all()
+        assert not runner.failed
+        tables.append([report.row(runner.plan, job, runner.recipe(job), found) for job, found in runner.finished()])
+    assert tables[0] == tables[1] and len(tables[0]) == 16
+
+
 # --- Slurm ----------------------------------------------------------------------------------------
 
 
@@ -325,54 +384,3 @@ def test_the_studies_here_are_studies(path):
     assert study.name == f"scaling-{path.stem}" and len(study.models) == 3
     if path.stem in ("data", "width"):
         assert study.seeds >= 3
-
-
-# --- whole studies --------------------------------------------------------------------------------
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(3000)
-def test_killed_again_and_again_a_study_comes_to_the_table_of_an_undisturbed_one(shards, tmp_path):
-    small = [
-        "model.hidden_size=16",
-        "model.num_attention_heads=1",
-        "model.num_layers=1",
-        "data.sequence_length=32",
-        "optimizer.warmup_steps=2",
-        "training.micro_batch_size=8",
-        "training.save_interval=5",
-        "training.validation_interval=0",
-    ]
-    models = {"T": {"recipe": "text/quickstart_transformer", "overrides": small}}
-    values = [8 * 32 * steps for steps in (10, 20, 40, 80)]
-    path = written(tmp_path, models=models, values=values, data=str(shards), learning_rates=[1, 2], seeds=2)
-
-    def start(name, **more):
-        line = [sys.executable, "-m", "benchmarks.scaling", str(path), "--runs", str(tmp_path / name), "--workers", "2"]
-        return subprocess.Popen(line, cwd=ROOT, stdout=subprocess.PIPE, text=True, start_new_session=True, **more)
-
-    plain = start("plain")
-    text, _ = plain.communicate()
-    assert plain.returncode == 0
-    chance, kills = random.Random(0), 0
-    while kills < 10:
-        process = start("killed")
-        time.sleep(chance.uniform(5, 40))
-        if process.poll() is not None:
-            break
-        if chance.random() < 0.5:
-            os.killpg(process.pid, signal.SIGKILL)  # with its trainings; else they go on without it
-        else:
-            process.kill()
-        process.communicate()
-        kills += 1
-    assert kills >= 5, "the study was over too soon"
-    process = start("killed")
-    again, _ = process.communicate()
-    assert process.returncode == 0
-    for name in ("killed", "plain"):
-        assert len(list((tmp_path / name / "s").glob("t-*"))) == 4 * 3
-    rows_of = [(tmp_path / name / "s/s.jsonl").read_text() for name in ("killed", "plain")]
-    assert rows_of[0] == rows_of[1] and len(rows_of[0].splitlines()) == 8
-    tables = [re.search(r"Validation loss by.*", t, re.S).group() for t in (text, again)]
-    assert tables[0] == tables[1]
