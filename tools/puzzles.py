@@ -64,7 +64,8 @@ def solved(run_dir: Path, overrides: list[str], questions: list[str], **how: Any
     with open_run(run_dir, overrides, splits=()) as run:
         task_as(run.task, Puzzles)
         model = PuzzleModel(run)
-        rules, out = rules_of(model.puzzle), []
+        rules = rules_of(model.puzzle)
+        out: list[tuple[str, ...]] = []
         for question, solution in zip(questions, model.solve(questions, **how), strict=True):
             given = np.array([int(c) for c in question.replace(".", "0")])
             problem = rules.problem(given, solution.grid.flatten())

@@ -198,7 +198,7 @@ def losses() -> dict[str, list[float]]:
     from ebt_megatron.tasks.text import Text
     from ebt_megatron.training.trainer import Trainer
 
-    out, vocabulary = {}, 1000
+    vocabulary, out = 1000, dict[str, list[float]]()
     for name, overrides in _TRAINED.items():
         recipe = load_recipe(None, [*_TINY, *overrides])
         trainer = Trainer(recipe, Text(recipe, vocabulary), initialize(recipe.parallel, recipe.training.seed))

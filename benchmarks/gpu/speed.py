@@ -103,8 +103,8 @@ def causal_attention(rates: Rates) -> Rows:
     backend, batch = kernels.select("triton"), 4
 
     def torchs(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        heads = (x.permute(1, 2, 0, 3) for x in (q, k, v))
-        return F.scaled_dot_product_attention(*heads, is_causal=True).permute(2, 0, 1, 3)
+        q, k, v = (x.permute(1, 2, 0, 3) for x in (q, k, v))
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True).permute(2, 0, 1, 3)
 
     engines: dict[str, Callable[..., torch.Tensor]] = {"triton": backend.context_attention, "torch": torchs}
     try:

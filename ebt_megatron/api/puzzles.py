@@ -111,8 +111,8 @@ class PuzzleModel(Model):
         for logits, energy in zip(thoughts.logits[:, 0], thoughts.energies[:, 0], strict=True):
             p, symbols = logits.softmax(-1).max(-1)
             given = grid[0] != BLANK
-            shown = torch.where(given, grid[0], symbols + 1).view(shape), p.masked_fill(given, 1.0).view(shape)
-            yield Thought(*(x.cpu().numpy() for x in shown), float(energy))
+            shown = torch.where(given, grid[0], symbols + 1).view(shape).cpu().numpy()
+            yield Thought(shown, p.masked_fill(given, 1.0).view(shape).cpu().numpy(), float(energy))
 
     def energy(self, questions: Grids, answers: Grids) -> np.ndarray:
         """The mean energy, of the cells that a question asks for, of whole answers: float [B].
