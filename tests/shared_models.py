@@ -23,6 +23,14 @@ MODELS = {
     "transformer": ("model.architecture=baseline", "model.vocab_multiple=48"),
 }
 
+CONTEXT = (
+    "thinking.initial=context",
+    "thinking.step_rule=mirror_descent",
+    "thinking.min_steps=1",
+    "thinking.max_steps=1",
+)
+MORE = {"ebt-context": ("model.architecture=ebt", *CONTEXT)}  # where one test needs it
+
 
 def text_runs(folder: Path, names=tuple(MODELS)) -> dict[str, Path]:
     """Runs of text, by name, trained for three steps at a high rate."""
@@ -33,7 +41,7 @@ def text_runs(folder: Path, names=tuple(MODELS)) -> dict[str, Path]:
     for name in names:
         setup.shutdown()
         options = "training.steps=3", "training.async_save=false", "optimizer.lr=0.03", "optimizer.warmup_steps=0"
-        train_to_end(Run(recipe_of(data, folder / name, *options, *MODELS[name])))
+        train_to_end(Run(recipe_of(data, folder / name, *options, *(MODELS | MORE)[name])))
     setup.shutdown()
     return {name: folder / name for name in names}
 

@@ -119,10 +119,11 @@ def landscape(
     length = len(context_tokens)
     rows, positions = torch.zeros(length, dtype=torch.int64), torch.arange(length)
     context = engine.context(1, length, length)
-    engine.read(context, rows.to(device), positions.to(device), torch.tensor(context_tokens, device=device))
+    h = engine.read(context, rows.to(device), positions.to(device), torch.tensor(context_tokens, device=device))
+    read = engine.model.read_out(h[-1:].to(engine.dtype)) if engine.starts else None
     at = torch.tensor([length - 1], device=device)
     queries = Queries(torch.zeros_like(at), at + context.sinks)
-    state = engine.modality.start(torch.zeros_like(at), at, engine.recipe.thinking, engine.recipe.training.seed)
+    state = engine.modality.start(torch.zeros_like(at), at, engine.recipe.thinking, engine.recipe.training.seed, read)
     path, last = [state.embed()[0, 0]], 0
     for step in range(steps):
         last = min(step, engine.landscapes - 1)

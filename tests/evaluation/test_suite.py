@@ -9,9 +9,11 @@ import torch
 
 from ebt_megatron.config import RecipeError
 from ebt_megatron.evaluation import statistics, suite
+from ebt_megatron.evaluation.interface import SuiteOptions
 from ebt_megatron.evaluation.tables import suite_tables
 from ebt_megatron.evaluation.token_scores import CORRUPTIONS, TokenScores, corrupted, score
-from tests import builders
+from ebt_megatron.parallel import setup
+from tests import builders, shared_models
 
 
 def scores(loss, energy=(), answer=None, moved=None, **more):
@@ -151,6 +153,16 @@ def test_scores_are_those_of_validation(overrides):
         assert not np.array_equal(other.energy[0], ours.energy[0, :20])
     else:
         assert ours.energy.size == 0
+
+
+def test_the_suite_of_an_ebt_from_its_context(tmp_path):
+    """Whole: its parts, its tables, and its pictures of thinking, which begin at what the context says."""
+    runs = shared_models.text_runs(tmp_path, ("ebt-context", "transformer"))
+    options = SuiteOptions(steps=2, starts=2, baselines=(runs["transformer"],))
+    numbers = suite.evaluate_suite(runs["ebt-context"], ["training.validation_samples=2"], options)
+    setup.shutdown()
+    assert [row["steps"] for row in numbers["thinking"]][:2] == [0, 1] and suite_tables(numbers)
+    assert numbers["token_trace"]["landscapes"][0]["path"] and numbers["token_trace"]["samples"]["texts"]
 
 
 def test_a_token_taken_as_a_prediction_has_the_energy_of_its_embedding():
