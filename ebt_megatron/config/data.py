@@ -15,7 +15,7 @@ class DataConfig:
     modality: str = "text"  # a name of ebt_megatron.tasks, or package.module:Class of your own (docs/extending.md)
     train: list[str] = paths()  # shard folders (with manifest.json) or URLs
     train_weights: list[float] = field(default_factory=list)  # blend; default: by sample count
-    # train on the first so many samples alone, of several sources by their sizes, again and again; null: on all
+    # train on so many samples alone, drawn by the seed from sources by their sizes, again and again; null: on all
     unique_samples: int | None = at_least(1, None, ", or null for all")
     validation: list[str] = paths()  # the same of held-out samples
     sequence_length: int = positive(256)  # tokens predicted per sample

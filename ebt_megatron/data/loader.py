@@ -26,7 +26,7 @@ from ebt_megatron.config import Recipe
 from ebt_megatron.core.errors import DataError
 from ebt_megatron.data.folder import ShardFolder
 from ebt_megatron.data.manifest import Manifest
-from ebt_megatron.data.order import Blend, first_samples
+from ebt_megatron.data.order import Blend, drawn_samples
 from ebt_megatron.data.remote import Cache
 
 VALIDATION_IDS = 1 << 50  # sample ids of validation samples start here, apart from training's
@@ -160,11 +160,11 @@ class Loader:
         train = split == "train"
         weights = recipe.data.train_weights if train else []
         shuffle = recipe.data.shuffle and train
-        sizes = [s.sizes for s in self.sources]
+        sizes, seed, kept = [s.sizes for s in self.sources], recipe.training.seed, None
         if train and recipe.data.unique_samples is not None:
-            sizes = first_samples(sizes, recipe.data.unique_samples)
-        self.unique = [sum(of) for of in sizes]
-        self.blend = Blend(sizes, weights, recipe.training.seed, shuffle, recipe.data.shuffle_shards)
+            kept = drawn_samples(sizes, recipe.data.unique_samples, seed)
+        self.blend = Blend(sizes, weights, seed, shuffle, recipe.data.shuffle_shards, kept)
+        self.unique = [source.size for source in self.blend.sources]
         self.end_of_text: int = self.sources[0].manifest.tokenizer.get("end_of_text", -1)
         if recipe.data.document_mask and self.end_of_text < 0:
             raise DataError(

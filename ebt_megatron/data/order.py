@@ -18,12 +18,13 @@ from ebt_megatron.core.randomness import stable_seed
 _BLOCK = 1 << 16  # positions between two running counts of a blend's sources
 
 
-def first_samples(shards: list[list[int]], samples: int) -> list[list[int]]:
-    """The samples of each source's shards when only the first ones are taken, of each source by its size.
+def drawn_samples(shards: list[list[int]], samples: int, seed: int) -> list[np.ndarray]:
+    """Draw samples of each source by its size, without replacement: their numbers, ascending.
 
     Args:
         shards: of each source, samples of each of its shards.
         samples: in all.
+        seed: of the draw.
 
     Raises:
         DataError: if there are not so many, or a source would give none.
@@ -35,11 +36,8 @@ def first_samples(shards: list[list[int]], samples: int) -> list[list[int]]:
     wanted = np.diff(ends, prepend=0).tolist()
     if not all(wanted):
         raise DataError(f"data.unique_samples={samples} is not one sample of each of {len(shards)} sources: raise it")
-    taken = []
-    for of, left in zip(shards, wanted, strict=True):
-        before = np.cumsum([0, *of[:-1]]).tolist()
-        taken.append([min(size, left - at) for size, at in zip(of, before, strict=True) if at < left])
-    return taken
+    draws = [np.random.Generator(np.random.Philox(stable_seed(seed, "unique", i))) for i in range(len(shards))]
+    return [np.sort(d.choice(size, n, replace=False)) for d, size, n in zip(draws, sizes, wanted, strict=True)]
 
 
 class SourceOrder:
@@ -53,10 +51,14 @@ class SourceOrder:
         together: shards of a group; 0: all.
         shuffle: False: shards and samples in their own order.
         key: of the random order.
+        kept: numbers of the samples that there are, ascending; None: all.
     """
 
-    def __init__(self, shards: list[int], together: int, shuffle: bool, *key: Any):
+    def __init__(self, shards: list[int], together: int, shuffle: bool, *key: Any, kept: np.ndarray | None = None):
         self.first = np.concatenate([[0], np.cumsum(shards, dtype=np.int64)])
+        self.kept = kept
+        if kept is not None:  # samples are then counted among those that are kept
+            self.first = np.searchsorted(kept, self.first)
         self.size = int(self.first[-1])
         self.together, self.shuffle, self.key = together or len(shards), shuffle, key
         self._groups = -(-len(shards) // self.together)
@@ -79,7 +81,8 @@ class SourceOrder:
     def _new_samples(self, turn: int, group: int) -> np.ndarray:
         shards = self._deal(turn)[0][group]
         ranges = [np.arange(self.first[s], self.first[s + 1]) for s in shards]
-        return self._mix(np.concatenate(ranges), "samples", turn, group)
+        order = self._mix(np.concatenate(ranges), "samples", turn, group)
+        return order if self.kept is None else self.kept[order]
 
     def samples(self, places: np.ndarray) -> np.ndarray:
         """The samples at these places (ascending) of the endless sequence."""
@@ -121,10 +124,22 @@ class Blend:
         seed: of every order.
         shuffle: False: sources one after the other, in their own order.
         together: shards whose samples are mixed with each other; 0: all of a source.
+        kept: of each source, the samples that there are; None: all.
     """
 
-    def __init__(self, shards: list[list[int]], weights: list[float], seed: int, shuffle: bool, together: int = 0):
-        self.sources = [SourceOrder(s, together, shuffle, seed, "source", i) for i, s in enumerate(shards)]
+    def __init__(
+        self,
+        shards: list[list[int]],
+        weights: list[float],
+        seed: int,
+        shuffle: bool,
+        together: int = 0,
+        kept: list[np.ndarray] | None = None,
+    ):
+        chosen = kept or [None] * len(shards)
+        self.sources = [
+            SourceOrder(s, together, shuffle, seed, "source", i, kept=chosen[i]) for i, s in enumerate(shards)
+        ]
         self.seed, self.shuffle = seed, shuffle
         sizes = [s.size for s in self.sources]
         share = np.array(weights or sizes, dtype=np.float64)

@@ -278,13 +278,22 @@ def test_a_weight_that_gives_no_sample_is_refused(shards):
     )
 
 
-def test_of_all_samples_only_the_first_are_seen_again_and_again(shards):
+def test_some_samples_of_everywhere_are_seen_again_and_again(shards):
     train, validation = (ShardFolder(f"{shards}/{split}") for split in ("train", "validation"))
-    wanted = train.sizes[0] + 7  # a shard, and a part of the next
+    wanted = len(train) // 3
     loader = Loader(recipe_for(shards, f"data.unique_samples={wanted}"), "train", 0, 1)
     seen = [row.numpy().tobytes() for _, samples in take(loader, wanted) for row in samples]  # two epochs
-    first = [np.asarray(row).astype(np.int64).tobytes() for row in itertools.islice(train.rows(), wanted)]
-    assert sorted(seen[:wanted]) == sorted(first) == sorted(seen[wanted:]) and len(loader.blend) == wanted
+    rows = [np.asarray(row).astype(np.int64).tobytes() for row in train.rows()]
+    assert sorted(seen[:wanted]) == sorted(seen[wanted:]) and seen[:wanted] != seen[wanted:]
+    assert len(loader.blend) == wanted
+    kept = loader.blend.sources[0].kept
+    assert sorted(seen[:wanted]) == sorted(rows[i] for i in kept) and len(set(kept.tolist())) == wanted
+    assert np.abs(np.quantile(kept / len(train), [0.25, 0.5, 0.75]) - [0.25, 0.5, 0.75]).max() < 0.15
+    other = Loader(recipe_for(shards, f"data.unique_samples={wanted}", "training.seed=7"), "train", 0, 1)
+    assert other.blend.sources[0].kept.tolist() != kept.tolist()
+    few = Loader(recipe_for(shards, f"data.unique_samples={wanted}", "data.shuffle_shards=1"), "train", 0, 1)
+    streamed = [row.numpy().tobytes() for _, samples in take(few, wanted // 2) for row in samples]
+    assert sorted(streamed) == sorted(seen[:wanted]) or wanted % 2
     assert loader.most_repeated(3 * wanted)[0] == pytest.approx(3)
     both = f"data.train=[{shards}/train,{shards}/validation]"
     loader = Loader(
