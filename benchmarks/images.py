@@ -38,10 +38,10 @@ _TWO = MODELS["EBT S1, two steps"].overrides
 _NEAR, _AVERAGE = "thinking.starts_near_answer=0.5", "optimizer.ema_decay=0.99"
 _DRAWN = "thinking.min_steps=1", "thinking.max_steps=4"
 TRIALS = {
-    "two steps, half of the starts near the picture": Model("images/quickstart_s1", (*_TWO, _NEAR)),
-    "two steps, averaged weights": Model("images/quickstart_s1", (*_TWO, _AVERAGE)),
-    "one to four steps": Model("images/quickstart_s1", _DRAWN),
-    "one to four steps, near starts, averaged weights": Model("images/quickstart_s1", (*_DRAWN, _NEAR, _AVERAGE)),
+    "EBT S1, two steps, half of the starts near the picture": Model("images/quickstart_s1", (*_TWO, _NEAR)),
+    "EBT S1, two steps, averaged weights": Model("images/quickstart_s1", (*_TWO, _AVERAGE)),
+    "EBT S1, one to four steps": Model("images/quickstart_s1", _DRAWN),
+    "EBT S1, one to four steps, near starts, averaged weights": Model("images/quickstart_s1", (*_DRAWN, _NEAR, _AVERAGE)),
 }
 OVER_SEEDS = Reading(lambda of: of["mean"], lambda of: 0.0 if math.isnan(of["half"]) else of["half"], text_of)
 
