@@ -1,27 +1,33 @@
-"""Plan a run: bubble, memory, communication and step time of a recipe on a layout, estimated.
+"""Plan a run: bubble, memory, communication and step time of a recipe on a layout, estimated or simulated.
 
     ebt-plan text/s1_xxs parallel.tensor=2 parallel.pipeline=2 --gpus 16
     ebt-plan text/s1_xl --gpus 64 --tflops 400 --bandwidth 400 --network 50
+    ebt-plan text/s1_xl parallel.pipeline=4 --gpus 64 --simulate
 
-Everything printed is an estimate from the figures given; the pipeline part is the simulation
-that real runs execute (`ebt_megatron.thinking.schedule`).
+Without --simulate everything printed is an estimate from the figures given; the pipeline part is the simulation that
+real runs execute (`ebt_megatron.thinking.schedule`). With it, ranks train a step on tensors without numbers
+(`ebt_megatron.tools.simulation`), and what they hold, compute and send is counted.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
-from ebt_megatron.config import Recipe, check, load_recipe
+from ebt_megatron.config import Recipe, RecipeError, check, load_recipe
 from ebt_megatron.core.cli import guarded, quiet_libraries
 from ebt_megatron.tasks import Task, task_class
 from ebt_megatron.thinking.plan import Plan
 from ebt_megatron.thinking.schedule import FLOP_DURATIONS, feed_forward_sweeps, gpt_bubble, simulate
+
+if TYPE_CHECKING:
+    from ebt_megatron.tools.simulation import Simulated
 
 _SPARE = 0.1  # of a GPU's memory: what libraries and fragments take
 
@@ -123,20 +129,25 @@ def estimate(recipe: Recipe, task: Task, gpus: int, hardware: Hardware) -> Estim
     data_traffic = 4 * local * 2 * (data - 1) / data
     optimizer_bytes = 8 * local / (data if p.distributed_optimizer else 1)
     master = 4 * local / (data if p.distributed_optimizer else 1) if width_bytes == 2 else 0.0
-    # Context keys, values and the graph behind them (about 16 hidden states a layer), for every live
-    # micro-batch; and one learn pass of two streams.
-    live = max(max(schedule.live) for schedule in schedules)
+    # Context keys, values and the graph behind them (about 16 hidden states a layer), and what a pass of one or two
+    # streams keeps for its way back, for every live micro-batch: on one stage one at a time. Logits of a pipeline's
+    # micro-batches are made before the first pass, and kept to the end of the step.
+    staged = p.pipeline > 1
+    live = max(max(schedule.live) for schedule in schedules) if staged else 1
     per_layer = 16 * hidden / p.tensor
     kept = (2 if m.recompute_layers else 16) * hidden / p.tensor
-    activations = live * layers * kept + layers * 2 * per_layer
+    activations = live * layers * (kept + 2 * (kept if m.recompute_layers else per_layer))
+    if m.recompute_layers:
+        activations += 2 * per_layer  # of the layer that is computed again
     if ebt:
         split = p.tensor if parts.distribution else 1
         row = parts.width / split * (2 if options.logits_dtype == "bfloat16" else 4)
+        held = micro_batches if staged else 1
         if options.regenerate:
-            activations += min(options.regenerate, tokens) * row + live * tokens * row * through
+            activations += min(options.regenerate, tokens) * row + held * tokens * row * through
         else:
-            activations += live * tokens * row * (1 + reuse + through)  # y; y' kept beside it; the adjoint
-        activations += layers * 11 * hidden / p.tensor * reuse  # each linear layer's output and input gradient
+            activations += held * tokens * row * (1 + reuse + through)  # y; y' kept beside it; the adjoint
+        activations += live * layers * 11 * hidden / p.tensor * reuse  # each linear layer's output and input gradient
     seconds = (
         mean(schedule.makespan for schedule in schedules)
         + tensor_traffic / (hardware.bandwidth * 1e9)
@@ -175,19 +186,83 @@ def rows(e: Estimate) -> list[tuple[str, str]]:
     ]
 
 
-def verdict(e: Estimate, memory: float) -> str:
-    """Whether an estimate fits the memory of a GPU, in GB, with a tenth of it to spare; and what makes it smaller."""
-    needed = (e.weight_bytes + e.activation_bytes) / 1e9
+def verdict(states: float, activations: float, memory: float) -> tuple[bool, str]:
+    """Whether a layout fits a GPU, with a tenth of its memory to spare; and a line on it, with what makes it smaller.
+
+    Args:
+        states: bytes of weights, gradients and the optimizer's state.
+        activations: bytes of everything else.
+        memory: of a GPU, GB.
+    """
+    needed = (states + activations) / 1e9
     said = f"{needed:.1f} GB of {memory:g} GB a GPU"
     if needed <= (1 - _SPARE) * memory:
-        return f"fits: {said}"
-    most = "activations" if e.activation_bytes > e.weight_bytes else "weights, gradients and optimizer"
+        return True, f"fits: {said}"
+    most = "activations" if activations > states else "weights, gradients and optimizer"
     smaller = {
         "activations": "a smaller training.micro_batch_size, model.recompute_layers=true, parallel.tensor or pipeline",
         "weights, gradients and optimizer": "parallel.distributed_optimizer=true, parallel.tensor or pipeline",
     }[most]
     near = "may not fit" if needed <= memory else "does not fit"
-    return f"{near}: {said}, most of it {most}; smaller by {smaller}"
+    return needed <= memory, f"{near}: {said}, most of it {most}; smaller by {smaller}"
+
+
+def memory_of(simulated: Simulated) -> tuple[float, float]:
+    """Bytes at the peak: of weights, gradients and the optimizer's state; and of everything else."""
+    peak = simulated.account.peak
+    states = sum(peak[part] for part in ("weights", "gradients", "optimizer state"))
+    return states, simulated.account.peak_bytes - states
+
+
+def simulated_rows(by_stage: Mapping[str, Simulated]) -> Iterable[tuple[str, ...]]:
+    """What was simulated, a column for each rank: memory in GB, FLOPs in TFLOP, messages as calls and GB."""
+    accounts = [s.account for s in by_stage.values()]
+
+    def line(what: str, values: Iterable[str]) -> tuple[str, ...]:
+        return what, *values
+
+    yield line("peak memory, GB", (f"{a.peak_bytes / 1e9:.2f}" for a in accounts))
+    for part in accounts[0].peak:
+        yield line(f"  {part}", (f"{a.peak[part] / 1e9:.2f}" for a in accounts))
+    for phase in dict.fromkeys(phase for a in accounts for phase in a.phase_peaks):
+        yield line(f"most in {phase}, GB", (f"{a.phase_peaks.get(phase, 0) / 1e9:.2f}" for a in accounts))
+    yield line("TFLOP", (f"{a.flops.total() / 1e12:.1f}" for a in accounts))
+    for phase in dict.fromkeys(phase for a in accounts for phase in a.flops):
+        yield line(f"  {phase}", (f"{a.flops[phase] / 1e12:.1f}" for a in accounts))
+    for key in sorted({key for a in accounts for key in a.collectives}):
+        found = [a.collectives.get(key) for a in accounts]
+        yield line(f"{key[0]} over {key[1]}", (f"{t.calls} x, {t.size / 1e9:.3f} GB" if t else "-" for t in found))
+    for way in ("send", "receive"):
+        ranks = sorted({rank for a in accounts for kind, rank in a.messages if kind == way})
+        for rank in ranks:
+            found = [a.messages.get((way, rank)) for a in accounts]
+            word = f"{way} {'to' if way == 'send' else 'from'} rank {rank}"
+            yield line(word, (f"{t.calls} x, {t.size / 1e9:.3f} GB" if t else "-" for t in found))
+    yield line("simulated in, s", (f"{s.seconds:.0f} ({s.cpu_seconds:.0f} of a core)" for s in by_stage.values()))
+    yield line("  memory of that, GB", (f"{s.memory / 1e9:.2f}" for s in by_stage.values()))
+
+
+def _print_simulated(recipe: Recipe, task: Task, gpus: int, ranks: list[int], memory: float) -> None:
+    """Simulate ranks and show them beside each other; raises RecipeError where one does not fit."""
+    from ebt_megatron.tools.simulation import ranks_of_stages, simulate
+
+    check(recipe, gpus)
+    shown = {f"rank {rank}": rank for rank in ranks} or ranks_of_stages(recipe, gpus)
+    if wrong := [rank for rank in ranks if not 0 <= rank < gpus]:
+        raise RecipeError(f"--rank {wrong[0]}: there are ranks 0 to {gpus - 1}")
+    by_stage = dict(zip(shown, simulate(recipe, task, gpus, list(shown.values())), strict=True))
+    table = Table(title=f"simulated: {recipe.name} on {gpus} GPUs, a rank and step", title_justify="left")
+    table.add_column("what")
+    for name in by_stage:
+        table.add_column(name, justify="right")
+    for row in simulated_rows(by_stage):
+        table.add_row(*row)
+    Console().print(table)
+    largest = max(by_stage.values(), key=lambda s: s.account.peak_bytes)
+    fits, said = verdict(*memory_of(largest), memory)
+    if not fits:
+        raise RecipeError(said)
+    Console(soft_wrap=True, highlight=False).print(said)
 
 
 app = typer.Typer()
@@ -206,22 +281,32 @@ def main(
     bandwidth: float = typer.Option(300.0, help="GB/s between tensor-parallel ranks."),
     network: float = typer.Option(40.0, help="GB/s per GPU between nodes."),
     memory: float = typer.Option(80.0, min=0, help="GB of a GPU: whether the recipe fits."),
+    simulated: bool = typer.Option(
+        False, "--simulate", help="Train a step of text on tensors without numbers, and count: nothing is estimated."
+    ),
+    rank: list[int] = typer.Option(
+        [], help="With --simulate: a rank; default: of the first, a middle and the last pipeline stage."
+    ),
 ) -> None:
     """Estimate bubble, memory, communication and step time (no overlap of communication assumed)."""
 
     def work() -> None:
         quiet_libraries()
         resolved = load_recipe(recipe, overrides or [])
+        task = task_class(resolved.data.modality).of_size(resolved, vocab_size, channels)
+        if simulated:
+            _print_simulated(resolved, task, gpus, rank, memory)
+            return
         hardware = Hardware(tflops, bandwidth, network)
         table = Table(title=f"estimate: {resolved.name} on {gpus} GPUs, {hardware}", title_justify="left")
         table.add_column("what")
         table.add_column("value", justify="right")
-        task = task_class(resolved.data.modality).of_size(resolved, vocab_size, channels)
         planned = estimate(resolved, task, gpus, hardware)
         for row in rows(planned):
             table.add_row(*row)
         Console().print(table)
-        Console(soft_wrap=True, highlight=False).print(verdict(planned, memory))
+        _, said = verdict(planned.weight_bytes, planned.activation_bytes, memory)
+        Console(soft_wrap=True, highlight=False).print(said)
 
     guarded(work)
 

@@ -25,7 +25,7 @@ from ebt_megatron.thinking.dual_stream import Thinker, ThinkingOutput
 from ebt_megatron.thinking.plan import Plan
 from ebt_megatron.thinking.schedule import FORWARD, Schedule, StagePass, simulate
 
-_groups: dict[str, dist.ProcessGroup] = {}
+_groups: dict[dist.ProcessGroup, dict[str, dist.ProcessGroup]] = {}  # by the pipeline group that they are of
 
 
 def direction_groups() -> dict[str, dist.ProcessGroup]:
@@ -35,16 +35,19 @@ def direction_groups() -> dict[str, dist.ProcessGroup]:
     side: opposite directions on one communicator could wait for each other. All ranks must
     call this together the first time.
     """
-    if not _groups:
-        own = parallel_state.get_pipeline_model_parallel_group()
+    own = parallel_state.get_pipeline_model_parallel_group()
+    if own not in _groups:
+        _groups.clear()  # of a world that is gone
+        made: dict[str, dist.ProcessGroup] = {}
         members: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(members, dist.get_process_group_ranks(own))
         for ranks in sorted({tuple(m) for m in members}):
             for direction in ("down", "up"):
                 group = dist.new_group(list(ranks))
                 if dist.get_rank() in ranks:
-                    _groups[direction] = group
-    return _groups
+                    made[direction] = group
+        _groups[own] = made
+    return _groups[own]
 
 
 @dataclass(frozen=True)
