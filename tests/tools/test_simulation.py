@@ -192,7 +192,10 @@ def test_a_layout_that_does_not_fit_is_refused_with_what_to_change(monkeypatch):
 
 @pytest.mark.parametrize(
     ("arguments", "says"),
-    [(["--rank", "4"], "there are ranks 0 to 3"), (["data.modality=images"], "--simulate is for text")],
+    [
+        (["--rank", "4"], "there are ranks 0 to 3"),
+        (["data.modality=images", "model.conditioning=none"], "--simulate is for text"),
+    ],
 )
 def test_what_cannot_be_simulated_is_said(arguments, says):
     refused = shown([*PLAN, *arguments])
