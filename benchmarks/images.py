@@ -41,7 +41,9 @@ TRIALS = {
     "EBT S1, two steps, half of the starts near the picture": Model("images/quickstart_s1", (*_TWO, _NEAR)),
     "EBT S1, two steps, averaged weights": Model("images/quickstart_s1", (*_TWO, _AVERAGE)),
     "EBT S1, one to four steps": Model("images/quickstart_s1", _DRAWN),
-    "EBT S1, one to four steps, near starts, averaged weights": Model("images/quickstart_s1", (*_DRAWN, _NEAR, _AVERAGE)),
+    "EBT S1, one to four steps, near starts, averaged weights": Model(
+        "images/quickstart_s1", (*_DRAWN, _NEAR, _AVERAGE)
+    ),
 }
 OVER_SEEDS = Reading(lambda of: of["mean"], lambda of: 0.0 if math.isnan(of["half"]) else of["half"], text_of)
 

@@ -84,7 +84,8 @@ class Puzzling(Study):
         super().__init__(runs, steps)
         self.data, self.models = Path("data") / puzzles, models(puzzles)
         self.name, self.title = "puzzles" if puzzles == "sudoku6" else puzzles, f"Puzzles ({puzzles})"
-        self.given = f"data.train=[{self.data / 'train'}]", f"data.validation=[{self.data / 'validation'}]"
+        data = f"data.train=[{self.data / 'train'}]", f"data.validation=[{self.data / 'validation'}]"
+        self.given = *data, "training.micro_batch_size=64"
 
     def flops(self, recipe: Recipe) -> float:
         """Return the FLOPs that a training takes."""
