@@ -2,7 +2,7 @@
 
     ebt-plan text/s1_xxs parallel.tensor=2 parallel.pipeline=2 --gpus 16
     ebt-plan text/s1_xl --gpus 64 --tflops 400 --bandwidth 400 --network 50
-    ebt-plan text/s1_xl parallel.pipeline=4 --gpus 64 --simulate
+    ebt-plan text/s1_xxs parallel.pipeline=2 --gpus 8 --simulate
 
 Without --simulate everything printed is an estimate from the figures given; the pipeline part is the simulation that
 real runs execute (`ebt_megatron.thinking.schedule`). With it, ranks train a step on tensors without numbers
