@@ -203,6 +203,7 @@ def _fake_world(rank: int, size: int) -> Iterator[None]:
         """Modules of fake tensors cannot be moved."""
         return module
 
+    quantiles.cache_clear()  # those from before have numbers
     dist.init_process_group("fake", rank=rank, world_size=size, store=FakeStore())
     with (
         mock.patch.object(dist, "all_gather_object", alike),
