@@ -104,33 +104,42 @@ def test_neither_the_shortcut_nor_kernels_change_what_is_sent():
     assert short.collectives == whole.collectives == tiled.collectives
 
 
-def attention(module, tangent, fake):
-    """Full attention and its gradient by a backend: shapes and types, and FLOPs forward."""
+def attention(kernels, operation, tangent, fake):
+    """Attention in which every position sees every other, and its gradient: shapes and types, and FLOPs forward."""
     import torch
 
     from ebt_megatron.tools.ledger import Ledger
     from ebt_megatron.tools.simulation import FakeLedger
 
+    def drawn(*shape):
+        return torch.randn(*shape, dtype=torch.bfloat16, requires_grad=True)
+
+    streams = 4 if tangent else 2
     with (FakeLedger if fake else Ledger)(str) as ledger:
-        mixed = torch.randn(6, 4 if tangent else 2, 3 * 2 * 16, dtype=torch.bfloat16, requires_grad=True)
-        out = module.full_attention(mixed, torch.zeros(96, dtype=torch.bfloat16), 16, tangent=tangent)
+        if operation == "full":
+            given = [drawn(6, streams, 3 * 2 * 16)]
+            out = kernels.full_attention(*given, torch.zeros(96, dtype=torch.bfloat16), 16, tangent=tangent)
+        else:
+            given = [drawn(6, s, 2, 16) for s in (streams, streams, streams, 2, 2)]
+            out = kernels.prediction_attention(*given, tangent=tangent, block=6)
         forward = ledger.account.flops.total()
-        (grad,) = torch.autograd.grad(out.sum(), mixed)
+        grads = torch.autograd.grad(out.sum(), given)
         assert ledger.account.flops.total() > 2 * forward
-    return out.shape, out.dtype, grad.shape, grad.dtype, forward
+    return [(t.shape, t.dtype) for t in (out, *grads)], forward
 
 
+@pytest.mark.parametrize("operation", ["full", "prediction"])
 @pytest.mark.parametrize("tangent", [False, True])
-def test_triton_kernels_that_are_not_launched_give_what_others_do(tangent):
+def test_triton_kernels_that_are_not_launched_give_what_others_do(tangent, operation):
     pytest.importorskip("triton")
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    from ebt_megatron.kernels import tiled_joint, triton_attention
+    from ebt_megatron.kernels import select
     from ebt_megatron.tools.simulation import no_launches
 
     with no_launches(), FakeTensorMode():
-        faked = attention(triton_attention, tangent, True)
-    assert faked == attention(tiled_joint, tangent, False)
+        faked = attention(select("triton"), operation, tangent, True)
+    assert faked == attention(select("torch"), operation, tangent, False)
 
 
 def test_memory_that_is_let_go_is_not_held():
