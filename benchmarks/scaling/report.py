@@ -36,6 +36,9 @@ CLAIMS = {"data": 0.3598, "batch": 0.2846, "depth": 0.0529, "width": 0.0002, "fl
 _EXPECTED = Law(2.0, (1.7,), (0.35,)), Law(2.0, (0.85, 0.85), (0.35, 0.35))
 
 
+_DESCENT = {"changed": 100, "energy_drop": 1, "raised": 100, "curvature": 1}  # of a step, and how they are shown
+
+
 def x_of(plan: Plan) -> dict[str, str]:
     """What is put for x in a study's fits: its name by the key of a row."""
     keys = _X[plan.axis]
@@ -58,7 +61,7 @@ def sizes(plan: Plan, job: Job, recipe: Recipe) -> dict[str, Any]:
 
 
 def row(plan: Plan, job: Job, recipe: Recipe, evaluation: Mapping[str, Any]) -> dict[str, Any]:
-    """What is kept of a run: sizes, and validation losses (nats) of the first prediction and as trained.
+    """What is kept of a run: sizes, validation losses (nats) of the first prediction and as trained, the last step.
 
     Args:
         plan: the study.
@@ -68,7 +71,8 @@ def row(plan: Plan, job: Job, recipe: Recipe, evaluation: Mapping[str, Any]) -> 
     """
     thinking = evaluation["thinking"]
     trained = thinking[steps_at(thinking, evaluation["trained_steps"])]
-    return sizes(plan, job, recipe) | {"loss": trained["loss"], "first_loss": thinking[0]["loss"]}
+    losses = {"loss": trained["loss"], "first_loss": thinking[0]["loss"]}
+    return sizes(plan, job, recipe) | losses | {key: trained.get(key) for key in _DESCENT}
 
 
 def points(rows: Sequence[Mapping[str, Any]], key: str, joint: bool) -> np.ndarray:
@@ -156,7 +160,17 @@ def tables(plan: Plan, found: Mapping[str, Any]) -> list[Table]:
             ["x", "model", "floors E", "exponent", "rate"],
             compared,
         ),
+        Table(
+            "The last trained step, mean of all runs (docs/evaluation.md)",
+            ["model", "% of answers changed", "energy drop", "% raised", "curvature"],
+            [[model, *(_mean(rows, model, key, scale) for key, scale in _DESCENT.items())] for model in plan.models],
+        ),
     ]
+
+
+def _mean(rows: Sequence[Mapping[str, Any]], model: str, key: str, scale: float) -> str:
+    found = [r[key] for r in rows if r["model"] == model and r.get(key) is not None]
+    return f"{scale * np.mean(found):.2f}" if found else "-"
 
 
 def plot(plan: Plan, found: Mapping[str, Any]) -> bytes:

@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 from ebt_megatron.core.errors import RecipeError
+from ebt_megatron.evaluation.descent import descent
 from ebt_megatron.objectives.energy import EnergyObjective
 from ebt_megatron.objectives.validation import validate
 from ebt_megatron.session import TrainedRun
@@ -18,7 +19,7 @@ def evaluate(run: TrainedRun, steps: int | None = None, example: bool = True) ->
         run: opened with its validation data.
         steps: the most thinking steps; default: twice those trained with, or as many where thinking starts at the
             context's prediction.
-        example: also follow one prediction (one process only).
+        example: also follow one prediction, and one micro-batch's descent on the energy (one process only).
 
     Raises:
         RecipeError: for no step of a model that predicts nothing before its first.
@@ -56,6 +57,8 @@ def evaluate(run: TrainedRun, steps: int | None = None, example: bool = True) ->
     out |= {name: value for name, value in result.measures.items() if name not in per_step}
     if isinstance(objective, EnergyObjective) and example and most and run.state.world_size == 1:
         sample = task.sample(next(iter(run.data["validation"])), run.state.device)
+        for row, found in zip(rows[len(rows) - most :], descent(objective, sample, most), strict=True):
+            row |= found
         if (worked := task.example(sample, objective.thinker(sample), most)) is not None:
             out["example"] = worked
     return out

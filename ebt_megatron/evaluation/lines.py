@@ -11,9 +11,13 @@ _SAID = {
     "ssim": ("SSIM", "{:.3f}"),
     "accuracy": ("most likely token right", "{:.1%}"),
     "changed": ("most likely token changed", "{:.1%}"),
+    "energy_drop": ("energy drop", "{:.4f}"),
+    "raised": ("energy raised", "{:.1%}"),
+    "curvature": ("curvature along the step", "{:.2f}"),
     "repeat_last": ("the last frame again", ""),
     "unigram_entropy": ("unigram entropy of the targets", "{:.4f}"),
 }
+_IDLE = 0.005  # share of answers that a step changes, below which it might as well not be taken
 _ABOUT = {"name", "architecture", "step", "tokens", "positions", "parameters", "trained_steps"}
 
 
@@ -24,6 +28,16 @@ def _number(name: str, value: float) -> str:
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def warnings_of(result: Mapping[str, Any]) -> Iterator[str]:
+    """What is wrong with the last trained step, if the numbers of `evaluate` say so."""
+    row: Mapping[str, Any] = next((row for row in result["thinking"] if row["steps"] == result["trained_steps"]), {})
+    changed, raised = row.get("changed"), row.get("raised")
+    if changed is not None and changed < _IDLE:
+        yield f"step {row['steps']} changes the most likely token at {changed:.1%} of positions: it does nothing"
+    if raised is not None and raised > 0.5:
+        yield f"step {row['steps']} raises the energy at {raised:.1%} of positions: the step size is too large"
 
 
 def lines_of(result: Mapping[str, Any]) -> Iterator[str]:
@@ -49,3 +63,4 @@ def lines_of(result: Mapping[str, Any]) -> Iterator[str]:
     for stem, parts in simple.items():
         yield f"{_SAID.get(stem, (stem.replace('_', ' '),))[0]}: {', '.join(parts)}"
     yield from own
+    yield from (f"warning: {line}" for line in warnings_of(result))

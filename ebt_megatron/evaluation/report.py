@@ -11,6 +11,7 @@ from pathlib import Path
 
 from ebt_megatron.core.errors import RecipeError
 from ebt_megatron.evaluation import figures
+from ebt_megatron.evaluation.lines import warnings_of
 from ebt_megatron.evaluation.page import Page
 from ebt_megatron.evaluation.run_files import RunFiles
 from ebt_megatron.evaluation.tables import Table, number, percent, suite_tables
@@ -120,11 +121,23 @@ def _thinking_table(run: RunFiles) -> Table:
                 number(row.get("perplexity"), 1),
                 percent(row.get("accuracy")),
                 percent(row.get("changed")),
+                number(row.get("energy_drop")),
+                percent(row.get("raised")),
+                number(row.get("curvature"), 2),
             ]
         )
     return Table(
         f"Thinking longer: {run.label}",
-        ["thinking steps", "validation loss", "perplexity", "most likely token is right", "... changed by the step"],
+        [
+            "thinking steps",
+            "validation loss",
+            "perplexity",
+            "most likely token is right",
+            "... changed by the step",
+            "energy drop of the step",
+            "energy raised",
+            "curvature along the step",
+        ],
         rows,
     )
 
@@ -193,6 +206,8 @@ def write_report(
     page.table(_cost_table([*ebts, *baselines]))
     for run in ebts:
         page.table(_thinking_table(run))
+        for line in warnings_of(run.evaluation):
+            page.text(f"Warning: {run.label}", line)
     for run in ebts:
         for table in suite_tables(run.suite) if run.suite else []:
             if not table.title.startswith("Thinking"):  # it has a table of its own above

@@ -227,7 +227,7 @@ from pathlib import Path
 from ebt_megatron.core.files import write_whole
 from ebt_megatron.training.lock import RunLock
 
-folder, value, steps = Path(sys.argv[1]), float(sys.argv[2]), 10
+folder, value, steps = Path(sys.argv[1]), float(sys.argv[2]), 30
 lock, at = RunLock(folder), folder / "at"
 lock.acquire()
 for step in range(int(at.read_text()) if at.exists() else 0, steps):
@@ -258,20 +258,21 @@ def test_killed_ten_times_a_study_comes_to_the_rows_of_an_undisturbed_one(shards
     def steps():
         return sum(int(path.read_text()) for path in runner.folder.glob("*/at"))
 
-    for _ in range(10):
-        until, child = steps() + 1 + chance.randrange(40), os.fork()
+    for kill in range(10):
+        until, child = steps() + 1 + chance.randrange(20), os.fork()
         if not child:
-            os.setpgid(0, 0)
+            time.sleep(0.05)  # its trainings are to be of its own group
             runner.do_all()
             os._exit(0)
+        os.setpgid(child, child)
         while steps() < until and not os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT):
             time.sleep(0.005)
-        if chance.random() < 0.5:
-            os.killpg(child, signal.SIGKILL)  # its trainings too; else they go on
+        if kill % 2:
+            os.kill(child, signal.SIGKILL)  # its trainings go on, also after the last
         else:
-            os.kill(child, signal.SIGKILL)
+            os.killpg(child, signal.SIGKILL)
         ended.append(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
-    assert ended.count(-signal.SIGKILL) >= 5 and steps() > 100, "killed too late, or too early"
+    assert ended == [-signal.SIGKILL] * 10, "the study was over too soon"
     tables = []
     for name in ("killed", "plain"):
         runner = Runner(Plan.read(path), tmp_path / name / "s", workers=3)
