@@ -136,7 +136,7 @@ class Blend:
         together: int = 0,
         kept: list[np.ndarray] | None = None,
     ):
-        chosen = kept or [None] * len(shards)
+        chosen: list[np.ndarray | None] = [*kept] if kept else [None] * len(shards)
         self.sources = [
             SourceOrder(s, together, shuffle, seed, "source", i, kept=chosen[i]) for i, s in enumerate(shards)
         ]
