@@ -179,7 +179,7 @@ class Ratios:
     rates: tuple[Estimate, ...]
 
 
-def _middle(axes: np.ndarray) -> np.ndarray:
+def middle_of(axes: np.ndarray) -> np.ndarray:
     """The geometric middle [1, axes] of runs."""
     return np.exp((np.log(axes.min(0)) + np.log(axes.max(0))) / 2)[None]
 
@@ -207,7 +207,7 @@ def ratios(first: Runs, second: Runs, shared_floor: bool, draws: int = 200, seed
     begins = [_refined(group, _start(group)) for group in groups]
     laws = [law for group, begin in zip(groups, begins, strict=True) for law in _laws(group, begin)]
     noise = [_noise(model, law) for model, law in zip(models, laws, strict=True)]
-    middle = _middle(np.concatenate([model.axes for model in models]))
+    middle = middle_of(np.concatenate([model.axes for model in models]))
     found = []
     for _ in range(draws):
         drawn = [
@@ -241,7 +241,7 @@ def detectable(first: Law, second: Law, x: np.ndarray, noise: tuple[float, float
     """
     groups = [[first, second]] if shared_floor else [[first], [second]]
     deviations = [noise] if shared_floor else [(noise[0],), (noise[1],)]
-    models, middle = [Runs(x, law(x)) for law in (first, second)], _middle(x.reshape(len(x), -1))
+    models, middle = [Runs(x, law(x)) for law in (first, second)], middle_of(x.reshape(len(x), -1))
     starts = [
         np.array([g[0].floor, *(a for w in g for a in w.scales), *(b for w in g for b in w.exponents)]) for g in groups
     ]

@@ -120,13 +120,9 @@ class Call:
         return "fp32" if name in _FLOATS else "i32"
 
 
-def _attention_intensity(kernel: str, kind: str, size: int) -> float:
-    """FLOP a byte of one head's call at length _LENGTH, causal: products as in `benchmarks.gpu_validate`."""
-    products = {
-        ("forward", "value"): 2, ("queries", "value"): 3, ("keys", "value"): 4,
-        ("forward", "tangent"): 4, ("queries", "tangent"): 6, ("keys", "tangent"): 8,
-        ("forward", "tangents of keys"): 6, ("queries", "tangents of keys"): 9, ("keys", "tangents of keys"): 12,
-    }[kernel, kind]  # fmt: skip
+def _attention_intensity(function: Any, kind: str, size: int) -> float:
+    """FLOP a byte of one head's call at length _LENGTH, causal."""
+    products = triton_attention.PRODUCTS[function.__name__][("value", "tangent", "tangents of keys").index(kind)]
     read_once = 8 * _LENGTH * size * 2 * (1 if kind == "value" else 2)  # about four tensors in, four out, in 16 bits
     return products * _LENGTH**2 * size / read_once
 
@@ -153,7 +149,7 @@ def calls(family: str, capability: int) -> Iterator[Call]:
                     {**flags, **own_flags, **options},
                     warps=warps,
                     stages=stages,
-                    intensity=_attention_intensity(kernel, kind, size),
+                    intensity=_attention_intensity(function, kind, size),
                 )
     elif family == "elementwise":
         for tangent in (True, False):

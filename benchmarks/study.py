@@ -35,6 +35,11 @@ class Stopped(RuntimeError):
     """A command was told to end before it was done; a training that was goes on when it is started again."""
 
 
+def folder_name(model: str) -> str:
+    """The name of a model as its runs' folders have it."""
+    return model.lower().replace("++", "pp").replace(",", "").replace(" ", "-")
+
+
 def runs_option(folder: str) -> Any:
     """The option of where a study's runs go."""
     return typer.Option(Path(folder), help="Where the runs go; what is done there is not repeated.")
@@ -105,7 +110,7 @@ class Study(ABC):
 
     def folder(self, name: str, seed: int) -> Path:
         """Return the folder of the run of a model with a seed."""
-        return self.runs / f"{name.lower().replace('++', 'pp').replace(',', '').replace(' ', '-')}-{seed}"
+        return self.runs / f"{folder_name(name)}-{seed}"
 
     def flops(self, recipe: Recipe) -> float:
         """Return the FLOPs that a training takes."""

@@ -112,13 +112,14 @@ def read_puzzles(path: str, puzzle: Puzzle) -> tuple[np.ndarray, np.ndarray]:
     for number, row in enumerate(rows[1:], 2):
         for which, column in enumerate(columns):
             assert column is not None
-            text = row[column].strip().replace(".", "0") if column < len(row) else ""
-            if len(text) != puzzle.cells or not text.isdigit():
+            text = row[column].strip() if column < len(row) else ""
+            cells = puzzle.parsed(text)
+            if cells is None:
                 raise DataError(
                     f"line {number} of {path} is no {puzzle.name}: its {names[column]} has {len(text)} cells, "
                     f"{puzzle.cells} are needed (--size)"
                 )
-            out[number - 2, which] = np.frombuffer(text.encode(), np.uint8) - ord("0")
+            out[number - 2, which] = cells
         if out[number - 2].max() > puzzle.symbols or (out[number - 2, 1] == BLANK).any():
             raise DataError(f"line {number} of {path} is no {puzzle.name}: its symbols are not 1 to {puzzle.symbols}")
         if rating is not None:

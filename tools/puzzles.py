@@ -53,8 +53,6 @@ def solved(run_dir: Path, overrides: list[str], questions: list[str], **how: Any
         RecipeError: for a run of something else, or what it cannot do.
         DataError: for a question that is none, or libraries of the rules that are missing.
     """
-    import numpy as np
-
     from ebt_megatron.api.puzzles import PuzzleModel
     from ebt_megatron.data_prep.rules import rules_of
     from ebt_megatron.session import open_run
@@ -67,7 +65,8 @@ def solved(run_dir: Path, overrides: list[str], questions: list[str], **how: Any
         rules = rules_of(model.puzzle)
         out: list[tuple[str, ...]] = []
         for question, solution in zip(questions, model.solve(questions, **how), strict=True):
-            given = np.array([int(c) for c in question.replace(".", "0")])
+            given = model.puzzle.parsed(question)
+            assert given is not None  # it was solved
             problem = rules.problem(given, solution.grid.flatten())
             numbers = str(solution.steps), f"{solution.energy:.4f}", f"{solution.confidence:.4f}"
             out.append((question, solution.text, problem, *numbers))

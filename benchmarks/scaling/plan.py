@@ -24,6 +24,7 @@ from typing import Any
 import yaml
 from omegaconf import OmegaConf
 
+from benchmarks.study import folder_name
 from ebt_megatron.config import Recipe, RecipeError, load_recipe
 from ebt_megatron.data.folder import ShardFolder
 from ebt_megatron.model.flops import layer_weights
@@ -67,10 +68,9 @@ class Job:
     @property
     def name(self) -> str:
         """Its folder's name."""
-        model = self.cell.model.lower().replace("++", "pp").replace(",", "").replace(" ", "-")
         tokens = [f"{self.cell.tokens:g}"] if self.cell.tokens else []
         rate = [f"lr{self.factor:g}"] if self.factor != 1 else []
-        return "-".join([model, f"{self.cell.value:g}", *tokens, *rate, str(self.seed)])
+        return "-".join([folder_name(self.cell.model), f"{self.cell.value:g}", *tokens, *rate, str(self.seed)])
 
 
 @dataclass

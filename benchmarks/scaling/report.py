@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.fits import Law, Runs, detectable, fit, ratios
+from benchmarks.fits import Law, Runs, detectable, fit, middle_of, ratios
 from benchmarks.scaling.plan import Job, Plan, tokens, weights_in_layers
 from benchmarks.seeds import Interval, steps_at
 from ebt_megatron.config import Recipe
@@ -102,7 +102,7 @@ def fitted(rows: Sequence[Mapping[str, Any]], baseline: str, key: str, joint: bo
     for model, of in runs.items():
         (law,), top = fit([of]), (of.x == of.x.max(0)).all(1)
         (earlier,) = fit([Runs(of.x[~top], of.loss[~top])])
-        middle = np.sqrt(of.x.min(0) * of.x.max(0))[None]
+        middle = middle_of(of.axes)
         fits[model] = asdict(law) | {
             "rates": [law.slope(middle, k).item() for k in range(len(unit))],
             "predicted": float(earlier(of.x[top])[0]),

@@ -126,9 +126,8 @@ class PuzzleModel(Model):
         if (full == BLANK).any() or grids.shape != full.shape:
             raise DataError("answers must be as many as questions, and have a symbol in every cell")
         sample = puzzles.asked(grids)
-        cells = puzzles.energy(self.run, sample, puzzles.of_symbols(full - 1, self.puzzle.symbols)).t()
-        blank = grids == BLANK
-        return ((cells * blank).sum(1) / blank.sum(1).clamp_min(1)).cpu().numpy()
+        cells = puzzles.energy(self.run, sample, puzzles.of_symbols(full - 1, self.puzzle.symbols))
+        return puzzles.mean_of_asked(cells, grids == BLANK).cpu().numpy()
 
     def _grids(self, given: Grids) -> Tensor:
         """Grids as int64 [B, cells].
@@ -139,12 +138,13 @@ class PuzzleModel(Model):
         puzzle = self.puzzle
         items: Any = [given] if isinstance(given, str) else given
         if not isinstance(items, np.ndarray | Tensor):
-            for number, text in enumerate(items, 1):
-                if not isinstance(text, str) or not text.replace(".", "0").isdigit() or len(text) != puzzle.cells:
+            parsed = [puzzle.parsed(text) if isinstance(text, str) else None for text in items]
+            for number, (text, cells) in enumerate(zip(items, parsed, strict=True), 1):
+                if cells is None:
                     raise DataError(
                         f"puzzle {number} ({text!r}) is no {puzzle.name}: give {puzzle.cells} digits or dots"
                     )
-            items = np.array([[int(c) for c in text.replace(".", "0")] for text in items], np.int64)
+            items = np.array(parsed, np.int64)
         grids = torch.as_tensor(items).long()
         if grids.numel() == 0 or grids.numel() % puzzle.cells:
             raise DataError(

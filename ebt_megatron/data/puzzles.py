@@ -17,6 +17,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import Any, Self
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -94,6 +95,13 @@ class Puzzle:
         if puzzle != known:
             raise DataError(f"{where} holds {puzzle.name} with {puzzle.symbols} symbols: {known.name} has others")
         return puzzle
+
+    def parsed(self, text: str) -> np.ndarray | None:
+        """A grid that is written row by row, int64 [cells]: digits, and a dot for BLANK; None: it is none."""
+        digits = text.replace(".", "0")
+        if len(digits) != self.cells or not (digits.isascii() and digits.isdigit()):
+            return None
+        return np.frombuffer(digits.encode(), np.uint8).astype(np.int64) - ord("0")
 
     def describe(self) -> dict[str, Any]:
         """The inverse of `read`."""

@@ -14,7 +14,17 @@ from ebt_megatron.core.errors import DataError
 from ebt_megatron.data.loader import Loader, MicroBatch
 from ebt_megatron.data.puzzles import Puzzle
 from ebt_megatron.evaluation.statistics import auroc
-from ebt_megatron.inference.puzzles import RULES, Thoughts, energy, last_steps, most_steps, of_symbols, think
+from ebt_megatron.inference.puzzles import (
+    RULES,
+    Thoughts,
+    energy,
+    from_noise,
+    last_steps,
+    mean_of_asked,
+    most_steps,
+    of_symbols,
+    think,
+)
 from ebt_megatron.model.flops import Cost
 from ebt_megatron.prediction.cells import GIVEN
 from ebt_megatron.session import TrainedRun
@@ -100,17 +110,17 @@ def verification(run: TrainedRun, found: Sequence[tuple[Sample, Thoughts]], step
 
     for sample, thoughts in found:
         n = min(steps, len(thoughts.logits)) - 1
-        asked = thoughts.asked.t()
+        asked = thoughts.asked
         solved.append(thoughts.solved[n].numpy())
         score("confidence", thoughts.confidence[n])
         if run.objective.thinks:
-            decoded = torch.where(thoughts.asked, thoughts.grids[n], sample.observed - 1)
+            decoded = torch.where(asked, thoughts.grids[n], sample.observed - 1)
             cells = energy(run, sample, thoughts.logits[n])
             of_decoded = energy(run, sample, of_symbols(decoded, thoughts.logits.shape[-1]))
             score("energy", -thoughts.energies[n])
-            score("energy of a cell", -(cells * asked).sum(0) / asked.sum(0))
-            score("highest energy of a cell", -cells.masked_fill(~asked, -torch.inf).amax(0))
-            score("energy of a cell, decoded", -(of_decoded * asked).sum(0) / asked.sum(0))
+            score("energy of a cell", -mean_of_asked(cells, asked))
+            score("highest energy of a cell", -cells.masked_fill(~asked.t(), -torch.inf).amax(0))
+            score("energy of a cell, decoded", -mean_of_asked(of_decoded, asked))
     right = np.concatenate(solved)
     return {"solved": float(right.mean())} | {name: auroc(np.concatenate(of), right) for name, of in scores.items()}
 
@@ -134,13 +144,11 @@ def one_error(run: TrainedRun, samples: Sequence[Sample], seed: int = 0) -> dict
     return {"higher energy": float(torch.cat(higher).double().mean()), "cell": float(torch.cat(found).double().mean())}
 
 
-def best_of(run: TrainedRun, samples: Sequence[Sample], steps: int, starts: int, std: float = 1.0) -> dict[str, float]:
+def best_of(run: TrainedRun, samples: Sequence[Sample], steps: int, starts: int) -> dict[str, float]:
     """Solved by one of several starts at noise: the first, that of lowest energy, of highest confidence, any."""
-    draw = torch.Generator().manual_seed(0)
-    symbols, out = run.task.puzzle.symbols, []  # type: ignore[attr-defined]
+    draw, out = torch.Generator().manual_seed(0), []
     for sample in samples:
-        shape = (*sample.targets.shape, symbols)
-        every = [think(run, sample, steps, std * torch.randn(shape, generator=draw)) for _ in range(starts)]
+        every = list(from_noise(run, sample, steps, starts, draw))
         solved = torch.stack([t.solved[-1] for t in every])
         energies, confidence = (torch.stack([getattr(t, n)[-1] for t in every]) for n in ("energies", "confidence"))
         pick = {"lowest energy": energies.argmin(0), "highest confidence": confidence.argmax(0)}

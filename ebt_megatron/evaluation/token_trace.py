@@ -120,10 +120,9 @@ def landscape(
     rows, positions = torch.zeros(length, dtype=torch.int64), torch.arange(length)
     context = engine.context(1, length, length)
     h = engine.read(context, rows.to(device), positions.to(device), torch.tensor(context_tokens, device=device))
-    read = engine.model.read_out(h[-1:].to(engine.dtype)) if engine.starts else None
     at = torch.tensor([length - 1], device=device)
     queries = Queries(torch.zeros_like(at), at + context.sinks)
-    state = engine.modality.start(torch.zeros_like(at), at, engine.recipe.thinking, engine.recipe.training.seed, read)
+    state = engine.start(torch.zeros_like(at), at, h[-1:].to(engine.dtype))
     path, last = [state.embed()[0, 0]], 0
     for step in range(steps):
         last = min(step, engine.landscapes - 1)

@@ -145,6 +145,21 @@ class Engine(Reader):
 
     # --- thinking -------------------------------------------------------------------------------
 
+    def start(
+        self, sample_ids: Tensor, positions: Tensor, hidden: Tensor | None = None, seed: int | None = None
+    ) -> State:
+        """Where R predictions start: on the first stage; elsewhere what stands for them.
+
+        Args:
+            sample_ids, positions: int64 [R].
+            hidden, seed: as `think` takes them; hidden of this stage's dtype.
+        """
+        if self.modality is None:
+            return Elsewhere(len(positions), positions.device)  # type: ignore[return-value]
+        seed = self.recipe.training.seed if seed is None else seed
+        read = self.model.read_out(hidden) if self.starts else None
+        return self.modality.start(sample_ids, positions, self.recipe.thinking, seed, read)
+
     @torch.no_grad()
     def think(
         self,
@@ -176,11 +191,7 @@ class Engine(Reader):
         if self.starts:
             assert hidden is not None
             hidden = self.stages.share(hidden, from_last=True).to(self.dtype).repeat(candidates, 1, 1)
-        state: State = Elsewhere(len(rows), rows.device)  # type: ignore[assignment]
-        if self.modality is not None:
-            seed = self.recipe.training.seed if seed is None else seed
-            read = self.model.read_out(hidden) if self.starts else None
-            state = self.modality.start(starts, positions, self.recipe.thinking, seed, read)
+        state = self.start(starts, positions, hidden, seed)
         queries = Queries(rows, positions + context.sinks)
         tokens, schedule = Tokens(state, queries), options.schedule(self.landscapes, self.recipe.thinking.max_steps)
         flops = self.starts * self._cost(queries, layers=0, vocabulary=1)

@@ -6,6 +6,7 @@ asked: a recurrent network takes any number of passes, a feed-forward one takes 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -124,6 +125,24 @@ def energy(run: TrainedRun, sample: Sample, logits: Tensor) -> Tensor:
         return thinker.model.predict(x, thinker.key_values(constant=True), thinker.length, None, last, tangent=False)
 
 
+def mean_of_asked(cells: Tensor, asked: Tensor) -> Tensor:
+    """The mean [B], over the cells that are asked for (bool [B, S]), of what each cell has [S, B]; 0 where none is."""
+    return (cells * asked.t()).sum(0) / asked.sum(1).clamp_min(1)
+
+
+def from_noise(run: TrainedRun, sample: Sample, steps: int, starts: int, draw: torch.Generator) -> Iterator[Thoughts]:
+    """Think so many steps from so many starts at noise of deviation 1.
+
+    Args:
+        run, sample, steps: as `think`.
+        starts: how many.
+        draw: the noise, on the CPU.
+    """
+    shape = (*sample.targets.shape, run.task.puzzle.symbols)  # type: ignore[attr-defined]
+    for _ in range(starts):
+        yield think(run, sample, steps, torch.randn(shape, generator=draw).to(sample.targets.device))
+
+
 def of_symbols(grids: Tensor, symbols: int) -> Tensor:
     """Grids int64 [B, S] as logits [B, S, V] of certainty."""
     return torch.nn.functional.one_hot(grids, symbols) * _SURE
@@ -150,7 +169,7 @@ def last_steps(thoughts: Thoughts, rule: str) -> Tensor:
         change = thoughts.energies[1:] - thoughts.energies[:-1]
         settled = change.abs() < _SETTLED * thoughts.energies[1:].abs()
         ended, first = (change > 0, 0) if rule == "energy rises" else (settled, 1)
-    never = torch.full((thoughts.grids.shape[1],), len(thoughts.grids) - 1)
+    never = torch.full_like(thoughts.targets[:, 0], len(thoughts.grids) - 1)
     return torch.where(ended.any(0), ended.int().argmax(0) + first, never) if len(ended) else never
 
 
@@ -196,37 +215,22 @@ def solve(
     """
     if starts > 1 and not run.objective.thinks:
         raise RecipeError(f"starts={starts}: {run.recipe.name} has no energy to choose by, and no start: give 1")
-    device, symbols = run.state.device, run.task.puzzle.symbols  # type: ignore[attr-defined]
-    questions = questions.to(device)
-    sample = asked(questions)
-    draw, best = torch.Generator().manual_seed(seed), None
-    for _ in range(starts):
-        noise = torch.randn(*questions.shape, symbols, generator=draw).to(device) if starts > 1 else None
-        thoughts = think(run, sample, most_steps(run, steps), noise)
-        last = last_steps(thoughts, until) if until else torch.full((len(questions),), len(thoughts.grids) - 1)
-        found = _ended(run, sample, thoughts, last.to(device))
-        if best is None:
-            best = found
-            continue
-        lower = found.energies < best.energies
-        best = Solved(
-            *(torch.where(lower.view(-1, *[1] * (new.dim() - 1)), new, old) for new, old in _pairs(found, best))
-        )
-    assert best is not None
-    return best
+    sample = asked(questions.to(run.state.device))
+    if starts == 1:
+        return _ended(run, sample, think(run, sample, most_steps(run, steps)), until)
+    draw = torch.Generator().manual_seed(seed)
+    found = [_ended(run, sample, thoughts, until) for thoughts in from_noise(run, sample, steps, starts, draw)]
+    best = torch.stack([each.energies for each in found]).argmin(0)
+    rows = torch.arange(len(best), device=best.device)
+    return Solved(*(torch.stack([getattr(each, name) for each in found])[best, rows] for name in vars(found[0])))
 
 
-def _pairs(new: Solved, old: Solved) -> list[tuple[Tensor, Tensor]]:
-    return [(getattr(new, name), getattr(old, name)) for name in vars(new)]
-
-
-def _ended(run: TrainedRun, sample: Sample, thoughts: Thoughts, last: Tensor) -> Solved:
+def _ended(run: TrainedRun, sample: Sample, thoughts: Thoughts, until: str | None) -> Solved:
     """What each puzzle came to after its own last step."""
-    rows = torch.arange(len(last), device=last.device)
-    asked = thoughts.asked
-    grids = torch.where(asked, thoughts.grids[last, rows] + 1, sample.observed)
+    rows = torch.arange(len(sample.targets), device=sample.targets.device)
+    last = last_steps(thoughts, until) if until else torch.full_like(rows, len(thoughts.grids) - 1)
+    grids = torch.where(thoughts.asked, thoughts.grids[last, rows] + 1, sample.observed)
     energies = thoughts.energies[last, rows]
     if run.objective.thinks:
-        cells = energy(run, sample, thoughts.logits[last, rows]).t()
-        energies = (cells * asked).sum(1) / asked.sum(1).clamp_min(1)
+        energies = mean_of_asked(energy(run, sample, thoughts.logits[last, rows]), thoughts.asked)
     return Solved(grids, last + 1, energies, thoughts.confidence[last, rows])

@@ -420,6 +420,9 @@ _BLOCKS = {
 }
 
 
+# Products as large as the scores that each kernel does: for values alone, with a tangent, and with tangents of the
+# shared keys too.
+PRODUCTS = {"_forward": (2, 4, 6), "_queries_backward": (3, 6, 9), "_keys_backward": (4, 8, 12)}
 _ROOM = 232448  # bytes of shared memory that a block may have on an H100: what these were chosen for
 
 

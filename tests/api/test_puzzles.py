@@ -97,6 +97,7 @@ def test_an_answer_has_an_energy(models, questions):
     [
         (lambda m: m["EBT"].solve("12"), r"puzzle 1 \('12'\) is no sudoku of 4 x 4: give 16 digits"),
         (lambda m: m["EBT"].solve(["0" * 16, "x" * 16]), "puzzle 2 "),
+        (lambda m: m["EBT"].solve("²" * 16), "give 16 digits or dots"),
         (lambda m: m["EBT"].solve(np.full((2, 16), 5)), "symbols 1 to 4"),
         (lambda m: m["EBT"].solve(np.zeros((2, 15), int)), "16 cells each"),
         (lambda m: m["EBT"].solve("0" * 16, steps=0), "steps=0"),
