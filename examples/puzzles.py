@@ -23,7 +23,7 @@ MODELS = {"ebt": "EBT", "recurrent": "recurrent", "feed_forward": "feed-forward"
 SPLITS = {"validation": "as trained on", "harder": "fewer clues than trained on"}
 SIDE = 6
 UPDATES = "training.steps=1200"  # the recipes' 2,000 solve more, and take longer than a quickstart should
-FEWER = "training.validation_samples=250"
+EVALUATED = "training.validation_samples=250"  # puzzles of each kind, half of what there is
 PUZZLES = {  # how they are made
     "sudoku6": f"--kind sudoku --size {SIDE} --count 4000 --range 10-14 --harder-range 8-9",
     "sudoku9": "--kind sudoku --size 9 --count 6000 --validation 300 --harder 300 --range 36-48 --harder-range 30-34",
@@ -134,7 +134,7 @@ def main(
             step.train(number, name, f"recipes/puzzles/sudoku6_{name}.yaml", processes, output, UPDATES, *override)
         for number, name in enumerate(MODELS, 2 + len(MODELS)):
             if not (runs / name / "suite.json").exists():
-                step.evaluate(number, name, runs / name, FEWER, "--suite", "--shift", f"harder={DATA / 'harder'}")
+                step.evaluate(number, name, runs / name, EVALUATED, "--suite", "--shift", f"harder={DATA / 'harder'}")
         step.done(write_report(runs), NEXT_STEPS)
 
     Steps.run("make puzzles", work)

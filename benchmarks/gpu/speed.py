@@ -67,8 +67,14 @@ def _attention_calls(length: int, size: int) -> dict[str, Callable[[], Any]]:
     return {"triton": lambda: fresh(kernels.select("triton")), "double backward": double_backward}
 
 
-def _rounds(call: Callable[[], Any]) -> dict[str, Any]:
-    """Milliseconds and peak memory of a call, or why there are none."""
+def _timed(call: Callable[[], Any], of: str, least: float) -> dict[str, Any]:
+    """Milliseconds and peak memory of a call, and how near it is to the least time, or why there are no numbers.
+
+    Args:
+        call: what is timed.
+        of: what the least time is of: "matrix rate" or "copy rate".
+        least: seconds that the call would take at that rate.
+    """
     torch.cuda.reset_peak_memory_stats()
     try:
         taken = seconds(call)
@@ -76,7 +82,8 @@ def _rounds(call: Callable[[], Any]) -> dict[str, Any]:
         return {"note": "out of memory"}
     except RuntimeError as error:
         return {"note": f"failed: {str(error).splitlines()[0][:200]}"}
-    return {"milliseconds": taken * 1e3, "peak GB": torch.cuda.max_memory_allocated() / 1e9}
+    peak = torch.cuda.max_memory_allocated() / 1e9
+    return {"milliseconds": taken * 1e3, "peak GB": peak, f"share of {of}": least / taken}
 
 
 def tangent_attention(rates: Rates) -> Rows:
@@ -89,10 +96,8 @@ def tangent_attention(rates: Rates) -> Rows:
     for length, size in ((1024, 64), (4096, 64), (1024, 128), (4096, 128)):
         flops = (2 + 3 + 4 + 10) * length**2 * 2048
         for name, call in _attention_calls(length, size).items():
-            row = {"length": length, "head size": size, "engine": name, **_rounds(call)}
-            if "milliseconds" in row:
-                row["share of matrix rate"] = flops / row["milliseconds"] * 1e3 / rates["matrix_flops"]
-            yield row
+            found = _timed(call, "matrix rate", flops / rates["matrix_flops"])
+            yield {"length": length, "head size": size, "engine": name, **found}
 
 
 def causal_attention(rates: Rates) -> Rows:
@@ -125,11 +130,9 @@ def causal_attention(rates: Rates) -> Rows:
                 ("forward", functools.partial(engine, *tensors), 2),
                 ("backward", backward, 5),
             ):
-                row = {"length": length, "head size": size, "engine": name, "part": part, **_rounds(call)}
-                if "milliseconds" in row:
-                    flops = products * length**2 * batch * 2048
-                    row["share of matrix rate"] = flops / row["milliseconds"] * 1e3 / rates["matrix_flops"]
-                yield row
+                flops = products * length**2 * batch * 2048
+                found = _timed(call, "matrix rate", flops / rates["matrix_flops"])
+                yield {"length": length, "head size": size, "engine": name, "part": part, **found}
 
 
 def elementwise(rates: Rates) -> Rows:
@@ -147,10 +150,8 @@ def elementwise(rates: Rates) -> Rows:
         ones = [torch.ones_like(o) for o in out] if isinstance(out, tuple) else torch.ones_like(out)
         backward = functools.partial(torch.autograd.grad, out, [x], ones, retain_graph=True)
         for part, timed, moved in (("forward", call, there), ("backward", backward, back)):
-            row = {"operation": f"{name}, {part}", **_rounds(timed)}
-            if "milliseconds" in row:
-                row["share of copy rate"] = moved * x.numel() * 2 / row["milliseconds"] * 1e3 / rates["copy_bytes"]
-            yield row
+            found = _timed(timed, "copy rate", moved * x.numel() * 2 / rates["copy_bytes"])
+            yield {"operation": f"{name}, {part}", **found}
 
 
 def vocabulary(rates: Rates) -> Rows:
@@ -160,11 +161,11 @@ def vocabulary(rates: Rates) -> Rows:
     for op, products in (("vocab_embed", 1), ("vocab_refine", 2), ("vocab_backward", 3), ("vocab_backward, kept", 2)):
         case = check.vocab_case(op, tokens, columns, columns, width)
         args = check.arguments(case, torch.bfloat16, DEVICE)
-        row = {"operation": op, **_rounds(functools.partial(getattr(backend, case.op), *args))}
-        if "milliseconds" in row:
-            flops = products * 2 * tokens * columns * width
-            row["share of matrix rate"] = flops / row["milliseconds"] * 1e3 / rates["matrix_flops"]
-        yield row
+        flops = products * 2 * tokens * columns * width
+        found = _timed(
+            functools.partial(getattr(backend, case.op), *args), "matrix rate", flops / rates["matrix_flops"]
+        )
+        yield {"operation": op, **found}
 
 
 _REUSE, _GRAPHS = "thinking.reuse=true", "training.cuda_graphs=true"
