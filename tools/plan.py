@@ -130,10 +130,8 @@ def estimate(recipe: Recipe, task: Task, gpus: int, hardware: Hardware) -> Estim
     optimizer_bytes = 8 * local / (data if p.distributed_optimizer else 1)
     master = 4 * local / (data if p.distributed_optimizer else 1) if width_bytes == 2 else 0.0
     # Context keys, values and the graph behind them (about 16 hidden states a layer), and what a pass of one or two
-    # streams keeps for its way back, for every live micro-batch: on one stage one at a time. Logits of a pipeline's
-    # micro-batches are made before the first pass, and kept to the end of the step.
-    staged = p.pipeline > 1
-    live = max(max(schedule.live) for schedule in schedules) if staged else 1
+    # streams keeps for its way back, and logits, for every live micro-batch: on one stage one at a time.
+    live = max(max(schedule.live) for schedule in schedules) if p.pipeline > 1 else 1
     per_layer = 16 * hidden / p.tensor
     kept = (2 if m.recompute_layers else 16) * hidden / p.tensor
     activations = live * layers * (kept + 2 * (kept if m.recompute_layers else per_layer))
@@ -142,11 +140,10 @@ def estimate(recipe: Recipe, task: Task, gpus: int, hardware: Hardware) -> Estim
     if ebt:
         split = p.tensor if parts.distribution else 1
         row = parts.width / split * (2 if options.logits_dtype == "bfloat16" else 4)
-        held = micro_batches if staged else 1
         if options.regenerate:
-            activations += min(options.regenerate, tokens) * row + held * tokens * row * through
+            activations += min(options.regenerate, tokens) * row + live * tokens * row * through
         else:
-            activations += held * tokens * row * (1 + reuse + through)  # y; y' kept beside it; the adjoint
+            activations += live * tokens * row * (1 + reuse + through)  # y; y' kept beside it; the adjoint
         activations += live * layers * 11 * hidden / p.tensor * reuse  # each linear layer's output and input gradient
     seconds = (
         mean(schedule.makespan for schedule in schedules)

@@ -36,7 +36,7 @@ class ParallelConfig:
     pipeline: int = positive(1)  # stages that share the layers
     sequence_parallel: bool = False  # norms and residuals split the sequence over the tensor ranks
     distributed_optimizer: bool = False  # optimizer state is split over the data-parallel ranks
-    micro_batches_in_flight: int | None = at_least(1, None)  # pipeline: bounds live contexts; default: all
+    micro_batches_in_flight: int | None = at_least(1, None)  # pipeline: bounds memory; default: five times the stages
     timeout_seconds: float = positive(600.0)  # a collective that takes longer is reported as a hang
 
     def check(self) -> None:

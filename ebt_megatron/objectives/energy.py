@@ -116,12 +116,13 @@ class EnergyObjective:
             return ThinkingOutput(*graphs.run((plan, positions), work, *inputs))
 
     def _train_pipeline(self, samples: list[Sample], plan: Plan, positions: int) -> list[ThinkingOutput]:
-        thinkers = [self._thinker(sample, plan, positions, random=True) for sample in samples]
-        self.pipeline = self._pipeline(thinkers, plan)
-        thoughts = self.pipeline.run()
-        for index, (sample, thinker) in enumerate(zip(samples, thinkers, strict=True)):
-            self._keep(sample, index, thinker.descent if self.state.is_first_stage else None)
-        return thoughts
+        def begin(index: int) -> Thinker:
+            return self._thinker(samples[index], plan, positions, random=True)
+
+        def keep(index: int, thinker: Thinker) -> None:
+            self._keep(samples[index], index, thinker.descent if self.state.is_first_stage else None)
+
+        return self._in_stages(plan, [len(sample.sample_ids) for sample in samples], begin, keep)
 
     def _keep(self, sample: Sample, index: int, descent: Descent | None) -> None:
         if self.replaying is not None:
@@ -146,7 +147,8 @@ class EnergyObjective:
         thinker = self.thinker(sample, observe)
         if self.state.pipeline_size == 1:
             return thinker.think(steps)
-        (thought,) = self._pipeline([thinker], Plan.thinking(steps, self.model.starts_thinking)).run()
+        plan = Plan.thinking(steps, self.model.starts_thinking)
+        (thought,) = self._in_stages(plan, [thinker.size], lambda _: thinker)
         return thought
 
     def thinker(self, sample: Sample, observe: Callable[[Prediction], None] | None = None) -> Thinker:
@@ -192,6 +194,21 @@ class EnergyObjective:
             phase,
         )
 
-    def _pipeline(self, thinkers: list[Thinker], plan: Plan) -> Pipeline:
-        in_flight = self.recipe.parallel.micro_batches_in_flight
-        return Pipeline(self.model, plan, thinkers, in_flight, self.timers.phase)
+    def _in_stages(
+        self,
+        plan: Plan,
+        sizes: list[int],
+        begin: Callable[[int], Thinker],
+        keep: Callable[[int, Thinker], None] | None = None,
+    ) -> list[ThinkingOutput]:
+        """What comes of micro-batches on this pipeline stage; `sizes`, `begin` as in `Pipeline`, `keep` as its end."""
+        thoughts: dict[int, ThinkingOutput] = {}
+
+        def end(index: int, thinker: Thinker) -> None:
+            thoughts[index] = thinker.finish(plan.steps)
+            if keep is not None:
+                keep(index, thinker)
+
+        in_flight, reuse = self.recipe.parallel.micro_batches_in_flight, self.recipe.thinking.reuse
+        Pipeline(self.model, plan, sizes, self.task.length, begin, end, in_flight, reuse, self.timers.phase).run()
+        return [thoughts[index] for index in range(len(sizes))]

@@ -9,7 +9,7 @@ rank, so receives are posted in the order in which the sender sends.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ebt_megatron.parallel.collectives import TensorGroup
 from ebt_megatron.prediction.interface import EnergyModel
-from ebt_megatron.thinking.dual_stream import Thinker, ThinkingOutput
+from ebt_megatron.thinking.dual_stream import Thinker
 from ebt_megatron.thinking.plan import Plan
 from ebt_megatron.thinking.schedule import FORWARD, Schedule, StagePass, simulate
 
@@ -110,11 +110,18 @@ class Mail:
 class Pipeline:
     """Runs the micro-batches of one optimizer step through this stage.
 
+    A micro-batch is made for its first pass here and handed over after its last: what it holds (its prediction's
+    logits, say) is held for as many micro-batches as are in flight, not for all.
+
     Args:
         model: this stage of the energy.
         plan: what to think and learn.
-        micro_batches: of this rank.
-        in_flight: bound on live contexts; None: all micro-batches.
+        sizes: samples in each micro-batch of this rank.
+        length: positions of a sample.
+        begin: makes the micro-batch of an index.
+        end: is given each micro-batch's index and itself when its passes here are done.
+        in_flight: as in `simulate`.
+        reuse: whether learn passes take tensors from propose passes, as each `Thinker` is told.
         phase: a context manager told what is being done, for timing.
     """
 
@@ -122,32 +129,35 @@ class Pipeline:
         self,
         model: EnergyModel,
         plan: Plan,
-        micro_batches: list[Thinker],
+        sizes: Sequence[int],
+        length: int,
+        begin: Callable[[int], Thinker],
+        end: Callable[[int, Thinker], None],
         in_flight: int | None,
+        reuse: bool,
         phase: Callable[[str], AbstractContextManager] = nullcontext,
     ):
-        self.model, self.plan, self.phase, self.micro_batches = model, plan, phase, micro_batches
+        self.model, self.plan, self.phase, self.begin, self.end = model, plan, phase, begin, end
+        self.sizes, self.length = sizes, length
         self.stage = parallel_state.get_pipeline_model_parallel_rank()
         self.stages = parallel_state.get_pipeline_model_parallel_world_size()
         self.group, self.device = TensorGroup(bool(model.config.sequence_parallel)), next(model.parameters()).device
-        self.schedule = simulate(
-            self.stages, len(micro_batches), plan.sweeps(model.context_sees_step), in_flight=in_flight
-        )
+        self.schedule = simulate(self.stages, len(sizes), plan.sweeps(model.context_sees_step), in_flight=in_flight)
         # The weight of each energy's tangent is known where the loss is, and used where the energy is, and by tapes.
-        self._to_weigh = range(1, self.stages) if micro_batches[0].tapes else range(self.stages - 1, self.stages)
+        self._to_weigh = range(1, self.stages) if reuse and plan.learned else range(self.stages - 1, self.stages)
         self.mail = Mail(self.schedule, self.stage, self._sent_by, self._shape)
         self.events: list[tuple[StagePass, float, float]] = []  # what ran when, for checking the planner
 
     def _shape(self, message: Message) -> tuple[tuple, torch.dtype]:
-        batch = self.micro_batches[message.work.micro_batch]
+        size = self.sizes[message.work.micro_batch]
         if message.part == "weight":
-            return (batch.length, batch.size), torch.promote_types(self.model.config.params_dtype, torch.float32)
-        length = batch.length + self.model.step_tokens
+            return (self.length, size), torch.promote_types(self.model.config.params_dtype, torch.float32)
+        length = self.length + self.model.step_tokens
         local = length // self.group.size if self.group.sequence_parallel else length
         if message.work.kind.startswith("context") and self.model.context_rows is not None:
             local = self.model.context_rows
         streams = 2 if message.work.kind.startswith("learn") else 1
-        return (local, streams * batch.size, self.model.config.hidden_size), self.model.config.params_dtype
+        return (local, streams * size, self.model.config.hidden_size), self.model.config.params_dtype
 
     def _sent_by(self, work: StagePass) -> list[Message]:
         """What the stage that did `work` sends, in order."""
@@ -181,16 +191,22 @@ class Pipeline:
         taken = work.kind != "initial_backward" and 0 <= origin.stage <= last
         return Message(origin, "hidden", self.stage) if taken else None
 
-    def run(self) -> list[ThinkingOutput]:
-        """Execute the schedule; thoughts are complete on the first stage (losses) and last (energies)."""
+    def run(self) -> None:
+        """Execute the schedule."""
         direction_groups()
-        for work in self.schedule.order[self.stage]:
-            begin = time.perf_counter()
+        order = self.schedule.order[self.stage]
+        last = {work.micro_batch: work for work in order}
+        live: dict[int, Thinker] = {}
+        for work in order:
+            index, begin = work.micro_batch, time.perf_counter()
+            if index not in live:
+                live[index] = self.begin(index)
             with self.phase(work.kind.partition("_")[0]):
-                self._run(work, self.micro_batches[work.micro_batch])
+                self._run(work, live[index])
+            if work is last[index]:
+                self.end(index, live.pop(index))
             self.events.append((work, begin, time.perf_counter()))
         self.mail.finish()
-        return [m.finish(self.plan.steps) for m in self.micro_batches]
 
     def _receive(self, message: Message) -> Tensor:
         with self.phase("communication"):

@@ -69,6 +69,9 @@ class Schedule:
         return 1 - busy / (self.makespan * len(self.order))
 
 
+_IN_FLIGHT = 5  # of `simulate`, for each stage
+
+
 def feed_forward_sweeps() -> list[tuple[str, int]]:
     """The sweeps of a feed-forward model, for comparison: one forward, one backward."""
     return [("context_forward", 0), ("context_backward", 0)]
@@ -92,11 +95,12 @@ def simulate(
         durations: of one stage's part of each kind of sweep; default: FLOP_DURATIONS.
         first_stage_extra: what the first stage does besides (the vocabulary), by kind.
         latency: from the end of a task to the start of what it enables on another stage.
-        in_flight: the most micro-batches begun and not finished; bounds the live contexts.
+        in_flight: the most micro-batches begun and not finished, which bounds memory; default: five times the stages,
+            beyond which the bubble shrinks by less than a point.
     """
     durations = durations or FLOP_DURATIONS
     extra = first_stage_extra or {}
-    in_flight = min(in_flight or micro_batches, micro_batches)
+    in_flight = min(in_flight or _IN_FLIGHT * stages, micro_batches)
     tasks: list[tuple[str, int, int]] = []  # (kind, step, stage) of a whole micro-batch, in order
     sweep_of: list[int] = []
     for i, (kind, step) in enumerate(sweeps):

@@ -101,6 +101,20 @@ def test_factors_before_the_energies_would_be_wrong(plan):
     assert errors(ours, gradients)["layers.0.qkv.weight"] > 1e-2
 
 
+def think_in_stages(model, plan, reuse):
+    """Train on two micro-batches of two samples, on this rank's stage."""
+
+    def begin(index):
+        rows = slice(2 * index, 2 * index + 2)
+        first = (partial(embedded, model, rows), descent(model, plan, rows)) if model.first else (None, None)
+        return Thinker(model, 2, LENGTH, None, plan.learned, *first, reuse)
+
+    def end(_, thinker):
+        thinker.finish(plan.steps)
+
+    Pipeline(model, plan, [2, 2], LENGTH, begin, end, None, reuse).run()
+
+
 def on_layout(overrides):
     """Gradients of this rank for each plan, as {name: (how to join those of all ranks, gradient)}."""
     recipe = joint_toy.recipe(*overrides)
@@ -111,19 +125,7 @@ def on_layout(overrides):
         if recipe.parallel.pipeline == 1:
             think(model, plan, recipe.thinking.reuse)
         else:
-            micro_batches = [
-                Thinker(
-                    model,
-                    2,
-                    LENGTH,
-                    None,
-                    plan.learned,
-                    *((partial(embedded, model, rows), descent(model, plan, rows)) if model.first else (None, None)),
-                    recipe.thinking.reuse,
-                )
-                for rows in (slice(0, 2), slice(2, 4))
-            ]
-            Pipeline(model, plan, micro_batches, None).run()
+            think_in_stages(model, plan, recipe.thinking.reuse)
         gradients = zip(named_gradients(model).items(), map(how_to_join, model.parameters()), strict=True)
         out.append({name: (how, gradient.numpy()) for (name, gradient), how in gradients})
     return out

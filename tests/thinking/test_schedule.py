@@ -34,13 +34,22 @@ def test_every_task_runs_once_after_what_it_needs(plan, stages, micro_batches, i
     for order in schedule.order:
         for before, after in itertools.pairwise(order):
             assert schedule.end[before] <= schedule.start[after]
-    assert max(schedule.live) <= (in_flight or micro_batches)
+    assert max(schedule.live) <= (in_flight or 5 * stages)
 
 
 @pytest.mark.parametrize(("stages", "micro_batches"), itertools.product((2, 4, 8), (1, 2, 4, 8, 16, 32)))
 def test_the_bubble_is_at_most_that_of_one_forward_one_backward(stages, micro_batches):
     bubble = simulate(stages, micro_batches, PLANS["S1"].sweeps(False)).bubble
     assert bubble <= gpt_bubble(stages, micro_batches) + 1e-9
+
+
+@pytest.mark.parametrize(("stages", "micro_batches"), itertools.product((2, 4, 8), (32, 128)))
+def test_five_in_flight_for_each_stage_cost_less_than_a_point(stages, micro_batches):
+    sweeps = PLANS["S1"].sweeps(False)
+    default = simulate(stages, micro_batches, sweeps)
+    all_at_once = simulate(stages, micro_batches, sweeps, in_flight=micro_batches)
+    assert max(default.live) <= 5 * stages
+    assert default.bubble < all_at_once.bubble + 0.01
 
 
 def test_a_feed_forward_model_without_limit_reaches_the_known_bubble():
