@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import partial
 from typing import Any
 
@@ -239,6 +240,9 @@ class Saving(Hook):
         return run.checkpoints.wait() or error
 
 
+_IDLE = 1e-4  # share of the loss that thinking changes, below which it does nothing
+
+
 def validates(run: Run) -> bool:
     """Whether the run is to be validated after the step it has taken."""
     interval = run.recipe.training.validation_interval
@@ -273,6 +277,11 @@ class Validating(Hook):
         row["validation_loss_one_step"] = losses[1] if objective.thinks else None
         if 0 in losses:
             row["validation_loss_no_step"] = losses[0]
+            if math.isclose(losses[0], losses[steps], rel_tol=_IDLE):
+                run.warn(
+                    f"step {run.step}: thinking leaves the context's prediction as it is, with a step size of "
+                    f"{row['alpha']:.2g}: thinking.learn_step_size=false keeps the step size where it starts"
+                )
         run.say(f"step {run.step}: validation loss {row['validation_loss']:.4f}")
 
 

@@ -208,6 +208,20 @@ def test_validation(data, tmp_path):
     assert "training.validation_samples=0: must be at least 1" in empty["error"]
 
 
+def test_thinking_that_does_nothing_is_said(data, tmp_path):
+    context = "thinking.initial=context", "thinking.step_rule=mirror_descent", "thinking.learn_step_size=false"
+    short = *context, "model.initialization=paper", "training.steps=2", "training.validation_interval=2"
+    idle, busy = life(
+        data,
+        tmp_path,
+        ("idle", (*short, "thinking.step_size=1e-6"), ""),
+        ("busy", (*short, "thinking.step_size=30"), ""),
+    )
+    words = "leaves the context's prediction as it is, with a step size of 1e-06"
+    assert sum(words in text for text in idle["said"]) == 1
+    assert not any("leaves the context's prediction" in text for text in busy["said"])
+
+
 def _best(data, root):
     """Validated at every step, with losses that fall and rise; then gone on with from step 6."""
     from ebt_megatron.session import load_run
