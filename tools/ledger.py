@@ -40,6 +40,9 @@ _MADE_IN = {
 }
 _RECEIVING = {"_allgather_base_", "allgather_", "recv_"}  # whose first argument is what was sent
 _aten = torch.ops.aten
+# Neither read nor write what they are given or return.
+_IDLE = {_aten.empty, _aten.empty_like, _aten.empty_strided, _aten.new_empty, _aten.detach, _aten._local_scalar_dense}
+_LOOKUPS = {_aten.embedding, _aten.index_select, _aten.gather}  # which read as much of a table as they return
 
 
 @dataclass
@@ -64,6 +67,7 @@ class Account:
         peak: bytes held at the moment when most were, by part.
         phase_peaks: the most bytes held at once in each phase.
         flops: of each phase's matrix products and attention.
+        work: how many operations of each (phase, FLOPs, bytes read and written), without views of what is there.
         collectives: by operation and by what differs between the ranks of its group ("tensor", "data").
         messages: from stage to stage, by ("send" or "receive", the other one's rank).
     """
@@ -71,6 +75,7 @@ class Account:
     peak: dict[str, int] = field(default_factory=dict)
     phase_peaks: dict[str, int] = field(default_factory=dict)
     flops: Counter[str] = field(default_factory=Counter)
+    work: Counter[tuple[str, int, int]] = field(default_factory=Counter)
     collectives: dict[tuple[str, str], Traffic] = field(default_factory=dict)
     messages: dict[tuple[str, int], Traffic] = field(default_factory=dict)
 
@@ -143,6 +148,7 @@ class Ledger(TorchDispatchMode):
         self._total = self._most = 0
         self._alive: dict[int, tuple[str, int, Any]] = {}  # by a storage's id: its part, its bytes, a reference to it
         self._formulas: dict[Any, Callable[..., int] | None] = {}
+        self._idle: dict[Any, bool] = {}
         self._axes: dict[str, str] = {}  # by a group's name
 
     def begin(self) -> Account:
@@ -183,12 +189,22 @@ class Ledger(TorchDispatchMode):
         if func not in self._formulas:
             packet = func._overloadpacket
             self._formulas[func] = _FORMULAS.get(packet) or flop_registry.get(packet)
+            self._idle[func] = func.is_view or packet in _IDLE or func.namespace == "c10d"
         formula = self._formulas[func]
-        if formula is not None:
-            self.account.flops[self.phase() or "other"] += formula(*args, **(kwargs or {}), out_val=out)
+        flops = 0 if formula is None else formula(*args, **(kwargs or {}), out_val=out)
+        if not self._idle[func]:
+            read = tensors_of(out if func._overloadpacket in _LOOKUPS else args)
+            self.compute(flops, sum(t.nbytes for t in read) + sum(t.nbytes for t in tensors_of(out)))
         for tensor in tensors_of(out):
             self._note(tensor)
         return out
+
+    def compute(self, flops: int, moved: int) -> None:
+        """Write down an operation of so many FLOPs that reads and writes so many bytes."""
+        phase = self.phase() or "other"
+        self.account.work[phase, flops, moved] += 1
+        if flops:
+            self.account.flops[phase] += flops
 
     def _part_of(self, tensor: Tensor) -> str:
         """What a new tensor is."""

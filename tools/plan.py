@@ -3,21 +3,24 @@
     ebt-plan text/s1_xxs parallel.tensor=2 parallel.pipeline=2 --gpus 16
     ebt-plan text/s1_xl --gpus 64 --tflops 400 --bandwidth 400 --network 50
     ebt-plan text/s1_xxs parallel.pipeline=2 --gpus 8 --simulate
+    ebt-plan text/s1_xl --gpus 64 --memory 80 --search
 
 Without --simulate everything printed is an estimate from the figures given; the pipeline part is the simulation that
 real runs execute (`ebt_megatron.thinking.schedule`). With it, ranks train a step on tensors without numbers
-(`ebt_megatron.tools.simulation`), and what they hold, compute and send is counted.
+(`ebt_megatron.tools.simulation`), and what they hold, compute and send is counted. --search finds the layout
+(`ebt_megatron.tools.search`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import typer
 from rich.console import Console
+from rich.progress import Progress
 from rich.table import Table
 
 from ebt_megatron.config import Recipe, RecipeError, check, load_recipe
@@ -25,26 +28,13 @@ from ebt_megatron.core.cli import guarded, quiet_libraries
 from ebt_megatron.tasks import Task, task_class
 from ebt_megatron.thinking.plan import Plan
 from ebt_megatron.thinking.schedule import FLOP_DURATIONS, feed_forward_sweeps, gpt_bubble, simulate
+from ebt_megatron.tools.hardware import Hardware
 
 if TYPE_CHECKING:
+    from ebt_megatron.tools.ledger import Account
     from ebt_megatron.tools.simulation import Simulated
 
 _SPARE = 0.1  # of a GPU's memory: what libraries and fragments take
-
-
-@dataclass(frozen=True)
-class Hardware:
-    """Figures of one GPU and its links.
-
-    Attributes:
-        tflops: matrix rate reached, TFLOP/s.
-        bandwidth: between tensor-parallel ranks (inside a node), GB/s per GPU.
-        network: between nodes, GB/s per GPU.
-    """
-
-    tflops: float
-    bandwidth: float
-    network: float
 
 
 @dataclass(frozen=True)
@@ -191,11 +181,10 @@ def verdict(states: float, activations: float, memory: float) -> tuple[bool, str
         activations: bytes of everything else.
         memory: of a GPU, GB.
     """
-    needed = (states + activations) / 1e9
+    needed, most = (states + activations) / 1e9, most_of(states, activations)
     said = f"{needed:.1f} GB of {memory:g} GB a GPU"
     if needed <= (1 - _SPARE) * memory:
         return True, f"fits: {said}"
-    most = "activations" if activations > states else "weights, gradients and optimizer"
     smaller = {
         "activations": "a smaller training.micro_batch_size, model.recompute_layers=true, parallel.tensor or pipeline",
         "weights, gradients and optimizer": "parallel.distributed_optimizer=true, parallel.tensor or pipeline",
@@ -204,11 +193,15 @@ def verdict(states: float, activations: float, memory: float) -> tuple[bool, str
     return needed <= memory, f"{near}: {said}, most of it {most}; smaller by {smaller}"
 
 
-def memory_of(simulated: Simulated) -> tuple[float, float]:
+def most_of(states: float, activations: float) -> str:
+    """What most of a layout's memory is."""
+    return "activations" if activations > states else "weights, gradients and optimizer"
+
+
+def memory_of(account: Account) -> tuple[float, float]:
     """Bytes at the peak: of weights, gradients and the optimizer's state; and of everything else."""
-    peak = simulated.account.peak
-    states = sum(peak[part] for part in ("weights", "gradients", "optimizer state"))
-    return states, simulated.account.peak_bytes - states
+    states = sum(account.peak[part] for part in ("weights", "gradients", "optimizer state"))
+    return states, account.peak_bytes - states
 
 
 def simulated_rows(by_stage: Mapping[str, Simulated]) -> Iterable[tuple[str, ...]]:
@@ -256,10 +249,54 @@ def _print_simulated(recipe: Recipe, task: Task, gpus: int, ranks: list[int], me
         table.add_row(*row)
     Console().print(table)
     largest = max(by_stage.values(), key=lambda s: s.account.peak_bytes)
-    fits, said = verdict(*memory_of(largest), memory)
+    fits, said = verdict(*memory_of(largest.account), memory)
     if not fits:
         raise RecipeError(said)
     Console(soft_wrap=True, highlight=False).print(said)
+
+
+def _print_search(
+    recipe: Recipe,
+    task_of: Callable[[Recipe], Task],
+    gpus: int,
+    node: int,
+    hardware: Hardware,
+    memory: float,
+    overrides: list[str],
+) -> None:
+    """Search for layouts and show the best; raises RecipeError where nothing fits."""
+    from ebt_megatron.tools.candidates import fixed_by
+    from ebt_megatron.tools.search import SHOWN, Searcher, nothing_fits
+
+    fixed = fixed_by(overrides)
+    with Progress(transient=True) as progress:
+        found = Searcher(recipe, task_of, gpus, node, hardware, memory, fixed).run(progress)
+    if not found.found:
+        raise nothing_fits(found, gpus, memory, fixed)
+    table = Table(title=f"found: {recipe.name} on {gpus} GPUs of {memory:g} GB", title_justify="left")
+    for column in ("", "TP x PP x DP", "micro-batches", "step", "positions/s", "bubble", "memory"):
+        table.add_column(column, justify="right")
+    best = found.found[:SHOWN]
+    for place, one in enumerate(best, 1):
+        (tensor, pipeline, size), candidate = one.candidate.shape, one.candidate
+        table.add_row(
+            str(place),
+            f"{tensor} x {pipeline} x {candidate.data}",
+            f"{candidate.micro_batches} of {size}",
+            f"{one.time.seconds:.3g} s",
+            f"{recipe.training.global_batch_size * task_of(recipe).length / one.time.seconds:,.0f}",
+            f"{100 * one.time.bubble:.1f} %",
+            f"{(one.states + one.activations) / 1e9:.1f} GB",
+        )
+    console = Console(soft_wrap=True, highlight=False)
+    console.print(table)
+    for place, one in enumerate(best, 1):
+        console.print(f"{place}: {' '.join([*overrides, *one.candidate.overrides(recipe)])}", markup=False)
+    console.print(
+        f"simulated {found.simulated} shapes, the best of {found.tried} settings by the formula; why not others:"
+    )
+    for count, reason, example in found.refusals.rows():
+        console.print(f"  {count} {reason}; the nearest: {example}", markup=False)
 
 
 app = typer.Typer()
@@ -277,9 +314,19 @@ def main(
     tflops: float = typer.Option(400.0, help="Matrix rate one GPU reaches, TFLOP/s."),
     bandwidth: float = typer.Option(300.0, help="GB/s between tensor-parallel ranks."),
     network: float = typer.Option(40.0, help="GB/s per GPU between nodes."),
+    hbm: float = typer.Option(3000.0, min=0.001, help="With --search: GB/s of a GPU's own memory."),
+    launch: float = typer.Option(5.0, min=0, help="With --search: the least that an operation takes, microseconds."),
+    latency: float = typer.Option(20.0, min=0, help="With --search: of a message or collective, microseconds."),
+    node: int = typer.Option(8, min=1, help="With --search: GPUs of a node, in which tensor-parallel ranks stay."),
     memory: float = typer.Option(80.0, min=0, help="GB of a GPU: whether the recipe fits."),
     simulated: bool = typer.Option(
-        False, "--simulate", help="Train a step of text on tensors without numbers, and count: nothing is estimated."
+        False, "--simulate", help="Train a step on tensors without numbers, and count: nothing is estimated."
+    ),
+    search: bool = typer.Option(
+        False,
+        "--search",
+        help="Find the layout, the micro-batch size, thinking.reuse and model.recompute_layers by step time: the five "
+        "best that fit, as overrides, and why others do not. What an override here says stays as it is.",
     ),
     rank: list[int] = typer.Option(
         [], help="With --simulate: a rank; default: of the first, a middle and the last pipeline stage."
@@ -290,12 +337,22 @@ def main(
     def work() -> None:
         quiet_libraries()
         resolved = load_recipe(recipe, overrides or [])
-        task = task_class(resolved.data.modality).of_size(resolved, vocab_size, channels)
+        hardware = Hardware(tflops, bandwidth, network, hbm, launch, latency)
+
+        def task_of(recipe: Recipe) -> Task:
+            return task_class(recipe.data.modality).of_size(recipe, vocab_size, channels)
+
+        if simulated and search:
+            raise RecipeError("--search simulates what it finds: leave --simulate out")
+        if search:
+            _print_search(resolved, task_of, gpus, node, hardware, memory, overrides or [])
+            return
+        task = task_of(resolved)
         if simulated:
             _print_simulated(resolved, task, gpus, rank, memory)
             return
-        hardware = Hardware(tflops, bandwidth, network)
-        table = Table(title=f"estimate: {resolved.name} on {gpus} GPUs, {hardware}", title_justify="left")
+        rates = f"{tflops:g} TFLOP/s, {bandwidth:g} GB/s in a node, {network:g} GB/s between nodes"
+        table = Table(title=f"estimate: {resolved.name} on {gpus} GPUs, {rates}", title_justify="left")
         table.add_column("what")
         table.add_column("value", justify="right")
         planned = estimate(resolved, task, gpus, hardware)

@@ -16,11 +16,13 @@ import multiprocessing
 import os
 import resource
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
+from multiprocessing import forkserver
 from typing import Any
 from unittest import mock
 
@@ -37,9 +39,8 @@ from ebt_megatron.data.loader import MicroBatch
 from ebt_megatron.kernels.noise import quantiles
 from ebt_megatron.parallel.setup import ParallelState, initialize, shutdown
 from ebt_megatron.tasks import Task
-from ebt_megatron.tasks.text import Text
 from ebt_megatron.thinking.pipeline import direction_groups
-from ebt_megatron.tools.ledger import Account, Ledger
+from ebt_megatron.tools.ledger import Account, Ledger, tensors_of
 from ebt_megatron.training.optimizer import apply_gradients, zero_gradients
 from ebt_megatron.training.trainer import Trainer
 
@@ -112,15 +113,17 @@ class FakeLedger(Ledger):
         """What a Triton kernel would compute (called in place of `JITFunction.run`)."""
         from ebt_megatron.kernels.triton_attention import PRODUCTS  # triton is there where a kernel is
 
+        moved = sum(t.nbytes for t in tensors_of(args))
         products = PRODUCTS.get(kernel.__name__)
         if products is None:
+            self.compute(0, moved)
             return
         *_, batch, heads, _, length, size, _ = args  # the last arguments of all three
         neighbours = kwargs["CAUSAL"]
         pairs = length * (length + neighbours) // 2 if neighbours else length**2
         of_keys = kwargs["KT"] if "KT" in kwargs else not kwargs["OWN"]
         products_done = products[kwargs["TANGENT"] * (1 + of_keys)]
-        self.account.flops[self.phase() or "other"] += 2 * products_done * batch * heads * pairs * size
+        self.compute(2 * products_done * batch * heads * pairs * size, moved)
 
 
 def _faked(mode: FakeTensorMode, out: Any) -> Any:
@@ -171,20 +174,10 @@ def account_of_step(
 
 
 def made_up_batches(recipe: Recipe, task: Task, data_size: int) -> list[MicroBatch]:
-    """Micro-batches of text that says nothing, of one rank.
-
-    Raises:
-        RecipeError: for anything but text.
-    """
-    if not isinstance(task, Text):
-        raise RecipeError(f"--simulate is for text, data.modality is {recipe.data.modality}: leave it out")
-    training = recipe.training
-    size = training.micro_batch_size
-    tokens = torch.zeros(size, task.length + 1, dtype=torch.int64)
-    marks = {"answers": torch.ones_like(tokens)}
-    documents = tokens.int() if recipe.data.document_mask else None
-    count = training.global_batch_size // (size * data_size)
-    return [MicroBatch(torch.arange(size) + i * size, tokens, documents, marks) for i in range(count)]
+    """Micro-batches that say nothing, of one rank."""
+    size = recipe.training.micro_batch_size
+    count = recipe.training.global_batch_size // (size * data_size)
+    return [task.made_up(torch.arange(size) + i * size) for i in range(count)]
 
 
 @contextmanager
@@ -246,37 +239,63 @@ def simulate_rank(recipe: Recipe, task: Task, rank: int, size: int, **options: b
     with _fake_world(rank, size), no_launches():
         state = initialize(recipe.parallel, recipe.training.seed, Launch("single", rank, size, 0, ""))
         state = replace(state, device=_CPU)
-        with FakeTensorMode():
+        with FakeTensorMode(allow_non_fake_inputs=True):  # a task may hold numbers of its own: a schedule of noise
             batches = made_up_batches(recipe, task, state.data_size)
             return account_of_step(partial(FakeLedger, **options), recipe, task, state, batches)
 
 
-def _simulated(recipe: Recipe, task: Task, rank: int, size: int) -> Simulated:
+def _simulated(recipe: Recipe, task: Task, size: int, rank: int) -> Simulated:
+    warnings.simplefilter("ignore")  # of libraries, which a run says once
     begin = time.perf_counter(), time.process_time()
     account = simulate_rank(recipe, task, rank, size)
     seconds, cpu = time.perf_counter() - begin[0], time.process_time() - begin[1]
     return Simulated(account, seconds, cpu, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
 
 
+class Simulator:
+    """Processes that simulate ranks, each in one of its own; to be used in a `with`."""
+
+    def __init__(self) -> None:
+        context = multiprocessing.get_context("forkserver")  # imports once
+        context.set_forkserver_preload([__name__])
+        self._pool = ProcessPoolExecutor(os.cpu_count() or 1, context, max_tasks_per_child=1)
+
+    def __enter__(self) -> Simulator:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self._pool.shutdown(cancel_futures=True)
+
+    def begin(self, recipe: Recipe, task: Task, size: int, ranks: Sequence[int]) -> list[Future[Simulated]]:
+        """Begin to simulate some ranks of a layout.
+
+        With `model.kernels=auto` the kernels are those of a GPU, if triton is installed.
+
+        Args:
+            recipe: the run, which fits `size` ranks.
+            task: its modality.
+            size: how many ranks there are.
+            ranks: those to simulate.
+
+        Raises:
+            RecipeError: for a task of one's own that makes no micro-batch up.
+        """
+        if not hasattr(task, "made_up"):
+            raise RecipeError(
+                f"data.modality={recipe.data.modality} makes up no micro-batch to simulate with: give its task "
+                "`made_up` (docs/extending.md)"
+            )
+        if recipe.model.kernels == "auto" and importlib.util.find_spec("triton"):
+            recipe = replace(recipe, model=replace(recipe.model, kernels="triton"))
+        with mock.patch.dict(os.environ, PYTHONWARNINGS="ignore"):  # of libraries, in every process that it starts
+            forkserver.ensure_running()
+        return [self._pool.submit(_simulated, recipe, task, size, rank) for rank in ranks]
+
+
 def simulate(recipe: Recipe, task: Task, size: int, ranks: Sequence[int]) -> list[Simulated]:
-    """Simulate some ranks of a layout, each in a process of its own.
-
-    With `model.kernels=auto` the kernels are those of a GPU, if triton is installed.
-
-    Args:
-        recipe: the run, which fits `size` ranks.
-        task: its modality.
-        size: how many ranks there are.
-        ranks: those to simulate.
-    """
-    made_up_batches(recipe, task, size)  # says what cannot be simulated before processes start
-    if recipe.model.kernels == "auto" and importlib.util.find_spec("triton"):
-        recipe = replace(recipe, model=replace(recipe.model, kernels="triton"))
-    context = multiprocessing.get_context("forkserver")  # imports once
-    context.set_forkserver_preload([__name__])
-    workers = min(len(ranks), os.cpu_count() or 1)
-    with ProcessPoolExecutor(workers, context, max_tasks_per_child=1) as pool:
-        return list(pool.map(partial(_simulated, recipe, task, size=size), ranks))
+    """Simulate some ranks of a layout; arguments and errors as of `Simulator.begin`."""
+    with Simulator() as simulator:
+        return [future.result() for future in simulator.begin(recipe, task, size, ranks)]
 
 
 def ranks_of_stages(recipe: Recipe, size: int) -> dict[str, int]:

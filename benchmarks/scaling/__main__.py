@@ -18,7 +18,8 @@ from ebt_megatron.core.cli import guarded, quiet_libraries
 from ebt_megatron.core.files import write_whole
 from ebt_megatron.core.machine import machine
 from ebt_megatron.evaluation.tables import Table
-from ebt_megatron.tools.plan import Hardware, estimate
+from ebt_megatron.tools.hardware import Hardware
+from ebt_megatron.tools.plan import estimate
 
 
 def planned(runner: Runner) -> list[Table]:

@@ -187,6 +187,16 @@ class Images:
 
     # --- what a model sees ----------------------------------------------------------------------
 
+    def made_up(self, sample_ids: Tensor) -> MicroBatch:
+        """See `Task`: every picture is of the first class, or has a caption that is not told."""
+        count, beside = len(sample_ids), {}
+        if self.classes:
+            beside["labels"] = torch.zeros(count, dtype=torch.int64)
+        if self.captions is not None:
+            caption = torch.full((count, self.captions.size), NOT_TOLD)
+            beside["captions"] = caption if self.captions.entries else torch.zeros_like(caption, dtype=torch.float32)
+        return MicroBatch(sample_ids, torch.zeros(count, self.length, self.channels), beside=beside)
+
     def sample(self, batch: MicroBatch, device: torch.device, level: int | None = None) -> Sample:
         """Pictures with noise at a level drawn for each, or at `level`.
 

@@ -123,6 +123,10 @@ class Task(Protocol):
         """The task without data, to plan with: of a vocabulary, or of so many numbers at a position."""
         ...
 
+    def made_up(self, sample_ids: Tensor) -> MicroBatch:
+        """A micro-batch of these samples [B] that says nothing, shaped as the loader's: a step without data."""
+        ...
+
     def sample(self, batch: MicroBatch, device: torch.device) -> Sample:
         """A micro-batch of the loader's as a model sees it, on `device`."""
         ...

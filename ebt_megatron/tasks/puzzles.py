@@ -99,6 +99,11 @@ class Puzzles:
         """See `Task`: puzzles of as many cells as `data.sequence_length` says."""
         return cls(recipe, Puzzle.of_cells(recipe.data.sequence_length))
 
+    def made_up(self, sample_ids: Tensor) -> MicroBatch:
+        """See `Task`: no clues, and one symbol as the answer of every cell."""
+        question = torch.full((len(sample_ids), self.length), BLANK)
+        return MicroBatch(sample_ids, torch.stack([question, torch.ones_like(question)], 1))
+
     def sample(self, batch: MicroBatch, device: torch.device) -> Sample:
         """Clues [B, S] (0: none) are observed; targets [B, S] are the symbols less 1, `GIVEN` where there is a clue.
 

@@ -88,6 +88,12 @@ class Text:
         """See `Task`."""
         return cls(recipe, vocab_size)
 
+    def made_up(self, sample_ids: Tensor) -> MicroBatch:
+        """See `Task`: one document a row, all of which are answers."""
+        tokens = torch.zeros(len(sample_ids), self.length + 1, dtype=torch.int64)
+        documents = tokens.int() if self.recipe.data.document_mask else None
+        return MicroBatch(sample_ids, tokens, documents, {"answers": torch.ones_like(tokens)})
+
     def sample(self, batch: MicroBatch, device: torch.device) -> Sample:
         """Every token but the last is observed, and every one but the first is to be predicted."""
         tokens, documents = batch.samples, batch.documents

@@ -93,6 +93,12 @@ class Video:
         side = recipe.video.tokens_per_side
         return cls(recipe, FrameTokens(side, side, channels, side))
 
+    def made_up(self, sample_ids: Tensor) -> MicroBatch:
+        """See `Task`."""
+        patches = self.tokens.rows * self.tokens.columns
+        frames = self.recipe.data.sequence_length + 1
+        return MicroBatch(sample_ids, torch.zeros(len(sample_ids), frames, patches, self.tokens.channels))
+
     def sample(self, batch: MicroBatch, device: torch.device) -> Sample:
         """Every frame but the last is observed, and every one but the first is to be predicted."""
         assert batch.samples is not None

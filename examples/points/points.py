@@ -6,6 +6,7 @@ from typing import Any, Self
 import numpy as np
 import torch
 from megatron.core.transformer import TransformerConfig
+from torch import Tensor
 
 from ebt_megatron.config import Recipe
 from ebt_megatron.data.description import Description
@@ -39,6 +40,9 @@ class Points:
     @classmethod
     def of_size(cls, recipe: Recipe, vocab_size: int, channels: int) -> Self:
         return cls(recipe)
+
+    def made_up(self, sample_ids: Tensor) -> MicroBatch:
+        return MicroBatch(sample_ids, torch.zeros(len(sample_ids), self.length + 1, self.size))
 
     def sample(self, batch: MicroBatch, device: torch.device) -> Sample:
         points = batch.samples.to(device)  # [B, S + 1, 2]

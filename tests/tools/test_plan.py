@@ -4,7 +4,8 @@ import pytest
 
 from ebt_megatron.config import RecipeError, load_recipe
 from ebt_megatron.tasks import task_class
-from ebt_megatron.tools.plan import Hardware, estimate, verdict
+from ebt_megatron.tools.hardware import Hardware
+from ebt_megatron.tools.plan import estimate, verdict
 
 HARDWARE = Hardware(tflops=100, bandwidth=100, network=10)
 

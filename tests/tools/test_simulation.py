@@ -1,11 +1,12 @@
-"""A simulated step holds, computes and sends what a real one does."""
+"""A simulated step holds, computes and sends what a real one does, of every modality."""
 
 from collections import Counter
 
 import pytest
 from typer.testing import CliRunner
 
-from ebt_megatron.tasks.text import Text
+from ebt_megatron.objectives.flops import sample_flops
+from ebt_megatron.tasks import task_class
 from ebt_megatron.tools.ledger import PARTS, Account, Traffic
 from ebt_megatron.tools.simulation import Simulated
 from tests import builders
@@ -38,7 +39,22 @@ LAYOUTS = {  # number of ranks: what is run on them
         "PP 4, two in flight": ("parallel.pipeline=4", "parallel.micro_batches_in_flight=2"),
     },
 }
-VOCAB = 500
+VOCAB, CHANNELS = 500, 12
+JOINT = ("model.conditioning=none", "model.num_query_groups=4")
+MODALITIES = {
+    "video": ("data.modality=video", "video.tokens_per_side=2"),
+    "pictures, denoised": ("data.modality=images", "thinking.initial=observed", *JOINT),
+    "pictures of captions": ("data.modality=images", "images.captions=true", *JOINT),
+    "puzzles": ("data.modality=puzzles", "data.sequence_length=36", *JOINT),
+}
+LAYOUTS["modalities"] = {
+    "video, PP 2, reuse": (*MODALITIES["video"], PIPELINE, REUSE),
+    "pictures, denoised, TP 2 + SP": (*MODALITIES["pictures, denoised"], *TENSOR),
+    "pictures of captions, PP 2, recomputed": (*MODALITIES["pictures of captions"], PIPELINE, RECOMPUTE),
+    "pictures of classes, DP 2, sharded": (*MODALITIES["pictures, denoised"], "images.classes=true", SHARDED),
+    "puzzles, TP 2, bf16": (*MODALITIES["puzzles"], "parallel.tensor=2", BF16),
+    "DiT, DP 2": (*MODALITIES["pictures, denoised"], "model.architecture=baseline"),
+}
 
 
 def recipe_of(overrides, layers):
@@ -55,6 +71,10 @@ def recipe_of(overrides, layers):
     )
 
 
+def task_of(recipe):
+    return task_class(recipe.data.modality).of_size(recipe, VOCAB, CHANNELS)
+
+
 def both(layouts, size):
     """Accounts of this rank's step by layout: of real tensors among the other ranks, and of fake ones alone."""
     from ebt_megatron.parallel.setup import shutdown
@@ -64,7 +84,7 @@ def both(layouts, size):
     accounts = {}
     for name, overrides in layouts.items():
         recipe = recipe_of(overrides, layers=max(2, size))
-        state, task = builders.state(recipe), Text(recipe, VOCAB)
+        state, task = builders.state(recipe), task_of(recipe)
         batches = made_up_batches(recipe, task, state.data_size)
         real = account_of_step(Ledger, recipe, task, state, batches)
         shutdown()
@@ -72,7 +92,7 @@ def both(layouts, size):
     return accounts
 
 
-@pytest.mark.parametrize("layouts", [2, slow("2 more"), slow(4)])
+@pytest.mark.parametrize("layouts", [2, slow("2 more"), slow("modalities"), slow(4)])
 def test_a_simulated_step_is_the_real_one(layouts):
     size = layouts if isinstance(layouts, int) else 2
     for rank, accounts in enumerate(run_ranks(both, size, LAYOUTS[layouts], size)):
@@ -80,15 +100,35 @@ def test_a_simulated_step_is_the_real_one(layouts):
             where = f"{name}, rank {rank}: {fake} for {real}"
             assert fake.peak_bytes == pytest.approx(real.peak_bytes, rel=0.05), where
             assert fake.flops == real.flops, where
+            assert moved(fake) == pytest.approx(moved(real), rel=0.05), where
             assert fake.messages == real.messages, where
             assert fake.collectives == real.collectives, where
 
 
-def account(*overrides, size=1, **options):
+def moved(account):
+    """Bytes that operations of thinking read and write."""
+    passes = ("context", "propose", "learn")
+    return sum(times * size for (phase, _, size), times in account.work.items() if phase in passes)
+
+
+def account(*overrides, size=1, rank=0, **options):
     from ebt_megatron.tools.simulation import simulate_rank
 
     recipe = recipe_of(overrides, layers=2)
-    return simulate_rank(recipe, Text(recipe, VOCAB), 0, size, **options)
+    return simulate_rank(recipe, task_of(recipe), rank, size, **options)
+
+
+def accounts_by_modality():
+    return [account(*overrides) for overrides in MODALITIES.values()]
+
+
+def test_every_modality_is_simulated_and_takes_about_what_its_formula_says():
+    (accounts,) = run_ranks(accounts_by_modality, 1)
+    for overrides, found in zip(MODALITIES.values(), accounts, strict=True):
+        recipe = recipe_of(overrides, layers=2)
+        step = recipe.training.global_batch_size * sample_flops(recipe, task_of(recipe).cost())
+        assert 0.95 < found.flops.total() / step < 1.5, recipe.data.modality  # its tangents' attention takes more
+        assert {"context", "propose", "learn"} <= set(found.phase_peaks)
 
 
 def accounts_by_kernels():
@@ -157,15 +197,15 @@ def test_memory_that_is_let_go_is_not_held():
 
 def formula_and_simulation():
     """(estimated, simulated) bytes of weights and what belongs to them, and of everything else."""
-    from ebt_megatron.tools.plan import Hardware, estimate, memory_of
-    from ebt_megatron.tools.simulation import Simulated
+    from ebt_megatron.tools.hardware import Hardware
+    from ebt_megatron.tools.plan import estimate, memory_of
 
     pairs = []
     for overrides in ((BF16,), (BF16, SHARDED, REUSE), (BF16, RECOMPUTE)):
         wide = ("model.hidden_size=256", "model.kernels=triton", "thinking.min_steps=2", *overrides)
         recipe = recipe_of(wide, layers=2)
-        planned = estimate(recipe, Text(recipe, VOCAB), 4, Hardware(1, 1, 1))
-        found = memory_of(Simulated(account(*wide, size=4), 0, 0, 0))
+        planned = estimate(recipe, task_of(recipe), 4, Hardware(1, 1, 1))
+        found = memory_of(account(*wide, size=4))
         pairs.append(((planned.weight_bytes, planned.activation_bytes), found))
     return pairs
 
@@ -187,6 +227,14 @@ def shown(arguments, monkeypatch=None):
     return CliRunner().invoke(plan.app, arguments)
 
 
+class Bare:
+    """A modality of one's own that makes nothing up."""
+
+    @classmethod
+    def of_size(cls, recipe, vocab_size, channels):
+        return cls()
+
+
 PLAN = ["text/s1_xxs", "parallel.pipeline=2", "--gpus", "4", "--simulate"]
 
 
@@ -203,7 +251,7 @@ def test_a_layout_that_does_not_fit_is_refused_with_what_to_change(monkeypatch):
     ("arguments", "says"),
     [
         (["--rank", "4"], "there are ranks 0 to 3"),
-        (["data.modality=images", "model.conditioning=none"], "--simulate is for text"),
+        (["data.modality=tests.tools.test_simulation:Bare"], "give its task `made_up`"),
     ],
 )
 def test_what_cannot_be_simulated_is_said(arguments, says):
