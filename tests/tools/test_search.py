@@ -107,6 +107,12 @@ def test_a_step_on_one_stage_is_its_micro_batches_and_what_is_done_once():
     assert time.bubble == pytest.approx(0) and time.once == pytest.approx(1 + 2 * 7 / 8)
 
 
+def test_tensor_parallel_ranks_exchange_in_every_micro_batch():
+    two = made_up(2, {phase: work for phase, work in WORK.items() if phase != "optimizer"})
+    two.collectives["allreduce", "tensor"] = Traffic(4, 2 * 10**10)
+    assert step_time(recipe_of("parallel.tensor=2"), 8, [two], 2, 5, RATES).seconds == pytest.approx(5 * (19 + 1))
+
+
 def test_stages_wait_as_the_schedule_has_it():
     recipe = recipe_of("parallel.pipeline=2")
     ends = [made_up(2, WORK | {"learn": (12e12 * more, 1)}) for more in (2, 1)]
