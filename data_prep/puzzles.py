@@ -36,7 +36,7 @@ from ebt_megatron.data_prep.rules import rules_of
 
 SPLITS = ("train", "validation", "harder")
 _PER_SHARD = 512
-_QUESTION, _ANSWER = ("question", "puzzle", "quizzes", "quiz"), ("answer", "solution", "solutions")  # columns' names
+QUESTION, _ANSWER = ("question", "puzzle", "quizzes", "quiz"), ("answer", "solution", "solutions")  # columns' names
 _RATING = ("rating", "difficulty")
 
 
@@ -103,9 +103,9 @@ def read_puzzles(path: str, puzzle: Puzzle) -> tuple[np.ndarray, np.ndarray]:
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise DataError(f"{path} cannot be read ({error})") from None
     names = [name.strip().lower() for name in rows[0]] if rows else []
-    columns = [next((i for i, name in enumerate(names) if name in known), None) for known in (_QUESTION, _ANSWER)]
+    columns = [next((i for i, name in enumerate(names) if name in known), None) for known in (QUESTION, _ANSWER)]
     if None in columns:
-        raise DataError(f"{path} has no columns {_QUESTION[0]} and {_ANSWER[0]}: its first line must name them")
+        raise DataError(f"{path} has no columns {QUESTION[0]} and {_ANSWER[0]}: its first line must name them")
     rating = next((i for i, name in enumerate(names) if name in _RATING), None)
     ratings = np.full(len(rows) - 1, np.nan, np.float32)
     out = np.empty((len(rows) - 1, 2, puzzle.cells), np.uint8)

@@ -12,13 +12,14 @@ import typer
 from ebt_megatron.core.cli import guarded, quiet_libraries, say, user_path
 from ebt_megatron.core.errors import DataError, RecipeError
 from ebt_megatron.core.files import write_whole
+from ebt_megatron.data_prep.puzzles import QUESTION
 
 app = typer.Typer()
 COLUMNS = ("question", "answer", "problem", "steps", "energy", "confidence")
 
 
 def questions_of(path: Path) -> list[str]:
-    """The questions of a CSV file with a column of them, or of a file with one in each line.
+    """The questions of a CSV file with a column of them, named as `ebt-prepare puzzles` knows it, or one in each line.
 
     Raises:
         DataError: for a file that cannot be read, or has none.
@@ -28,8 +29,9 @@ def questions_of(path: Path) -> list[str]:
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise DataError(f"{path} cannot be read ({error})") from None
     names = [name.strip().lower() for name in rows[0]] if rows else []
-    if "question" in names:
-        column, rows = names.index("question"), rows[1:]
+    found = [column for column, name in enumerate(names) if name in QUESTION]
+    if found:
+        column, rows = found[0], rows[1:]
     elif names and all(len(row) <= 1 for row in rows):
         column = 0
     else:

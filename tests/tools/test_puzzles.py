@@ -45,9 +45,11 @@ def test_answers_are_written_and_checked(run, tmp_path):
     assert rows[1]["problem"] and f"{sum(not r['problem'] for r in rows)} of 2 solved" in done.output
 
 
-def test_a_question_in_each_line_will_do(run, tmp_path):
+def test_questions_are_a_column_or_a_question_in_each_line(run, tmp_path):
     given = tmp_path / "questions.txt"
     given.write_text(f"{SOLVABLE}\n{SOLVABLE}\n")
+    assert puzzles.questions_of(given) == [SOLVABLE] * 2
+    given.write_text(f"rating,quizzes\n1,{SOLVABLE}\n2,{SOLVABLE}\n")  # as `ebt-prepare puzzles` names it, too
     assert puzzles.questions_of(given) == [SOLVABLE] * 2
 
 
