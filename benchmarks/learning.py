@@ -60,12 +60,14 @@ MODELS = {
         ("model.num_layers=5", "model.hidden_size=192", "model.num_attention_heads=4", "optimizer.lr=2e-3"),
     ),
 }
-# 4 layers of 256, where the energy's loss may crowd out the start's.
+# 4 layers of 256, where a learned step size goes to 0; and with the settings of text/context_xxs.
+_SMALL_STEP = ("thinking.step_size=2", "thinking.learn_step_size=false", "thinking.first_step_std=0.1")
 LARGER = {
     "Transformer++, 3xs": Model("text/quickstart_transformer", ("model.size=3xs",)),
-    "EBT from its context, 3xs": Model("text/quickstart_context", ("model.size=3xs",)),
-    "EBT from its context, 3xs, its start weighted 3": Model(
-        "text/quickstart_context", ("model.size=3xs", "thinking.initial_loss_weight=3")
+    "EBT from its context, 3xs, step size learned": Model("text/quickstart_context", ("model.size=3xs",)),
+    "EBT from its context, 3xs, equal weights": Model("text/quickstart_context", ("model.size=3xs", *_SMALL_STEP)),
+    "EBT from its context, 3xs": Model(
+        "text/quickstart_context", ("model.size=3xs", *_SMALL_STEP, "thinking.initial_loss_weight=3")
     ),
 }
 # The rows of the paper's ablation of S2; the quickstart's has no replay.

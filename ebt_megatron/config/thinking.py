@@ -31,6 +31,8 @@ class ThinkingConfig:
     learned_steps: int | None = at_least(1, None, ", or null for all")
     gradient: str = one_of("detached", "full", "truncated", default="detached")  # see docs/design.md
     step_size: float = positive(30.0)  # alpha, where it starts
+    # text, with model.initialization=unit_logits: the standard deviation of what the first step adds to logits, about
+    first_step_std: float = positive(1.0)
     learn_step_size: bool = True  # train alpha
     step_size_lr_multiplier: float | None = None  # default: 3 x step_size, as the paper's 1500 for 500
     # its learning rate ends at min_lr_ratio of its own peak | of the model's, as in the public code

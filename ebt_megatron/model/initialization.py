@@ -61,18 +61,18 @@ def draw_of_embedding(rows: int, width: int, rule: str) -> Draw:
     return Draw(1.0) if rule == "paper" else Draw.xavier(rows, width)
 
 
-def draw_of_predictions(vocab_size: int, width: int, step_size: float, rule: str) -> Draw:
+def draw_of_predictions(vocab_size: int, width: int, step_size: float, first_step_std: float, rule: str) -> Draw:
     """Return the draw of the prediction embedding W [V, D].
 
-    With "unit_logits" the first step's logits -alpha G W^T have a standard deviation of about 1 at any
+    With "unit_logits" the first step's logits -alpha G W^T have a standard deviation of about `first_step_std` at any
     vocabulary and width: the energy's gradient G has entries of about 1 at the start (docs/design.md has the
-    measurements), so rows of entries 1 / (alpha sqrt(D)) do. What all rows share is the hidden state of every
-    prediction, whose probabilities sum to one; it keeps the first norm from amplifying next to nothing, and
+    measurements), so rows of entries first_step_std / (alpha sqrt(D)) do. What all rows share is the hidden state of
+    every prediction, whose probabilities sum to one; it keeps the first norm from amplifying next to nothing, and
     moves no logit relative to another.
     """
     if rule == "paper":
         return Draw.xavier(vocab_size, width)
-    return Draw(1 / (step_size * math.sqrt(width)), math.sqrt(2 / width))
+    return Draw(first_step_std / (step_size * math.sqrt(width)), math.sqrt(2 / width))
 
 
 def global_name(name: str, first_layer: int) -> str:

@@ -89,13 +89,13 @@ class TextEmbeddings(MegatronModule):
         super().__init__(config)
         self.kernels = kernels
         self.vocab_size = vocab_size
-        rule = recipe.model.initialization
+        rule, thinking = recipe.model.initialization, recipe.thinking
         self.context = TokenEmbedding(config, vocab_size, padded_vocab_size, rule)
         # Never looked up by token: the vocabulary kernels multiply distributions with its weight.
         self.prediction_embedding = embedding_table(config, padded_vocab_size, scatter=False)
-        draw = draw_of_predictions(vocab_size, config.hidden_size, recipe.thinking.step_size, rule)
+        draw = draw_of_predictions(vocab_size, config.hidden_size, thinking.step_size, thinking.first_step_std, rule)
         self.draws = {"prediction_embedding.weight": draw}
-        self.output = TextOutput(config, vocab_size, padded_vocab_size) if recipe.thinking.starts_at_context else None
+        self.output = TextOutput(config, vocab_size, padded_vocab_size) if thinking.starts_at_context else None
 
     def prediction(
         self,

@@ -53,6 +53,11 @@ def test_the_step_size_sets_how_fast_logits_are_learned_but_not_how_large_they_s
     assert large == pytest.approx(small, rel=0.2)
 
 
+def test_the_first_step_may_begin_smaller():
+    small, usual = (first_logits(96, 1024, f"thinking.first_step_std={std}").std().item() for std in (0.1, 1))
+    assert small == pytest.approx(usual / 10, rel=0.2)
+
+
 def test_the_papers_draws():
     recipe = builders.small_recipe("model.initialization=paper", "model.hidden_size=128")
     builders.state(recipe)
