@@ -292,10 +292,12 @@ def _print_search(
     console.print(table)
     for place, one in enumerate(best, 1):
         console.print(f"{place}: {' '.join([*overrides, *one.candidate.overrides(recipe)])}", markup=False)
+    refused = list(found.refusals.rows())
     console.print(
-        f"simulated {found.simulated} shapes, the best of {found.tried} settings by the formula; why not others:"
+        f"simulated {found.simulated} shapes, the best of {found.tried} settings by the formula; "
+        + ("why not others:" if refused else "the others fit and are slower by it")
     )
-    for count, reason, example in found.refusals.rows():
+    for count, reason, example in refused:
         console.print(f"  {count} {reason}; the nearest: {example}", markup=False)
 
 
